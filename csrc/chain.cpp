@@ -1,0 +1,69 @@
+// The chain of library convolutions: the plain way to run a factorized block, on any device, with gradients.
+#include <ATen/ATen.h>
+
+#include <array>
+
+#include "ops.h"
+
+namespace lowrank_ops {
+
+Activation parse_activation(const char* op, std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "hardswish") return Activation::kHardswish;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  TORCH_CHECK_VALUE(false, op, ": activation must be one of none, relu, relu6, hardswish, silu, gelu, got '", name,
+                    "'");
+}
+
+at::Tensor apply_activation(at::Tensor output, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return output;
+    case Activation::kRelu:
+      return at::relu(output);
+    case Activation::kRelu6:
+      return at::hardtanh(output, 0, 6);
+    case Activation::kHardswish:
+      return at::hardswish(output);
+    case Activation::kSilu:
+      return at::silu(output);
+    case Activation::kGelu:
+      return at::gelu(output);
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
+at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                        const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,
+                        Activation activation) {
+  at::Tensor hidden = at::conv2d(input, in_factor.unsqueeze(-1).unsqueeze(-1));
+  hidden = at::conv2d(hidden, core, {}, window.stride, window.padding, window.dilation);
+  return apply_activation(at::conv2d(hidden, out_factor.unsqueeze(-1).unsqueeze(-1), bias), activation);
+}
+
+at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                    const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                    const Window& window, Activation activation) {
+  const int64_t rank = in_factor.size(0);
+  at::Tensor hidden = at::conv2d(input, in_factor.unsqueeze(-1).unsqueeze(-1));
+  const auto depthwise = [&](const at::Tensor& weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+                             std::array<int64_t, 2> dilation) {
+    hidden = at::conv2d(hidden, weight, {}, at::IntArrayRef(stride), at::IntArrayRef(padding),
+                        at::IntArrayRef(dilation), rank);
+  };
+  depthwise(height_factor.unsqueeze(1).unsqueeze(-1), {window.stride[0], 1}, {window.padding[0], 0},
+            {window.dilation[0], 1});
+  depthwise(width_factor.unsqueeze(1).unsqueeze(1), {1, window.stride[1]}, {0, window.padding[1]},
+            {1, window.dilation[1]});
+  return apply_activation(at::conv2d(hidden, out_factor.unsqueeze(-1).unsqueeze(-1), bias), activation);
+}
+
+at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                        const OptionalTensor& bias, Activation activation) {
+  return apply_activation(at::linear(at::linear(input, in_factor), out_factor, bias), activation);
+}
+
+}  // namespace lowrank_ops

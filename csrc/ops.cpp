@@ -1,0 +1,74 @@
+// The op schemas, the kernel of every device that has none of its own, and the Python module `_C`.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace lowrank_ops {
+namespace {
+
+using c10::IntArrayRef;
+using c10::string_view;
+
+at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                         const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                         IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+  const Window window{stride, padding, dilation};
+  check_tucker(input, in_factor, core, out_factor, bias, window);
+  return tucker_chain(input, in_factor, core, out_factor, bias, window,
+                      parse_activation("tucker_conv2d", activation))
+      .contiguous(input.suggest_memory_format());
+}
+
+at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+  const Window window{stride, padding, dilation};
+  check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+  return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
+                  parse_activation("cp_conv2d", activation))
+      .contiguous(input.suggest_memory_format());
+}
+
+at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                          const OptionalTensor& bias, string_view activation) {
+  check_linear(input, in_factor, out_factor, bias);
+  return linear_chain(input, in_factor, out_factor, bias, parse_activation("lowrank_linear", activation));
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = LOWRANK_OPS_VERSION;
+  info["git_sha"] = LOWRANK_OPS_GIT_SHA;
+  info["torch"] = LOWRANK_OPS_TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cuda"] = py::none();
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(lowrank_ops, m) {
+  m.def(
+      "tucker_conv2d(Tensor input, Tensor in_factor, Tensor core, Tensor out_factor, Tensor? bias=None, "
+      "int[2] stride=1, int[2] padding=0, int[2] dilation=1, str activation=\"none\") -> Tensor");
+  m.def(
+      "cp_conv2d(Tensor input, Tensor in_factor, Tensor height_factor, Tensor width_factor, Tensor out_factor, "
+      "Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, str activation=\"none\") -> Tensor");
+  m.def(
+      "lowrank_linear(Tensor input, Tensor in_factor, Tensor out_factor, Tensor? bias=None, "
+      "str activation=\"none\") -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
+  m.impl("tucker_conv2d", &tucker_conv2d);
+  m.impl("cp_conv2d", &cp_conv2d);
+  m.impl("lowrank_linear", &lowrank_linear);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &build_info);
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,30 @@
+// What the planner is asked: one call of one op. Plain C++17: no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+namespace lowrank_ops {
+
+enum class Op { kTucker, kCP, kLinear };
+enum class DType { kFloat, kDouble, kBFloat16, kHalf };
+enum class Layout { kContiguous, kChannelsLast };
+enum class Activation { kNone, kRelu, kRelu6, kHardswish, kSilu, kGelu };
+
+struct Problem {
+  Op op = Op::kTucker;
+  DType dtype = DType::kFloat;
+  Layout layout = Layout::kContiguous;
+  // input [n, s, h, w] -> output [n, t, oh, ow]; a linear layer has n rows and h = w = 1.
+  int64_t n = 0, s = 0, h = 1, w = 1, t = 0, oh = 1, ow = 1;
+  int64_t r1 = 0, r2 = 0;  // Tucker ranks; the one rank of CP and linear stands in both
+  int64_t kh = 1, kw = 1;
+  int64_t stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  Activation activation = Activation::kNone;
+};
+
+inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
+  return span < 0 ? 0 : span / stride + 1;
+}
+
+}  // namespace lowrank_ops

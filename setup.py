@@ -1,0 +1,110 @@
+"""Builds `lowrank_ops._C`.
+
+    pip install --no-build-isolation .         into the environment that holds torch
+    LOWRANK_OPS_CUDA=0|1                       leave CUDA sources out / compile them on a CPU build of torch too
+    DEBUG=1                                    -O0 -g
+    MAX_JOBS=n                                 compile jobs (default: cores, at most one for 2 GiB of free memory)
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import subprocess
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = "0.1.0"
+DEBUG = os.environ.get("DEBUG") == "1"
+OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
+
+# The kernels of csrc/cpu/kernels know nothing of torch and are compiled once an instruction set, by file suffix.
+# Which one runs is decided at run time (csrc/cpu/isa.cpp); nothing depends on the build machine's CPU.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+FLAGS_BY_SUFFIX = {
+    "_generic": [],
+    "_avx2": AVX2,
+    "_avx512": AVX512,
+    "_avx512bf16": [*AVX512, "-mavx512bf16"],
+}
+
+
+def suffix_of(source: pathlib.Path) -> str | None:
+    """The instruction-set suffix of a source file, or None for ordinary sources."""
+    suffix = "_" + source.stem.rsplit("_", 1)[-1]
+    return suffix if suffix in FLAGS_BY_SUFFIX else None
+
+
+def git_sha() -> str:
+    try:
+        return subprocess.check_output(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def set_max_jobs() -> None:
+    """One compile job a core, but never more than the free memory carries (torch headers: up to 2 GiB a job)."""
+    if "MAX_JOBS" in os.environ:
+        return
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        jobs = max(1, min(jobs, free // (2 << 30)))
+    except (ValueError, OSError):
+        pass
+    os.environ["MAX_JOBS"] = str(jobs)
+
+
+class Build(BuildExtension):
+    """Compiles the instruction-set variants with their own flags, then everything else through torch's rule."""
+
+    def build_extensions(self) -> None:
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        for extension in self.extensions:
+            special = [s for s in map(pathlib.Path, extension.sources) if suffix_of(s)]
+            extension.sources = [s for s in extension.sources if not suffix_of(pathlib.Path(s))]
+            for source in special:
+                suffix = suffix_of(source)
+                if not x86 and suffix != "_generic":
+                    continue
+                # distutils follows no includes here: `force` recompiles, which costs seconds.
+                self.compiler.force = True
+                extension.extra_objects += self.compiler.compile(
+                    [str(source)],
+                    output_dir=self.build_temp,
+                    extra_postargs=["-std=c++17", "-fPIC", "-Wall", *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]],
+                )
+        super().build_extensions()
+
+
+def sources() -> list[str]:
+    found = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp"), *ROOT.glob("csrc/plan/*.cpp")]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+set_max_jobs()
+setup(
+    version=VERSION,
+    ext_modules=[
+        CppExtension(
+            "lowrank_ops._C",
+            sources(),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=[
+                *OPTIMIZE,
+                "-Wall",
+                f'-DLOWRANK_OPS_VERSION="{VERSION}"',
+                f'-DLOWRANK_OPS_GIT_SHA="{git_sha()}"',
+                f'-DLOWRANK_OPS_TORCH_VERSION="{torch.__version__}"',
+            ],
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
