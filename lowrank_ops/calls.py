@@ -1,0 +1,147 @@
+"""How a model calls its layers on an example input, and the time that those calls take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SECONDS_PER_SHAPE = 0.2
+_ROUNDS = (5, 50)  # at least, at most
+
+
+@dataclass(frozen=True)
+class InputKind:
+    """What decides how long a call takes: all of the input but its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> InputKind:
+        channels_last = (
+            tensor.dim() == 4
+            and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device, channels_last)
+
+    def random(self) -> Tensor:
+        """An input of this kind, drawn without touching the global random state."""
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(self.shape, generator=generator).to(self.device, self.dtype)
+        return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
+
+
+@dataclass
+class LayerCalls:
+    """The calls of one layer during a run of the model: inputs by kind, and the first output's shape."""
+
+    inputs: Counter[InputKind] = field(default_factory=Counter)
+    output_size: tuple[int, ...] | None = None
+
+    def total(self, count: Callable[[tuple[int, ...]], int | None]) -> int | None:
+        """Sum over all calls; None if one is not known, 0 for a layer that was not called."""
+        parts = [(count(kind.shape), calls) for kind, calls in self.inputs.items()]
+        if any(part is None for part, _ in parts):
+            return None
+        return sum(part * calls for part, calls in parts if part is not None)
+
+
+class Calls:
+    """The calls of several layers."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._by_id = {id(layer): LayerCalls() for layer in layers}
+
+    def of(self, layer: nn.Module) -> LayerCalls:
+        """The calls of one of the layers."""
+        return self._by_id[id(layer)]
+
+
+def run_example(model: nn.Module, example_input: Any) -> None:
+    """Runs the model on a tensor, a tuple or list of arguments or a dict of keyword arguments; without
+    gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""
+    with _eval_mode(model), torch.no_grad():
+        if isinstance(example_input, dict):
+            model(**example_input)
+        elif isinstance(example_input, (tuple, list)):
+            model(*example_input)
+        else:
+            model(example_input)
+
+
+def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Module]) -> Calls:
+    """Runs the model and records how it calls the layers. Raises RuntimeError if the model fails."""
+    calls = Calls(layers)
+
+    def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        tensor = args[0] if args else kwargs.get("input")
+        if isinstance(tensor, Tensor) and isinstance(output, Tensor):
+            seen = calls.of(layer)
+            seen.inputs[InputKind.of(tensor)] += 1
+            seen.output_size = seen.output_size or tuple(output.shape)
+
+    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        run_example(model, example_input)
+    except Exception as error:
+        raise RuntimeError(f"factorize_: the model fails on example_input: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def compare_times(before: nn.Module, after: nn.Module, calls: LayerCalls) -> tuple[float, float] | None:
+    """Milliseconds of the recorded calls through either module: medians of interleaved runs, without hooks.
+
+    None if there were no calls.
+    """
+    if not calls.inputs:
+        return None
+    totals = [0.0, 0.0]
+    with torch.no_grad():
+        for kind, count in calls.inputs.items():
+            # under autocast a layer may see another dtype than its own
+            input = kind.random().to(before.weight.dtype)  # type: ignore[arg-type]
+            seconds: tuple[list[float], list[float]] = ([], [])
+            for module in (before, after):
+                _seconds(module, input)
+            started = time.perf_counter()
+            while len(seconds[0]) < _ROUNDS[0] or (
+                len(seconds[0]) < _ROUNDS[1] and time.perf_counter() - started < _SECONDS_PER_SHAPE
+            ):
+                for module, measured in zip((before, after), seconds, strict=True):
+                    measured.append(_seconds(module, input))
+            for which, measured in enumerate(seconds):
+                totals[which] += 1e3 * count * statistics.median(measured)
+    return totals[0], totals[1]
+
+
+def _seconds(module: nn.Module, input: Tensor) -> float:
+    started = time.perf_counter()
+    module.forward(input)
+    if input.device.type != "cpu":
+        torch.accelerator.synchronize(input.device)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag

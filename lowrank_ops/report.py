@@ -1,0 +1,280 @@
+"""What `factorize_` and `fuse_` did to a model, layer by layer, and how multiplications are counted."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from lowrank_ops.chains import same_padding
+from lowrank_ops.module_base import FactorizedConv, FactorizedModule
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. Fields that do not apply or are not known are None.
+
+    Attributes:
+        name: qualified name in the model; a layer that stands in several places has the others in `aliases`.
+        type: class of the layer that was found.
+        replaced_by: class of the factorized module; None if the layer was left as it is.
+        kernel: kernel size per axis, of convolutions.
+        ranks: `(R1, R2)` for Tucker, `(R,)` otherwise.
+        parameters_before, parameters_after: numbers of parameters, bias included; equal if it was left.
+        macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
+            of the layer together), or per output pixel (per row for a linear layer) without one.
+        weight_error: `||W - W_dense|| / ||W_dense||`.
+        reason: why the layer was left.
+        output_size: shape of the layer's output with the example input, of its first call.
+        milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
+    """
+
+    name: str
+    type: str
+    replaced_by: str | None = None
+    kernel: tuple[int, ...] | None = None
+    ranks: tuple[int, ...] | None = None
+    parameters_before: int = 0
+    parameters_after: int = 0
+    macs_before: int | None = None
+    macs_after: int | None = None
+    weight_error: float | None = None
+    reason: str | None = None
+    output_size: tuple[int, ...] | None = None
+    milliseconds_before: float | None = None
+    milliseconds_after: float | None = None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers that were looked at, in the model's order, iterable; `print(report)` shows them as a table.
+
+    Attributes:
+        model: class name of the model.
+        layers: one entry per layer.
+        macs_per_call: whether MACs are those of a forward pass (an example input was given) or per output
+        pixel. model_parameters_before, model_parameters_after: of the whole model, layers without an entry
+        included.
+    """
+
+    model: str
+    layers: list[LayerReport] = field(default_factory=list)
+    macs_per_call: bool = False
+    model_parameters_before: int = 0
+    model_parameters_after: int = 0
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The entry of a layer by any of its qualified names. Raises KeyError."""
+        for layer in self.layers:
+            if name == layer.name or name in layer.aliases:
+                return layer
+        raise KeyError(
+            f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}"
+        )
+
+    @property
+    def replaced(self) -> list[LayerReport]:
+        """The layers that were replaced."""
+        return [layer for layer in self.layers if layer.replaced_by is not None]
+
+    @property
+    def skipped(self) -> list[LayerReport]:
+        """The layers that were left, each with its reason."""
+        return [layer for layer in self.layers if layer.replaced_by is None]
+
+    def total(self, column: str) -> float | None:
+        """Sum over the layers of e.g. "macs_before" or "milliseconds_after"; None if it is not known.
+
+        Layers without a value count nothing. MACs per output pixel are not summed: their pixels differ.
+        """
+        if column.startswith("macs") and not self.macs_per_call:
+            return None
+        values = [getattr(layer, column) for layer in self.layers]
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per layer: `model`, `layer`, `rank`, `uncompressed_layer_size`, `compressed_layer_size`
+        (numbers of parameters), their ratio as `compressed_layer_size/uncompressed_layer_size`, and the
+        fields of `LayerReport`.
+
+        Raises ImportError if pandas is missing.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("Report.to_pandas: pandas is not installed; `pip install pandas`") from error
+        rest = [entry.name for entry in fields(LayerReport) if entry.name not in ("name", "ranks")]
+        columns = ["model", "layer", "rank", *_SIZES, *rest]
+        rows = [
+            [
+                self.model,
+                layer.name,
+                layer.ranks,
+                layer.parameters_before,
+                layer.parameters_after,
+                layer.parameters_after / max(layer.parameters_before, 1),
+                *(getattr(layer, column) for column in rest),
+            ]
+            for layer in self.layers
+        ]
+        return pandas.DataFrame(rows, columns=columns)
+
+    def to_table(self) -> Table:
+        """The table that `print(report)` shows, for a rich console."""
+        unit = "" if self.macs_per_call else " per pixel"
+        table = Table(
+            title=f"{self.model}: {len(self.replaced)} of {len(self)} layers replaced", show_footer=True
+        )
+        before, after = self.model_parameters_before, self.model_parameters_after
+        table.add_column("layer", footer="total", overflow="fold")
+        table.add_column("type", footer="")
+        table.add_column("kernel")
+        table.add_column("ranks")
+        table.add_column("parameters", justify="right", footer=_change(before, after))
+        macs = _change(self.total("macs_before"), self.total("macs_after"))
+        table.add_column(f"MACs{unit}", justify="right", footer=macs)
+        table.add_column("error", justify="right")
+        timed = self.total("milliseconds_before") is not None
+        if timed:
+            times = (self.total("milliseconds_before"), self.total("milliseconds_after"))
+            table.add_column("ms", justify="right", footer=_change(*times))
+        table.add_column("left because", overflow="fold")
+        for layer in self.layers:
+            cells = [
+                layer.name,
+                layer.type if layer.replaced_by is None else f"{layer.type} > {layer.replaced_by}",
+                "" if layer.kernel is None else "x".join(map(str, layer.kernel)),
+                "" if layer.ranks is None else ", ".join(map(str, layer.ranks)),
+                _change(layer.parameters_before, layer.parameters_after),
+                _change(layer.macs_before, layer.macs_after),
+                "" if layer.weight_error is None else f"{layer.weight_error:.3f}",
+            ]
+            if timed:
+                cells.append(_change(layer.milliseconds_before, layer.milliseconds_after))
+            table.add_row(*cells, layer.reason or "")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=max(120, shutil.get_terminal_size((160, 24)).columns))
+        with console.capture() as captured:
+            console.print(self.to_table(), markup=False)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+_SIZES = (
+    "uncompressed_layer_size",
+    "compressed_layer_size",
+    "compressed_layer_size/uncompressed_layer_size",
+)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, bias included; shared ones once, those of lazy layers not yet."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+
+
+def count_macs(layer: nn.Module, input_shape: Sequence[int] | None = None) -> int | None:
+    """Multiply-accumulates of a convolution, linear layer or factorized module.
+
+    `input_shape` as the layer takes it, batched or not; None counts per output pixel (per row for a linear
+    layer), where the first stage of a strided block works on more than one pixel. The count is that of the
+    chain of stages: padding is multiplied like pixels, halos of a fused kernel's tiles are not counted. None
+    if it is not known (a transposed convolution without a shape, another kind of layer).
+    """
+    if any(map(is_lazy, layer.parameters())):
+        return None
+    if isinstance(layer, _ConvNd):
+        return _dense_conv_macs(layer, input_shape)
+    if isinstance(layer, FactorizedConv):
+        return _factorized_conv_macs(layer, input_shape)
+    rows = 1 if input_shape is None else math.prod(input_shape[:-1])
+    if isinstance(layer, nn.Linear):
+        return rows * layer.in_features * layer.out_features
+    if isinstance(layer, FactorizedModule):
+        return rows * sum(factor.numel() for factor in layer.factors().values())
+    return None
+
+
+def _dense_conv_macs(layer: _ConvNd, input_shape: Sequence[int] | None) -> int | None:
+    per_pixel = math.prod(layer.weight.shape)  # [T, S / groups, *kernel], transposed [S, T / groups, *kernel]
+    if input_shape is None:
+        return None if isinstance(layer, _ConvTransposeNd) else per_pixel
+    axes = len(layer.kernel_size)
+    images = math.prod(input_shape[: -axes - 1])
+    sizes = tuple(input_shape[-axes:])
+    pixels = sizes if isinstance(layer, _ConvTransposeNd) else _output_sizes(layer, sizes)
+    return images * per_pixel * math.prod(pixels)
+
+
+def _factorized_conv_macs(layer: FactorizedConv, input_shape: Sequence[int] | None) -> int:
+    steps = layer.dropped_steps()
+    if input_shape is None:
+        images, outputs = 1, (1,) * layer.axes
+        inputs = tuple(stride // step for stride, step in zip(layer.stride, steps, strict=True))
+    else:
+        images = math.prod(input_shape[: -layer.axes - 1])
+        sizes = tuple(input_shape[-layer.axes :])
+        outputs = _output_sizes(layer, sizes)
+        inputs = tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))
+    first, *spatial, last = layer.factors().values()
+    total = first.numel() * math.prod(inputs) + last.numel() * math.prod(outputs)
+    done: tuple[
+        int, ...
+    ] = ()  # axes along which a spatial stage has already gone from input to output pixels
+    for factor in spatial:
+        done = outputs if len(spatial) == 1 else outputs[: len(done) + 1]
+        total += factor.numel() * math.prod(done) * math.prod(inputs[len(done) :])
+    return images * total
+
+
+def _output_sizes(layer: Any, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Output pixels per axis of a convolution, dense or factorized, by nn.Conv2d's formula."""
+    result = []
+    for axis, size in enumerate(sizes):
+        kernel, dilation = layer.kernel_size[axis], layer.dilation[axis]
+        if layer.padding == "same":
+            padding = sum(same_padding(kernel, dilation))
+        else:
+            padding = 0 if layer.padding == "valid" else 2 * layer.padding[axis]
+        result.append((size + padding - dilation * (kernel - 1) - 1) // layer.stride[axis] + 1)
+    return tuple(result)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """ "before > after (ratio)", or what there is of it."""
+    if before is None:
+        return ""
+    if after is None or before == after:
+        return _number(before)
+    return (
+        f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
+    )
+
+
+def _number(value: float) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if value < 100 else f"{value:.1f}"
+    for size, suffix in ((10**9, " G"), (10**6, " M"), (10**4, " k")):
+        if value >= size:
+            return f"{value / (size if suffix != ' k' else 1000):.2f}{suffix}"
+    return str(value)
