@@ -79,7 +79,8 @@ class Build(BuildExtension):
                 extension.extra_objects += self.compiler.compile(
                     [str(source)],
                     output_dir=self.build_temp,
-                    extra_postargs=["-std=c++17", "-fPIC", "-Wall", *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]],
+                    include_dirs=extension.include_dirs[:1],
+                    extra_postargs=["-std=c++17", "-fPIC", "-Wall", "-Wno-maybe-uninitialized", *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]],
                 )
         super().build_extensions()
 

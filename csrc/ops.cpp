@@ -3,7 +3,9 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/isa.h"
 #include "ops.h"
+#include "policy.h"
 
 namespace lowrank_ops {
 namespace {
@@ -69,6 +71,11 @@ TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
+  m.def("set_policy", [](const std::string& name) { set_policy(parse_policy(name)); });
+  m.def("get_policy", [] { return std::string(name_of(policy())); });
+  m.def("forget_measurements", &forget_measurements);
+  m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("cpu_isa", [] { return cpu_caps().isa; });
 }
 
 }  // namespace lowrank_ops
