@@ -61,14 +61,16 @@ template <typename Out, int kRows, int kVectors, typename V>
 static inline void write(const V (&acc)[kRows][kVectors], const GemmCall& call, int64_t first_row) {
   constexpr int kLanes = sizeof(V) / sizeof(acc[0][0][0]);
   Out* out = static_cast<Out*>(call.out) + first_row * call.out_stride;
+  const int64_t last = call.width - (kVectors - 1) * kLanes;  // columns of the last vector
+  const bool whole = last == kLanes;
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row, out += call.out_stride) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = call.width - v * kLanes;
-      if (left >= kLanes)
-        store(out + v * kLanes, acc[row][v]);
-      else if (left > 0)
-        store_part(out + v * kLanes, acc[row][v], left);
-    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors - 1; ++v) store(out + v * kLanes, acc[row][v]);
+    if (whole)
+      store(out + (kVectors - 1) * kLanes, acc[row][kVectors - 1]);
+    else
+      store_part(out + (kVectors - 1) * kLanes, acc[row][kVectors - 1], last);
   }
 }
 
@@ -79,14 +81,25 @@ static inline void finish(typename Multiply::V (&acc)[kRows][kVectors], const Ge
   constexpr int kLanes = Vector<T>::kLanes;
   if (call.bias) {
     const T* bias = static_cast<const T*>(call.bias);
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const V value = load(bias + v * kLanes);
+#pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) acc[row][v] += value;
     }
   }
-  if (call.activation != Activation::kNone)
+  if (call.activation == Activation::kRelu) {
+#pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
-      for (int v = 0; v < kVectors; ++v) acc[row][v] = activate(acc[row][v], call.activation);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[row][v] = clamp_below(acc[row][v], V{});
+  } else if (call.activation != Activation::kNone) {
+    V spilled[kRows][kVectors];  // an addressable copy keeps the sums themselves in registers on the other paths
+    memcpy(&spilled, &acc, sizeof(acc));
+    for (int row = 0; row < kRows; ++row)
+      for (int v = 0; v < kVectors; ++v) spilled[row][v] = activate(spilled[row][v], call.activation);
+    memcpy(&acc, &spilled, sizeof(acc));
+  }
   if constexpr (sizeof(T) == sizeof(double)) {
     write<double>(acc, call, first_row);
   } else {
