@@ -138,54 +138,63 @@ static void store_transposed(const StoreCall& call) {
   }
 }
 
-// Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns.
-template <typename T, typename In>
-static void pack_panel(const PackCall& call) {
+// Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns. In units of
+// `T`: one element, or a pair of bf16 as one 32-bit element.
+template <typename T, typename Load>
+static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t depth, int64_t padded_depth,
+                               const Load& load_row) {
   using V = typename Vector<T>::Type;
   constexpr int kLanes = Vector<T>::kLanes;
-  const In* weight = static_cast<const In*>(call.weight);
-  T* panel = static_cast<T*>(call.panel);
-  for (int64_t tap = 0; tap < call.num_taps; ++tap, panel += call.padded_depth * call.padded_width) {
-    for (int64_t column = 0; column < call.padded_width; column += kLanes) {
-      for (int64_t k = 0; k < call.padded_depth; k += kLanes) {
-        const int64_t depth = call.depth - k < kLanes ? call.depth - k : kLanes;
-        V block[kLanes];
-        for (int c = 0; c < kLanes; ++c) {
-          const In* source = weight + (column + c) * call.row_stride + tap * call.depth + k;
-          block[c] = column + c >= call.width || depth <= 0 ? V{}
-                     : depth == kLanes                      ? load(source)
-                                                            : load_part<T>(source, depth);
-        }
-        transpose(block);
-        for (int i = 0; i < kLanes && k + i < call.padded_depth; ++i)
-          store(panel + (k + i) * call.padded_width + column, block[i]);
+  for (int64_t column = 0; column < padded_width; column += kLanes) {
+    for (int64_t k = 0; k < padded_depth; k += kLanes) {
+      V block[kLanes];
+      if (columns - column >= kLanes && depth - k >= kLanes) {
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) block[c] = load_row(column + c, k, kLanes);
+      } else {
+        const int64_t left = depth - k < kLanes ? depth - k : kLanes;
+        for (int c = 0; c < kLanes; ++c)
+          block[c] = column + c < columns && left > 0 ? load_row(column + c, k, left) : V{};
+      }
+      transpose(block);
+      T* out = panel + k * padded_width + column;
+      if (padded_depth - k >= kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(out + i * padded_width, block[i]);
+      } else {
+        for (int i = 0; i < padded_depth - k; ++i) store(out + i * padded_width, block[i]);
       }
     }
   }
 }
 
-// The same for pairs along the depth: a pair of bf16 is one 32-bit element.
+template <typename T, typename In>
+static void pack_panel(const PackCall& call) {
+  T* panel = static_cast<T*>(call.panel);
+  const In* weight = static_cast<const In*>(call.weight);
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width)
+    pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth,
+                   [&](int64_t column, int64_t k, int64_t count) {
+                     const In* source = weight + column * call.row_stride + k;
+                     return count == Vector<T>::kLanes ? load(source) : load_part<T>(source, count);
+                   });
+}
+
 static void pack_panel_pairs(const PackCall& call) {
-  constexpr int kLanes = Vector<float>::kLanes;
-  const BFloat16* weight = static_cast<const BFloat16*>(call.weight);
   float* panel = static_cast<float*>(call.panel);
+  const BFloat16* weight = static_cast<const BFloat16*>(call.weight);
   const int64_t pairs = call.padded_depth / 2;
-  for (int64_t tap = 0; tap < call.num_taps; ++tap, panel += pairs * call.padded_width) {
-    for (int64_t column = 0; column < call.padded_width; column += kLanes) {
-      for (int64_t k = 0; k < pairs; k += kLanes) {
-        const int64_t depth = call.depth - 2 * k < 2 * kLanes ? call.depth - 2 * k : 2 * kLanes;
-        Float block[kLanes];
-        for (int c = 0; c < kLanes; ++c) {
-          block[c] = Float{};
-          if (column + c < call.width && depth > 0)
-            memcpy(&block[c], weight + (column + c) * call.row_stride + tap * call.depth + 2 * k, size_t(depth) * 2);
-        }
-        transpose(block);
-        for (int i = 0; i < kLanes && k + i < pairs; ++i)
-          store(panel + (k + i) * call.padded_width + column, block[i]);
-      }
-    }
-  }
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += pairs * call.padded_width)
+    pack_blocks<float>(panel, call.width, call.padded_width, pairs, pairs,
+                       [&](int64_t column, int64_t k, int64_t count) {
+                         const BFloat16* source = weight + column * call.row_stride + 2 * k;
+                         const int64_t left = call.depth - 2 * k;  // one less than 2 * count at the end of an odd depth
+                         if (count == Vector<float>::kLanes && left >= 2 * count)
+                           return load(reinterpret_cast<const float*>(source));
+                         Float part = Float{};
+                         memcpy(&part, source, size_t(left < 2 * count ? left : 2 * count) * 2);
+                         return part;
+                       });
 }
 
 // Vertical taps into a column buffer in L1, horizontal taps out of it; one vector of channels at a time, its weights in

@@ -102,6 +102,10 @@ static inline Float load(const Half* p) {
 static inline void store(float* p, Float v) { *reinterpret_cast<Vector<float>::Unaligned*>(p) = v; }
 static inline void store(double* p, Double v) { *reinterpret_cast<Vector<double>::Unaligned*>(p) = v; }
 static inline Vector<float>::Narrow to_bfloat16(Float v) {
+#if defined(__AVX512BF16__)
+  // One instruction instead of nine; it flushes subnormals (below 1.2e-38) to zero, as the dot product does.
+  return (Vector<float>::Narrow)_mm512_cvtneps_pbh((__m512)v);
+#endif
   const FloatBits bits = (FloatBits)v;
   const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const FloatBits nan = (FloatBits)(v != v);
