@@ -138,7 +138,7 @@ void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t ro
     const int64_t channel = panels.first(panel);
     call.weight = block.out_weight.panel(panel);
     call.width = panels.width(panel);
-    call.bias = block.bias ? static_cast<const char*>(block.bias) + channel * element_bytes(kernels.accumulator) : nullptr;
+    call.bias = block.bias.data(channel);
     for (int64_t i = 0; i < (joined ? 1 : rows); ++i) {
       const void* source = static_cast<const char*>(tile) + i * tile_row_bytes;
       char* target = out + ((row + i) * output.stride(2) + channel * output.stride(1)) * element;

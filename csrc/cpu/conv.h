@@ -28,7 +28,7 @@ struct ConvBlock {
   at::Tensor& output;
   const PackedWeight& in_weight;
   const PackedWeight& out_weight;
-  const void* bias;
+  const SumRows& bias;
   DType hidden_type;  // of the ring buffer
 
   int64_t hidden_columns() const { return in_weight.panels().padded_columns(); }

@@ -4,17 +4,6 @@
 
 namespace lowrank_ops {
 
-namespace {
-
-// [R, K] -> accumulators [K, padded R], so that a vector holds one tap of several ranks.
-at::Tensor taps_first(const at::Tensor& factor, int64_t padded, at::ScalarType type) {
-  at::Tensor taps = at::zeros({factor.size(1), padded}, factor.options().dtype(type));
-  taps.narrow(1, 0, factor.size(0)).copy_(factor.t());
-  return taps;
-}
-
-}  // namespace
-
 at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                   const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
                   const Problem& p, const CpuTile& tile) {
@@ -24,7 +13,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const ComputeKernels& kernels = *engine.kernels;
   const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
   const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
-  const at::Tensor bias_sums = padded_bias(bias, engine);
+  const SumRows bias_sums(bias, p.dtype, engine);
   const ConvBlock block{engine,
                         p,
                         tile,
@@ -34,11 +23,9 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
                         output,
                         in_weight,
                         out_weight,
-                        bias ? bias_sums.const_data_ptr() : nullptr,
+                        bias_sums,
                         kernels.accumulator};
-  const auto type = kernels.accumulator == DType::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor height_taps = taps_first(height_factor, block.hidden_columns(), type);
-  const at::Tensor width_taps = taps_first(width_factor, block.hidden_columns(), type);
+  const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
   const int64_t column_bytes = block.columns.span(tile.columns) * kernels.lanes * element_bytes(kernels.accumulator);
 
   run_conv(block, column_bytes,
@@ -53,8 +40,8 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
              call.stride = block.columns.stride;
              call.dilation = block.columns.dilation;
              call.channels = block.hidden_columns();
-             call.height_factor = height_taps.const_data_ptr();
-             call.width_factor = width_taps.const_data_ptr();
+             call.height_factor = height_taps.data();
+             call.width_factor = width_taps.data();
              call.column = column;
              for (int64_t i = 0; i < rows; ++i) {
                for (int64_t kh = 0; kh < p.kh; ++kh)

@@ -79,12 +79,12 @@ void gemm_brgemm_float(const GemmCall& call) { brgemm_call<float>(call, *current
 Engine engine_for(DType dtype) {
   const Choice& choice = current();
   const KernelTable& table = *choice.table;
-  if (dtype == DType::kDouble) return {table.compute_double, table.compute_double->gemm};
-  if (dtype == DType::kBFloat16 && choice.brgemm_bfloat16) return {table.compute_bfloat16, &gemm_brgemm_bfloat16};
+  const ComputeKernels* sums = dtype == DType::kDouble ? table.compute_double : table.compute_float;
+  if (dtype == DType::kBFloat16 && choice.brgemm_bfloat16) return {table.compute_bfloat16, &gemm_brgemm_bfloat16, sums};
   if (dtype == DType::kBFloat16 && table.compute_bfloat16->gemm)
-    return {table.compute_bfloat16, table.compute_bfloat16->gemm};
-  if (choice.brgemm_float) return {table.compute_float, &gemm_brgemm_float};
-  return {table.compute_float, table.compute_float->gemm};
+    return {table.compute_bfloat16, table.compute_bfloat16->gemm, sums};
+  if (dtype != DType::kDouble && choice.brgemm_float) return {sums, &gemm_brgemm_float, sums};
+  return {sums, sums->gemm, sums};
 }
 
 CpuCaps cpu_caps() {

@@ -12,6 +12,7 @@ namespace lowrank_ops {
 struct Engine {
   const ComputeKernels* kernels;
   GemmFunction gemm;
+  const ComputeKernels* sums;  // the kernels whose elements are this engine's accumulators
 };
 
 // The engine for tensors of this dtype.

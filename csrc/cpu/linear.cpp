@@ -20,9 +20,9 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const at::Tensor rows = input.reshape({p.n, p.s});  // a view unless the leading axes do not collapse
   const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
   const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r1, p.dtype, engine);
-  const at::Tensor bias_sums = padded_bias(bias, engine);
+  const SumRows bias_sums(bias, p.dtype, engine);
   const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0;
-  const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
+  const int64_t element = element_bytes(kernels.element);
   const int64_t hidden_columns = in_weight.panels().padded_columns();
   const int64_t hidden_bytes = tile.rows * hidden_columns * element;
   const int64_t staged_stride = round_up(p.s, 16);
@@ -79,7 +79,7 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         const int64_t column = out_panels.first(panel);
         call.weight = out_weight.panel(panel);
         call.width = out_panels.width(panel);
-        call.bias = bias ? static_cast<const char*>(bias_sums.const_data_ptr()) + column * sum : nullptr;
+        call.bias = bias_sums.data(column);
         call.out = static_cast<char*>(output.data_ptr()) + (first * p.t + column) * element_bytes(p.dtype);
         engine.gemm(call);
       }

@@ -10,12 +10,12 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
-  // [R2, KH, KW, R1]: the order the module stores; anything else is copied once here.
-  const at::Tensor core_rows = core.permute({0, 2, 3, 1}).contiguous();
+  // [R2, KH, KW, R1] in memory: the order that the modules store; anything else is copied here.
+  const at::Tensor core_rows = core.contiguous(at::MemoryFormat::ChannelsLast);
   const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
   const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
   const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
-  const at::Tensor bias_sums = padded_bias(bias, engine);
+  const SumRows bias_sums(bias, p.dtype, engine);
   const ConvBlock block{engine,
                         p,
                         tile,
@@ -25,7 +25,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
                         output,
                         in_weight,
                         out_weight,
-                        bias ? bias_sums.const_data_ptr() : nullptr,
+                        bias_sums,
                         engine.kernels->element};
   const int64_t hidden_columns = block.hidden_columns();
   // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.

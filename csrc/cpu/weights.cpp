@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <cstring>
+
 namespace lowrank_ops {
 
 Panels::Panels(int64_t columns, const ComputeKernels& kernels) : columns(columns), lanes(kernels.lanes) {
@@ -88,14 +90,29 @@ PackedWeight::PackedWeight(const at::Tensor& weight, int64_t columns, int64_t nu
   });
 }
 
-at::Tensor padded_bias(const std::optional<at::Tensor>& bias, const Engine& engine) {
-  if (!bias) return {};
-  const auto type = engine.kernels->accumulator == DType::kDouble ? at::kDouble : at::kFloat;
-  const int64_t size = bias->size(0);
-  at::Tensor padded = at::empty({round_up(size, engine.kernels->lanes)}, bias->options().dtype(type));
-  padded.narrow(0, 0, size).copy_(*bias);
-  if (padded.size(0) > size) padded.narrow(0, size, padded.size(0) - size).zero_();
-  return padded;
+SumRows::SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine) {
+  if (bias) fill(*bias, 1, 0, bias->size(0), bias->stride(0), dtype, engine);
+}
+
+SumRows::SumRows(const at::Tensor& factor, DType dtype, const Engine& engine) {
+  fill(factor, factor.size(1), factor.stride(1), factor.size(0), factor.stride(0), dtype, engine);
+}
+
+void SumRows::fill(const at::Tensor& source, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride,
+                   DType dtype, const Engine& engine) {
+  sum_bytes_ = element_bytes(engine.sums->element);
+  const int64_t padded = round_up(columns, engine.sums->lanes);
+  memory_.reset(allocate(rows * padded * sum_bytes_));
+  if (padded != columns) std::memset(memory_.get(), 0, size_t(rows * padded * sum_bytes_));
+  LoadCall load;
+  load.in = source.const_data_ptr();
+  load.pixel_stride = row_stride;
+  load.channel_stride = column_stride;
+  load.pixels = rows;
+  load.channels = columns;
+  load.tile = memory_.get();
+  load.tile_stride = padded;
+  engine.sums->load[int(dtype)](load);
 }
 
 }  // namespace lowrank_ops

@@ -45,6 +45,11 @@ class Scratch {
   bool owned_;
 };
 
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using AlignedMemory = std::unique_ptr<char, Free>;
+
 // A factor packed into panels: `weight` is [columns, num_taps, depth], contiguous.
 class PackedWeight {
  public:
@@ -57,15 +62,24 @@ class PackedWeight {
   }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
   Panels panels_;
   int64_t num_taps_, padded_depth_, element_bytes_;
-  std::unique_ptr<char, Free> memory_;
+  AlignedMemory memory_;
 };
 
-// The bias as accumulators, zero-padded to whole vectors; empty when there is none.
-at::Tensor padded_bias(const std::optional<at::Tensor>& bias, const Engine& engine);
+// The bias [T], or CP's factors [R, K] with the tap first, as accumulators: rows of whole vectors, padded with zeros.
+class SumRows {
+ public:
+  SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine);
+  SumRows(const at::Tensor& factor, DType dtype, const Engine& engine);
+  // From column `first` of row 0; nullptr when there is no bias.
+  const void* data(int64_t first = 0) const { return memory_ ? memory_.get() + first * sum_bytes_ : nullptr; }
+
+ private:
+  void fill(const at::Tensor& source, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride,
+            DType dtype, const Engine& engine);
+  int64_t sum_bytes_ = 0;
+  AlignedMemory memory_;
+};
 
 }  // namespace lowrank_ops
