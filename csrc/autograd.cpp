@@ -4,10 +4,9 @@
 // them. Nothing here reads sizes: under torch.compile(dynamic=True) these functions are traced with symbolic shapes.
 //
 // Where gradients are to be differentiated again (create_graph=True, or a `*_backward` op called on tensors that
-// require grad), they come from the differentiable chain of library convolutions, without chunks. So do forward-mode
-// derivatives.
+// require grad), they are computed for the whole batch at once by differentiable library calls. Forward-mode
+// derivatives run the chain of library convolutions.
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -217,31 +216,25 @@ Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
 
 // ---- Autograd kernels of the backward ops: the gradients themselves, differentiable --------------------------------
 
-// A new node in front of the argument: the gradient with respect to it follows the chain alone, even where one argument
-// was computed from another.
-Tensor fresh(const Tensor& tensor) {
-  return tensor.requires_grad() ? tensor.view_as(tensor) : tensor.detach().requires_grad_();
-}
-
-// Without a bias, or where it was not kept: zeros, whose gradient is the bias's.
-Tensor fresh_bias(const OptionalTensor& bias, const Tensor& out_factor) {
-  return fresh(bias ? *bias : at::zeros_like(out_factor.select(1, 0)));
+// The gradients of the whole batch at once, in the dtype and shape of the arguments.
+template <size_t count>
+auto differentiable_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
+                              const std::array<Tensor, count - 2>& factors, const std::array<bool, count>& mask) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::ScalarType dtype = block.stages[0].weight.scalar_type();
+  const std::vector<Tensor> found = block_gradients(grad_output.to(dtype), input.to(dtype), block, mask);
+  std::array<Tensor, count> gradients;
+  for (size_t i = 0; i < count; ++i) {
+    if (!mask[i]) continue;
+    gradients[i] = found[i].to(input.scalar_type());
+    if (i > 0 && i + 1 < count) gradients[i] = gradients[i].reshape_symint(factors[i - 1].sym_sizes());
+  }
+  return gradients;
 }
 
 template <size_t count>
-auto differentiable_gradients(const Tensor& output, const Tensor& grad_output, const variable_list& arguments,
-                              const std::array<bool, count>& mask) {
-  variable_list wanted;
-  for (size_t i = 0; i < count; ++i)
-    if (mask[i]) wanted.push_back(arguments[i]);
-  std::array<Tensor, count> gradients;
-  if (!wanted.empty()) {
-    const variable_list found =
-        torch::autograd::grad({output}, wanted, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true);
-    for (size_t i = 0, next = 0; i < count; ++i)
-      if (mask[i]) gradients[i] = found[next++];
-  }
-  return std::apply([](auto&... gradient) { return std::make_tuple(gradient...); }, gradients);
+auto as_tuple(const std::array<Tensor, count>& gradients) {
+  return std::apply([](const auto&... gradient) { return std::make_tuple(gradient...); }, gradients);
 }
 
 Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
@@ -254,11 +247,10 @@ Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad
                                                   in_factor, core, out_factor, bias, stride, padding, dilation,
                                                   activation, output_mask);
   }
-  const Tensor x = fresh(input), u = fresh(in_factor), c = fresh(core), v = fresh(out_factor);
-  const Tensor b = fresh_bias(bias, out_factor);
-  const Tensor output = tucker_chain(x, u, c, v, b, {stride, padding, dilation},
-                                     parse_activation("tucker_conv2d_backward", activation));
-  return differentiable_gradients(output, grad_output, {x, u, c, v, b}, output_mask);
+  const Block block = tucker_block(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
+                                   parse_activation("tucker_conv2d_backward", activation));
+  return as_tuple(
+      differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
 Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
@@ -272,12 +264,10 @@ Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_out
                                               height_factor, width_factor, out_factor, bias, stride, padding,
                                               dilation, activation, output_mask);
   }
-  const Tensor x = fresh(input), u = fresh(in_factor), h = fresh(height_factor), w = fresh(width_factor),
-               v = fresh(out_factor);
-  const Tensor b = fresh_bias(bias, out_factor);
-  const Tensor output = cp_chain(x, u, h, w, v, b, {stride, padding, dilation},
-                                 parse_activation("cp_conv2d_backward", activation));
-  return differentiable_gradients(output, grad_output, {x, u, h, w, v, b}, output_mask);
+  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias,
+                               {stride, padding, dilation}, parse_activation("cp_conv2d_backward", activation));
+  return as_tuple(differentiable_gradients<6>(
+      grad_output, input, block, {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }
 
 Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
@@ -288,10 +278,13 @@ Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad
     return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
                                                    in_factor, out_factor, bias, activation, output_mask);
   }
-  const Tensor x = fresh(input), u = fresh(in_factor), v = fresh(out_factor);
-  const Tensor b = fresh_bias(bias, out_factor);
-  const Tensor output = linear_chain(x, u, v, b, parse_activation("lowrank_linear_backward", activation));
-  return differentiable_gradients(output, grad_output, {x, u, v, b}, output_mask);
+  const Block block =
+      linear_block(input, in_factor, out_factor, bias, parse_activation("lowrank_linear_backward", activation));
+  auto gradients = differentiable_gradients<4>(
+      grad_output.reshape_symint({-1, out_factor.sym_size(0)}), input.reshape_symint({-1, in_factor.sym_size(1)}),
+      block, {in_factor, out_factor}, output_mask);
+  if (output_mask[0]) gradients[0] = gradients[0].view_symint(input.sym_sizes());
+  return as_tuple(gradients);
 }
 
 // ---- Autocast: every tensor to the region's dtype, as for torch's own convolutions ---------------------------------
