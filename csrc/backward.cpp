@@ -3,6 +3,7 @@
 // linear stages, walked forward to recompute the stage inputs and then backward.
 #include "backward.h"
 
+#include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 

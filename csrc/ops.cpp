@@ -4,6 +4,7 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "explain.h"
 #include "ops.h"
 #include "policy.h"
 
@@ -87,6 +88,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("get_policy", [] { return std::string(name_of(policy())); });
   m.def("forget_measurements", &forget_measurements);
   m.def("set_cpu_isa", &set_cpu_isa);
+  bind_explain(m);
   m.def("cpu_isa", [] { return cpu_caps().isa; });
 }
 

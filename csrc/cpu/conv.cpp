@@ -1,5 +1,7 @@
 #include "cpu/conv.h"
 
+#include <ATen/ops/empty.h>
+
 namespace lowrank_ops {
 
 namespace {

@@ -4,6 +4,7 @@
 #include "cpu/weights.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <cstring>
 
