@@ -24,6 +24,8 @@ OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
 
 # The kernels of csrc/cpu/kernels know nothing of torch and are compiled once an instruction set, by file suffix.
 # Which one runs is decided at run time (csrc/cpu/isa.cpp); nothing depends on the build machine's CPU.
+KERNELS = ROOT / "csrc/cpu/kernels"
+KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-maybe-uninitialized"]  # GCC 12 warns in its own intrinsics
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS_BY_SUFFIX = {
@@ -74,13 +76,18 @@ class Build(BuildExtension):
                 suffix = suffix_of(source)
                 if not x86 and suffix != "_generic":
                     continue
-                # distutils follows no includes here: `force` recompiles, which costs seconds.
-                self.compiler.force = True
-                extension.extra_objects += self.compiler.compile(
-                    [str(source)],
-                    output_dir=self.build_temp,
-                    extra_postargs=["-std=c++17", "-fPIC", "-Wall", *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]],
-                )
+                made = pathlib.Path(self.build_temp, source).with_suffix(".o")
+                # distutils follows no includes: compile again when anything next to the kernels is newer.
+                newest = max(p.stat().st_mtime for p in [*KERNELS.iterdir(), ROOT / "csrc/plan/problem.h"])
+                self.compiler.force = not made.exists() or made.stat().st_mtime < newest
+                if self.compiler.force:
+                    self.compiler.compile(
+                        [str(source)],
+                        output_dir=self.build_temp,
+                        include_dirs=extension.include_dirs[:1],
+                        extra_postargs=[*KERNEL_FLAGS, *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]],
+                    )
+                extension.extra_objects.append(str(made))
         super().build_extensions()
 
 

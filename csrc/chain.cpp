@@ -1,5 +1,11 @@
 // The chain of library convolutions: the plain way to run a factorized block, on any device, with gradients.
-#include <ATen/ATen.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
 
 #include <array>
 

@@ -3,7 +3,10 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/isa.h"
+#include "explain.h"
 #include "ops.h"
+#include "policy.h"
 
 namespace lowrank_ops {
 namespace {
@@ -59,6 +62,18 @@ TORCH_LIBRARY(lowrank_ops, m) {
   m.def(
       "lowrank_linear(Tensor input, Tensor in_factor, Tensor out_factor, Tensor? bias=None, "
       "str activation=\"none\") -> Tensor");
+  // Gradients in the order of the arguments, undefined (None) where output_mask is false; see backward.h.
+  m.def(
+      "tucker_conv2d_backward(Tensor grad_output, Tensor input, Tensor in_factor, Tensor core, Tensor out_factor, "
+      "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, str activation, bool[5] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cp_conv2d_backward(Tensor grad_output, Tensor input, Tensor in_factor, Tensor height_factor, "
+      "Tensor width_factor, Tensor out_factor, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "str activation, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lowrank_linear_backward(Tensor grad_output, Tensor input, Tensor in_factor, Tensor out_factor, Tensor? bias, "
+      "str activation, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
@@ -69,6 +84,12 @@ TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
+  m.def("set_policy", [](const std::string& name) { set_policy(parse_policy(name)); });
+  m.def("get_policy", [] { return std::string(name_of(policy())); });
+  m.def("forget_measurements", &forget_measurements);
+  m.def("set_cpu_isa", &set_cpu_isa);
+  bind_explain(m);
+  m.def("cpu_isa", [] { return cpu_caps().isa; });
 }
 
 }  // namespace lowrank_ops

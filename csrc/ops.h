@@ -2,7 +2,7 @@
 // input [N, S, H, W], output [N, T, OH, OW], kernel KH x KW, Tucker ranks R1 (input side) and R2, CP or matrix rank R.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <string_view>

@@ -3,7 +3,18 @@
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.planning import Explanation, explain, policy, set_policy
 
 __version__: str = build_info()["version"]
 
-__all__ = ["build_info", "cp_conv2d", "lowrank_linear", "reference", "tucker_conv2d"]
+__all__ = [
+    "Explanation",
+    "build_info",
+    "cp_conv2d",
+    "explain",
+    "lowrank_linear",
+    "policy",
+    "reference",
+    "set_policy",
+    "tucker_conv2d",
+]

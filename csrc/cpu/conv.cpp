@@ -1,0 +1,171 @@
+#include "cpu/conv.h"
+
+#include <ATen/ops/empty.h>
+
+namespace lowrank_ops {
+
+namespace {
+
+// Staged input pixels: channels rounded up so that pairs can be read.
+int64_t staged_stride(const ConvBlock& block) { return round_up(block.problem.s, 16); }
+
+bool reads_directly(const ConvBlock& block) {
+  return block.problem.dtype == block.engine.kernels->element && (block.input.stride(1) == 1 || block.problem.s == 1) &&
+         block.problem.s % block.engine.kernels->group == 0;
+}
+
+}  // namespace
+
+at::Tensor empty_output(const at::Tensor& input, const Problem& p) {
+  return at::empty({p.n, p.t, p.oh, p.ow}, input.options().memory_format(input.suggest_memory_format()));
+}
+
+int64_t HiddenRows::ring_bytes(const ConvBlock& block) {
+  return block.rows.span(block.tile.rows) * block.columns.span(block.tile.columns) * block.hidden_columns() *
+         element_bytes(block.hidden_type);
+}
+
+int64_t HiddenRows::staging_bytes(const ConvBlock& block) {
+  if (reads_directly(block)) return 0;
+  return block.columns.span(block.tile.columns) * staged_stride(block) *
+         element_bytes(block.engine.kernels->element);
+}
+
+HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_column, int64_t last_column, void* ring,
+                       void* staging)
+    : block_(block), ring_(static_cast<char*>(ring)), staging_(static_cast<char*>(staging)) {
+  const Axis& columns = block.columns;
+  const int64_t element = element_bytes(block.problem.dtype);
+  const int64_t first = first_column * columns.stride;
+  span_ = columns.span(last_column - first_column);
+  inside_begin_ = std::clamp<int64_t>(columns.first_inside() - first, 0, span_);
+  inside_end_ = std::clamp<int64_t>(columns.end_inside() - first, inside_begin_, span_);
+  ring_rows_ = block.rows.span(block.tile.rows);
+  pixel_bytes_ = block.hidden_columns() * element_bytes(block.hidden_type);
+  row_bytes_ = span_ * pixel_bytes_;
+  input_row_bytes_ = block.input.stride(2) * element;
+  input_pixel_stride_ = block.input.stride(3) * columns.step;
+  input_channel_stride_ = block.problem.s == 1 ? 1 : block.input.stride(1);
+  direct_ = reads_directly(block);
+  image_ = static_cast<const char*>(block.input.const_data_ptr()) +
+           (image * block.input.stride(0) +
+            columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
+  // The zeros around the image, and those that pad a rank to whole vectors, are the same for every row: written once.
+  const bool padded_rank = block.in_weight.panels().columns != block.hidden_columns();
+  for (int64_t row = 0; row < ring_rows_; ++row) {
+    char* begin = ring_ + row * row_bytes_;
+    if (padded_rank) {
+      std::memset(begin, 0, size_t(row_bytes_));
+    } else {
+      std::memset(begin, 0, size_t(inside_begin_ * pixel_bytes_));
+      std::memset(begin + inside_end_ * pixel_bytes_, 0, size_t((span_ - inside_end_) * pixel_bytes_));
+    }
+  }
+}
+
+void HiddenRows::produce(int64_t begin, int64_t end) {
+  const int64_t first = std::max(begin, next_);
+  next_ = end;
+  if (inside_begin_ == inside_end_) return;  // padding only: the ring is all zeros
+  for (int64_t z = first; z < end; ++z) compute(z);
+}
+
+void HiddenRows::compute(int64_t z) {
+  char* hidden = ring_ + (z % ring_rows_) * row_bytes_ + inside_begin_ * pixel_bytes_;
+  const int64_t pixels = inside_end_ - inside_begin_;
+  const int64_t row = block_.rows.coordinate(z);
+  if (row < 0 || row >= block_.problem.h) {
+    std::memset(hidden, 0, size_t(pixels * pixel_bytes_));
+    return;
+  }
+  const ComputeKernels& kernels = *block_.engine.kernels;
+  const void* source = image_ + row * input_row_bytes_;
+  GemmCall call;
+  call.row_stride = input_pixel_stride_;
+  if (!direct_) {
+    LoadCall load;
+    load.in = source;
+    load.pixel_stride = input_pixel_stride_;
+    load.channel_stride = input_channel_stride_;
+    load.pixels = pixels;
+    load.channels = block_.problem.s;
+    load.tile = staging_;
+    load.tile_stride = staged_stride(block_);
+    kernels.load[int(block_.problem.dtype)](load);
+    source = staging_;
+    call.row_stride = staged_stride(block_);
+  }
+  call.taps = &source;
+  call.num_taps = 1;
+  call.depth = block_.in_weight.padded_depth();
+  call.rows = pixels;
+  call.out_stride = block_.hidden_columns();
+  call.out_type = block_.hidden_type;
+  call.bias = nullptr;
+  call.activation = Activation::kNone;
+  const Panels& panels = block_.in_weight.panels();
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    call.weight = block_.in_weight.panel(panel);
+    call.width = panels.width(panel);
+    call.out = hidden + panels.first(panel) * element_bytes(block_.hidden_type);
+    block_.engine.gemm(call);
+  }
+}
+
+int64_t output_staging_bytes(const ConvBlock& block) {
+  if (block.output.stride(1) == 1 || block.problem.t == 1) return 0;
+  return block.tile.columns * block.engine.kernels->panel_width * element_bytes(block.engine.kernels->accumulator);
+}
+
+void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                  const void* tile, void* staging) {
+  const Problem& p = block.problem;
+  const ComputeKernels& kernels = *block.engine.kernels;
+  const Panels& panels = block.out_weight.panels();
+  const at::Tensor& output = block.output;
+  const int64_t element = element_bytes(p.dtype);
+  const int64_t tile_row_bytes = columns * block.tile_columns() * element_bytes(kernels.element);
+  const bool channels_last = output.stride(1) == 1 || p.t == 1;
+  const int64_t out_pixel_stride = output.stride(3);
+  // Rows that lie one behind the other in the output are one long row of pixels.
+  const bool joined = channels_last && columns == p.ow && output.stride(2) == p.ow * out_pixel_stride;
+  GemmCall call;
+  call.num_taps = 1;
+  call.depth = block.out_weight.padded_depth();
+  call.rows = joined ? rows * columns : columns;
+  call.row_stride = block.tile_columns();
+  call.activation = p.activation;
+  char* out = static_cast<char*>(output.data_ptr()) + (image * output.stride(0) + column * out_pixel_stride) * element;
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t channel = panels.first(panel);
+    call.weight = block.out_weight.panel(panel);
+    call.width = panels.width(panel);
+    call.bias = block.bias.data(channel);
+    for (int64_t i = 0; i < (joined ? 1 : rows); ++i) {
+      const void* source = static_cast<const char*>(tile) + i * tile_row_bytes;
+      char* target = out + ((row + i) * output.stride(2) + channel * output.stride(1)) * element;
+      call.taps = &source;
+      if (channels_last) {
+        call.out = target;
+        call.out_stride = out_pixel_stride;
+        call.out_type = p.dtype;
+        block.engine.gemm(call);
+        continue;
+      }
+      call.out = staging;
+      call.out_stride = kernels.panel_width;
+      call.out_type = kernels.accumulator;
+      block.engine.gemm(call);
+      StoreCall store;
+      store.tile = staging;
+      store.tile_stride = kernels.panel_width;
+      store.pixels = columns;
+      store.channels = call.width;
+      store.out = target;
+      store.channel_stride = output.stride(1);
+      kernels.store[int(p.dtype)](store);
+    }
+  }
+}
+
+}  // namespace lowrank_ops

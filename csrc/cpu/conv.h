@@ -1,0 +1,112 @@
+// The loop that both convolutions share: how a tile travels through the stages of a block on a CPU.
+//
+// A task is a strip of output rows, `columns` wide, of one image. It walks down the strip in steps of a few output rows.
+//
+//   input rows --(1) in_factor--> ring buffer of hidden rows --(2) core or depthwise--> tile --(3) out_factor--> output
+//
+// The ring buffer holds the hidden rows that the taps of one step can see, zero-padded at the image's edges: each
+// hidden row is computed once a strip. Ring and tile fit L2; no intermediate is ever a whole tensor. Rows and columns
+// are those of the lattice that some tap reads (plan.h, Axis): a 1x1 core with stride 2 reads every other row only.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cstring>
+
+#include "cpu/brgemm.h"
+#include "cpu/weights.h"
+#include "plan/plan.h"
+
+namespace lowrank_ops {
+
+struct ConvBlock {
+  Engine engine;
+  const Problem& problem;
+  const CpuTile& tile;
+  Axis rows, columns;
+  const at::Tensor& input;
+  at::Tensor& output;
+  const PackedWeight& in_weight;
+  const PackedWeight& out_weight;
+  const SumRows& bias;
+  DType hidden_type;  // of the ring buffer
+
+  int64_t hidden_columns() const { return in_weight.panels().padded_columns(); }
+  int64_t tile_columns() const { return round_up(problem.r2, engine.kernels->lanes); }
+};
+
+// The hidden rows of one task: stage (1) and the ring buffer.
+class HiddenRows {
+ public:
+  HiddenRows(const ConvBlock& block, int64_t image, int64_t first_column, int64_t last_column, void* ring,
+             void* staging);
+  // Computes what is missing of the rows [begin, end) of the lattice; begin never decreases.
+  void produce(int64_t begin, int64_t end);
+  const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
+  int64_t span() const { return span_; }
+  int64_t pixel_bytes() const { return pixel_bytes_; }
+
+  static int64_t ring_bytes(const ConvBlock& block);
+  static int64_t staging_bytes(const ConvBlock& block);
+
+ private:
+  void compute(int64_t z);
+
+  const ConvBlock& block_;
+  int64_t span_, inside_begin_, inside_end_;  // columns of the lattice, relative to the tile's first
+  int64_t ring_rows_, pixel_bytes_, row_bytes_;
+  int64_t next_ = 0;
+  const char* image_;
+  int64_t input_row_bytes_, input_pixel_stride_, input_channel_stride_;
+  bool direct_;  // the kernel reads the input where it lies
+  char* ring_;
+  char* staging_;
+};
+
+// Stage (3) for `rows` output rows from (row, column): tile [rows * columns, tile_columns] -> output.
+void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                  const void* tile, void* staging);
+int64_t output_staging_bytes(const ConvBlock& block);
+
+at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
+
+// Runs `middle(hidden, row, rows, columns, tile)`, which fills the tile for `rows` output rows from `row`, between the
+// outer stages, for all tasks in parallel. `extra_bytes` of scratch are handed to it as its last argument.
+template <typename Middle>
+void run_conv(const ConvBlock& block, int64_t extra_bytes, const Middle& middle) {
+  const Problem& p = block.problem;
+  const CpuTile& t = block.tile;
+  const int64_t column_tiles = (p.ow + t.columns - 1) / t.columns;
+  const int64_t strip = (p.oh + t.strips - 1) / t.strips;
+  const int64_t strips = (p.oh + strip - 1) / strip;
+  const int64_t tile_bytes = t.rows * t.columns * block.tile_columns() * element_bytes(block.engine.kernels->element);
+  const int64_t staging_bytes = std::max(HiddenRows::staging_bytes(block), output_staging_bytes(block));
+  const int64_t scratch_bytes = Scratch::padded(HiddenRows::ring_bytes(block)) + Scratch::padded(tile_bytes) +
+                                Scratch::padded(staging_bytes) + Scratch::padded(extra_bytes);
+  at::parallel_for(0, p.n * strips * column_tiles, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(scratch_bytes);
+    void* ring = scratch.take(HiddenRows::ring_bytes(block));
+    void* tile = scratch.take(tile_bytes);
+    void* staging = scratch.take(staging_bytes);
+    void* extra = scratch.take(extra_bytes);
+    if (p.r2 % block.engine.kernels->group != 0) std::memset(tile, 0, size_t(tile_bytes));  // the odd rank's partner
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task % column_tiles * t.columns;
+      const int64_t last_column = std::min(column + t.columns, p.ow);
+      const int64_t first = task / column_tiles % strips * strip;
+      const int64_t last = std::min(first + strip, p.oh);
+      const int64_t image = task / column_tiles / strips;
+      HiddenRows hidden(block, image, column, last_column, ring, staging);
+      for (int64_t row = first; row < last; row += t.rows) {
+        const int64_t rows = std::min(t.rows, last - row);
+        const int64_t top = row * block.rows.stride;
+        hidden.produce(top, top + block.rows.span(rows));
+        middle(hidden, row, rows, last_column - column, tile, extra);
+        write_output(block, image, row, rows, column, last_column - column, tile, staging);
+      }
+    }
+    brgemm_release();
+  });
+}
+
+}  // namespace lowrank_ops

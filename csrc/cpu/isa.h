@@ -1,0 +1,29 @@
+// Which CPU kernels run here.
+#pragma once
+
+#include <string>
+
+#include "cpu/kernels/kernels.h"
+#include "plan/plan.h"
+
+namespace lowrank_ops {
+
+// One way to compute: the kernels, and the GEMM to use with them.
+struct Engine {
+  const ComputeKernels* kernels;
+  GemmFunction gemm;
+  const ComputeKernels* sums;  // the kernels whose elements are this engine's accumulators
+};
+
+// The engine for tensors of this dtype.
+Engine engine_for(DType dtype);
+
+// What the planner may know of this CPU; `threads` is at::get_num_threads().
+CpuCaps cpu_caps();
+
+// Caps the instruction set: "generic", "avx2", "avx512", "avx512bf16", "amx", or "" for the best that the CPU has. The
+// environment variable LOWRANK_OPS_CPU_ISA does the same at start. Asking for more than the CPU has is an error.
+// "brgemm" runs fp32 through oneDNN's kernels, to test on any machine the code that AMX needs and to compare speeds.
+void set_cpu_isa(const std::string& isa);
+
+}  // namespace lowrank_ops

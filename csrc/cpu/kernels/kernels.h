@@ -1,0 +1,112 @@
+// What the CPU kernels of one instruction set offer. Plain C++: no torch headers. Each `kernels_<isa>.cpp` compiles the
+// same templates with its own flags and fills one `KernelTable`; csrc/cpu/isa.cpp picks a table at run time.
+//
+// Words used here. A *tile* is a scratch matrix [pixels, channels] in L2. A *panel* is up to `panel_width` output
+// channels of a weight, packed [taps][depth / group][width][group]: the vector direction is the output channel, `group`
+// is 2 for the bf16 dot product (pairs along the depth) and 1 otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "plan/problem.h"
+
+namespace lowrank_ops {
+
+// out[m, 0:width] = activation(bias + sum over taps and k of taps[tap][m * row_stride + k] * weight[tap][k][0:width])
+// for `rows` rows and one panel. Each output is one sum in a fixed order (taps, then k), whatever `rows` is.
+struct GemmCall {
+  const void* const* taps;  // num_taps pointers to the first row of A
+  int64_t num_taps;
+  int64_t depth;       // k per tap, a multiple of `group`
+  int64_t rows;
+  int64_t row_stride;  // elements between rows of A
+  const void* weight;  // the packed panel
+  int64_t width;       // columns to write, up to panel_width
+  void* out;
+  int64_t out_stride;  // elements between rows of out
+  DType out_type;
+  const void* bias;    // accumulator type, readable up to the padded width; nullptr: none
+  Activation activation;
+};
+using GemmFunction = void (*)(const GemmCall&);
+
+// Copies pixels x channels from a strided image into a tile [pixels, tile_stride] and converts the type. Channels from
+// `channels` up to the next even number are zeroed, so that pairs can be read.
+struct LoadCall {
+  const void* in;
+  int64_t pixel_stride, channel_stride;  // elements
+  int64_t pixels, channels;
+  void* tile;
+  int64_t tile_stride;
+};
+using LoadFunction = void (*)(const LoadCall&);
+
+// Writes a tile [pixels, tile_stride] of accumulator type transposed to out[channel * channel_stride + pixel].
+struct StoreCall {
+  const void* tile;
+  int64_t tile_stride;
+  int64_t pixels, channels;
+  void* out;
+  int64_t channel_stride;
+};
+using StoreFunction = void (*)(const StoreCall&);
+
+// Packs `width` output channels of a weight, each a row of num_taps * depth contiguous elements, `row_stride` apart,
+// into one panel of `padded_width` columns (zeros beyond `width`). Depth is padded with zeros to `padded_depth`.
+struct PackCall {
+  const void* weight;
+  int64_t row_stride;
+  int64_t num_taps, depth, padded_depth;
+  int64_t width, padded_width;
+  void* panel;
+};
+using PackFunction = void (*)(const PackCall&);
+
+// out[o, c] = sum over kw of width_factor[kw, c] * V[o * stride + kw * dilation, c], V[p, c] = sum over kh of
+// height_factor[kh, c] * rows[kh][p, c]: CP's two depthwise stages for one output row. Accumulator type throughout but
+// for `out`. All matrices have `channels` (a multiple of the lanes) columns, `channels` apart.
+struct DepthwiseCall {
+  const void* const* rows;  // kh pointers to [in_pixels, channels]
+  int64_t kh, kw;
+  int64_t in_pixels, out_pixels;
+  int64_t stride, dilation;
+  int64_t channels;
+  const void* height_factor;
+  const void* width_factor;
+  void* column;  // scratch of in_pixels * lanes accumulators
+  void* out;
+};
+using DepthwiseFunction = void (*)(const DepthwiseCall&);
+
+// Kernels for one way to compute. `Element` is the type of tiles and packed weights, `Accumulator` that of sums.
+struct ComputeKernels {
+  DType element;
+  DType accumulator;
+  int64_t lanes;        // accumulators in a vector: panel widths and tile columns are multiples of it
+  int64_t panel_width;  // columns of a full panel
+  int64_t group;        // 2: weights in pairs along the depth
+  GemmFunction gemm;
+  DepthwiseFunction depthwise;
+  // Indexed by the tensor's DType (order of the enum); nullptr where it makes no sense.
+  LoadFunction load[4];
+  StoreFunction store[4];
+  PackFunction pack[4];
+};
+
+struct KernelTable {
+  const char* isa;
+  const ComputeKernels* compute_float;     // fp32 sums of fp32 products: fp32, and bf16 and fp16 converted
+  const ComputeKernels* compute_double;
+  const ComputeKernels* compute_bfloat16;  // fp32 sums of bf16 products; nullptr without the instruction
+  // out[m, :] = activation(sums[m, :] + bias): finishes what another GEMM left in fp32 (GemmCall's last five fields).
+  void (*finish)(const float* sums, int64_t sums_stride, const GemmCall& call);
+};
+
+const KernelTable& kernels_generic();
+#if defined(__x86_64__)
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avx512();
+const KernelTable& kernels_avx512bf16();
+#endif
+
+}  // namespace lowrank_ops

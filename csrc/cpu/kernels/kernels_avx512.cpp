@@ -1,0 +1,5 @@
+// The CPU kernels compiled for avx512; setup.py gives this file its flags by its suffix.
+#define LOWRANK_ISA isa_avx512
+#include "cpu/kernels/table.h"
+
+LOWRANK_DEFINE_KERNEL_TABLE(avx512)

@@ -1,0 +1,69 @@
+// Fills the KernelTable of one instruction set.
+#pragma once
+
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/tile.h"
+
+namespace lowrank_ops {
+namespace LOWRANK_ISA {
+
+// Tables are indexed by DType: kFloat, kDouble, kBFloat16, kHalf.
+static const ComputeKernels kComputeFloat = {
+    DType::kFloat,
+    DType::kFloat,
+    Vector<float>::kLanes,
+    kMaxVectors * Vector<float>::kLanes,
+    1,
+    &gemm<MultiplyFloat>,
+    &depthwise<float, float>,
+    {&load_tile<float, float>, nullptr, &load_tile<float, BFloat16>, &load_tile<float, Half>},
+    {&store_transposed<float, float>, nullptr, &store_transposed<BFloat16, float>, &store_transposed<Half, float>},
+    {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
+};
+
+static const ComputeKernels kComputeDouble = {
+    DType::kDouble,
+    DType::kDouble,
+    Vector<double>::kLanes,
+    kMaxVectors * Vector<double>::kLanes,
+    1,
+    &gemm<MultiplyDouble>,
+    &depthwise<double, double>,
+    {nullptr, &load_tile<double, double>, nullptr, nullptr},
+    {nullptr, &store_transposed<double, double>, nullptr, nullptr},
+    {nullptr, &pack_panel<double, double>, nullptr, nullptr},
+};
+
+// bf16 tiles and weights in pairs; the GEMM is filled in by whoever has the instruction.
+constexpr ComputeKernels compute_bfloat16(GemmFunction gemm) {
+  return {
+      DType::kBFloat16,
+      DType::kFloat,
+      Vector<float>::kLanes,
+      kMaxVectors * Vector<float>::kLanes,
+      2,
+      gemm,
+      &depthwise<float, BFloat16>,
+      {nullptr, nullptr, &load_tile<BFloat16, BFloat16>, nullptr},
+      {nullptr, nullptr, &store_transposed<BFloat16, float>, nullptr},
+      {nullptr, nullptr, &pack_panel_pairs, nullptr},
+  };
+}
+
+#if defined(__AVX512BF16__)
+static const ComputeKernels kComputeBFloat16 = compute_bfloat16(&gemm<MultiplyBFloat16>);
+#else
+static const ComputeKernels kComputeBFloat16 = compute_bfloat16(nullptr);
+#endif
+
+}  // namespace LOWRANK_ISA
+}  // namespace lowrank_ops
+
+#define LOWRANK_DEFINE_KERNEL_TABLE(isa)                                                                       \
+  namespace lowrank_ops {                                                                                      \
+  const KernelTable& kernels_##isa() {                                                                         \
+    static const KernelTable table = {#isa, &LOWRANK_ISA::kComputeFloat, &LOWRANK_ISA::kComputeDouble,         \
+                                      &LOWRANK_ISA::kComputeBFloat16, &LOWRANK_ISA::finish_sums};              \
+    return table;                                                                                              \
+  }                                                                                                            \
+  }

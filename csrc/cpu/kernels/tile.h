@@ -1,0 +1,246 @@
+// Moving data: strided image -> tile, tile -> strided image, weight -> packed panels; and CP's depthwise stages.
+// All of it works in blocks of lanes x lanes that are transposed in registers.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/vector.h"
+
+namespace lowrank_ops {
+namespace LOWRANK_ISA {
+
+// One element of `In` converted to the tile's type.
+template <typename Tile, typename In>
+static inline Tile convert(In value) {
+  if constexpr (sizeof(Tile) == sizeof(In)) {
+    Tile same;  // float -> float, double -> double, BFloat16 -> BFloat16
+    memcpy(static_cast<void*>(&same), &value, sizeof(Tile));
+    return same;
+  } else {
+    return Tile(load_part<float>(&value, 1)[0]);  // BFloat16 or Half -> float
+  }
+}
+
+// Pixels x channels of a block, transposed: vectors along the pixels come in, vectors along the channels go out.
+template <typename Tile, typename In>
+static inline void load_transposed(const LoadCall& call) {
+  using T = Tile;
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const In* in = static_cast<const In*>(call.in);
+  Tile* tile = static_cast<Tile*>(call.tile);
+  for (int64_t channel = 0; channel < call.channels; channel += kLanes) {
+    const int64_t channels = call.channels - channel < kLanes ? call.channels - channel : kLanes;
+    for (int64_t pixel = 0; pixel < call.pixels; pixel += kLanes) {
+      const int64_t pixels = call.pixels - pixel < kLanes ? call.pixels - pixel : kLanes;
+      V block[kLanes];
+      for (int c = 0; c < kLanes; ++c) {
+        const In* source = in + (channel + c) * call.channel_stride + pixel;
+        block[c] = c >= channels ? V{} : pixels == kLanes ? load(source) : load_part<T>(source, pixels);
+      }
+      transpose(block);
+      for (int p = 0; p < pixels; ++p) {
+        Tile* target = tile + (pixel + p) * call.tile_stride + channel;
+        if (channels == kLanes)
+          store(target, block[p]);
+        else
+          store_part(target, block[p], channels);
+      }
+    }
+  }
+}
+
+// bf16 stays bf16: two channels make one 32-bit element, so pairs of channels are transposed.
+static inline void load_transposed_pairs(const LoadCall& call) {
+  constexpr int kLanes = Vector<float>::kLanes;
+  const BFloat16* in = static_cast<const BFloat16*>(call.in);
+  BFloat16* tile = static_cast<BFloat16*>(call.tile);
+  const auto row = [&](int64_t channel, int64_t pixel, int64_t pixels) -> FloatBits {
+    if (channel >= call.channels) return FloatBits{};
+    const BFloat16* source = in + channel * call.channel_stride + pixel;
+    return (FloatBits)(pixels == kLanes ? load(source) : load_part<float>(source, pixels));
+  };
+  for (int64_t channel = 0; channel < call.channels; channel += 2 * kLanes) {
+    const int64_t left = (call.channels - channel + 1) / 2 * 2;
+    const int64_t channels = left < 2 * kLanes ? left : 2 * kLanes;
+    for (int64_t pixel = 0; pixel < call.pixels; pixel += kLanes) {
+      const int64_t pixels = call.pixels - pixel < kLanes ? call.pixels - pixel : kLanes;
+      Float block[kLanes];
+      for (int c = 0; c < kLanes; ++c)
+        block[c] = (Float)((row(channel + 2 * c, pixel, pixels) >> 16) | row(channel + 2 * c + 1, pixel, pixels));
+      transpose(block);
+      for (int p = 0; p < pixels; ++p)
+        memcpy(static_cast<void*>(tile + (pixel + p) * call.tile_stride + channel), &block[p], size_t(channels) * 2);
+    }
+  }
+}
+
+template <typename Tile, typename In>
+static void load_tile(const LoadCall& call) {
+  const In* in = static_cast<const In*>(call.in);
+  Tile* tile = static_cast<Tile*>(call.tile);
+  constexpr bool kSame = sizeof(Tile) == sizeof(In);
+  if (call.channel_stride == 1) {
+    for (int64_t pixel = 0; pixel < call.pixels; ++pixel) {
+      const In* source = in + pixel * call.pixel_stride;
+      Tile* target = tile + pixel * call.tile_stride;
+      if constexpr (kSame) {
+        memcpy(static_cast<void*>(target), source, size_t(call.channels) * sizeof(In));
+      } else {
+        constexpr int kLanes = Vector<float>::kLanes;
+        int64_t channel = 0;
+        for (; channel + kLanes <= call.channels; channel += kLanes) store(target + channel, load(source + channel));
+        if (channel < call.channels) {
+          const int64_t left = call.channels - channel;
+          store_part(target + channel, load_part<float>(source + channel, left), left);
+        }
+      }
+    }
+  } else if (call.pixel_stride == 1) {
+    if constexpr (sizeof(Tile) == 2)
+      return load_transposed_pairs(call);  // pads to even channels itself
+    else
+      load_transposed<Tile, In>(call);
+  } else {
+    for (int64_t pixel = 0; pixel < call.pixels; ++pixel)
+      for (int64_t channel = 0; channel < call.channels; ++channel)
+        tile[pixel * call.tile_stride + channel] =
+            convert<Tile>(in[pixel * call.pixel_stride + channel * call.channel_stride]);
+  }
+  if (sizeof(Tile) == 2 && call.channels % 2)
+    for (int64_t pixel = 0; pixel < call.pixels; ++pixel)
+      memset(static_cast<void*>(tile + pixel * call.tile_stride + call.channels), 0, sizeof(Tile));
+}
+
+template <typename Out, typename T>
+static void store_transposed(const StoreCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const T* tile = static_cast<const T*>(call.tile);
+  Out* out = static_cast<Out*>(call.out);
+  for (int64_t channel = 0; channel < call.channels; channel += kLanes) {
+    const int64_t channels = call.channels - channel < kLanes ? call.channels - channel : kLanes;
+    for (int64_t pixel = 0; pixel < call.pixels; pixel += kLanes) {
+      const int64_t pixels = call.pixels - pixel < kLanes ? call.pixels - pixel : kLanes;
+      V block[kLanes];
+      for (int p = 0; p < kLanes; ++p) {
+        const T* source = tile + (pixel + p) * call.tile_stride + channel;
+        block[p] = p >= pixels ? V{} : channels == kLanes ? load(source) : load_part<T>(source, channels);
+      }
+      transpose(block);
+      for (int c = 0; c < channels; ++c) {
+        Out* target = out + (channel + c) * call.channel_stride + pixel;
+        if (pixels == kLanes)
+          store(target, block[c]);
+        else
+          store_part(target, block[c], pixels);
+      }
+    }
+  }
+}
+
+// Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns. In units of
+// `T`: one element, or a pair of bf16 as one 32-bit element.
+template <typename T, typename Load>
+static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t depth, int64_t padded_depth,
+                               const Load& load_row) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  for (int64_t column = 0; column < padded_width; column += kLanes) {
+    for (int64_t k = 0; k < padded_depth; k += kLanes) {
+      V block[kLanes];
+      if (columns - column >= kLanes && depth - k >= kLanes) {
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) block[c] = load_row(column + c, k, kLanes);
+      } else {
+        const int64_t left = depth - k < kLanes ? depth - k : kLanes;
+        for (int c = 0; c < kLanes; ++c)
+          block[c] = column + c < columns && left > 0 ? load_row(column + c, k, left) : V{};
+      }
+      transpose(block);
+      T* out = panel + k * padded_width + column;
+      if (padded_depth - k >= kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(out + i * padded_width, block[i]);
+      } else {
+        for (int i = 0; i < padded_depth - k; ++i) store(out + i * padded_width, block[i]);
+      }
+    }
+  }
+}
+
+template <typename T, typename In>
+static void pack_panel(const PackCall& call) {
+  T* panel = static_cast<T*>(call.panel);
+  const In* weight = static_cast<const In*>(call.weight);
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width)
+    pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth,
+                   [&](int64_t column, int64_t k, int64_t count) {
+                     const In* source = weight + column * call.row_stride + k;
+                     return count == Vector<T>::kLanes ? load(source) : load_part<T>(source, count);
+                   });
+}
+
+static void pack_panel_pairs(const PackCall& call) {
+  float* panel = static_cast<float*>(call.panel);
+  const BFloat16* weight = static_cast<const BFloat16*>(call.weight);
+  const int64_t pairs = call.padded_depth / 2;
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += pairs * call.padded_width)
+    pack_blocks<float>(panel, call.width, call.padded_width, pairs, pairs,
+                       [&](int64_t column, int64_t k, int64_t count) {
+                         const BFloat16* source = weight + column * call.row_stride + 2 * k;
+                         const int64_t left = call.depth - 2 * k;  // one less than 2 * count at the end of an odd depth
+                         if (count == Vector<float>::kLanes && left >= 2 * count)
+                           return load(reinterpret_cast<const float*>(source));
+                         Float part = Float{};
+                         memcpy(&part, source, size_t(left < 2 * count ? left : 2 * count) * 2);
+                         return part;
+                       });
+}
+
+// Vertical taps into a column buffer in L1, horizontal taps out of it; one vector of channels at a time, its weights in
+// registers when the kernel is at most kTaps long.
+template <typename T, typename Out, int kTaps>
+static void depthwise_taps(const DepthwiseCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  T* column = static_cast<T*>(call.column);
+  const int64_t kh = kTaps ? kTaps : call.kh, kw = kTaps ? kTaps : call.kw;
+  V weight[kTaps ? kTaps : 1];
+  for (int64_t channel = 0; channel < call.channels; channel += kLanes) {
+    const T* height = static_cast<const T*>(call.height_factor) + channel;
+    const T* width = static_cast<const T*>(call.width_factor) + channel;
+    if constexpr (kTaps > 0)
+      for (int i = 0; i < kTaps; ++i) weight[i] = load(height + i * call.channels);
+    for (int64_t p = 0; p < call.in_pixels; ++p) {
+      V sum = V{};
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kh; ++i) {
+        const V w = kTaps ? weight[kTaps ? i : 0] : load(height + i * call.channels);
+        sum += load(static_cast<const T*>(call.rows[i]) + p * call.channels + channel) * w;
+      }
+      store(column + p * kLanes, sum);
+    }
+    if constexpr (kTaps > 0)
+      for (int i = 0; i < kTaps; ++i) weight[i] = load(width + i * call.channels);
+    Out* out = static_cast<Out*>(call.out) + channel;
+    for (int64_t o = 0; o < call.out_pixels; ++o) {
+      V sum = V{};
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kw; ++i) {
+        const V w = kTaps ? weight[kTaps ? i : 0] : load(width + i * call.channels);
+        sum += load(column + (o * call.stride + i * call.dilation) * kLanes) * w;
+      }
+      store(out + o * call.channels, sum);
+    }
+  }
+}
+
+template <typename T, typename Out>
+static void depthwise(const DepthwiseCall& call) {
+  if (call.kh == 3 && call.kw == 3) return depthwise_taps<T, Out, 3>(call);
+  if (call.kh == 5 && call.kw == 5) return depthwise_taps<T, Out, 5>(call);
+  depthwise_taps<T, Out, 0>(call);
+}
+
+}  // namespace LOWRANK_ISA
+}  // namespace lowrank_ops

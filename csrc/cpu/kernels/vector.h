@@ -1,0 +1,256 @@
+// Vectors of one instruction set: types, loads with conversion, stores, activations, transposition.
+//
+// Included only by kernels_<isa>.cpp. Everything lives in the namespace LOWRANK_ISA of that file, and no template of the
+// standard library is used: two instruction sets must never share a symbol, or the linker could hand the AVX-512
+// version of it to a machine without AVX-512.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "plan/problem.h"
+
+namespace lowrank_ops {
+namespace LOWRANK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// An accumulator vector: kLanes floats or doubles, and the integers of the same shape.
+template <typename T>
+struct Vector;
+template <>
+struct Vector<float> {
+  static constexpr int kLanes = kVectorBytes / 4;
+  typedef float Type __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t NarrowUnaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2)));
+};
+template <>
+struct Vector<double> {
+  static constexpr int kLanes = kVectorBytes / 8;
+  typedef double Type __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+using Float = Vector<float>::Type;
+using Double = Vector<double>::Type;
+using FloatBits = Vector<float>::Bits;
+using FloatInt = Vector<float>::Int;
+
+template <typename V>
+static inline V broadcast(decltype(+V{}[0]) value) {
+  return value - V{};  // x - 0 is x, the zeros' signs included: compiles to a broadcast
+}
+
+// ---- loads: kLanes elements of any tensor type as accumulators
+static inline Float load(const float* p) { return *reinterpret_cast<const Vector<float>::Unaligned*>(p); }
+static inline Double load(const double* p) { return *reinterpret_cast<const Vector<double>::Unaligned*>(p); }
+static inline Float load(const BFloat16* p) {
+  const Vector<float>::Narrow narrow = *reinterpret_cast<const Vector<float>::NarrowUnaligned*>(p);
+  return (Float)(__builtin_convertvector(narrow, FloatBits) << 16);
+}
+static inline float half_to_float(uint16_t h) {
+  // Shift the exponent and mantissa into place, then scale by 2^112: exact for subnormals as well.
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
+  uint32_t bits;
+  if ((h & 0x7c00) == 0x7c00) {
+    bits = magnitude | 0x7f800000;
+  } else {
+    float scaled;
+    memcpy(&scaled, &magnitude, 4);
+    scaled *= 0x1p112f;
+    memcpy(&bits, &scaled, 4);
+  }
+  bits |= sign;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+static inline Float load(const Half* p) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Float value;
+  for (int i = 0; i < Vector<float>::kLanes; ++i) value[i] = half_to_float(p[i].bits);
+  return value;
+#endif
+}
+
+// ---- stores: kLanes accumulators as elements of any tensor type, rounded to nearest even
+static inline void store(float* p, Float v) { *reinterpret_cast<Vector<float>::Unaligned*>(p) = v; }
+static inline void store(double* p, Double v) { *reinterpret_cast<Vector<double>::Unaligned*>(p) = v; }
+static inline Vector<float>::Narrow to_bfloat16(Float v) {
+#if defined(__AVX512BF16__)
+  // One instruction instead of nine; it flushes subnormals (below 1.2e-38) to zero, as the dot product does.
+  return (Vector<float>::Narrow)_mm512_cvtneps_pbh((__m512)v);
+#endif
+  const FloatBits bits = (FloatBits)v;
+  const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const FloatBits nan = (FloatBits)(v != v);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Vector<float>::Narrow);
+}
+static inline void store(BFloat16* p, Float v) {
+  *reinterpret_cast<Vector<float>::NarrowUnaligned*>(p) = to_bfloat16(v);
+}
+static inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
+  if (magnitude < 0x38800000) {  // subnormal: let the fp32 adder round at the right bit
+    float scaled;
+    memcpy(&scaled, &magnitude, 4);
+    scaled += 0.5f;
+    uint32_t sum;
+    memcpy(&sum, &scaled, 4);
+    return uint16_t(sign | (sum - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+  return uint16_t(sign | ((rounded - 0x38000000) >> 13));
+}
+static inline void store(Half* p, Float v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < Vector<float>::kLanes; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// The first `count` lanes only: what lies behind belongs to somebody else.
+template <typename Element, typename V>
+static inline void store_part(Element* p, V v, int64_t count) {
+  Element whole[sizeof(V) / 4];
+  store(whole, v);
+  memcpy(static_cast<void*>(p), whole, size_t(count) * sizeof(Element));
+}
+template <typename T, typename Element>
+static inline typename Vector<T>::Type load_part(const Element* p, int64_t count) {
+  Element whole[Vector<T>::kLanes];
+  memset(static_cast<void*>(whole), 0, sizeof(whole));
+  memcpy(static_cast<void*>(whole), p, size_t(count) * sizeof(Element));
+  return load(whole);
+}
+
+// ---- activations
+template <typename V>
+static inline V select(decltype(V{} < V{}) mask, V a, V b) {
+  return mask ? a : b;
+}
+// A NaN must stay one, as in torch: comparisons are written so that NaN takes the branch that keeps it.
+template <typename V>
+static inline V clamp_below(V v, V bound) {
+  return select<V>(v < bound, bound, v);
+}
+template <typename V>
+static inline V clamp_above(V v, V bound) {
+  return select<V>(v > bound, bound, v);
+}
+
+// exp(x): x = n ln 2 + r with |r| <= ln 2 / 2, Taylor series of degree 7 in r (truncation 3e-9), times 2^n in two steps
+// so that results in the subnormal range come out right.
+static inline Float exp_vector(Float x) {
+  const Float bounded = clamp_above(clamp_below(x, broadcast<Float>(-104.f)), broadcast<Float>(89.f));
+  const Float shift = broadcast<Float>(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Float n = (bounded * 1.442695041f + shift) - shift;
+  const Float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+  Float p = broadcast<Float>(1.f / 5040);
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const FloatInt whole = __builtin_convertvector(select<Float>(n == n, n, Float{}), FloatInt);
+  const FloatInt half = whole >> 1;
+  return p * (Float)((half + 127) << 23) * (Float)((whole - half + 127) << 23);
+}
+static inline Float silu(Float x) {
+  // Beyond 88 the exponential is infinite and the quotient 0, where fp32's own result is below 1e-36.
+  return x / (1.f + exp_vector(-x));
+}
+static inline Double silu(Double x) {
+  Double y;
+  for (int i = 0; i < Vector<double>::kLanes; ++i) y[i] = x[i] / (1 + ::exp(-x[i]));
+  return y;
+}
+// gelu calls the C library's erf a lane at a time: exact, and slow only where somebody asks for gelu.
+static inline Float gelu(Float x) {
+  Float y;
+  for (int i = 0; i < Vector<float>::kLanes; ++i) y[i] = 0.5f * x[i] * (1.f + ::erff(x[i] * 0.70710678118654752f));
+  return y;
+}
+static inline Double gelu(Double x) {
+  Double y;
+  for (int i = 0; i < Vector<double>::kLanes; ++i) y[i] = 0.5 * x[i] * (1 + ::erf(x[i] * 0.70710678118654752440));
+  return y;
+}
+
+template <typename V>
+static inline V activate(V v, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return v;
+    case Activation::kRelu:
+      return clamp_below(v, V{});
+    case Activation::kRelu6:
+      return clamp_above(clamp_below(v, V{}), broadcast<V>(6));
+    case Activation::kHardswish:
+      return v * clamp_above(clamp_below(v + 3, V{}), broadcast<V>(6)) / 6;
+    case Activation::kSilu:
+      return silu(v);
+    case Activation::kGelu:
+      return gelu(v);
+  }
+  return v;
+}
+
+// ---- transposition of a kLanes x kLanes block in registers: log2(kLanes) rounds of interleaving halves
+template <typename V, int kLanes>
+static inline void transpose(V (&row)[kLanes]) {
+  typedef decltype(V{} < V{}) Index;
+  Index low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i % 2) * kLanes + i / 2;
+    high[i] = (i % 2) * kLanes + i / 2 + kLanes / 2;
+  }
+  for (int round = 1; round < kLanes; round *= 2) {
+    V next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(row[i], row[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) row[i] = next[i];
+  }
+}
+
+}  // namespace LOWRANK_ISA
+}  // namespace lowrank_ops

@@ -1,0 +1,93 @@
+// Low-rank linear layers on the CPU: blocks of input rows go through both factors while their hidden rows are in L2.
+#include "cpu/brgemm.h"
+#include "cpu/cpu.h"
+#include "cpu/weights.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <cstring>
+
+namespace lowrank_ops {
+
+at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                      const OptionalTensor& bias, const Problem& p, const CpuTile& tile) {
+  c10::SmallVector<int64_t, 8> sizes(input.sizes());
+  sizes.back() = p.t;
+  at::Tensor output = at::empty(sizes, input.options());
+  if (output.numel() == 0) return output;
+  const Engine engine = engine_for(p.dtype);
+  const ComputeKernels& kernels = *engine.kernels;
+  const at::Tensor rows = input.reshape({p.n, p.s});  // a view unless the leading axes do not collapse
+  const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
+  const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r1, p.dtype, engine);
+  const SumRows bias_sums(bias, p.dtype, engine);
+  const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0;
+  const int64_t element = element_bytes(kernels.element);
+  const int64_t hidden_columns = in_weight.panels().padded_columns();
+  const int64_t hidden_bytes = tile.rows * hidden_columns * element;
+  const int64_t staged_stride = round_up(p.s, 16);
+  const int64_t staging_bytes = direct ? 0 : tile.rows * staged_stride * element;
+  const int64_t blocks = (p.n + tile.rows - 1) / tile.rows;
+
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(staging_bytes));
+    char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
+    void* staging = scratch.take(staging_bytes);
+    if (p.r1 != hidden_columns) std::memset(hidden, 0, size_t(hidden_bytes));
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * tile.rows, count = std::min(tile.rows, p.n - first);
+      const void* source =
+          static_cast<const char*>(rows.const_data_ptr()) + first * rows.stride(0) * element_bytes(p.dtype);
+      GemmCall call;
+      call.taps = &source;
+      call.num_taps = 1;
+      call.rows = count;
+      call.row_stride = rows.stride(0);
+      if (!direct) {
+        LoadCall load;
+        load.in = source;
+        load.pixel_stride = rows.stride(0);
+        load.channel_stride = rows.stride(1);
+        load.pixels = count;
+        load.channels = p.s;
+        load.tile = staging;
+        load.tile_stride = staged_stride;
+        kernels.load[int(p.dtype)](load);
+        source = staging;
+        call.row_stride = staged_stride;
+      }
+      call.depth = in_weight.padded_depth();
+      call.out_stride = hidden_columns;
+      call.out_type = kernels.element;
+      call.bias = nullptr;
+      call.activation = Activation::kNone;
+      const Panels& in_panels = in_weight.panels();
+      for (int64_t panel = 0; panel < in_panels.count; ++panel) {
+        call.weight = in_weight.panel(panel);
+        call.width = in_panels.width(panel);
+        call.out = hidden + in_panels.first(panel) * element;
+        engine.gemm(call);
+      }
+      source = hidden;
+      call.depth = out_weight.padded_depth();
+      call.row_stride = hidden_columns;
+      call.out_stride = p.t;
+      call.out_type = p.dtype;
+      call.activation = p.activation;
+      const Panels& out_panels = out_weight.panels();
+      for (int64_t panel = 0; panel < out_panels.count; ++panel) {
+        const int64_t column = out_panels.first(panel);
+        call.weight = out_weight.panel(panel);
+        call.width = out_panels.width(panel);
+        call.bias = bias_sums.data(column);
+        call.out = static_cast<char*>(output.data_ptr()) + (first * p.t + column) * element_bytes(p.dtype);
+        engine.gemm(call);
+      }
+    }
+    brgemm_release();
+  });
+  return output;
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,80 @@
+// The ops on CPU tensors: check, plan, run.
+#include <torch/library.h>
+
+#include "checks.h"
+#include "cpu/cpu.h"
+#include "cpu/isa.h"
+#include "policy.h"
+#include "problem_of.h"
+
+namespace lowrank_ops {
+namespace {
+
+using c10::IntArrayRef;
+using c10::string_view;
+
+// Runs the fused kernel or the chain, as the plan says.
+template <typename Fused, typename Chain>
+at::Tensor run(const Problem& problem, const Fused& fused, const Chain& chain) {
+  const CpuCaps caps = cpu_caps();
+  const Decision decision = plan_cpu(problem, caps, policy());
+  const CpuTile tile = cpu_tile(problem, caps);
+  bool take_chain = decision.chosen.path == "chain";
+  if (policy() == Policy::kMeasure && decision.others.size() == 1)
+    take_chain = chain_measures_faster(problem, caps, [&] { fused(tile); }, [&] { chain(); });
+  return take_chain ? chain() : fused(tile);
+}
+
+at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                         const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                         IntArrayRef padding, IntArrayRef dilation, string_view activation_name) {
+  const Window window{stride, padding, dilation};
+  check_tucker(input, in_factor, core, out_factor, bias, window);
+  const Activation activation = parse_activation("tucker_conv2d", activation_name);
+  const Problem problem = tucker_problem(input, core, out_factor, window, activation);
+  return run(
+      problem,
+      [&](const CpuTile& tile) { return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile); },
+      [&] {
+        return tucker_chain(input, in_factor, core, out_factor, bias, window, activation)
+            .contiguous(input.suggest_memory_format());
+      });
+}
+
+at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation_name) {
+  const Window window{stride, padding, dilation};
+  check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+  const Activation activation = parse_activation("cp_conv2d", activation_name);
+  const Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, activation);
+  return run(
+      problem,
+      [&](const CpuTile& tile) {
+        return cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile);
+      },
+      [&] {
+        return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation)
+            .contiguous(input.suggest_memory_format());
+      });
+}
+
+at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                          const OptionalTensor& bias, string_view activation_name) {
+  check_linear(input, in_factor, out_factor, bias);
+  const Activation activation = parse_activation("lowrank_linear", activation_name);
+  const Problem problem = linear_problem(input, out_factor, activation);
+  return run(
+      problem, [&](const CpuTile& tile) { return linear_cpu(input, in_factor, out_factor, bias, problem, tile); },
+      [&] { return linear_chain(input, in_factor, out_factor, bias, activation); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lowrank_ops, CPU, m) {
+  m.impl("tucker_conv2d", &tucker_conv2d);
+  m.impl("cp_conv2d", &cp_conv2d);
+  m.impl("lowrank_linear", &lowrank_linear);
+}
+
+}  // namespace lowrank_ops

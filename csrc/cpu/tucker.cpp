@@ -1,0 +1,66 @@
+// Tucker-2 on the CPU: the core convolution as a GEMM that slides over the ring buffer of hidden rows (conv.h).
+#include "cpu/conv.h"
+#include "cpu/cpu.h"
+
+namespace lowrank_ops {
+
+at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                      const at::Tensor& out_factor, const OptionalTensor& bias, const Problem& p,
+                      const CpuTile& tile) {
+  at::Tensor output = empty_output(input, p);
+  if (output.numel() == 0) return output;
+  const Engine engine = engine_for(p.dtype);
+  // [R2, KH, KW, R1] in memory: the order that the modules store; anything else is copied here.
+  const at::Tensor core_rows = core.contiguous(at::MemoryFormat::ChannelsLast);
+  const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
+  const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
+  const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
+  const SumRows bias_sums(bias, p.dtype, engine);
+  const ConvBlock block{engine,
+                        p,
+                        tile,
+                        Axis(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]),
+                        Axis(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]),
+                        input,
+                        output,
+                        in_weight,
+                        out_weight,
+                        bias_sums,
+                        engine.kernels->element};
+  const int64_t hidden_columns = block.hidden_columns();
+  // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.
+  const bool joined = block.columns.dilation == 1 && p.r1 == hidden_columns;
+  const int64_t row_taps = joined ? 1 : p.kw;
+  const Panels& panels = core_weight.panels();
+
+  run_conv(block, 0, [&](const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile_memory, void*) {
+    c10::SmallVector<const void*, 32> taps(p.kh * row_taps);
+    GemmCall call;
+    call.taps = taps.data();
+    call.num_taps = p.kh * row_taps;
+    call.depth = core_weight.padded_depth() * (joined ? p.kw : 1);
+    call.rows = columns;
+    call.row_stride = block.columns.stride * hidden_columns;
+    call.out_stride = block.tile_columns();
+    call.out_type = engine.kernels->element;
+    call.bias = nullptr;
+    call.activation = Activation::kNone;
+    const int64_t element = element_bytes(engine.kernels->element);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      call.weight = core_weight.panel(panel);
+      call.width = panels.width(panel);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t kh = 0; kh < p.kh; ++kh) {
+          const char* start = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation);
+          for (int64_t kw = 0; kw < row_taps; ++kw)
+            taps[kh * row_taps + kw] = start + kw * block.columns.dilation * hidden.pixel_bytes();
+        }
+        call.out = static_cast<char*>(tile_memory) + (i * columns * call.out_stride + panels.first(panel)) * element;
+        engine.gemm(call);
+      }
+    }
+  });
+  return output;
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,85 @@
+// Weights packed for the register kernels, and the scratch memory that tiles live in.
+//
+// Packing happens at every call: nothing is cached, so nothing can be stale (no version counter sees `.data` edits or
+// FSDP2's new values). It is a transposition in registers at about the speed of reading the weights; README.md has its
+// share of a call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/isa.h"
+
+namespace lowrank_ops {
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Columns of a packed weight in panels of at most panel_width columns, as even as possible.
+struct Panels {
+  int64_t columns, lanes, count, base, extra;  // `base` vectors a panel, one more in the first `extra`
+
+  Panels(int64_t columns, const ComputeKernels& kernels);
+  int64_t first(int64_t panel) const { return (panel * base + std::min(panel, extra)) * lanes; }
+  int64_t padded_width(int64_t panel) const { return (base + (panel < extra)) * lanes; }
+  int64_t width(int64_t panel) const { return std::min(padded_width(panel), columns - first(panel)); }
+  int64_t padded_columns() const { return round_up(columns, lanes); }
+};
+
+// Memory from a per-thread stack-like buffer: reused by the next call when small, freed when large.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  // The next `bytes` of it, aligned to 64.
+  void* take(int64_t bytes);
+  static int64_t padded(int64_t bytes) { return round_up(bytes, 64); }
+
+ private:
+  char* begin_;
+  char* next_;
+  char* end_;
+  bool owned_;
+};
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using AlignedMemory = std::unique_ptr<char, Free>;
+
+// A factor packed into panels: `weight` is [columns, num_taps, depth], contiguous.
+class PackedWeight {
+ public:
+  PackedWeight(const at::Tensor& weight, int64_t columns, int64_t num_taps, int64_t depth, DType dtype,
+               const Engine& engine);
+  const Panels& panels() const { return panels_; }
+  int64_t padded_depth() const { return padded_depth_; }  // of a tap
+  const void* panel(int64_t index) const {
+    return memory_.get() + panels_.first(index) * num_taps_ * padded_depth_ * element_bytes_;
+  }
+
+ private:
+  Panels panels_;
+  int64_t num_taps_, padded_depth_, element_bytes_;
+  AlignedMemory memory_;
+};
+
+// The bias [T], or CP's factors [R, K] with the tap first, as accumulators: rows of whole vectors, padded with zeros.
+class SumRows {
+ public:
+  SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine);
+  SumRows(const at::Tensor& factor, DType dtype, const Engine& engine);
+  // From column `first` of row 0; nullptr when there is no bias.
+  const void* data(int64_t first = 0) const { return memory_ ? memory_.get() + first * sum_bytes_ : nullptr; }
+
+ private:
+  void fill(const at::Tensor& source, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride,
+            DType dtype, const Engine& engine);
+  int64_t sum_bytes_ = 0;
+  AlignedMemory memory_;
+};
+
+}  // namespace lowrank_ops

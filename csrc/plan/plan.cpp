@@ -1,0 +1,153 @@
+#include "plan/plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "plan/cost.h"
+
+namespace lowrank_ops {
+
+Axis::Axis(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
+    : in(in),
+      out(output_size(in, kernel, stride, padding, dilation)),
+      kernel(kernel),
+      step(kernel == 1 ? stride : std::gcd(stride, dilation)),
+      stride(stride / step),
+      dilation(kernel == 1 ? 1 : dilation / step),
+      padding(padding) {}
+
+int64_t element_bytes(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+
+const char* name_of(Op op) {
+  return op == Op::kTucker ? "tucker_conv2d" : op == Op::kCP ? "cp_conv2d" : "lowrank_linear";
+}
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat:
+      return "float32";
+    case DType::kDouble:
+      return "float64";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kHalf:
+      return "float16";
+  }
+  return "";
+}
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t kAlign = 16;         // columns of a tile: the lanes of the widest vector
+constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
+constexpr int64_t kLinearRows = 112;
+constexpr int64_t kFewestColumns = 28;
+
+}  // namespace
+
+CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
+  CpuTile tile;
+  const bool converted = p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot);
+  const int64_t element = converted ? 4 : element_bytes(p.dtype);
+  const int64_t sum = p.dtype == DType::kDouble ? 8 : 4;
+  const int64_t r1 = round_up(p.r1, kAlign), r2 = round_up(p.r2, kAlign);
+  if (p.op == Op::kLinear) {
+    const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
+    tile.rows = std::clamp<int64_t>(share, 1, kLinearRows);
+    tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
+    return tile;
+  }
+  const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
+  const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+  const int64_t hidden = p.op == Op::kCP ? sum : element;  // CP's depthwise stages read sums, Tucker's core elements
+  const auto scratch = [&](int64_t tile_rows, int64_t tile_columns) {
+    const int64_t span = columns.span(tile_columns);
+    return rows.span(tile_rows) * span * r1 * hidden + tile_rows * tile_columns * r2 * element +
+           span * round_up(p.s, kAlign) * element + tile_columns * 64 * sum;
+  };
+  tile.rows = std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
+  tile.columns = p.ow;
+  // Half of L2 for the tiles; the other half for weights streaming by and the input.
+  for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns; ++parts)
+    tile.columns = ceil_div(p.ow, parts);
+  tile.scratch_bytes = scratch(tile.rows, tile.columns);
+  // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
+  // than it takes to keep every thread busy. Sums do not depend on them.
+  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
+  if (caps.threads > 1 && tasks < 4 * caps.threads && tasks % caps.threads != 0)
+    tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
+  if (tile.strips == 1 && tasks == 1 && caps.threads > 1) {  // few rows: strips of less than a step
+    tile.strips = std::min(p.oh, caps.threads);
+    tile.rows = std::min(tile.rows, ceil_div(p.oh, tile.strips));
+  }
+  return tile;
+}
+
+namespace {
+
+std::string fused_kernel(const Problem& p, const CpuCaps& caps) {
+  std::string kernel = std::string("cpu_") + name_of(p.op) + "_" + caps.isa;
+  if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
+  return kernel;
+}
+
+// torch 2.13's bf16 conv2d on AMX machines reads memory that nothing wrote for some wide kernels with stride and
+// dilation along the width (measured relative errors of 0.3 to 1e36 at KW = 11): such calls are never sent to the chain.
+bool chain_is_wrong(const Problem& p, const CpuCaps& caps) {
+  return caps.amx && p.dtype == DType::kBFloat16 && p.op == Op::kTucker && p.kw > 3 && p.stride[1] > 1 && p.dilation[1] > 1;
+}
+
+}  // namespace
+
+Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
+  Decision decision;
+  Plan fused, chain;
+  fused.path = "fused";
+  fused.kernel = fused_kernel(p, caps);
+  fused.tile = cpu_tile(p, caps);
+  fused.flops = fused_flops(p, fused.tile);
+  fused.bytes = block_bytes(p);
+  fused.predicted_seconds = fused_seconds(p, caps, fused.tile);
+  chain.path = "chain";
+  chain.kernel = "chain of torch ops";
+  chain.flops = block_flops(p);
+  chain.bytes = block_bytes(p) + hidden_bytes(p);
+  chain.predicted_seconds = chain_seconds(p, caps);
+
+  if (chain_is_wrong(p, caps)) {
+    decision.chosen = fused;
+    decision.rejections.push_back({chain.kernel,
+                                   "torch's bf16 conv2d on AMX computes wide kernels with stride and dilation along "
+                                   "the width wrongly"});
+    return decision;
+  }
+  const bool take_chain =
+      policy == Policy::kChain || (policy != Policy::kFused && chain.predicted_seconds < fused.predicted_seconds);
+  decision.chosen = take_chain ? chain : fused;
+  decision.others = {take_chain ? fused : chain};
+  const Plan& other = decision.others.front();
+  std::string reason;
+  if (policy == Policy::kFused || policy == Policy::kChain)
+    reason = std::string("the policy is \"") + (policy == Policy::kFused ? "fused" : "chain") + "\"";
+  else
+    reason = "predicted to be slower";
+  decision.rejections.push_back({other.kernel, reason});
+  return decision;
+}
+
+Decision plan_other(const Problem& p, const std::string& device, Policy) {
+  Decision decision;
+  decision.chosen.path = "chain";
+  decision.chosen.kernel = "chain of torch ops";
+  decision.chosen.flops = block_flops(p);
+  decision.chosen.bytes = block_bytes(p) + hidden_bytes(p);
+  decision.rejections.push_back({"fused", "lowrank_ops has no kernels for " + device + " in this build"});
+  return decision;
+}
+
+}  // namespace lowrank_ops

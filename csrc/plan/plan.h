@@ -1,0 +1,74 @@
+// The planner: a problem and a machine in, a plan out, with the reasons against every candidate that was not taken.
+// Plain C++17: no torch, no CUDA headers, so that every machine's plans can be tested on any machine.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan/problem.h"
+
+namespace lowrank_ops {
+
+enum class Policy { kAuto, kFused, kChain, kMeasure };
+
+// What the planner knows of a CPU. Read once at start (csrc/cpu/isa.cpp); nothing is timed.
+struct CpuCaps {
+  std::string isa = "generic";  // generic, avx2, avx512, avx512bf16, amx: the kernels that run here
+  std::string name;             // the CPU's own name, for the reader
+  int64_t l2_bytes = 1 << 20;   // a core's
+  int64_t threads = 1;          // at::get_num_threads() at the time of the call
+  bool bfloat16_dot = false;    // bf16 products without conversion (avx512_bf16 or AMX)
+  bool amx = false;
+};
+
+// How the fused kernel cuts a problem. Scratch is a thread's: intermediates live there and nowhere else.
+struct CpuTile {
+  int64_t rows = 1;     // output rows (linear: rows of the input) that go through all stages together
+  int64_t columns = 1;  // output columns of a task
+  int64_t strips = 1;   // tasks along the height of an image
+  int64_t scratch_bytes = 0;
+};
+
+struct Plan {
+  std::string path;    // "fused" or "chain"
+  std::string kernel;  // which code runs
+  CpuTile tile;
+  double flops = 0;              // multiplications and additions of the block, halo included
+  double bytes = 0;              // that must move between memory and the core
+  double predicted_seconds = 0;  // of the cost model; 0 where it has no figures
+  std::string note;
+};
+
+struct Rejection {
+  std::string kernel, reason;
+};
+
+struct Decision {
+  Plan chosen;
+  std::vector<Plan> others;
+  std::vector<Rejection> rejections;
+};
+
+// One axis of a convolution on the lattice of rows (columns) that some tap needs: position z stands for input coordinate
+// z * step - padding, and output o reads z = o * stride + tap * dilation, both in units of `step`.
+struct Axis {
+  int64_t in, out, kernel, step, stride, dilation, padding;
+
+  Axis(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation);
+  int64_t span(int64_t outputs) const { return (outputs - 1) * stride + (kernel - 1) * dilation + 1; }
+  int64_t coordinate(int64_t z) const { return z * step - padding; }
+  int64_t first_inside() const { return (padding + step - 1) / step; }
+  int64_t end_inside() const { return (in - 1 + padding) / step + 1; }
+};
+
+int64_t element_bytes(DType dtype);
+const char* name_of(Op op);
+const char* name_of(DType dtype);
+
+CpuTile cpu_tile(const Problem& problem, const CpuCaps& caps);
+Decision plan_cpu(const Problem& problem, const CpuCaps& caps, Policy policy);
+// Devices that have no kernels of ours: always the chain, saying so.
+Decision plan_other(const Problem& problem, const std::string& device, Policy policy);
+
+}  // namespace lowrank_ops

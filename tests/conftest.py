@@ -1,0 +1,214 @@
+"""Devices, seeds, problems and error budgets that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowrank_ops
+from lowrank_ops import reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
+OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
+POLICIES = ("auto",)
+
+# The largest second derivative of each activation, away from its kinks.
+_CURVATURE = {"none": 0.0, "relu": 0.0, "relu6": 0.0, "hardswish": 1 / 3, "silu": 0.5, "gelu": 0.8}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fills every `empty` tensor with NaN, so that an output that a kernel leaves unwritten is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=POLICIES, scope="module")
+def policy(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests under each policy."""
+    yield request.param
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of one op: shapes, options and a seed, from which `make` draws the tensors."""
+
+    op: str
+    n: int = 2
+    s: int = 5
+    h: int = 7
+    w: int = 6
+    t: int = 4
+    r1: int = 3  # the rank of CP and linear
+    r2: int = 2
+    kernel: tuple[int, int] = (3, 2)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    activation: str = "none"
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    layout: torch.memory_format = torch.contiguous_format
+    device: str = "cpu"
+    seed: int = 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.op == "tucker_conv2d":
+            shapes = {
+                "input": (self.n, self.s, self.h, self.w),
+                "in_factor": (self.r1, self.s),
+                "core": (self.r2, self.r1, *self.kernel),
+                "out_factor": (self.t, self.r2),
+            }
+        elif self.op == "cp_conv2d":
+            shapes = {
+                "input": (self.n, self.s, self.h, self.w),
+                "in_factor": (self.r1, self.s),
+                "height_factor": (self.r1, self.kernel[0]),
+                "width_factor": (self.r1, self.kernel[1]),
+                "out_factor": (self.t, self.r1),
+            }
+        else:
+            shapes = {
+                "input": (self.n, self.h, self.s),
+                "in_factor": (self.r1, self.s),
+                "out_factor": (self.t, self.r1),
+            }
+        return {**shapes, "bias": (self.t,)} if self.bias else shapes
+
+    def options(self) -> dict[str, object]:
+        window = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return {"activation": self.activation, **({} if self.op == "lowrank_linear" else window)}
+
+    def make(self) -> Call:
+        """The call with normally distributed tensors, those of four axes in `layout`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        tensors = {}
+        for name, shape in self.shapes().items():
+            tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensor = tensor.to(self.device, self.dtype)
+            tensors[name] = tensor.contiguous(memory_format=self.layout) if len(shape) == 4 else tensor
+        return Call(self, tensors)
+
+
+@dataclass
+class Call:
+    """A problem with its tensors, and what its result is judged by."""
+
+    problem: Problem
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def run(self) -> Tensor:
+        return getattr(lowrank_ops, self.problem.op)(**self.tensors, **self.problem.options())
+
+    def reference(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The chain of library calls on the same values, in `dtype` (default: the problem's own)."""
+        tensors = {name: tensor.to(dtype or self.problem.dtype) for name, tensor in self.tensors.items()}
+        return getattr(reference, self.problem.op)(**tensors, **self.problem.options())
+
+    def exact(self) -> Tensor:
+        return self.reference(torch.float64)
+
+    def magnitude(self) -> Tensor:
+        """The fp64 chain, without activation, of the absolute values: what rounding errors are relative to."""
+        return self._absolute().exact()
+
+    def gradients(self, grad_output: Tensor) -> dict[str, Tensor]:
+        """What the op's own backward gives for each tensor."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors.items()}
+        output = Call(self.problem, leaves).run()
+        return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad_output), strict=True))
+
+    def reference_gradients(self, grad_output: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Autograd through the reference in `dtype`."""
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.tensors.items()}
+        output = Call(self.problem, leaves).reference(dtype)
+        found = torch.autograd.grad(output, list(leaves.values()), grad_output.to(dtype))
+        return dict(zip(leaves, found, strict=True))
+
+    def gradient_magnitudes(self, grad_output: Tensor) -> dict[str, Tensor]:
+        """The fp64 gradients of the absolute values.
+
+        The activation's derivative, too, is computed from a rounded argument: its error is that argument's, times
+        the activation's curvature.
+        """
+        linear = Call(replace(self.problem, activation="none"), self.tensors)
+        before = linear.exact().requires_grad_()
+        derivative = torch.ones_like(before)
+        if self.problem.activation != "none":
+            activated = reference._ACTIVATIONS[self.problem.activation](before)
+            (derivative,) = torch.autograd.grad(activated, before, derivative)
+        derivative = derivative.abs() + _CURVATURE[self.problem.activation] * self.magnitude()
+        return self._absolute().reference_gradients(grad_output.double().abs() * derivative, torch.float64)
+
+    def _absolute(self) -> Call:
+        problem = replace(self.problem, activation="none")
+        return Call(problem, {name: tensor.abs() for name, tensor in self.tensors.items()})
+
+
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, magnitude: Tensor, library: Tensor | None = None, what: str = "output"
+) -> None:
+    """Holds ``actual`` to the error that its dtype allows, in the Frobenius norm.
+
+    fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` with ``u = eps / 2`` and ``magnitude`` the fp64 computation on
+    absolute values. bf16, fp16: twice the error of PyTorch's own chain in that dtype (``library``), its share capped
+    at 2 eps, plus one rounding of the output.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, required {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    norm = exact.norm().item()
+    assert norm > 0, f"{what}: the reference is all zeros, the comparison would prove nothing"
+    eps = torch.finfo(actual.dtype).eps
+    error = (actual.double() - exact).norm().item()
+    if actual.dtype in (torch.float32, torch.float64):
+        budget = eps * magnitude.norm().item()
+    else:
+        assert library is not None
+        library_error = (library.double() - exact).norm().nan_to_num(nan=torch.inf).item()
+        budget = 2 * min(library_error, 2 * eps * norm) + eps / 2 * norm
+    assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
+
+
+def assert_output(call: Call, output: Tensor) -> None:
+    """Dtype, shape, strides, freshness and value of an op's output."""
+    low = call.problem.dtype in (torch.bfloat16, torch.float16)
+    exact = call.exact()
+    assert output.dtype == call.problem.dtype
+    assert_strides(output, call.tensors["input"])
+    storages = {tensor.untyped_storage().data_ptr() for tensor in call.tensors.values() if tensor.numel()}
+    assert output.numel() == 0 or output.untyped_storage().data_ptr() not in storages, "the output aliases"
+    assert_within_budget(output, exact, call.magnitude(), call.reference() if low else None)
+
+
+def assert_strides(tensor: Tensor, like: Tensor) -> None:
+    """Dense in ``like``'s memory format, as `torch.empty` would allocate it."""
+    channels_last = like.dim() == 4 and torch._prims_common.suggest_memory_format(like) == torch.channels_last
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    expected = torch.empty(tensor.shape, memory_format=memory_format).stride()
+    significant = [axis for axis, size in enumerate(tensor.shape) if size > 1]
+    actual = tensor.stride()
+    assert [actual[axis] for axis in significant] == [expected[axis] for axis in significant]
+
+
+def assert_gradients(call: Call, grad_output: Tensor) -> None:
+    """Shape, strides, dtype and value of the gradient of every argument."""
+    dtype = call.problem.dtype
+    actual = call.gradients(grad_output)
+    exact = call.reference_gradients(grad_output, torch.float64)
+    library = call.reference_gradients(grad_output, dtype)
+    magnitudes = call.gradient_magnitudes(grad_output)
+    for name, tensor in call.tensors.items():
+        assert actual[name].dtype == dtype
+        assert_strides(actual[name], tensor)
+        assert_within_budget(actual[name], exact[name], magnitudes[name], library[name], f"gradient of {name}")

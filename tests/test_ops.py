@@ -1,0 +1,218 @@
+"""Values, shapes and strides of the three ops against the fp64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_output
+from torch import Tensor
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+CONVS = ("tucker_conv2d", "cp_conv2d")
+
+# Named after what is special about each.
+GEOMETRIES = {
+    "plain": {},
+    "padded": dict(kernel=(3, 3), padding=(1, 1)),
+    "stride": dict(kernel=(3, 3), stride=(2, 3), padding=(1, 0), h=9, w=11),
+    "dilation": dict(kernel=(3, 2), dilation=(2, 3), padding=(2, 1), h=8, w=9),
+    "stride and dilation": dict(kernel=(3, 5), stride=(3, 2), dilation=(2, 3), padding=(4, 5), h=11, w=13),
+    "wide kernel": dict(kernel=(1, 7), padding=(0, 3), h=5, w=9),
+    "tall kernel": dict(kernel=(7, 1), padding=(3, 0), h=9, w=5),
+    "even kernel": dict(kernel=(4, 2), padding=(2, 1)),
+    "1x1 core": dict(kernel=(1, 1)),
+    "1x1 core, stride": dict(kernel=(1, 1), stride=(2, 3), padding=(1, 0)),
+    "input smaller than kernel": dict(kernel=(5, 7), padding=(2, 3), h=2, w=1),
+    "padding beyond kernel": dict(kernel=(2, 3), padding=(3, 4), h=4, w=3),
+    "one output pixel": dict(kernel=(7, 6)),
+    "stride beyond input": dict(kernel=(2, 2), stride=(9, 9)),
+    "1x1 image": dict(kernel=(3, 3), padding=(1, 1), h=1, w=1),
+    "one input channel": dict(s=1, r1=1, r2=4, padding=(1, 1)),
+    "one output channel": dict(t=1, padding=(1, 1)),
+    "ranks of one": dict(r1=1, r2=1),
+    "prime ranks": dict(s=19, t=23, r1=13, r2=17, padding=(1, 1)),
+    "ranks above channels": dict(s=3, t=2, r1=11, r2=7),
+    "ranks of whole vectors": dict(s=64, t=48, r1=32, r2=16, kernel=(3, 3), padding=(1, 1), h=14, w=14),
+    "ranks past whole vectors": dict(s=65, t=33, r1=17, r2=49, kernel=(3, 3), padding=(1, 1), h=13, w=17),
+    "wide image": dict(s=8, t=16, r1=8, r2=16, h=5, w=131, padding=(1, 1)),
+    "many images": dict(n=9, h=4, w=3, padding=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("op", CONVS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_convolutions(
+    device: str, op: str, geometry: str, layout: torch.memory_format, dtype: torch.dtype, policy: str
+) -> None:
+    call = Problem(op, device=device, dtype=dtype, layout=layout, **GEOMETRIES[geometry]).make()
+    assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(5, 4, 3), (1, 1, 1), (1, 9, 2), (7, 1, 3), (64, 48, 16), (130, 67, 31)])
+@pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (2, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_linear(
+    device: str, leading: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, policy: str
+) -> None:
+    s, t, r = sizes
+    call = Problem("lowrank_linear", device=device, dtype=dtype, s=s, t=t, r1=r, n=6, h=2).make()
+    rows = call.tensors["input"].flatten(0, 1)[: torch.Size(leading).numel()]
+    call.tensors["input"] = rows.reshape(*leading, s)
+    assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_activations(
+    device: str, op: str, activation: str, bias: bool, dtype: torch.dtype, policy: str
+) -> None:
+    call = Problem(op, device=device, dtype=dtype, activation=activation, bias=bias, n=3).make()
+    assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_batch(
+    device: str, op: str, dtype: torch.dtype, layout: torch.memory_format, policy: str
+) -> None:
+    call = Problem(op, device=device, dtype=dtype, layout=layout, n=0).make()
+    output = call.run()
+    assert output.shape == call.exact().shape and output.dtype == dtype
+
+
+def _embedded(tensor: Tensor) -> Tensor:
+    """The same values as a slice of a larger tensor, on every axis, starting at an odd offset."""
+    larger = torch.full([2 * size + 3 for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+    view = larger[tuple(slice(1, 1 + 2 * size, 2) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+VIEWS = {
+    "sliced": _embedded,
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+    "reversed strides": lambda tensor: tensor.permute(*range(tensor.dim())[::-1]).contiguous().permute(
+        *range(tensor.dim())[::-1]
+    ),
+    "odd offset": lambda tensor: torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("which", ["input", "factors"])
+@pytest.mark.parametrize("op", OPS)
+def test_strided_arguments(op: str, which: str, view: str, dtype: torch.dtype, policy: str) -> None:
+    call = Problem(op, dtype=dtype, padding=(1, 1), s=6).make()
+    for name, tensor in call.tensors.items():
+        if (name == "input") == (which == "input"):
+            call.tensors[name] = VIEWS[view](tensor)
+            assert torch.equal(call.tensors[name], tensor)
+    assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("op", OPS)
+def test_expanded_input(op: str, axis: int, policy: str) -> None:
+    call = Problem(op, padding=(1, 1)).make()
+    input = call.tensors["input"]
+    call.tensors["input"] = input.narrow(axis, 0, 1).expand(input.shape)
+    assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("op", CONVS)
+def test_channel_slice_of_channels_last(op: str, policy: str) -> None:
+    """A slice of the channels of a channels_last tensor, as after `chunk` or in a DenseNet."""
+    call = Problem(op, s=8, padding=(1, 1), layout=torch.channels_last).make()
+    wide = torch.cat([call.tensors["input"]] * 2, 1).contiguous(memory_format=torch.channels_last)
+    call.tensors["input"] = wide[:, 8:]
+    assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("op", OPS)
+def test_exact_on_small_integers(
+    op: str, activation: str, layout: torch.memory_format, dtype: torch.dtype, policy: str
+) -> None:
+    """With entries -1, 0, 1 every intermediate is an integer that bf16 holds: the result has no rounding at all."""
+    call = integer_call(Problem(op, activation=activation, layout=layout, dtype=dtype, padding=(1, 1)))
+    assert torch.equal(call.run().double(), call.exact())
+
+
+def integer_call(problem: Problem) -> Call:
+    call = problem.make()
+    call.tensors = {name: tensor.clamp(-1.4, 1.4).round() for name, tensor in call.tensors.items()}
+    assert call.magnitude().max() <= 256
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_bitwise_equal_for_any_number_of_threads(
+    batch: int, op: str, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    sizes = dict(n=batch, s=70, t=90, r1=40, r2=33, h=29, w=31, kernel=(3, 3), padding=(1, 1))
+    call = Problem(op, dtype=dtype, layout=layout, activation="silu", **sizes).make()
+    threads = torch.get_num_threads()
+    try:
+        outputs = []
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            outputs.append(call.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_result_every_time(op: str, policy: str) -> None:
+    call = Problem(op, s=33, t=17, r1=9, r2=12, h=20, w=20).make()
+    first = call.run()
+    assert all(torch.equal(first, call.run()) for _ in range(5))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_are_left_alone(op: str, policy: str) -> None:
+    call = Problem(op, dtype=torch.bfloat16, activation="relu").make()
+    before = {name: tensor.clone() for name, tensor in call.tensors.items()}
+    call.run()
+    assert all(torch.equal(before[name], tensor) for name, tensor in call.tensors.items())
+
+
+@pytest.mark.parametrize("op", CONVS)
+def test_equals_the_dense_convolution(op: str) -> None:
+    """The factors stand for one convolution weight; the op gives that convolution."""
+    problem = Problem(op, dtype=torch.float64, stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+    tensors = problem.make().tensors
+    factors = [tensor for name, tensor in tensors.items() if name not in ("input", "bias")]
+    weight_of = getattr(
+        __import__("lowrank_ops").reference, "tucker_weight" if op == "tucker_conv2d" else "cp_weight"
+    )
+    dense = torch.nn.functional.conv2d(
+        tensors["input"], weight_of(*factors), tensors["bias"], problem.stride, problem.padding, problem.dilation
+    )
+    call = Call(problem, tensors)
+    error = (call.run() - dense).norm()
+    assert error <= torch.finfo(torch.float64).eps * call.magnitude().norm()
+
+
+@pytest.mark.parametrize("stride", [2, (2, 2), [2, 2]], ids=str)
+def test_options_as_int_pair_or_list(stride: object) -> None:
+    call = Problem("tucker_conv2d", stride=(2, 2)).make()
+    other = replace(call.problem).make()
+    assert torch.equal(call.run(), torch.ops.lowrank_ops.tucker_conv2d(**other.tensors, stride=stride))
