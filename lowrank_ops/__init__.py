@@ -2,19 +2,37 @@
 
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
+from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
+from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
+from lowrank_ops.ranks import Energy
+from lowrank_ops.report import LayerReport, Report
 
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "CPConv1d",
+    "CPConv2d",
+    "Energy",
     "Explanation",
+    "LayerReport",
+    "LowRankLinear",
+    "Report",
+    "TuckerConv1d",
+    "TuckerConv2d",
     "build_info",
     "cp_conv2d",
+    "cp_decompose",
     "explain",
+    "factorize_",
+    "fuse_",
     "lowrank_linear",
     "policy",
     "reference",
     "set_policy",
+    "svd_decompose",
     "tucker_conv2d",
+    "tucker_decompose",
 ]
