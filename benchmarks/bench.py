@@ -1,0 +1,196 @@
+"""Timing core, machine description, table and JSON of the benchmarks.
+
+How a figure is taken: all contenders of a cell in one run, in turns. A turn of a contender is one call that
+is not timed, unless the call is longer than the turn (it brings the contender's own weights back into the
+caches, for everyone alike) and then timed calls for some milliseconds; the order rotates from round to
+round. The figure is the median of all timed calls.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Long enough for many calls of a small op, short enough that slow drifts of the clock hit all alike.
+TURN_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median and the 10th and 90th percentile over `calls` timed calls."""
+
+    median: float
+    p10: float
+    p90: float
+    calls: int
+
+
+def time_interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 0.25,
+    warmup: float = 0.05,
+    min_calls: int = 3,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing]:
+    """Time functions in turns, so that a change of the machine's speed meets all of them.
+
+    Args:
+        functions: what to call, by name.
+        seconds: time measured per function (more where `min_calls` take longer).
+        warmup: each function is called for this long first, and at least once.
+        min_calls: timed calls of each function at least.
+        before: called with the name in front of each turn, outside the timed part.
+
+    Raises:
+        ValueError: `functions` is empty, or `seconds`, `warmup` or `min_calls` is below its range.
+    """
+    if not functions or seconds <= 0 or warmup < 0 or min_calls < 1:
+        raise ValueError(
+            "time_interleaved: needs functions, seconds > 0, warmup >= 0 and min_calls >= 1, got "
+            f"{len(functions)} functions, seconds={seconds}, warmup={warmup}, min_calls={min_calls}"
+        )
+    duration = {}
+    for name, function in functions.items():
+        before(name)
+        duration[name] = _call_for(function, warmup)[-1]
+    # Beside slow functions the fast ones get longer turns, or the slow ones would be called too often.
+    turn = max(TURN_SECONDS, max(duration.values()) / 4)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    while any(len(taken) < min_calls or sum(taken) < seconds for taken in samples.values()):
+        for name in order:
+            before(name)
+            if duration[name] < turn:
+                functions[name]()
+            samples[name] += _call_for(functions[name], turn)
+        order = order[1:] + order[:1]
+    return {name: _summary(taken) for name, taken in samples.items()}
+
+
+def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
+    """Call at least once, until `seconds` have passed; the seconds of each call."""
+    taken: list[float] = []
+    now = start = time.perf_counter()
+    while not taken or now - start < seconds:
+        before_call = time.perf_counter()
+        function()
+        now = time.perf_counter()
+        taken.append(now - before_call)
+    return taken
+
+
+def _summary(samples: Sequence[float]) -> Timing:
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Timing(
+        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered)
+    )
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean; NaN of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: CPU model, cores, caches, instruction sets."""
+    cpuinfo = _read("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "caches": _caches(),
+        "isa": [flag for flag in flags if flag.startswith(("avx2", "avx512", "amx", "avx_vnni"))],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        "system": platform.platform(),
+    }
+
+
+def _caches() -> dict[str, str]:
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind = _read(index / "type").strip()
+        if kind != "Instruction":
+            caches[f"L{_read(index / 'level').strip()}"] = _read(index / "size").strip()
+    return caches
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    import lowrank_ops
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lowrank_ops": lowrank_ops.__version__,
+        "git_sha": git_sha(),
+    }
+
+
+def git_sha() -> str:
+    """The commit of this file's checkout, `-dirty` with local changes; without a checkout, the build's."""
+    import lowrank_ops
+
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return str(lowrank_ops.build_info()["git_sha"])
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    width: int
+    left: bool = False
+
+
+class Table:
+    """Rows of fixed width, printed as they come: a run of an hour shows what it has."""
+
+    def __init__(self, columns: Sequence[Column], write: Callable[[str], None] = print) -> None:
+        self.columns = columns
+        self.write = write
+
+    def header(self) -> None:
+        self.write(self._line([column.title for column in self.columns]))
+        self.write(" | ".join("-" * column.width for column in self.columns))
+
+    def row(self, values: Sequence[str]) -> None:
+        self.write(self._line(values))
+
+    def _line(self, values: Sequence[str]) -> str:
+        if len(values) != len(self.columns):
+            raise ValueError(f"Table.row: needs {len(self.columns)} values, got {len(values)}")
+        cells = (
+            value.ljust(column.width) if column.left else value.rjust(column.width)
+            for value, column in zip(values, self.columns, strict=True)
+        )
+        return " | ".join(cells).rstrip()
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")

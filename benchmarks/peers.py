@@ -1,0 +1,267 @@
+"""The ways to run a cell's factorized block, and the dense layer, on one set of tensors.
+
+"Peer" means another way to run the same factorized block; the dense layer is a contender of its own. Weights
+and inputs stand in the memory format of their contender before anything is timed, which is as far as eager
+PyTorch lets its user prepare them; torch.compile runs frozen, so that inductor may prepack the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.layers import Cell
+from lowrank_ops import functional, reference
+
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+PEERS = ("chain", "merged", "compile", "dense", "forced")
+DEFAULT_PEERS = ("chain", "merged", "dense")
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a cell. `kind` is fused, peer, dense or forced; `policy` is set before its turns."""
+
+    name: str
+    kind: str
+    run: Callable[[], Tensor]
+    policy: str = "auto"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A cell's tensors: random input and bias, factors scaled so that each stage keeps the variance."""
+
+    cell: Cell
+    input: Tensor
+    factors: tuple[Tensor, ...]
+    bias: Tensor
+    layout: str
+    """Memory format of the fused op's input, nchw or channels_last; of no meaning for a linear layer."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """stride, padding and dilation; empty for a linear layer."""
+
+    @property
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight in the problem's dtype, multiplied out in fp64."""
+        weights: dict[str, Callable[..., Tensor]] = {
+            "tucker_conv2d": reference.tucker_weight,
+            "cp_conv2d": reference.cp_weight,
+            "lowrank_linear": reference.linear_weight,
+        }
+        return weights[self.cell.op](*(factor.double() for factor in self.factors)).to(self.input.dtype)
+
+
+def make_problem(cell: Cell, dtype: torch.dtype, layout: str = "channels_last", seed: int = 0) -> Problem:
+    """Random tensors for a cell; the same for the same arguments.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in FORMATS:
+        raise ValueError(f"make_problem: layout must be one of {', '.join(FORMATS)}, got {layout!r}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=generator) / math.sqrt(fan_in)).to(dtype)
+
+    S, T, (KH, KW) = cell.S, cell.T, cell.kernel
+    bias = random(T)
+    if cell.is_linear:
+        assert isinstance(cell.rank, int)
+        factors: tuple[Tensor, ...] = (random(cell.rank, S, fan_in=S), random(T, cell.rank, fan_in=cell.rank))
+        return Problem(cell, random(cell.batch, S), factors, bias, layout)
+    if isinstance(cell.rank, tuple):
+        R1, R2 = cell.rank
+        core = random(R2, R1, KH, KW, fan_in=R1 * KH * KW).to(memory_format=torch.channels_last)
+        factors = (random(R1, S, fan_in=S), core, random(T, R2, fan_in=R2))
+    else:
+        R = cell.rank
+        depthwise = random(R, KH, fan_in=KH), random(R, KW, fan_in=KW)
+        factors = (random(R, S, fan_in=S), *depthwise, random(T, R, fan_in=R))
+    input = random(cell.batch, S, *cell.size).to(memory_format=FORMATS[layout])
+    options = {"stride": cell.stride, "padding": cell.padding, "dilation": cell.dilation}
+    return Problem(cell, input, factors, bias, layout, options)
+
+
+def contenders(problem: Problem, peers: Iterable[str] = DEFAULT_PEERS) -> list[Contender]:
+    """The fused op under policy "auto", then what `peers` (out of `PEERS`) asks for and the cell allows.
+
+    Raises:
+        ValueError: an unknown name in `peers`.
+    """
+    chosen = set(peers)
+    if not chosen <= set(PEERS):
+        raise ValueError(f"contenders: peers must be among {PEERS}, got {sorted(chosen)}")
+    found = [Contender("fused", "fused", _fused(problem))]
+    if "forced" in chosen:
+        found.append(Contender("fused (forced)", "forced", _fused(problem), policy="fused"))
+    formats = {"": torch.contiguous_format} if problem.cell.is_linear else FORMATS
+    for name, memory_format in formats.items():
+        suffix = f" {name}" if name else ""
+        if "chain" in chosen:
+            chain = _eager(stages(problem), problem.input, memory_format)
+            found.append(Contender("chain" + suffix, "peer", chain))
+        if "merged" in chosen and problem.cell.op == "cp_conv2d":
+            merged = _eager(stages(problem, merged=True), problem.input, memory_format)
+            found.append(Contender("merged" + suffix, "peer", merged))
+        if "dense" in chosen:
+            found.append(Contender("dense" + suffix, "dense", _dense(problem, memory_format)))
+    if "compile" in chosen:
+        found.append(Contender("compile", "peer", _compiled(problem)))
+    return found
+
+
+def _fused(problem: Problem) -> Callable[[], Tensor]:
+    op = getattr(functional, problem.cell.op)
+    input, factors, bias, options = problem.input, problem.factors, problem.bias, problem.options
+    return lambda: op(input, *factors, bias, **options)
+
+
+def stages(problem: Problem, merged: bool = False) -> list[nn.Module]:
+    """The block as library layers: 1x1, core or depthwise, 1x1 (as a user of a decomposition script has it).
+
+    `merged` multiplies the two depthwise stages of CP out into one KHxKW depthwise convolution.
+    """
+    cell, factors = problem.cell, problem.factors
+    if cell.is_linear:
+        return [_linear(factors[0]), _linear(factors[1], problem.bias)]
+    first, *middle, last = factors
+    pointwise = _conv(first[:, :, None, None]), _conv(last[:, :, None, None], problem.bias)
+    s, p, d = cell.stride, cell.padding, cell.dilation
+    if cell.op == "tucker_conv2d":
+        inner = [_conv(middle[0], stride=(s, s), padding=(p, p), dilation=(d, d))]
+    elif merged:
+        height, width = (factor.double() for factor in middle)
+        weight = (height[:, None, :, None] * width[:, None, None, :]).to(first.dtype)
+        inner = [_conv(weight, stride=(s, s), padding=(p, p), dilation=(d, d), groups=len(first))]
+    else:
+        height, width = middle[0][:, None, :, None], middle[1][:, None, None, :]
+        inner = [
+            _conv(height, stride=(s, 1), padding=(p, 0), dilation=(d, 1), groups=len(first)),
+            _conv(width, stride=(1, s), padding=(0, p), dilation=(1, d), groups=len(first)),
+        ]
+    return [pointwise[0], *inner, pointwise[1]]
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype, device="meta")
+    return _with_parameters(layer, weight, bias)
+
+
+def _conv(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> nn.Conv2d:
+    T, S, KH, KW = weight.shape
+    layer = nn.Conv2d(
+        S * groups, T, (KH, KW), stride, padding, dilation, groups, bias is not None,
+        dtype=weight.dtype, device="meta",
+    )  # fmt: skip
+    return _with_parameters(layer, weight, bias)
+
+
+def _with_parameters(layer: LayerT, weight: Tensor, bias: Tensor | None) -> LayerT:
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.register_parameter("bias", nn.Parameter(bias.clone(), requires_grad=False))
+    return layer.eval()
+
+
+def _dense(problem: Problem, memory_format: torch.memory_format) -> Callable[[], Tensor]:
+    cell, weight = problem.cell, problem.dense_weight
+    if cell.is_linear:
+        layer: nn.Module = _linear(weight, problem.bias)
+    else:
+        s, p, d = cell.stride, cell.padding, cell.dilation
+        layer = _conv(weight, problem.bias, (s, s), (p, p), (d, d))
+    return _eager([layer], problem.input, memory_format)
+
+
+def _eager(
+    layers: Sequence[nn.Module], input: Tensor, memory_format: torch.memory_format
+) -> Callable[[], Tensor]:
+    """The layers as plain function calls: nn.Module's own call would cost a peer some microseconds."""
+    input = _formatted(input, memory_format)
+    calls = [_call(layer, memory_format) for layer in layers]
+
+    def run() -> Tensor:
+        hidden = input
+        for call in calls:
+            hidden = call(hidden)
+        return hidden
+
+    return run
+
+
+def _call(layer: nn.Module, memory_format: torch.memory_format) -> Callable[[Tensor], Tensor]:
+    if isinstance(layer, nn.Linear):
+        return functools.partial(F.linear, weight=layer.weight, bias=layer.bias)
+    assert isinstance(layer, nn.Conv2d)
+    kernel, bias = _formatted(layer.weight, memory_format), layer.bias
+    stride, padding, dilation, groups = layer.stride, layer.padding, layer.dilation, layer.groups
+    return lambda x: F.conv2d(x, kernel, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def _formatted(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return tensor if tensor.dim() != 4 else tensor.detach().clone().contiguous(memory_format=memory_format)
+
+
+def _compiled(problem: Problem) -> Callable[[], Tensor]:
+    import torch._inductor.config as inductor
+    from torch._inductor import select_algorithm
+
+    inductor.freezing = True
+    # max-autotune tells of every candidate on stderr, in the middle of the table.
+    select_algorithm.PRINT_AUTOTUNE = False
+    torch._dynamo.reset()
+    model = nn.Sequential(*stages(problem))
+    input = problem.input
+    if not problem.cell.is_linear:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        input = _formatted(input, torch.channels_last)
+    compiled = torch.compile(model, mode="max-autotune", dynamic=False)
+    return lambda: compiled(input)
+
+
+def check(problem: Problem, output: Tensor) -> str:
+    """Empty where `output` is right, else a sentence with the figures.
+
+    Judged against the chain in fp64 on the first and last image (or all rows), Frobenius norm, u = eps / 2:
+    fp32 and fp64 by ``2 u ||A||``, A the same chain on absolute values; bf16 and fp16 by twice the error of
+    PyTorch's chain in that dtype, PyTorch's share capped at 2 eps, plus one rounding of the output.
+    """
+    cell, input = problem.cell, problem.input
+    op = getattr(reference, cell.op)
+    chosen = slice(None) if cell.is_linear or cell.batch <= 2 else slice(0, cell.batch, cell.batch - 1)
+    part, got = input[chosen], output[chosen].double()
+
+    def chain(change: Callable[[Tensor], Tensor]) -> Tensor:
+        return op(change(part), *map(change, problem.factors), change(problem.bias), **problem.options)
+
+    expected = chain(torch.Tensor.double)
+    if got.shape != expected.shape:
+        return f"shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    unit = torch.finfo(input.dtype).eps / 2
+    norm, error = expected.norm(), (got - expected).norm()
+    if input.dtype in (torch.float32, torch.float64):
+        allowed = 2 * unit * chain(lambda tensor: tensor.double().abs()).norm()
+    else:
+        library = (chain(lambda tensor: tensor).double() - expected).norm()
+        allowed = 2 * torch.minimum(library.nan_to_num(torch.inf), 4 * unit * norm) + unit * norm
+    if norm > 0 and error <= allowed:
+        return ""
+    return f"relative error {float(error / norm):.2e}, allowed {float(allowed / norm):.2e}"
