@@ -24,6 +24,7 @@ py::dict describe(const Plan& plan, Op op) {
   result["flops"] = plan.flops;
   result["bytes"] = plan.bytes;
   result["predicted_seconds"] = plan.predicted_seconds;
+  result["features"] = plan.features;
   return result;
 }
 
@@ -75,6 +76,9 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
 
 }  // namespace
 
-void bind_explain(py::module_& m) { m.def("explain", &explain); }
+void bind_explain(py::module_& m) {
+  m.def("explain", &explain);
+  m.attr("feature_names") = std::vector<std::string>(std::begin(kFeatureNames), std::end(kFeatureNames));
+}
 
 }  // namespace lowrank_ops

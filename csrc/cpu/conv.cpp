@@ -105,6 +105,7 @@ void HiddenRows::compute(int64_t z) {
   call.activation = Activation::kNone;
   const Panels& panels = block_.in_weight.panels();
   for (int64_t panel = 0; panel < panels.count; ++panel) {
+    call.far_input = direct_ && panel == 0;
     call.weight = block_.in_weight.panel(panel);
     call.width = panels.width(panel);
     call.out = hidden + panels.first(panel) * element_bytes(block_.hidden_type);
@@ -146,6 +147,7 @@ void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t ro
       char* target = out + ((row + i) * output.stride(2) + channel * output.stride(1)) * element;
       call.taps = &source;
       if (channels_last) {
+        call.far_output = true;
         call.out = target;
         call.out_stride = out_pixel_stride;
         call.out_type = p.dtype;

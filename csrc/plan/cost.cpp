@@ -59,7 +59,72 @@ double hidden_bytes(const Problem& p) {
   return 2.0 * p.n * elements * element_bytes(p.dtype);
 }
 
-double fused_seconds(const Problem&, const CpuCaps&, const CpuTile&) { return 1; }
-double chain_seconds(const Problem&, const CpuCaps&) { return 2; }
+namespace {
+
+double share(const Problem& p, const CpuCaps& caps) {
+  return double(std::max<int64_t>(1, std::min(caps.threads, p.n * p.oh)));
+}
+
+double depthwise_sums(const Problem& p) {
+  return p.op == Op::kCP ? double(p.n) * p.oh * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
+}
+
+double image_elements(const Problem& p) {
+  return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
+}
+
+// From cost_constants.inc: nanoseconds for each feature.
+struct Constants {
+  Features fused, chain;
+};
+const Constants* constants_for(const Problem& p) {
+#include "plan/cost_constants.inc"
+  if (p.dtype == DType::kFloat) return p.op == Op::kLinear ? &kLinearFloat32 : &kConvFloat32;
+  if (p.dtype == DType::kBFloat16) return p.op == Op::kLinear ? &kLinearBFloat16 : &kConvBFloat16;
+  return nullptr;
+}
+
+double seconds(const Features& features, const Features& constants) {
+  double nanoseconds = 0;
+  for (int i = 0; i < kFeatures; ++i) nanoseconds += features[i] * constants[i];
+  return nanoseconds * 1e-9;
+}
+
+}  // namespace
+
+Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
+  const double threads = share(p, caps);
+  const double depthwise = depthwise_sums(p);
+  const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
+  return {1,
+          (fused_flops(p, tile) / 2 - depthwise) / threads,
+          depthwise / threads,
+          block_bytes(p) / threads,
+          weights(p),
+          transposed ? image_elements(p) / threads : 0};
+}
+
+Features chain_features(const Problem& p, const CpuCaps& caps) {
+  const double threads = share(p, caps);
+  const double depthwise = depthwise_sums(p);
+  const double calls = p.op == Op::kTucker ? 3 : p.op == Op::kCP ? 4 : 2;
+  const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
+  return {calls,
+          (block_flops(p) / 2 - depthwise) / threads,
+          depthwise / threads,
+          (block_bytes(p) + hidden_bytes(p)) / threads,
+          weights(p),
+          transposed ? image_elements(p) / threads : 0};
+}
+
+double fused_seconds(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
+  const Constants* constants = constants_for(p);
+  return constants ? seconds(fused_features(p, caps, tile), constants->fused) : 0;
+}
+
+double chain_seconds(const Problem& p, const CpuCaps& caps) {
+  const Constants* constants = constants_for(p);
+  return constants ? seconds(chain_features(p, caps), constants->chain) : 0;
+}
 
 }  // namespace lowrank_ops

@@ -1,5 +1,12 @@
 // The cost model: FLOPs, bytes and predicted seconds of a block, fused and as a chain. Plain C++17.
+//
+// A prediction is a sum of features (counts that can be read off a problem) times constants in nanoseconds. The constants
+// are fitted from committed benchmark results by benchmarks/fit_cost.py, which writes cost_constants.inc; the machine they
+// were measured on stands there. Only the ratio of the two predictions decides, so they carry over to other CPUs of the
+// same kind better than seconds would; where they do not, the policy "measure" does not need them.
 #pragma once
+
+#include <array>
 
 #include "plan/plan.h"
 
@@ -10,6 +17,15 @@ double fused_flops(const Problem& problem, const CpuTile& tile);  // with the ha
 double block_bytes(const Problem& problem);                      // input + output + weights, once
 double hidden_bytes(const Problem& problem);                     // intermediates of the chain, written and read
 
+// The features of one way to run a problem, in the order of `kFeatureNames`; already divided among the threads, but for
+// the calls.
+constexpr int kFeatures = 6;
+constexpr const char* kFeatureNames[kFeatures] = {"calls", "multiply_adds", "depthwise", "bytes", "weights", "moved"};
+using Features = std::array<double, kFeatures>;
+Features fused_features(const Problem& problem, const CpuCaps& caps, const CpuTile& tile);
+Features chain_features(const Problem& problem, const CpuCaps& caps);
+
+// Predicted seconds, or 0 where nothing was measured for the dtype (float64, float16).
 double fused_seconds(const Problem& problem, const CpuCaps& caps, const CpuTile& tile);
 double chain_seconds(const Problem& problem, const CpuCaps& caps);
 

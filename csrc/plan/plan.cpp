@@ -113,6 +113,9 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
   fused.flops = fused_flops(p, fused.tile);
   fused.bytes = block_bytes(p);
   fused.predicted_seconds = fused_seconds(p, caps, fused.tile);
+  const Features fused_counts = fused_features(p, caps, fused.tile), chain_counts = chain_features(p, caps);
+  fused.features.assign(fused_counts.begin(), fused_counts.end());
+  chain.features.assign(chain_counts.begin(), chain_counts.end());
   chain.path = "chain";
   chain.kernel = "chain of torch ops";
   chain.flops = block_flops(p);
@@ -127,13 +130,15 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
     return decision;
   }
   const bool take_chain =
-      policy == Policy::kChain || (policy != Policy::kFused && chain.predicted_seconds < fused.predicted_seconds);
+      policy == Policy::kChain || (policy != Policy::kFused && chain.predicted_seconds > 0 && chain.predicted_seconds < fused.predicted_seconds);
   decision.chosen = take_chain ? chain : fused;
   decision.others = {take_chain ? fused : chain};
   const Plan& other = decision.others.front();
   std::string reason;
   if (policy == Policy::kFused || policy == Policy::kChain)
     reason = std::string("the policy is \"") + (policy == Policy::kFused ? "fused" : "chain") + "\"";
+  else if (chain.predicted_seconds == 0)
+    reason = std::string("nothing was measured for ") + name_of(p.dtype) + ", where torch's own path is slow";
   else
     reason = "predicted to be slower";
   decision.rejections.push_back({other.kernel, reason});

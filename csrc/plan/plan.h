@@ -37,7 +37,7 @@ struct Plan {
   double flops = 0;              // multiplications and additions of the block, halo included
   double bytes = 0;              // that must move between memory and the core
   double predicted_seconds = 0;  // of the cost model; 0 where it has no figures
-  std::string note;
+  std::vector<double> features;  // what the prediction was made of (cost.h)
 };
 
 struct Rejection {

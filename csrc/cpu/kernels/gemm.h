@@ -143,6 +143,13 @@ static void multiply_block(const GemmCall& call, int64_t first_row) {
   finish<Multiply, kRows, kVectors>(acc, call, first_row);
 }
 
+// Asks for the memory that a later block will touch; hardware prefetchers stop at every page.
+template <bool kWrite>
+static inline void prefetch_rows(const char* first, int64_t rows, int64_t row_bytes, int64_t used_bytes) {
+  for (int64_t row = 0; row < rows; ++row, first += row_bytes)
+    for (int64_t byte = 0; byte < used_bytes; byte += 64) __builtin_prefetch(first + byte, kWrite, 2);
+}
+
 // Runs `rows` rows in blocks as even as possible: 15 rows are 8 + 7, not 14 + 1.
 template <typename Multiply, int kVectors, int kRows = kMaxRows[kVectors]>
 static inline void dispatch_rows(const GemmCall& call, int64_t first_row, int64_t rows) {
@@ -166,6 +173,16 @@ static inline void dispatch_width(const GemmCall& call) {
   int64_t blocks = (call.rows + kMost - 1) / kMost;
   for (int64_t row = 0; row < call.rows; --blocks) {
     const int64_t count = (call.rows - row + blocks - 1) / blocks;
+    if (call.far_input) {
+      constexpr int64_t kBytes = sizeof(typename Multiply::Element);
+      prefetch_rows<false>(static_cast<const char*>(call.taps[0]) + (row + 2 * kMost) * call.row_stride * kBytes, count,
+                           call.row_stride * kBytes, call.depth * kBytes);
+    }
+    if (call.far_output) {
+      const int64_t bytes = call.out_type == DType::kFloat ? 4 : call.out_type == DType::kDouble ? 8 : 2;
+      prefetch_rows<true>(static_cast<const char*>(call.out) + (row + kMost) * call.out_stride * bytes, count,
+                          call.out_stride * bytes, call.width * bytes);
+    }
     dispatch_rows<Multiply, kVectors>(call, row, count);
     row += count;
   }

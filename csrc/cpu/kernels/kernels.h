@@ -27,6 +27,8 @@ struct GemmCall {
   DType out_type;
   const void* bias;    // accumulator type, readable up to the padded width; nullptr: none
   Activation activation;
+  bool far_input = false;   // A comes from memory rather than from a tile: ask for the next block's rows early
+  bool far_output = false;  // the same for out
 };
 using GemmFunction = void (*)(const GemmCall&);
 
