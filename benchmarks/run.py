@@ -10,6 +10,7 @@ the run goes on and ends with exit status 1.
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class Result:
     kinds: dict[str, str]
     wrong: dict[str, str]
     """Contenders left out, with what was wrong."""
+    features: dict[str, list[float]]
+    """What the planner's cost model counts, for the fused kernel and for the chain (see fit_cost.py)."""
 
     @property
     def seconds(self) -> float:
@@ -110,6 +113,7 @@ class Result:
                 for name, timing in self.timings.items()
             },
             "wrong": self.wrong,
+            "features": self.features,
         }  # fmt: skip
 
 
@@ -135,7 +139,9 @@ def measure(cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], se
         )
     _set_policy("auto")
     kinds = {name: contender.kind for name, contender in contenders.items()}
-    return Result(cell, dtype, plan(problem), timings, kinds, wrong)
+    explanation = explain(problem)
+    features = {plan["path"]: plan["features"] for plan in (explanation.chosen, *explanation.others)}
+    return Result(cell, dtype, plan(explanation), timings, kinds, wrong, features)
 
 
 def _complaint(problem: peers.Problem, contender: peers.Contender) -> str:
@@ -147,11 +153,16 @@ def _complaint(problem: peers.Problem, contender: peers.Contender) -> str:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def plan(problem: peers.Problem) -> str:
-    """The path that policy "auto" takes, and the tile of a fused one."""
+def explain(problem: peers.Problem) -> lowrank_ops.Explanation:
+    """What the planner decides for a problem under the policy in force."""
     op = getattr(functional, problem.cell.op)
     tensors = [problem.input, *problem.factors, problem.bias]
     (explanation,) = lowrank_ops.explain(op, tensors, verbose=False, **problem.options)
+    return explanation
+
+
+def plan(explanation: lowrank_ops.Explanation) -> str:
+    """The path that is taken, and the tile of a fused one."""
     sizes = [
         str(explanation.chosen[key]) for key in ("tile_rows", "tile_columns") if key in explanation.chosen
     ]
@@ -208,12 +219,14 @@ def print_summary(results: Sequence[Result]) -> None:
             print(f"left out, output wrong: {name} of {result.cell} {result.dtype}: {complaint}")
 
 
-def select(use_full: bool, pattern: str | None) -> list[Cell]:
-    """The quick or the full list, or the cells of the full grid whose text matches a regular expression.
+def select(use_full: bool, pattern: str | None, sample: int | None = None) -> list[Cell]:
+    """The quick or the full list, `sample` cells drawn from the full one, or the cells whose text matches a pattern.
 
     Raises:
         ValueError: a pattern that matches nothing.
     """
+    if sample is not None:
+        return random.Random(0).sample(layers.full(), sample)
     if pattern is None:
         return layers.full() if use_full else layers.quick()
     cells = dict.fromkeys(layers.quick() + layers.full())
@@ -229,6 +242,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     which.add_argument("--quick", action="store_true", help="the fixed list of some 40 cells (the default)")
     which.add_argument("--full", action="store_true", help="the whole grid, with every peer; takes hours")
     which.add_argument("--layer", metavar="PATTERN", help="cells that match a regular expression")
+    which.add_argument("--sample", type=int, metavar="N", help="N cells drawn from the whole grid, always the same ones")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     layout = "of the fused op's input (default: channels_last); peers run in both"
@@ -241,7 +255,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     asked = options.peers or (["all"] if options.full else peers.DEFAULT_PEERS)
     options.peers = [name for name in peers.PEERS if "all" in asked or name in asked]
     try:
-        options.cells = select(options.full, options.layer)
+        options.cells = select(options.full, options.layer, options.sample)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -287,4 +301,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    bench.keep_memory()
     sys.exit(main())
