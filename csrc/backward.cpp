@@ -165,7 +165,7 @@ struct NoAutocast {
 Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
                    const OptionalTensor& bias, const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, stride[1] > 1 && dilation[1] > 1);
+  const auto dtype = library_dtype(input, window);
   return {{pointwise(in_factor.to(dtype)),
            {core.to(dtype), {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}},
            pointwise(out_factor.to(dtype))},
@@ -176,7 +176,7 @@ Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& c
 Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
                const Tensor& out_factor, const OptionalTensor& bias, const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, stride[1] > 1 && dilation[1] > 1);
+  const auto dtype = library_dtype(input, window);
   const int64_t rank = in_factor.sym_size(0).guard_int(__FILE__, __LINE__);
   const Tensor height = height_factor.to(dtype).unsqueeze(1).unsqueeze(-1);  // [R, 1, KH, 1]
   const Tensor width = width_factor.to(dtype).unsqueeze(1).unsqueeze(1);     // [R, 1, 1, KW]
@@ -190,7 +190,7 @@ Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& heigh
 
 Block linear_block(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
                    Activation activation) {
-  const auto dtype = library_dtype(input, false);
+  const auto dtype = library_dtype(input);
   return {{{in_factor.to(dtype)}, {out_factor.to(dtype)}}, to(bias, dtype), activation};
 }
 

@@ -15,14 +15,21 @@ using Gradients4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients6 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// The dtype in which the library's convolutions and matrix products can be trusted with a block of this input.
-// fp16 on a CPU: the library has no fast kernels for it. bf16 on a CPU: torch 2.13's conv2d on machines with AMX is
-// wrong for some kernels that have both a stride and a dilation above 1 along W.
-inline at::ScalarType library_dtype(const at::Tensor& input, bool strided_and_dilated_along_width) {
+// The dtype in which the library's convolutions can be trusted with a block of this input.
+// fp16 on a CPU: the library has no fast kernels for it.
+// bf16 on a CPU: oneDNN as of torch 2.13 reads past its rows where a stride along W meets a padding or a dilation along
+// W: forward crashes for 1-wide kernels in channels_last and weight gradients hold garbage or NaN (AVX512_BF16, Zen 4: 0.1
+// to 0.5 % of random problems with such a window, none of 48,000 without), and on AMX wide dilated kernels are wrong.
+inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window) {
   const at::ScalarType dtype = input.scalar_type();
   if (!input.is_cpu()) return dtype;
-  if (dtype == at::kHalf) return at::kFloat;
-  return dtype == at::kBFloat16 && strided_and_dilated_along_width ? at::kFloat : dtype;
+  const bool risky = window.stride[1] > 1 && (window.padding[1] > 0 || window.dilation[1] > 1);
+  return dtype == at::kHalf || (dtype == at::kBFloat16 && risky) ? at::kFloat : dtype;
+}
+
+// The same for matrix products, which are sound in bf16.
+inline at::ScalarType library_dtype(const at::Tensor& input) {
+  return input.is_cpu() && input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
 }
 
 // A bias-free convolution of a block, or, where `weight` is a matrix, a linear map over the rows of its input.
