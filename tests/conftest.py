@@ -112,7 +112,7 @@ class Call:
         return getattr(lowrank_ops, self.problem.op)(**self.tensors, **self.problem.options())
 
     def reference(self, dtype: torch.dtype) -> Tensor:
-        """The chain of library calls on the same values, in ``dtype``; in bf16 and fp16 as `_rounded_chain`."""
+        """The chain of library calls on the same values, in ``dtype``; bf16 and fp16: `_rounded_chain`."""
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         if dtype.itemsize < 4:
             return _rounded_chain(self.problem, tensors)
@@ -122,7 +122,7 @@ class Call:
         return self.reference(torch.float64)
 
     def magnitude(self) -> Tensor:
-        """The fp64 chain, without activation, of the absolute values: what rounding errors are relative to."""
+        """The fp64 chain of the absolute values, no activation: what rounding errors are relative to."""
         return self._absolute().exact()
 
     def gradients(self, grad_output: Tensor) -> dict[str, Tensor]:
@@ -141,8 +141,8 @@ class Call:
     def gradient_magnitudes(self, grad_output: Tensor) -> dict[str, Tensor]:
         """The fp64 gradients of the absolute values.
 
-        The activation's derivative, too, is computed from a rounded argument: its error is that argument's, times
-        the activation's curvature.
+        The activation's derivative, too, is computed from a rounded argument: its error is that argument's,
+        times the activation's curvature.
         """
         linear = Call(replace(self.problem, activation="none"), self.tensors)
         before = linear.exact().requires_grad_()
@@ -159,10 +159,10 @@ class Call:
 
 
 def _rounded_chain(problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-    """PyTorch's chain in bf16 or fp16 as it is meant to be: fp32 sums, each stage's result and gradient rounded.
+    """PyTorch's chain in bf16 or fp16 as it is meant to be: fp32 sums, every result and gradient rounded.
 
-    Not the library's own bf16 convolutions: as of torch 2.13 some of them crash the process or read unset memory on
-    CPUs (csrc/backward.h says which).
+    Not the library's own bf16 convolutions: as of torch 2.13 some of them crash the process or read unset
+    memory on CPUs (csrc/backward.h says which).
     """
     dtype = tensors["input"].dtype
     wide = {name: tensor.float() for name, tensor in tensors.items()}
@@ -194,12 +194,12 @@ def assert_within_budget(
 ) -> None:
     """Holds ``actual`` to the error that its dtype allows, in the Frobenius norm.
 
-    fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` for each pass through the chain, with ``u = eps / 2`` and
-    ``magnitude`` the fp64 computation on absolute values. A gradient takes two passes, there and back: over 6,500
-    random ones PyTorch's own autograd in fp32 reaches 2.3 in units of ``u |magnitude|``, its forward chain 1.06.
-    bf16, fp16: twice the error of the chain in that dtype (``library``), plus one rounding of the output. The chain's
-    share is capped at 2 eps, for a gradient at 2 eps of ``magnitude``: one number that thousands of products cancel
-    to has no relative precision.
+    fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` for each pass through the chain, with ``u = eps / 2``
+    and ``magnitude`` the fp64 computation on absolute values. A gradient takes two passes, there and back:
+    over 6,500 random ones PyTorch's own autograd in fp32 reaches 2.3 in units of ``u |magnitude|``, its forward
+    chain 1.06. bf16, fp16: twice the error of the chain in that dtype (``library``), plus one rounding of the
+    output. The chain's share is capped at 2 eps, for a gradient at 2 eps of ``magnitude``: one number that
+    thousands of products cancel to has no relative precision.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, required {tuple(exact.shape)}"
     if exact.numel() == 0:
@@ -215,7 +215,9 @@ def assert_within_budget(
         library_error = (library.double() - exact).norm().item()
         cap = 2 * eps * (norm if passes == 1 else magnitude.norm().item())
         budget = 2 * min(library_error, cap) + eps / 2 * norm
-    assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
+    assert error <= budget, (
+        f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
+    )
 
 
 def assert_output(call: Call, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Random problems: every op, dtype and layout, any geometry. Deterministic; the failing example is printed."""
+"""Random problems: every op, dtype and layout, any geometry. Deterministic; a failing example is printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ run = settings(
     database=None,
     deadline=None,
     print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 
 
@@ -63,7 +67,7 @@ def test_forward(op: str, policy: str) -> None:
     @given(problems(op))
     def check(problem: Problem) -> None:
         call = problem.make()
-        # Padding alone may leave nothing of the input in reach of the kernel, an activation may cut all to zero.
+        # Padding may leave nothing of the input in the kernel's reach, an activation may cut all to zero.
         assume(call.exact().any())
         assert_output(call, call.run())
 

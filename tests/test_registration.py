@@ -117,7 +117,7 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_export(op: str, layout: torch.memory_format) -> None:
-    """Exported with a free batch size, the program holds the op and gives its result at another batch size."""
+    """Exported with a free batch size, the program holds the op and runs at another batch size."""
     call = make(op, n=4, layout=layout)
     layer, input = Layer(call), call.tensors["input"]
     batch = {"input": {0: torch.export.Dim("batch", min=2, max=64)}}
