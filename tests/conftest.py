@@ -197,9 +197,9 @@ def assert_within_budget(
     fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` for each pass through the chain, with ``u = eps / 2``
     and ``magnitude`` the fp64 computation on absolute values. A gradient takes two passes, there and back:
     over 6,500 random ones PyTorch's own autograd in fp32 reaches 2.3 in units of ``u |magnitude|``, its
-    forward chain 1.06. bf16, fp16: twice the error of the chain in that dtype (``library``), plus one rounding
-    of the output. The chain's share is capped at 2 eps, for a gradient at 2 eps of ``magnitude``: one number
-    that thousands of products cancel to has no relative precision.
+    forward chain 1.06. bf16, fp16: twice the error of the chain in that dtype (``library``), plus one
+    rounding of the output. The chain's share is capped at 2 eps,
+    for a gradient at 2 eps of ``magnitude``: a number that much cancels to has no relative precision.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, required {tuple(exact.shape)}"
     if exact.numel() == 0:
