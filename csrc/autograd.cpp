@@ -1,11 +1,12 @@
 // Gradients and autocast of the ops: the kernels of the Autograd, AutocastCPU and AutocastCUDA dispatch keys.
 //
-// Forward saves the input and the factors, never an intermediate; backward calls the `*_backward` op, which recomputes
-// them. Nothing here reads sizes: under torch.compile(dynamic=True) these functions are traced with symbolic shapes.
+// Forward saves the input and the factors, never an intermediate; backward calls the `*_backward` op, which
+// recomputes them. Nothing here reads sizes: under torch.compile(dynamic=True) these functions are traced
+// with symbolic shapes.
 //
-// Where gradients are to be differentiated again (create_graph=True, or a `*_backward` op called on tensors that
-// require grad), they are computed for the whole batch at once by differentiable library calls. Forward-mode
-// derivatives run the chain of library convolutions.
+// Where gradients are to be differentiated again (create_graph=True, or a `*_backward` op called on tensors
+// that require grad), they are computed for the whole batch at once by differentiable library calls.
+// Forward-mode derivatives run the chain of library convolutions.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -23,8 +24,8 @@ using std::string_view;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using TuckerForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                             IntArrayRef, IntArrayRef, IntArrayRef, string_view);
+using TuckerForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, string_view);
 using CPForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                          const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, string_view);
 using LinearForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, string_view);
@@ -33,11 +34,11 @@ using CPBackward = decltype(cp_conv2d_backward);
 using LinearBackward = decltype(lowrank_linear_backward);
 
 // The registered op, looked up once.
-#define LOWRANK_OPS_HANDLE(name, Signature)                                                                        \
-  const auto& name##_op() {                                                                                        \
-    static const auto op =                                                                                         \
-        c10::Dispatcher::singleton().findSchemaOrThrow("lowrank_ops::" #name, "").typed<Signature>();              \
-    return op;                                                                                                     \
+#define LOWRANK_OPS_HANDLE(name, Signature)                                                           \
+  const auto& name##_op() {                                                                           \
+    static const auto op =                                                                            \
+        c10::Dispatcher::singleton().findSchemaOrThrow("lowrank_ops::" #name, "").typed<Signature>(); \
+    return op;                                                                                        \
   }
 LOWRANK_OPS_HANDLE(tucker_conv2d, TuckerForward)
 LOWRANK_OPS_HANDLE(cp_conv2d, CPForward)
@@ -47,23 +48,32 @@ LOWRANK_OPS_HANDLE(cp_conv2d_backward, CPBackward)
 LOWRANK_OPS_HANDLE(lowrank_linear_backward, LinearBackward)
 #undef LOWRANK_OPS_HANDLE
 
-bool requires_grad(const Tensor& tensor) { return tensor.requires_grad(); }
-bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
+bool requires_grad(const Tensor& tensor) {
+  return tensor.requires_grad();
+}
+bool requires_grad(const OptionalTensor& tensor) {
+  return tensor && tensor->requires_grad();
+}
 
 template <typename... Tensors>
 bool needs_graph(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 
-bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
-bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+bool has_tangent(const Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+bool has_tangent(const OptionalTensor& tensor) {
+  return tensor && has_tangent(*tensor);
+}
 
 template <typename... Tensors>
 bool needs_tangent(const Tensors&... tensors) {
   return (has_tangent(tensors) || ...);
 }
 
-// ---- Saving for backward -------------------------------------------------------------------------------------------
+// ---- Saving for backward
+// -------------------------------------------------------------------------------------------
 
 void save_window(AutogradContext* ctx, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
   ctx->saved_data["stride"] = stride;
@@ -79,7 +89,9 @@ void save(AutogradContext* ctx, variable_list tensors, const OptionalTensor& bia
   ctx->save_for_backward(std::move(tensors));
 }
 
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
 
 // Which gradients the engine asks for: of `count - 1` tensors and the bias.
 template <size_t count>
@@ -101,12 +113,13 @@ variable_list for_engine(Gradients gradients, size_t arguments) {
 struct TuckerFunction : torch::autograd::Function<TuckerFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& core,
-                        const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                        IntArrayRef dilation, string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor,
+                        const Tensor& core, const Tensor& out_factor, const OptionalTensor& bias,
+                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                        string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output = tucker_conv2d_op().call(input, in_factor, core, out_factor, bias, stride, padding, dilation,
-                                            activation);
+    Tensor output = tucker_conv2d_op().call(input, in_factor, core, out_factor, bias, stride, padding,
+                                            dilation, activation);
     save_window(ctx, stride, padding, dilation);
     save(ctx, {input, in_factor, core, out_factor}, bias, activation);
     return output;
@@ -116,10 +129,10 @@ struct TuckerFunction : torch::autograd::Function<TuckerFunction> {
     const variable_list saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
     return for_engine(
-        tucker_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], optional(saved[4]),
-                                         data["stride"].toIntVector(), data["padding"].toIntVector(),
-                                         data["dilation"].toIntVector(), data["activation"].toStringRef(),
-                                         wanted_gradients<5>(ctx)),
+        tucker_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
+                                         optional(saved[4]), data["stride"].toIntVector(),
+                                         data["padding"].toIntVector(), data["dilation"].toIntVector(),
+                                         data["activation"].toStringRef(), wanted_gradients<5>(ctx)),
         9);
   }
 };
@@ -129,11 +142,11 @@ struct CPFunction : torch::autograd::Function<CPFunction> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor,
                         const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                        const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                        string_view activation) {
+                        const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output = cp_conv2d_op().call(input, in_factor, height_factor, width_factor, out_factor, bias, stride,
-                                        padding, dilation, activation);
+    Tensor output = cp_conv2d_op().call(input, in_factor, height_factor, width_factor, out_factor, bias,
+                                        stride, padding, dilation, activation);
     save_window(ctx, stride, padding, dilation);
     save(ctx, {input, in_factor, height_factor, width_factor, out_factor}, bias, activation);
     return output;
@@ -144,9 +157,9 @@ struct CPFunction : torch::autograd::Function<CPFunction> {
     auto& data = ctx->saved_data;
     return for_engine(
         cp_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                     optional(saved[5]), data["stride"].toIntVector(), data["padding"].toIntVector(),
-                                     data["dilation"].toIntVector(), data["activation"].toStringRef(),
-                                     wanted_gradients<6>(ctx)),
+                                     optional(saved[5]), data["stride"].toIntVector(),
+                                     data["padding"].toIntVector(), data["dilation"].toIntVector(),
+                                     data["activation"].toStringRef(), wanted_gradients<6>(ctx)),
         10);
   }
 };
@@ -154,8 +167,8 @@ struct CPFunction : torch::autograd::Function<CPFunction> {
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
-                        const OptionalTensor& bias, string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor,
+                        const Tensor& out_factor, const OptionalTensor& bias, string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor output = lowrank_linear_op().call(input, in_factor, out_factor, bias, activation);
     save(ctx, {input, in_factor, out_factor}, bias, activation);
@@ -164,27 +177,30 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    return for_engine(
-        lowrank_linear_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
-                                          ctx->saved_data["activation"].toStringRef(), wanted_gradients<4>(ctx)),
-        5);
+    return for_engine(lowrank_linear_backward_op().call(
+                          grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
+                          ctx->saved_data["activation"].toStringRef(), wanted_gradients<4>(ctx)),
+                      5);
   }
 };
 
-// ---- Autograd kernels of the ops -----------------------------------------------------------------------------------
+// ---- Autograd kernels of the ops
+// -----------------------------------------------------------------------------------
 
-Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& core,
-                       const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                       IntArrayRef dilation, string_view activation) {
+Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor,
+                       const Tensor& core, const Tensor& out_factor, const OptionalTensor& bias,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                       string_view activation) {
   if (needs_tangent(input, in_factor, core, out_factor, bias))
     return tucker_chain(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
                         parse_activation("tucker_conv2d", activation))
         .contiguous(input.suggest_memory_format());
   if (needs_graph(input, in_factor, core, out_factor, bias))
-    return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
+    return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation,
+                                 activation);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return tucker_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, core, out_factor,
-                                       bias, stride, padding, dilation, activation);
+  return tucker_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, core,
+                                       out_factor, bias, stride, padding, dilation, activation);
 }
 
 Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor,
@@ -192,8 +208,8 @@ Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& 
                    const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                    string_view activation) {
   if (needs_tangent(input, in_factor, height_factor, width_factor, out_factor, bias))
-    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, {stride, padding, dilation},
-                    parse_activation("cp_conv2d", activation))
+    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias,
+                    {stride, padding, dilation}, parse_activation("cp_conv2d", activation))
         .contiguous(input.suggest_memory_format());
   if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
     return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding,
@@ -210,16 +226,18 @@ Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
   if (needs_graph(input, in_factor, out_factor, bias))
     return LinearFunction::apply(input, in_factor, out_factor, bias, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return lowrank_linear_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, out_factor, bias,
-                                        activation);
+  return lowrank_linear_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor,
+                                        out_factor, bias, activation);
 }
 
-// ---- Autograd kernels of the backward ops: the gradients themselves, differentiable --------------------------------
+// ---- Autograd kernels of the backward ops: the gradients themselves, differentiable
+// --------------------------------
 
 // The gradients of the whole batch at once, in the dtype and shape of the arguments.
 template <size_t count>
 auto differentiable_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
-                              const std::array<Tensor, count - 2>& factors, const std::array<bool, count>& mask) {
+                              const std::array<Tensor, count - 2>& factors,
+                              const std::array<bool, count>& mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = block.stages[0].weight.scalar_type();
   const std::vector<Tensor> found = block_gradients(grad_output.to(dtype), input.to(dtype), block, mask);
@@ -240,12 +258,13 @@ auto as_tuple(const std::array<Tensor, count>& gradients) {
 Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
                                     const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
                                     const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                                    IntArrayRef dilation, string_view activation, std::array<bool, 5> output_mask) {
+                                    IntArrayRef dilation, string_view activation,
+                                    std::array<bool, 5> output_mask) {
   if (!needs_graph(grad_output, input, in_factor, core, out_factor, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
-                                                  in_factor, core, out_factor, bias, stride, padding, dilation,
-                                                  activation, output_mask);
+    return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output,
+                                                  input, in_factor, core, out_factor, bias, stride, padding,
+                                                  dilation, activation, output_mask);
   }
   const Block block = tucker_block(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
                                    parse_activation("tucker_conv2d_backward", activation));
@@ -254,40 +273,45 @@ Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad
 }
 
 Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
-                                const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                                IntArrayRef padding, IntArrayRef dilation, string_view activation,
+                                const Tensor& in_factor, const Tensor& height_factor,
+                                const Tensor& width_factor, const Tensor& out_factor,
+                                const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                                IntArrayRef dilation, string_view activation,
                                 std::array<bool, 6> output_mask) {
   if (!needs_graph(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
-                                              height_factor, width_factor, out_factor, bias, stride, padding,
-                                              dilation, activation, output_mask);
+    return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
+                                              in_factor, height_factor, width_factor, out_factor, bias,
+                                              stride, padding, dilation, activation, output_mask);
   }
-  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias,
-                               {stride, padding, dilation}, parse_activation("cp_conv2d_backward", activation));
+  const Block block =
+      cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, {stride, padding, dilation},
+               parse_activation("cp_conv2d_backward", activation));
   return as_tuple(differentiable_gradients<6>(
       grad_output, input, block, {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }
 
 Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                                    string_view activation, std::array<bool, 4> output_mask) {
+                                    const Tensor& in_factor, const Tensor& out_factor,
+                                    const OptionalTensor& bias, string_view activation,
+                                    std::array<bool, 4> output_mask) {
   if (!needs_graph(grad_output, input, in_factor, out_factor, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
-                                                   in_factor, out_factor, bias, activation, output_mask);
+    return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output,
+                                                   input, in_factor, out_factor, bias, activation,
+                                                   output_mask);
   }
-  const Block block =
-      linear_block(input, in_factor, out_factor, bias, parse_activation("lowrank_linear_backward", activation));
-  auto gradients = differentiable_gradients<4>(
-      grad_output.reshape_symint({-1, out_factor.sym_size(0)}), input.reshape_symint({-1, in_factor.sym_size(1)}),
-      block, {in_factor, out_factor}, output_mask);
+  const Block block = linear_block(input, in_factor, out_factor, bias,
+                                   parse_activation("lowrank_linear_backward", activation));
+  auto gradients = differentiable_gradients<4>(grad_output.reshape_symint({-1, out_factor.sym_size(0)}),
+                                               input.reshape_symint({-1, in_factor.sym_size(1)}), block,
+                                               {in_factor, out_factor}, output_mask);
   if (output_mask[0]) gradients[0] = gradients[0].view_symint(input.sym_sizes());
   return as_tuple(gradients);
 }
 
-// ---- Autocast: every tensor to the region's dtype, as for torch's own convolutions ---------------------------------
+// ---- Autocast: every tensor to the region's dtype, as for torch's own convolutions
+// ---------------------------------
 
 // Casts the tensors of a call; everything else passes as it is.
 template <at::DeviceType device>
@@ -302,12 +326,12 @@ struct Autocast {
 };
 
 template <at::DeviceType device>
-Tensor tucker_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
-                       const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                       string_view activation) {
+Tensor tucker_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& core,
+                       const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                       IntArrayRef padding, IntArrayRef dilation, string_view activation) {
   const Autocast<device> cast;
-  return tucker_conv2d_op().call(cast(input), cast(in_factor), cast(core), cast(out_factor), cast(bias), stride,
-                                 padding, dilation, activation);
+  return tucker_conv2d_op().call(cast(input), cast(in_factor), cast(core), cast(out_factor), cast(bias),
+                                 stride, padding, dilation, activation);
 }
 
 template <at::DeviceType device>
@@ -315,8 +339,8 @@ Tensor cp_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& h
                    const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias,
                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
   const Autocast<device> cast;
-  return cp_conv2d_op().call(cast(input), cast(in_factor), cast(height_factor), cast(width_factor), cast(out_factor),
-                             cast(bias), stride, padding, dilation, activation);
+  return cp_conv2d_op().call(cast(input), cast(in_factor), cast(height_factor), cast(width_factor),
+                             cast(out_factor), cast(bias), stride, padding, dilation, activation);
 }
 
 template <at::DeviceType device>
@@ -344,7 +368,11 @@ TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
   m.impl("lowrank_linear_backward", &linear_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCPU, m) { register_autocast<at::kCPU>(m); }
-TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCUDA, m) { register_autocast<at::kCUDA>(m); }
+TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCPU, m) {
+  register_autocast<at::kCPU>(m);
+}
+TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCUDA, m) {
+  register_autocast<at::kCUDA>(m);
+}
 
 }  // namespace lowrank_ops

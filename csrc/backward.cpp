@@ -1,6 +1,6 @@
-// The backward ops, on every device: a chain of library convolutions (or matrix products), run over a few images (or
-// rows) at a time, so that no intermediate of a whole batch ever exists. All three ops are one algorithm: a list of
-// linear stages, walked forward to recompute the stage inputs and then backward.
+// The backward ops, on every device: a chain of library convolutions (or matrix products), run over a few
+// images (or rows) at a time, so that no intermediate of a whole batch ever exists. All three ops are one
+// algorithm: a list of linear stages, walked forward to recompute the stage inputs and then backward.
 #include "backward.h"
 
 #include <ATen/ATen.h>
@@ -18,12 +18,14 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
-// What the recomputed intermediates of one chunk may take. On a CPU near the size of a last-level cache; elsewhere
-// large enough that launches do not dominate.
+// What the recomputed intermediates of one chunk may take. On a CPU near the size of a last-level cache;
+// elsewhere large enough that launches do not dominate.
 constexpr int64_t kCpuChunkBytes = int64_t{32} << 20;
 constexpr int64_t kDeviceChunkBytes = int64_t{256} << 20;
 
-bool is_linear(const Stage& stage) { return stage.weight.dim() == 2; }
+bool is_linear(const Stage& stage) {
+  return stage.weight.dim() == 2;
+}
 
 Tensor forward(const Stage& stage, const Tensor& x, const OptionalTensor& bias) {
   if (is_linear(stage)) return at::linear(x, stage.weight, bias);
@@ -45,7 +47,8 @@ std::tuple<Tensor, Tensor> backward(const Stage& stage, const Tensor& grad, cons
   if (is_linear(stage))
     return {mask[0] ? at::mm(grad, stage.weight) : Tensor(), mask[1] ? at::mm(grad.t(), x) : Tensor()};
   auto [grad_x, grad_weight, unused] = at::convolution_backward(
-      grad, x, stage.weight, /*bias_sizes=*/at::OptionalIntArrayRef(), stage.stride, stage.padding, stage.dilation,
+      grad, x, stage.weight, /*bias_sizes=*/at::OptionalIntArrayRef(), stage.stride, stage.padding,
+      stage.dilation,
       /*transposed=*/false, /*output_padding=*/{0, 0}, stage.groups, {mask[0], mask[1], false});
   return {grad_x, grad_weight};
 }
@@ -73,10 +76,13 @@ Tensor activation_backward(const Tensor& grad, const Tensor& before, Activation 
 
 Tensor sum_for_bias(const Tensor& grad) {
   const auto dtype = at::toOpMathType(grad.scalar_type());
-  return grad.dim() == 4 ? grad.sum({0, 2, 3}, /*keepdim=*/false, dtype) : grad.sum(0, /*keepdim=*/false, dtype);
+  return grad.dim() == 4 ? grad.sum({0, 2, 3}, /*keepdim=*/false, dtype)
+                         : grad.sum(0, /*keepdim=*/false, dtype);
 }
 
-Stage pointwise(const Tensor& factor) { return {factor.unsqueeze(-1).unsqueeze(-1)}; }
+Stage pointwise(const Tensor& factor) {
+  return {factor.unsqueeze(-1).unsqueeze(-1)};
+}
 
 OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
   return tensor ? OptionalTensor(tensor->to(dtype)) : std::nullopt;
@@ -84,7 +90,9 @@ OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
 
 // How many images (rows) a chunk holds: the stage inputs and their gradients within the budget.
 int64_t chunk_size(const std::vector<Stage>& stages, const Tensor& input, const Tensor& grad_output) {
-  const auto pixels = [](const Tensor& tensor) { return tensor.dim() == 4 ? tensor.size(2) * tensor.size(3) : 1; };
+  const auto pixels = [](const Tensor& tensor) {
+    return tensor.dim() == 4 ? tensor.size(2) * tensor.size(3) : 1;
+  };
   const int64_t most_pixels = std::max(pixels(input), pixels(grad_output));
   int64_t channels = input.size(1);
   for (const Stage& stage : stages) channels += stage.weight.size(0);
@@ -92,11 +100,11 @@ int64_t chunk_size(const std::vector<Stage>& stages, const Tensor& input, const 
   return std::max<int64_t>(1, (input.is_cpu() ? kCpuChunkBytes : kDeviceChunkBytes) / bytes);
 }
 
-// `block_gradients` chunk by chunk along axis 0: the weights' gradients added up in fp32 at least, then in the dtype,
-// shape and memory format of `factors`, so that an optimizer meets the strides it expects.
+// `block_gradients` chunk by chunk along axis 0: the weights' gradients added up in fp32 at least, then in
+// the dtype, shape and memory format of `factors`, so that an optimizer meets the strides it expects.
 template <size_t count>
-std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
-                                            const std::array<Tensor, count - 2>& factors,
+std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Tensor& input,
+                                            const Block& block, const std::array<Tensor, count - 2>& factors,
                                             const std::array<bool, count>& mask) {
   const at::ScalarType dtype = block.stages[0].weight.scalar_type();
   const auto format = input.suggest_memory_format();
@@ -139,12 +147,14 @@ auto as_tuple(const Array& gradients) {
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input, IntArrayRef required) {
-  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ", required,
-                    ", got ", grad_output.sizes());
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have the input's dtype ",
-                   input.scalar_type(), ", got ", grad_output.scalar_type());
-  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op, ": grad_output must be on the input's device ",
-                    input.device(), ", got ", grad_output.device());
+  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ",
+                    required, ", got ", grad_output.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op,
+                   ": grad_output must have the input's dtype ", input.scalar_type(), ", got ",
+                   grad_output.scalar_type());
+  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op,
+                    ": grad_output must be on the input's device ", input.device(), ", got ",
+                    grad_output.device());
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input, int64_t t, int64_t kh,
@@ -166,7 +176,7 @@ struct NoAutocast {
 Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
                    const OptionalTensor& bias, const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, stride[1] > 1 && dilation[1] > 1);
+  const auto dtype = library_dtype(input, window);
   return {{pointwise(in_factor.to(dtype)),
            {core.to(dtype), {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}},
            pointwise(out_factor.to(dtype))},
@@ -174,10 +184,11 @@ Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& c
           activation};
 }
 
-Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
-               const Tensor& out_factor, const OptionalTensor& bias, const Window& window, Activation activation) {
+Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
+               const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias,
+               const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, stride[1] > 1 && dilation[1] > 1);
+  const auto dtype = library_dtype(input, window);
   const int64_t rank = in_factor.sym_size(0).guard_int(__FILE__, __LINE__);
   const Tensor height = height_factor.to(dtype).unsqueeze(1).unsqueeze(-1);  // [R, 1, KH, 1]
   const Tensor width = width_factor.to(dtype).unsqueeze(1).unsqueeze(1);     // [R, 1, 1, KW]
@@ -189,9 +200,9 @@ Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& heigh
           activation};
 }
 
-Block linear_block(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                   Activation activation) {
-  const auto dtype = library_dtype(input, false);
+Block linear_block(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
+                   const OptionalTensor& bias, Activation activation) {
+  const auto dtype = library_dtype(input);
   return {{{in_factor.to(dtype)}, {out_factor.to(dtype)}}, to(bias, dtype), activation};
 }
 
@@ -244,27 +255,31 @@ Gradients5 tucker_conv2d_backward(const Tensor& grad_output, const Tensor& input
   check_grad_output(op, grad_output, input, out_factor.size(0), core.size(2), core.size(3), window);
   const NoAutocast no_autocast;
   const Block block = tucker_block(input, in_factor, core, out_factor, bias, window, function);
-  return as_tuple(chunked_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
+  return as_tuple(
+      chunked_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
 Gradients6 cp_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                              const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                              const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                              IntArrayRef dilation, std::string_view activation, std::array<bool, 6> output_mask) {
+                              const Tensor& height_factor, const Tensor& width_factor,
+                              const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                              IntArrayRef padding, IntArrayRef dilation, std::string_view activation,
+                              std::array<bool, 6> output_mask) {
   constexpr const char* op = "cp_conv2d_backward";
   const Window window{stride, padding, dilation};
   const Activation function = parse_activation(op, activation);
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-  check_grad_output(op, grad_output, input, out_factor.size(0), height_factor.size(1), width_factor.size(1), window);
+  check_grad_output(op, grad_output, input, out_factor.size(0), height_factor.size(1), width_factor.size(1),
+                    window);
   const NoAutocast no_autocast;
-  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window, function);
+  const Block block =
+      cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window, function);
   return as_tuple(chunked_gradients<6>(grad_output, input, block,
                                        {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }
 
 Gradients4 lowrank_linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                                   const Tensor& out_factor, const OptionalTensor& bias, std::string_view activation,
-                                   std::array<bool, 4> output_mask) {
+                                   const Tensor& out_factor, const OptionalTensor& bias,
+                                   std::string_view activation, std::array<bool, 4> output_mask) {
   constexpr const char* op = "lowrank_linear_backward";
   const Activation function = parse_activation(op, activation);
   check_linear(input, in_factor, out_factor, bias);
@@ -273,9 +288,9 @@ Gradients4 lowrank_linear_backward(const Tensor& grad_output, const Tensor& inpu
   check_grad_output(op, grad_output, input, output_sizes);
   const NoAutocast no_autocast;
   const Block block = linear_block(input, in_factor, out_factor, bias, function);
-  auto gradients =
-      chunked_gradients<4>(grad_output.reshape({-1, out_factor.size(0)}), input.reshape({-1, in_factor.size(1)}),
-                           block, {in_factor, out_factor}, output_mask);
+  auto gradients = chunked_gradients<4>(grad_output.reshape({-1, out_factor.size(0)}),
+                                        input.reshape({-1, in_factor.size(1)}), block,
+                                        {in_factor, out_factor}, output_mask);
   if (output_mask[0]) gradients[0] = gradients[0].view(input.sizes());
   return as_tuple(gradients);
 }

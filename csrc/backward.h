@@ -1,6 +1,7 @@
-// The backward ops as C++ functions: they recompute the intermediates, so that only the input and the factors need
-// to be kept from the forward pass. `output_mask` says, in the order of the results, which gradients are wanted; the
-// others come back undefined. The bias is read only where there is an activation; its gradient can be had without it.
+// The backward ops as C++ functions: they recompute the intermediates, so that only the input and the factors
+// need to be kept from the forward pass. `output_mask` says, in the order of the results, which gradients are
+// wanted; the others come back undefined. The bias is read only where there is an activation; its gradient
+// can be had without it.
 #pragma once
 
 #include <array>
@@ -15,24 +16,36 @@ using Gradients4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients6 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// The dtype in which the library's convolutions and matrix products can be trusted with a block of this input.
-// fp16 on a CPU: the library has no fast kernels for it. bf16 on a CPU: torch 2.13's conv2d on machines with AMX is
-// wrong for some kernels that have both a stride and a dilation above 1 along W.
-inline at::ScalarType library_dtype(const at::Tensor& input, bool strided_and_dilated_along_width) {
+// The dtype in which the library's convolutions can be trusted with a block of this input.
+// fp16 on a CPU: the library has no fast kernels for it.
+// bf16 on a CPU: oneDNN as of torch 2.13 fails for some windows with a stride along W and a padding or a
+// dilation along W. On Zen 4 (AVX512_BF16), random problems with such a window: a dense forward crashed the
+// process within the first few hundred, 9 of 4,000 dense and 1 of 4,000 depthwise weight gradients were wrong
+// (garbage, NaN), input gradients never. Of 24,000 without such a window none was wrong. All failures seen
+// had the padding; the dilation stands here for the wide dilated kernels that are wrong on AMX machines (not
+// tried again).
+inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window) {
   const at::ScalarType dtype = input.scalar_type();
   if (!input.is_cpu()) return dtype;
-  if (dtype == at::kHalf) return at::kFloat;
-  return dtype == at::kBFloat16 && strided_and_dilated_along_width ? at::kFloat : dtype;
+  const bool risky = window.stride[1] > 1 && (window.padding[1] > 0 || window.dilation[1] > 1);
+  return dtype == at::kHalf || (dtype == at::kBFloat16 && risky) ? at::kFloat : dtype;
 }
 
-// A bias-free convolution of a block, or, where `weight` is a matrix, a linear map over the rows of its input.
+// The same for matrix products, which are sound in bf16.
+inline at::ScalarType library_dtype(const at::Tensor& input) {
+  return input.is_cpu() && input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
+}
+
+// A bias-free convolution of a block, or, where `weight` is a matrix, a linear map over the rows of its
+// input.
 struct Stage {
   at::Tensor weight;
   std::array<int64_t, 2> stride{1, 1}, padding{0, 0}, dilation{1, 1};
   int64_t groups = 1;
 };
 
-// A factorized layer as a list of linear stages; `bias` follows the last one. Tensors have the dtype to compute in.
+// A factorized layer as a list of linear stages; `bias` follows the last one. Tensors have the dtype to
+// compute in.
 struct Block {
   std::vector<Stage> stages;
   OptionalTensor bias;
@@ -48,23 +61,26 @@ Block cp_block(const at::Tensor& input, const at::Tensor& in_factor, const at::T
 Block linear_block(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
                    const OptionalTensor& bias, Activation activation);
 
-// The gradients of input, the stages' weights and the bias, in this order and in the block's dtype (the bias's in fp32
-// at least); undefined where `mask` is false. Differentiable under grad mode, and reads no sizes then. All intermediates
-// exist at once: for a large batch it is to be called on a part at a time.
-std::vector<at::Tensor> block_gradients(const at::Tensor& grad_output, const at::Tensor& input, const Block& block,
-                                        c10::ArrayRef<bool> mask);
+// The gradients of input, the stages' weights and the bias, in this order and in the block's dtype (the
+// bias's in fp32 at least); undefined where `mask` is false. Differentiable under grad mode, and reads no
+// sizes then. All intermediates exist at once: for a large batch it is to be called on a part at a time.
+std::vector<at::Tensor> block_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                                        const Block& block, c10::ArrayRef<bool> mask);
 
-Gradients5 tucker_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
-                                  const at::Tensor& core, const at::Tensor& out_factor, const OptionalTensor& bias,
+Gradients5 tucker_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                  const at::Tensor& in_factor, const at::Tensor& core,
+                                  const at::Tensor& out_factor, const OptionalTensor& bias,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   std::string_view activation, std::array<bool, 5> output_mask);
-Gradients6 cp_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
-                              const at::Tensor& height_factor, const at::Tensor& width_factor,
-                              const at::Tensor& out_factor, const OptionalTensor& bias, at::IntArrayRef stride,
-                              at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view activation,
+Gradients6 cp_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                              const at::Tensor& in_factor, const at::Tensor& height_factor,
+                              const at::Tensor& width_factor, const at::Tensor& out_factor,
+                              const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, std::string_view activation,
                               std::array<bool, 6> output_mask);
-Gradients4 lowrank_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
-                                   const at::Tensor& out_factor, const OptionalTensor& bias,
-                                   std::string_view activation, std::array<bool, 4> output_mask);
+Gradients4 lowrank_linear_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                   const at::Tensor& in_factor, const at::Tensor& out_factor,
+                                   const OptionalTensor& bias, std::string_view activation,
+                                   std::array<bool, 4> output_mask);
 
 }  // namespace lowrank_ops

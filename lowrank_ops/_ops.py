@@ -1,7 +1,8 @@
 """Loads the extension `lowrank_ops._C` and gives its ops their fake (meta) kernels.
 
-A fake kernel says what shape, dtype and strides the real one returns, under symbolic shapes too. It enforces the shape
-rules of `csrc/checks.h`, so that `torch.compile` and `torch.export` refuse the same calls, at trace time.
+A fake kernel says what shape, dtype and strides the real one returns, under symbolic shapes too. It enforces
+the shape rules of `csrc/checks.h`, so that `torch.compile` and `torch.export` refuse the same calls, at trace
+time.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 _REBUILD = (
-    "rebuild it in this environment with `pip install --no-build-isolation --force-reinstall --no-deps lowrank_ops` "
-    "(from its source folder: `.`)"
+    "rebuild it in this environment with `pip install --no-build-isolation --force-reinstall --no-deps "
+    "lowrank_ops` (from its source folder: `.`)"
 )
 
 try:
     from lowrank_ops import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
-        f"lowrank_ops: the compiled extension lowrank_ops._C could not be loaded under torch {torch.__version__} "
-        f"({error}). It is missing, or it was built for another torch or Python: {_REBUILD}."
+        f"lowrank_ops: the compiled extension lowrank_ops._C could not be loaded under torch "
+        f"{torch.__version__} ({error}). It is missing, or it was built for another torch or "
+        f"Python: {_REBUILD}."
     ) from error
 
 build_info = _C.build_info
@@ -33,8 +35,8 @@ build_info = _C.build_info
 _built_for = build_info()["torch"]
 if _built_for.split("+")[0].split(".")[:2] != torch.__version__.split("+")[0].split(".")[:2]:
     raise ImportError(
-        f"lowrank_ops: the compiled extension was built for torch {_built_for}, but torch {torch.__version__} is "
-        f"installed: {_REBUILD}."
+        f"lowrank_ops: the compiled extension was built for torch {_built_for}, but torch "
+        f"{torch.__version__} is installed: {_REBUILD}."
     )
 
 Gradient = Tensor | None
@@ -90,7 +92,11 @@ def _conv_output(
 ) -> Tensor:
     shape = [input.shape[0], out_factor.shape[0]]
     for axis, name in enumerate(("height", "width")):
-        for argument, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        for argument, values, least in (
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("dilation", dilation, 1),
+        ):
             torch._check_value(
                 values[axis] >= least,
                 lambda argument=argument, values=values, least=least: (
@@ -102,8 +108,8 @@ def _conv_output(
         torch._check_value(
             padded >= reach,
             lambda name=name, padded=padded, reach=reach: (
-                f"{op}: the output would be empty: the kernel reaches over {reach} pixels along the {name}, the padded "
-                f"input has {padded}; enlarge the padding or the input"
+                f"{op}: the output would be empty: the kernel reaches over {reach} pixels along the {name}, "
+                f"the padded input has {padded}; enlarge the padding or the input"
             ),
         )
         shape.append((padded - reach) // stride[axis] + 1)

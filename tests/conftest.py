@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_ops
@@ -110,16 +111,18 @@ class Call:
     def run(self) -> Tensor:
         return getattr(lowrank_ops, self.problem.op)(**self.tensors, **self.problem.options())
 
-    def reference(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The chain of library calls on the same values, in `dtype` (default: the problem's own)."""
-        tensors = {name: tensor.to(dtype or self.problem.dtype) for name, tensor in self.tensors.items()}
+    def reference(self, dtype: torch.dtype) -> Tensor:
+        """The chain of library calls on the same values, in ``dtype``; bf16 and fp16: `_rounded_chain`."""
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        if dtype.itemsize < 4:
+            return _rounded_chain(self.problem, tensors)
         return getattr(reference, self.problem.op)(**tensors, **self.problem.options())
 
     def exact(self) -> Tensor:
         return self.reference(torch.float64)
 
     def magnitude(self) -> Tensor:
-        """The fp64 chain, without activation, of the absolute values: what rounding errors are relative to."""
+        """The fp64 chain of the absolute values, no activation: what rounding errors are relative to."""
         return self._absolute().exact()
 
     def gradients(self, grad_output: Tensor) -> dict[str, Tensor]:
@@ -138,8 +141,8 @@ class Call:
     def gradient_magnitudes(self, grad_output: Tensor) -> dict[str, Tensor]:
         """The fp64 gradients of the absolute values.
 
-        The activation's derivative, too, is computed from a rounded argument: its error is that argument's, times
-        the activation's curvature.
+        The activation's derivative, too, is computed from a rounded argument: its error is that argument's,
+        times the activation's curvature.
         """
         linear = Call(replace(self.problem, activation="none"), self.tensors)
         before = linear.exact().requires_grad_()
@@ -155,14 +158,48 @@ class Call:
         return Call(problem, {name: tensor.abs() for name, tensor in self.tensors.items()})
 
 
+def _rounded_chain(problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+    """PyTorch's chain in bf16 or fp16 as it is meant to be: fp32 sums, every result and gradient rounded.
+
+    Not the library's own bf16 convolutions: as of torch 2.13 some of them crash the process or read unset
+    memory on CPUs (csrc/backward.h says which).
+    """
+    dtype = tensors["input"].dtype
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    hidden, bias = wide["input"], wide.get("bias")
+    if problem.op == "lowrank_linear":
+        hidden = F.linear(hidden, wide["in_factor"]).to(dtype).float()
+        before = F.linear(hidden, wide["out_factor"], bias)
+    else:
+        hidden = F.conv2d(hidden, wide["in_factor"][:, :, None, None]).to(dtype).float()
+        (sh, sw), (ph, pw), (dh, dw) = problem.stride, problem.padding, problem.dilation
+        if problem.op == "tucker_conv2d":
+            hidden = F.conv2d(hidden, wide["core"], None, (sh, sw), (ph, pw), (dh, dw)).to(dtype).float()
+        else:
+            height, width = wide["height_factor"][:, None, :, None], wide["width_factor"][:, None, None, :]
+            rank = height.shape[0]
+            hidden = F.conv2d(hidden, height, None, (sh, 1), (ph, 0), (dh, 1), rank).to(dtype).float()
+            hidden = F.conv2d(hidden, width, None, (1, sw), (0, pw), (1, dw), rank).to(dtype).float()
+        before = F.conv2d(hidden, wide["out_factor"][:, :, None, None], bias)
+    return reference._ACTIVATIONS[problem.activation](before.to(dtype).float()).to(dtype)
+
+
 def assert_within_budget(
-    actual: Tensor, exact: Tensor, magnitude: Tensor, library: Tensor | None = None, what: str = "output"
+    actual: Tensor,
+    exact: Tensor,
+    magnitude: Tensor,
+    library: Tensor | None = None,
+    what: str = "output",
+    passes: int = 1,
 ) -> None:
     """Holds ``actual`` to the error that its dtype allows, in the Frobenius norm.
 
-    fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` with ``u = eps / 2`` and ``magnitude`` the fp64 computation on
-    absolute values. bf16, fp16: twice the error of PyTorch's own chain in that dtype (``library``), its share capped
-    at 2 eps, plus one rounding of the output.
+    fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` for each pass through the chain, with ``u = eps / 2``
+    and ``magnitude`` the fp64 computation on absolute values. A gradient takes two passes, there and back:
+    over 6,500 random ones PyTorch's own autograd in fp32 reaches 2.3 in units of ``u |magnitude|``, its
+    forward chain 1.06. bf16, fp16: twice the error of the chain in that dtype (``library``), plus one
+    rounding of the output. The chain's share is capped at 2 eps,
+    for a gradient at 2 eps of ``magnitude``: a number that much cancels to has no relative precision.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, required {tuple(exact.shape)}"
     if exact.numel() == 0:
@@ -172,12 +209,15 @@ def assert_within_budget(
     eps = torch.finfo(actual.dtype).eps
     error = (actual.double() - exact).norm().item()
     if actual.dtype in (torch.float32, torch.float64):
-        budget = eps * magnitude.norm().item()
+        budget = passes * eps * magnitude.norm().item()
     else:
         assert library is not None
-        library_error = (library.double() - exact).norm().nan_to_num(nan=torch.inf).item()
-        budget = 2 * min(library_error, 2 * eps * norm) + eps / 2 * norm
-    assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
+        library_error = (library.double() - exact).norm().item()
+        cap = 2 * eps * (norm if passes == 1 else magnitude.norm().item())
+        budget = 2 * min(library_error, cap) + eps / 2 * norm
+    assert error <= budget, (
+        f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
+    )
 
 
 def assert_output(call: Call, output: Tensor) -> None:
@@ -188,7 +228,7 @@ def assert_output(call: Call, output: Tensor) -> None:
     assert_strides(output, call.tensors["input"])
     storages = {tensor.untyped_storage().data_ptr() for tensor in call.tensors.values() if tensor.numel()}
     assert output.numel() == 0 or output.untyped_storage().data_ptr() not in storages, "the output aliases"
-    assert_within_budget(output, exact, call.magnitude(), call.reference() if low else None)
+    assert_within_budget(output, exact, call.magnitude(), call.reference(call.problem.dtype) if low else None)
 
 
 def assert_strides(tensor: Tensor, like: Tensor) -> None:
@@ -211,4 +251,5 @@ def assert_gradients(call: Call, grad_output: Tensor) -> None:
     for name, tensor in call.tensors.items():
         assert actual[name].dtype == dtype
         assert_strides(actual[name], tensor)
-        assert_within_budget(actual[name], exact[name], magnitudes[name], library[name], f"gradient of {name}")
+        what = f"gradient of {name}"
+        assert_within_budget(actual[name], exact[name], magnitudes[name], library[name], what, passes=2)

@@ -23,7 +23,9 @@ CHUNKED_LINEAR = dict(n=3, h=50_000, s=16, t=24, r1=20)
 def output_gradient(call: Call) -> Tensor:
     generator = torch.Generator().manual_seed(call.problem.seed + 1)
     exact = call.exact()
-    return torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(exact.device, call.problem.dtype)
+    return torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(
+        exact.device, call.problem.dtype
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -154,7 +156,9 @@ def test_only_what_is_asked_for(op: str, activation: str) -> None:
         results = backward_op(call, grad_output, mask)
         assert [result is not None for result in results] == mask
         torch.testing.assert_close(results[wanted], everything[wanted])
-    assert not any(result is not None for result in backward_op(call, grad_output, [False] * len(call.tensors)))
+    assert not any(
+        result is not None for result in backward_op(call, grad_output, [False] * len(call.tensors))
+    )
 
 
 def backward_op(call: Call, grad_output: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
@@ -227,7 +231,7 @@ print(status("VmHWM") - before)
 
 def _peak_growth(path: str, layout: str) -> int:
     """Bytes that one training step of a Tucker block adds to the peak memory of a fresh process."""
-    # Every large tensor is a mapping of its own, given back when freed: the peak is the sum of what lives at once.
+    # Every large tensor is a mapping of its own, given back when freed: the peak is what lives at once.
     # VmHWM, not getrusage: ru_maxrss survives fork and exec, and would be this process's.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-c", _PEAK, path, layout]
@@ -238,7 +242,7 @@ def _peak_growth(path: str, layout: str) -> int:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_peak_memory_of_a_training_step(layout: str) -> None:
-    """The output, the input's gradient and a bounded rest; the chain needs the intermediates of the batch on top."""
+    """The output, the input's gradient and a bounded rest; the chain needs every intermediate on top."""
     pixels, float_bytes = 32 * 96 * 96, 4
     output_and_gradient = pixels * (64 + 64) * float_bytes
     intermediates = pixels * (48 + 40 + 64) * float_bytes
@@ -250,7 +254,7 @@ def test_peak_memory_of_a_training_step(layout: str) -> None:
 @pytest.mark.parametrize("edit", ["optimizer", "in place", "data", "load_state_dict", "numpy"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_never_stale(op: str, edit: str, mode: type) -> None:
-    """After any edit of the factors the next call uses the new values, however often the old ones were used."""
+    """After any edit of the factors the next call uses the new values."""
     call = Problem(op, s=24, t=40, r1=16, r2=32, kernel=(3, 3), padding=(1, 1)).make()
     input = call.tensors.pop("input")
     module = torch.nn.Module()

@@ -9,6 +9,8 @@ import torch
 from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_output
 from torch import Tensor
 
+from lowrank_ops import reference
+
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 CONVS = ("tucker_conv2d", "cp_conv2d")
 
@@ -102,8 +104,8 @@ def _embedded(tensor: Tensor) -> Tensor:
 VIEWS = {
     "sliced": _embedded,
     "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
-    "reversed strides": lambda tensor: tensor.permute(*range(tensor.dim())[::-1]).contiguous().permute(
-        *range(tensor.dim())[::-1]
+    "reversed strides": lambda tensor: (
+        tensor.permute(*range(tensor.dim())[::-1]).contiguous().permute(*range(tensor.dim())[::-1])
     ),
     "odd offset": lambda tensor: torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape),
 }
@@ -147,7 +149,7 @@ def test_channel_slice_of_channels_last(op: str, policy: str) -> None:
 def test_exact_on_small_integers(
     op: str, activation: str, layout: torch.memory_format, dtype: torch.dtype, policy: str
 ) -> None:
-    """With entries -1, 0, 1 every intermediate is an integer that bf16 holds: the result has no rounding at all."""
+    """With entries -1, 0, 1 every intermediate is an integer that bf16 holds: nothing is ever rounded."""
     call = integer_call(Problem(op, activation=activation, layout=layout, dtype=dtype, padding=(1, 1)))
     assert torch.equal(call.run().double(), call.exact())
 
@@ -200,11 +202,14 @@ def test_equals_the_dense_convolution(op: str) -> None:
     problem = Problem(op, dtype=torch.float64, stride=(2, 1), padding=(1, 2), dilation=(1, 2))
     tensors = problem.make().tensors
     factors = [tensor for name, tensor in tensors.items() if name not in ("input", "bias")]
-    weight_of = getattr(
-        __import__("lowrank_ops").reference, "tucker_weight" if op == "tucker_conv2d" else "cp_weight"
-    )
+    weight_of = reference.tucker_weight if op == "tucker_conv2d" else reference.cp_weight
     dense = torch.nn.functional.conv2d(
-        tensors["input"], weight_of(*factors), tensors["bias"], problem.stride, problem.padding, problem.dilation
+        tensors["input"],
+        weight_of(*factors),
+        tensors["bias"],
+        problem.stride,
+        problem.padding,
+        problem.dilation,
     )
     call = Call(problem, tensors)
     error = (call.run() - dense).norm()

@@ -1,0 +1,82 @@
+"""The include rules: which folder of csrc/ may know of torch and of CUDA."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu", ".inc"))
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
+CUDA = re.compile(r"^(cuda|cublas|cudnn|cute/|cutlass/|nvrtc)")
+PLAIN_CPP = re.compile(r"^[a-z_]+$")  # <vector>, <cstdint>: the standard library has no dots or slashes
+
+# folder -> what its files must not include
+FORBIDDEN = {"plan": (TORCH, CUDA), "kernels": (TORCH,), "cpu/kernels": (TORCH, CUDA), "cpu": (CUDA,)}
+
+
+def includes(path: Path) -> list[str]:
+    return INCLUDE.findall(path.read_text())
+
+
+def reachable(path: Path) -> set[Path]:
+    """A source file and every header of this project that it includes, directly or not."""
+    seen: set[Path] = set()
+    pending = [path.resolve()]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for name in includes(current):
+            candidates = (current.parent / name, CSRC / name)
+            pending += [candidate.resolve() for candidate in candidates if candidate.is_file()]
+    return seen
+
+
+def test_the_rules_are_applied_to_something() -> None:
+    assert SOURCES
+    assert list((CSRC / "plan").glob("*.h"))
+    assert any(TORCH.match(name) for path in SOURCES for name in includes(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes(path: Path) -> None:
+    """Also through other headers of the project."""
+    folder = path.relative_to(CSRC).parent.as_posix()
+    rules = [
+        rule
+        for name, rules in FORBIDDEN.items()
+        if folder == name or folder.startswith(name + "/")
+        for rule in rules
+    ]
+    for source in reachable(path):
+        for name in includes(source):
+            broken = any(rule.match(name) for rule in rules)
+            assert not broken, f"{source.relative_to(CSRC)} includes {name}, which {folder}/ must not know"
+
+
+@pytest.mark.parametrize("folder", ["plan", "cpu/kernels"])
+def test_only_the_standard_library_and_the_project(folder: str) -> None:
+    intrinsics = {"immintrin.h"} if folder == "cpu/kernels" else set()
+    for path in SOURCES:
+        if not path.relative_to(CSRC).as_posix().startswith(folder + "/"):
+            continue
+        for name in includes(path):
+            own = (path.parent / name).is_file() or (CSRC / name).is_file()
+            assert own or PLAIN_CPP.match(name) or name in intrinsics, f"{path.name} includes {name}"
+
+
+def test_no_kernel_launch_in_the_cuda_host_code() -> None:
+    for path in SOURCES:
+        if path.relative_to(CSRC).parts[0] == "cuda":
+            assert path.suffix in (".h", ".cpp") and "<<<" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_headers_guard_themselves(path: Path) -> None:
+    assert path.suffix not in (".h", ".cuh") or "#pragma once" in path.read_text()
