@@ -16,26 +16,6 @@ using Gradients4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients6 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// The dtype in which the library's convolutions can be trusted with a block of this input.
-// fp16 on a CPU: the library has no fast kernels for it.
-// bf16 on a CPU: oneDNN as of torch 2.13 fails for some windows with a stride along W and a padding or a
-// dilation along W. On Zen 4 (AVX512_BF16), random problems with such a window: a dense forward crashed the
-// process within the first few hundred, 9 of 4,000 dense and 1 of 4,000 depthwise weight gradients were wrong
-// (garbage, NaN), input gradients never. Of 24,000 without such a window none was wrong. All failures seen
-// had the padding; the dilation stands here for the wide dilated kernels that are wrong on AMX machines (not
-// tried again).
-inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window) {
-  const at::ScalarType dtype = input.scalar_type();
-  if (!input.is_cpu()) return dtype;
-  const bool risky = window.stride[1] > 1 && (window.padding[1] > 0 || window.dilation[1] > 1);
-  return dtype == at::kHalf || (dtype == at::kBFloat16 && risky) ? at::kFloat : dtype;
-}
-
-// The same for matrix products, which are sound in bf16.
-inline at::ScalarType library_dtype(const at::Tensor& input) {
-  return input.is_cpu() && input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
-}
-
 // A bias-free convolution of a block, or, where `weight` is a matrix, a linear map over the rows of its
 // input.
 struct Stage {

@@ -42,34 +42,51 @@ at::Tensor apply_activation(at::Tensor output, Activation activation) {
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
+namespace {
+
+OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
+  return tensor ? OptionalTensor(tensor->to(dtype)) : std::nullopt;
+}
+
+at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const OptionalTensor& bias = {}) {
+  return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()));
+}
+
+}  // namespace
+
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                         const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,
                         Activation activation) {
-  at::Tensor hidden = at::conv2d(input, in_factor.unsqueeze(-1).unsqueeze(-1));
-  hidden = at::conv2d(hidden, core, {}, window.stride, window.padding, window.dilation);
-  return apply_activation(at::conv2d(hidden, out_factor.unsqueeze(-1).unsqueeze(-1), bias), activation);
+  const at::ScalarType dtype = library_dtype(input, window);
+  at::Tensor hidden = pointwise(input.to(dtype), in_factor);
+  hidden = at::conv2d(hidden, core.to(dtype), {}, window.stride, window.padding, window.dilation);
+  return apply_activation(pointwise(hidden, out_factor, bias), activation).to(input.scalar_type());
 }
 
 at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
                     const Window& window, Activation activation) {
+  const at::ScalarType dtype = library_dtype(input, window);
   const int64_t rank = in_factor.size(0);
-  at::Tensor hidden = at::conv2d(input, in_factor.unsqueeze(-1).unsqueeze(-1));
+  at::Tensor hidden = pointwise(input.to(dtype), in_factor);
   const auto depthwise = [&](const at::Tensor& weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
                              std::array<int64_t, 2> dilation) {
-    hidden = at::conv2d(hidden, weight, {}, at::IntArrayRef(stride), at::IntArrayRef(padding),
+    hidden = at::conv2d(hidden, weight.to(dtype), {}, at::IntArrayRef(stride), at::IntArrayRef(padding),
                         at::IntArrayRef(dilation), rank);
   };
   depthwise(height_factor.unsqueeze(1).unsqueeze(-1), {window.stride[0], 1}, {window.padding[0], 0},
             {window.dilation[0], 1});
   depthwise(width_factor.unsqueeze(1).unsqueeze(1), {1, window.stride[1]}, {0, window.padding[1]},
             {1, window.dilation[1]});
-  return apply_activation(at::conv2d(hidden, out_factor.unsqueeze(-1).unsqueeze(-1), bias), activation);
+  return apply_activation(pointwise(hidden, out_factor, bias), activation).to(input.scalar_type());
 }
 
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
                         const OptionalTensor& bias, Activation activation) {
-  return apply_activation(at::linear(at::linear(input, in_factor), out_factor, bias), activation);
+  const at::ScalarType dtype = library_dtype(input);
+  const at::Tensor hidden = at::linear(input.to(dtype), in_factor.to(dtype));
+  return apply_activation(at::linear(hidden, out_factor.to(dtype), to(bias, dtype)), activation)
+      .to(input.scalar_type());
 }
 
 }  // namespace lowrank_ops

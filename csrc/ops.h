@@ -21,7 +21,27 @@ struct Window {
 Activation parse_activation(const char* op, std::string_view name);
 at::Tensor apply_activation(at::Tensor output, Activation activation);
 
-// The chain of library convolutions: any device, differentiable. What runs where no kernel of ours does.
+// The dtype in which the library's convolutions can be trusted with a block of this input.
+// fp16 on a CPU: the library has no fast kernels for it.
+// bf16 on a CPU: oneDNN as of torch 2.13 fails for some windows with a stride along W and a padding or a
+// dilation along W. On Zen 4 (AVX512_BF16), random problems with such a window: a dense forward crashed the
+// process within the first few hundred, 9 of 4,000 dense and 1 of 4,000 depthwise weight gradients were wrong
+// (garbage, NaN), input gradients never. Of 24,000 without such a window none was wrong. All failures seen
+// had the padding; the dilation stands here for the wide dilated kernels that are wrong on AMX machines (not
+// tried again).
+inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window) {
+  const at::ScalarType dtype = input.scalar_type();
+  if (!input.is_cpu()) return dtype;
+  const bool risky = window.stride[1] > 1 && (window.padding[1] > 0 || window.dilation[1] > 1);
+  return dtype == at::kHalf || (dtype == at::kBFloat16 && risky) ? at::kFloat : dtype;
+}
+
+// The same for matrix products, which are sound in bf16.
+inline at::ScalarType library_dtype(const at::Tensor& input) {
+  return input.is_cpu() && input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
+}
+
+// The chain of library convolutions (in `library_dtype`): any device, differentiable. What runs where no kernel of ours does.
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                         const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,
                         Activation activation);

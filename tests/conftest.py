@@ -17,7 +17,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
 OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
-POLICIES = ("auto",)
+POLICIES = ("fused", "chain")
 
 # The largest second derivative of each activation, away from its kinks.
 _CURVATURE = {"none": 0.0, "relu": 0.0, "relu6": 0.0, "hardswish": 1 / 3, "silu": 0.5, "gelu": 0.8}
@@ -36,7 +36,8 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(params=POLICIES, scope="module")
 def policy(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests under each policy."""
-    yield request.param
+    with lowrank_ops.set_policy(request.param):
+        yield request.param
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def test_includes(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["plan", "cpu/kernels"])
 def test_only_the_standard_library_and_the_project(folder: str) -> None:
-    intrinsics = {"immintrin.h"} if folder == "cpu/kernels" else set()
+    # C headers there on purpose: those of C++ bring inline functions that two instruction sets would share.
+    intrinsics = {"immintrin.h", "math.h", "stdint.h", "string.h"} if folder == "cpu/kernels" else set()
     for path in SOURCES:
         if not path.relative_to(CSRC).as_posix().startswith(folder + "/"):
             continue

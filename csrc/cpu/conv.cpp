@@ -6,6 +6,8 @@ namespace lowrank_ops {
 
 namespace {
 
+constexpr int64_t kStagedPixels = 64;
+
 // Staged input pixels: channels rounded up so that pairs can be read.
 int64_t staged_stride(const ConvBlock& block) { return round_up(block.problem.s, 16); }
 
@@ -27,8 +29,17 @@ int64_t HiddenRows::ring_bytes(const ConvBlock& block) {
 
 int64_t HiddenRows::staging_bytes(const ConvBlock& block) {
   if (reads_directly(block)) return 0;
-  return block.columns.span(block.tile.columns) * staged_stride(block) *
+  return staged_rows(block) * block.columns.span(block.tile.columns) * staged_stride(block) *
          element_bytes(block.engine.kernels->element);
+}
+
+// Rows that lie one behind the other in the image are staged together, so that short ones fill whole vectors.
+int64_t HiddenRows::staged_rows(const ConvBlock& block) {
+  const Problem& p = block.problem;
+  const bool joined = block.rows.step == 1 && block.columns.step == 1 && block.tile.columns == p.ow &&
+                      block.input.stride(2) == p.w * block.input.stride(3) &&
+                      block.columns.span(p.ow) >= p.w + p.padding[1];
+  return joined ? std::max<int64_t>(1, kStagedPixels / p.w) : 1;
 }
 
 HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_column, int64_t last_column, void* ring,
@@ -47,6 +58,7 @@ HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_colu
   input_pixel_stride_ = block.input.stride(3) * columns.step;
   input_channel_stride_ = block.problem.s == 1 ? 1 : block.input.stride(1);
   direct_ = reads_directly(block);
+  group_ = staged_rows(block);
   image_ = static_cast<const char*>(block.input.const_data_ptr()) +
            (image * block.input.stride(0) +
             columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
@@ -64,45 +76,51 @@ HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_colu
 }
 
 void HiddenRows::produce(int64_t begin, int64_t end) {
-  const int64_t first = std::max(begin, next_);
+  int64_t z = std::max(begin, next_);
   next_ = end;
-  if (inside_begin_ == inside_end_) return;  // padding only: the ring is all zeros
-  for (int64_t z = first; z < end; ++z) compute(z);
-}
-
-void HiddenRows::compute(int64_t z) {
-  char* hidden = ring_ + (z % ring_rows_) * row_bytes_ + inside_begin_ * pixel_bytes_;
   const int64_t pixels = inside_end_ - inside_begin_;
-  const int64_t row = block_.rows.coordinate(z);
-  if (row < 0 || row >= block_.problem.h) {
-    std::memset(hidden, 0, size_t(pixels * pixel_bytes_));
-    return;
-  }
-  const ComputeKernels& kernels = *block_.engine.kernels;
-  const void* source = image_ + row * input_row_bytes_;
-  GemmCall call;
-  call.row_stride = input_pixel_stride_;
-  if (!direct_) {
+  if (pixels == 0) return;  // padding only: the ring is all zeros
+  while (z < end) {
+    const int64_t row = block_.rows.coordinate(z);
+    if (row < 0 || row >= block_.problem.h) {
+      std::memset(ring_ + (z % ring_rows_) * row_bytes_ + inside_begin_ * pixel_bytes_, 0,
+                  size_t(pixels * pixel_bytes_));
+      ++z;
+      continue;
+    }
+    const char* source = image_ + row * input_row_bytes_;
+    if (direct_) {
+      compute(z++, source);
+      continue;
+    }
+    const ComputeKernels& kernels = *block_.engine.kernels;
+    const int64_t rows = std::min({group_, end - z, block_.problem.h - row});
     LoadCall load;
     load.in = source;
     load.pixel_stride = input_pixel_stride_;
     load.channel_stride = input_channel_stride_;
-    load.pixels = pixels;
+    load.pixels = rows * pixels;
     load.channels = block_.problem.s;
     load.tile = staging_;
     load.tile_stride = staged_stride(block_);
     kernels.load[int(block_.problem.dtype)](load);
-    source = staging_;
-    call.row_stride = staged_stride(block_);
+    const int64_t staged_bytes = pixels * load.tile_stride * element_bytes(kernels.element);
+    for (int64_t i = 0; i < rows; ++i) compute(z++, staging_ + i * staged_bytes);
   }
+}
+
+void HiddenRows::compute(int64_t z, const void* source) {
+  GemmCall call;
   call.taps = &source;
   call.num_taps = 1;
   call.depth = block_.in_weight.padded_depth();
-  call.rows = pixels;
+  call.rows = inside_end_ - inside_begin_;
+  call.row_stride = direct_ ? input_pixel_stride_ : staged_stride(block_);
   call.out_stride = block_.hidden_columns();
   call.out_type = block_.hidden_type;
   call.bias = nullptr;
   call.activation = Activation::kNone;
+  char* hidden = ring_ + (z % ring_rows_) * row_bytes_ + inside_begin_ * pixel_bytes_;
   const Panels& panels = block_.in_weight.panels();
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     call.far_input = direct_ && panel == 0;
@@ -115,7 +133,7 @@ void HiddenRows::compute(int64_t z) {
 
 int64_t output_staging_bytes(const ConvBlock& block) {
   if (block.output.stride(1) == 1 || block.problem.t == 1) return 0;
-  return block.tile.columns * block.engine.kernels->panel_width * element_bytes(block.engine.kernels->accumulator);
+  return block.tile.rows * block.tile.columns * block.engine.kernels->panel_width * element_bytes(block.engine.kernels->accumulator);
 }
 
 void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns,
@@ -129,7 +147,7 @@ void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t ro
   const bool channels_last = output.stride(1) == 1 || p.t == 1;
   const int64_t out_pixel_stride = output.stride(3);
   // Rows that lie one behind the other in the output are one long row of pixels.
-  const bool joined = channels_last && columns == p.ow && output.stride(2) == p.ow * out_pixel_stride;
+  const bool joined = columns == p.ow && output.stride(2) == p.ow * out_pixel_stride;
   GemmCall call;
   call.num_taps = 1;
   call.depth = block.out_weight.padded_depth();
@@ -161,7 +179,7 @@ void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t ro
       StoreCall store;
       store.tile = staging;
       store.tile_stride = kernels.panel_width;
-      store.pixels = columns;
+      store.pixels = call.rows;
       store.channels = call.width;
       store.out = target;
       store.channel_stride = output.stride(1);

@@ -48,9 +48,11 @@ class HiddenRows {
 
   static int64_t ring_bytes(const ConvBlock& block);
   static int64_t staging_bytes(const ConvBlock& block);
+  static int64_t staged_rows(const ConvBlock& block);
 
  private:
-  void compute(int64_t z);
+  // The first stage for one row, from its pixels at `source`.
+  void compute(int64_t z, const void* source);
 
   const ConvBlock& block_;
   int64_t span_, inside_begin_, inside_end_;  // columns of the lattice, relative to the tile's first
@@ -58,7 +60,8 @@ class HiddenRows {
   int64_t next_ = 0;
   const char* image_;
   int64_t input_row_bytes_, input_pixel_stride_, input_channel_stride_;
-  bool direct_;  // the kernel reads the input where it lies
+  bool direct_;    // the kernel reads the input where it lies; otherwise its rows are staged,
+  int64_t group_;  // up to so many at a time
   char* ring_;
   char* staging_;
 };

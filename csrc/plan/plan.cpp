@@ -96,10 +96,11 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps) {
   return kernel;
 }
 
-// torch 2.13's bf16 conv2d on AMX machines reads memory that nothing wrote for some wide kernels with stride and
-// dilation along the width (measured relative errors of 0.3 to 1e36 at KW = 11): such calls are never sent to the chain.
-bool chain_is_wrong(const Problem& p, const CpuCaps& caps) {
-  return caps.amx && p.dtype == DType::kBFloat16 && p.op == Op::kTucker && p.kw > 3 && p.stride[1] > 1 && p.dilation[1] > 1;
+// Windows for which torch 2.13's bf16 convolutions crash or compute garbage on some CPUs (csrc/ops.h, library_dtype): the
+// chain runs them in fp32, and is no candidate.
+bool chain_needs_float32(const Problem& p) {
+  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && p.stride[1] > 1 &&
+         (p.padding[1] > 0 || p.dilation[1] > 1);
 }
 
 }  // namespace
@@ -122,11 +123,11 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
   chain.bytes = block_bytes(p) + hidden_bytes(p);
   chain.predicted_seconds = chain_seconds(p, caps);
 
-  if (chain_is_wrong(p, caps)) {
+  if (chain_needs_float32(p) && policy != Policy::kChain) {
     decision.chosen = fused;
     decision.rejections.push_back({chain.kernel,
-                                   "torch's bf16 conv2d on AMX computes wide kernels with stride and dilation along "
-                                   "the width wrongly"});
+                                   "torch's bf16 convolutions fail for some windows with a stride and a padding or "
+                                   "dilation along the width; the chain would run in fp32"});
     return decision;
   }
   const bool take_chain =

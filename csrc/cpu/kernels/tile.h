@@ -16,62 +16,61 @@ static inline Tile convert(In value) {
     memcpy(static_cast<void*>(&same), &value, sizeof(Tile));
     return same;
   } else {
-    return Tile(load_part<float>(&value, 1)[0]);  // BFloat16 or Half -> float
+    return Tile(load_part(&value, 1)[0]);  // BFloat16 or Half -> float
   }
 }
 
-// Pixels x channels of a block, transposed: vectors along the pixels come in, vectors along the channels go out.
-template <typename Tile, typename In>
-static inline void load_transposed(const LoadCall& call) {
-  using T = Tile;
-  using V = typename Vector<T>::Type;
-  constexpr int kLanes = Vector<T>::kLanes;
-  const In* in = static_cast<const In*>(call.in);
-  Tile* tile = static_cast<Tile*>(call.tile);
-  for (int64_t channel = 0; channel < call.channels; channel += kLanes) {
-    const int64_t channels = call.channels - channel < kLanes ? call.channels - channel : kLanes;
+// Pixels x channels of a block, transposed: vectors along the pixels come in (`load_channel(channel, pixel, pixels)`), vectors
+// along the channels go out, `unit` tile elements a lane.
+template <typename V, typename Tile, typename Load>
+static inline void transpose_in(const LoadCall& call, int64_t channels, int64_t unit, const Load& load_channel) {
+  constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
+  for (int64_t channel = 0; channel < channels; channel += kLanes) {
+    const int64_t here = channels - channel < kLanes ? channels - channel : kLanes;
     for (int64_t pixel = 0; pixel < call.pixels; pixel += kLanes) {
       const int64_t pixels = call.pixels - pixel < kLanes ? call.pixels - pixel : kLanes;
       V block[kLanes];
-      for (int c = 0; c < kLanes; ++c) {
-        const In* source = in + (channel + c) * call.channel_stride + pixel;
-        block[c] = c >= channels ? V{} : pixels == kLanes ? load(source) : load_part<T>(source, pixels);
+      if (here == kLanes) {
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) block[c] = load_channel(channel + c, pixel, pixels);
+      } else {
+        for (int c = 0; c < kLanes; ++c) block[c] = c < here ? load_channel(channel + c, pixel, pixels) : V{};
       }
       transpose(block);
-      for (int p = 0; p < pixels; ++p) {
-        Tile* target = tile + (pixel + p) * call.tile_stride + channel;
-        if (channels == kLanes)
-          store(target, block[p]);
-        else
-          store_part(target, block[p], channels);
+      auto* target = reinterpret_cast<decltype(+V{}[0])*>(static_cast<Tile*>(call.tile) + pixel * call.tile_stride +
+                                                          channel * unit);
+      const int64_t stride = call.tile_stride / unit;
+      if (here == kLanes && pixels == kLanes) {
+#pragma GCC unroll 16
+        for (int p = 0; p < kLanes; ++p) store(target + p * stride, block[p]);
+      } else {
+        for (int p = 0; p < pixels; ++p) store_part(target + p * stride, block[p], here);
       }
     }
   }
+}
+
+template <typename Tile, typename In>
+static inline void load_transposed(const LoadCall& call) {
+  const In* in = static_cast<const In*>(call.in);
+  transpose_in<typename Vector<Tile>::Type, Tile>(
+      call, call.channels, 1, [&](int64_t channel, int64_t pixel, int64_t pixels) {
+        const In* source = in + channel * call.channel_stride + pixel;
+        return pixels == Vector<Tile>::kLanes ? load(source) : load_part(source, pixels);
+      });
 }
 
 // bf16 stays bf16: two channels make one 32-bit element, so pairs of channels are transposed.
 static inline void load_transposed_pairs(const LoadCall& call) {
-  constexpr int kLanes = Vector<float>::kLanes;
   const BFloat16* in = static_cast<const BFloat16*>(call.in);
-  BFloat16* tile = static_cast<BFloat16*>(call.tile);
   const auto row = [&](int64_t channel, int64_t pixel, int64_t pixels) -> FloatBits {
     if (channel >= call.channels) return FloatBits{};
     const BFloat16* source = in + channel * call.channel_stride + pixel;
-    return (FloatBits)(pixels == kLanes ? load(source) : load_part<float>(source, pixels));
+    return (FloatBits)(pixels == Vector<float>::kLanes ? load(source) : load_part(source, pixels));
   };
-  for (int64_t channel = 0; channel < call.channels; channel += 2 * kLanes) {
-    const int64_t left = (call.channels - channel + 1) / 2 * 2;
-    const int64_t channels = left < 2 * kLanes ? left : 2 * kLanes;
-    for (int64_t pixel = 0; pixel < call.pixels; pixel += kLanes) {
-      const int64_t pixels = call.pixels - pixel < kLanes ? call.pixels - pixel : kLanes;
-      Float block[kLanes];
-      for (int c = 0; c < kLanes; ++c)
-        block[c] = (Float)((row(channel + 2 * c, pixel, pixels) >> 16) | row(channel + 2 * c + 1, pixel, pixels));
-      transpose(block);
-      for (int p = 0; p < pixels; ++p)
-        memcpy(static_cast<void*>(tile + (pixel + p) * call.tile_stride + channel), &block[p], size_t(channels) * 2);
-    }
-  }
+  transpose_in<Float, BFloat16>(call, (call.channels + 1) / 2, 2, [&](int64_t pair, int64_t pixel, int64_t pixels) {
+    return (Float)((row(2 * pair, pixel, pixels) >> 16) | row(2 * pair + 1, pixel, pixels));
+  });
 }
 
 template <typename Tile, typename In>
@@ -91,7 +90,7 @@ static void load_tile(const LoadCall& call) {
         for (; channel + kLanes <= call.channels; channel += kLanes) store(target + channel, load(source + channel));
         if (channel < call.channels) {
           const int64_t left = call.channels - channel;
-          store_part(target + channel, load_part<float>(source + channel, left), left);
+          store_part(target + channel, load_part(source + channel, left), left);
         }
       }
     }
@@ -122,17 +121,19 @@ static void store_transposed(const StoreCall& call) {
     for (int64_t pixel = 0; pixel < call.pixels; pixel += kLanes) {
       const int64_t pixels = call.pixels - pixel < kLanes ? call.pixels - pixel : kLanes;
       V block[kLanes];
-      for (int p = 0; p < kLanes; ++p) {
-        const T* source = tile + (pixel + p) * call.tile_stride + channel;
-        block[p] = p >= pixels ? V{} : channels == kLanes ? load(source) : load_part<T>(source, channels);
-      }
-      transpose(block);
-      for (int c = 0; c < channels; ++c) {
-        Out* target = out + (channel + c) * call.channel_stride + pixel;
-        if (pixels == kLanes)
-          store(target, block[c]);
-        else
-          store_part(target, block[c], pixels);
+      const T* source = tile + pixel * call.tile_stride + channel;
+      Out* target = out + channel * call.channel_stride + pixel;
+      if (pixels == kLanes && channels == kLanes) {
+#pragma GCC unroll 16
+        for (int p = 0; p < kLanes; ++p) block[p] = load(source + p * call.tile_stride);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) store(target + c * call.channel_stride, block[c]);
+      } else {
+        for (int p = 0; p < kLanes; ++p)
+          block[p] = p < pixels ? load_part(source + p * call.tile_stride, channels) : V{};
+        transpose(block);
+        for (int c = 0; c < channels; ++c) store_part(target + c * call.channel_stride, block[c], pixels);
       }
     }
   }
@@ -176,7 +177,7 @@ static void pack_panel(const PackCall& call) {
     pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth,
                    [&](int64_t column, int64_t k, int64_t count) {
                      const In* source = weight + column * call.row_stride + k;
-                     return count == Vector<T>::kLanes ? load(source) : load_part<T>(source, count);
+                     return count == Vector<T>::kLanes ? load(source) : load_part(source, count);
                    });
 }
 

@@ -142,20 +142,49 @@ static inline void store(Half* p, Float v) {
 #endif
 }
 
-// The first `count` lanes only: what lies behind belongs to somebody else.
-template <typename Element, typename V>
-static inline void store_part(Element* p, V v, int64_t count) {
-  Element whole[sizeof(V) / 4];
-  store(whole, v);
-  memcpy(static_cast<void*>(p), whole, size_t(count) * sizeof(Element));
+// ---- the first `count` lanes only: what lies behind belongs to somebody else. Lanes not loaded are zero.
+#if defined(__AVX512F__)
+static inline Float load_part(const float* p, int64_t count) {
+  return (Float)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
 }
-template <typename T, typename Element>
-static inline typename Vector<T>::Type load_part(const Element* p, int64_t count) {
-  Element whole[Vector<T>::kLanes];
+static inline Double load_part(const double* p, int64_t count) {
+  return (Double)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+}
+static inline Float load_part(const BFloat16* p, int64_t count) {
+  const __m256i narrow = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+  return (Float)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+}
+static inline Float load_part(const Half* p, int64_t count) {
+  return (Float)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+}
+static inline void store_part(float* p, Float v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+}
+static inline void store_part(double* p, Double v, int64_t count) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+}
+static inline void store_part(BFloat16* p, Float v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)to_bfloat16(v));
+}
+static inline void store_part(Half* p, Float v, int64_t count) {
+  const __m256i narrow = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), narrow);
+}
+#else
+template <typename Element>
+static inline auto load_part(const Element* p, int64_t count) {
+  Element whole[kVectorBytes / 4];
   memset(static_cast<void*>(whole), 0, sizeof(whole));
   memcpy(static_cast<void*>(whole), p, size_t(count) * sizeof(Element));
   return load(whole);
 }
+template <typename Element, typename V>
+static inline void store_part(Element* p, V v, int64_t count) {
+  Element whole[kVectorBytes / 4];
+  store(whole, v);
+  memcpy(static_cast<void*>(p), whole, size_t(count) * sizeof(Element));
+}
+#endif
 
 // ---- activations
 template <typename V>
