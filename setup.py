@@ -1,9 +1,9 @@
 """Builds `lowrank_ops._C`.
 
-    pip install --no-build-isolation .         into the environment that holds torch
-    LOWRANK_OPS_CUDA=0|1                       leave CUDA sources out / compile them on a CPU build of torch too
-    DEBUG=1                                    -O0 -g
-    MAX_JOBS=n                                 compile jobs (default: cores, at most one for 2 GiB of free memory)
+pip install --no-build-isolation .         into the environment that holds torch
+LOWRANK_OPS_CUDA=0|1                       leave CUDA sources out / compile them on a CPU build of torch too
+DEBUG=1                                    -O0 -g
+MAX_JOBS=n                                 compile jobs (default: cores, at most one for 2 GiB of free memory)
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
 # The kernels of csrc/cpu/kernels know nothing of torch and are compiled once an instruction set, by file suffix.
 # Which one runs is decided at run time (csrc/cpu/isa.cpp); nothing depends on the build machine's CPU.
 KERNELS = ROOT / "csrc/cpu/kernels"
-KERNEL_FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-maybe-uninitialized"]  # GCC 12 warns in its own intrinsics
+KERNEL_FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]  # GCC 12 warns in its own intrinsics
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 FLAGS_BY_SUFFIX = {

@@ -95,9 +95,7 @@ def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
 def _summary(samples: Sequence[float]) -> Timing:
     ordered = sorted(samples)
     last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered)
-    )
+    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
 
 
 def keep_memory() -> None:

@@ -1,9 +1,9 @@
 """`python -m benchmarks.fit_cost RESULTS.json ...`: the cost model's constants from benchmark results.
 
-Reads files written by `benchmarks.run --json` (with the contender "fused (forced)", or run under a planner that took the
-fused path), fits for each group of cells the nanoseconds that a feature costs, fused and as a chain, and writes
-csrc/plan/cost_constants.inc. The fit is non-negative least squares on relative errors. What it is judged by is the
-regret: how much longer the paths that the model picks take in all than the faster path of every cell.
+Reads files written by `benchmarks.run --peers chain forced --json`, fits for each group of cells the nanoseconds that a
+feature costs, fused and as a chain, and writes csrc/plan/cost_constants.inc. The fit is non-negative least squares on
+relative errors. What it is judged by is the regret: how much longer the paths that the model picks take in all than the
+faster path of every cell.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for o in wrong:
             print(f"    {o.name}: fused {o.fused / 1e3:.1f} us, chain {o.chain / 1e3:.1f} us")
-        numbers = ("{" + ", ".join(f"{value:.4g}" for value in vector) + "}" for vector in (constants.fused, constants.chain))
+        numbers = (
+            "{" + ", ".join(f"{value:.4g}" for value in vector) + "}" for vector in (constants.fused, constants.chain)
+        )
         lines.append(f"static const Constants {name} = {{{', '.join(numbers)}}};")
     if not options.dry_run:
         CONSTANTS.write_text("\n".join(lines) + "\n")

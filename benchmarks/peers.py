@@ -191,9 +191,7 @@ def _dense(problem: Problem, memory_format: torch.memory_format) -> Callable[[],
     return _eager([layer], problem.input, memory_format)
 
 
-def _eager(
-    layers: Sequence[nn.Module], input: Tensor, memory_format: torch.memory_format
-) -> Callable[[], Tensor]:
+def _eager(layers: Sequence[nn.Module], input: Tensor, memory_format: torch.memory_format) -> Callable[[], Tensor]:
     """The layers as plain function calls: nn.Module's own call would cost a peer some microseconds."""
     input = _formatted(input, memory_format)
     calls = [_call(layer, memory_format) for layer in layers]

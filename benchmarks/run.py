@@ -163,9 +163,7 @@ def explain(problem: peers.Problem) -> lowrank_ops.Explanation:
 
 def plan(explanation: lowrank_ops.Explanation) -> str:
     """The path that is taken, and the tile of a fused one."""
-    sizes = [
-        str(explanation.chosen[key]) for key in ("tile_rows", "tile_columns") if key in explanation.chosen
-    ]
+    sizes = [str(explanation.chosen[key]) for key in ("tile_rows", "tile_columns") if key in explanation.chosen]
     return " ".join([explanation.path, "x".join(sizes)]).strip()
 
 
@@ -242,7 +240,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     which.add_argument("--quick", action="store_true", help="the fixed list of some 40 cells (the default)")
     which.add_argument("--full", action="store_true", help="the whole grid, with every peer; takes hours")
     which.add_argument("--layer", metavar="PATTERN", help="cells that match a regular expression")
-    which.add_argument("--sample", type=int, metavar="N", help="N cells drawn from the whole grid, always the same ones")
+    which.add_argument(
+        "--sample", type=int, metavar="N", help="N cells drawn from the whole grid, always the same ones"
+    )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     layout = "of the fused op's input (default: channels_last); peers run in both"

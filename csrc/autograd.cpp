@@ -24,8 +24,8 @@ using std::string_view;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using TuckerForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, string_view);
+using TuckerForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                             IntArrayRef, IntArrayRef, IntArrayRef, string_view);
 using CPForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                          const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, string_view);
 using LinearForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, string_view);
@@ -113,13 +113,12 @@ variable_list for_engine(Gradients gradients, size_t arguments) {
 struct TuckerFunction : torch::autograd::Function<TuckerFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor,
-                        const Tensor& core, const Tensor& out_factor, const OptionalTensor& bias,
-                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                        string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& core,
+                        const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output = tucker_conv2d_op().call(input, in_factor, core, out_factor, bias, stride, padding,
-                                            dilation, activation);
+    Tensor output =
+        tucker_conv2d_op().call(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
     save_window(ctx, stride, padding, dilation);
     save(ctx, {input, in_factor, core, out_factor}, bias, activation);
     return output;
@@ -128,25 +127,23 @@ struct TuckerFunction : torch::autograd::Function<TuckerFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    return for_engine(
-        tucker_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
-                                         optional(saved[4]), data["stride"].toIntVector(),
-                                         data["padding"].toIntVector(), data["dilation"].toIntVector(),
-                                         data["activation"].toStringRef(), wanted_gradients<5>(ctx)),
-        9);
+    return for_engine(tucker_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
+                                                       optional(saved[4]), data["stride"].toIntVector(),
+                                                       data["padding"].toIntVector(), data["dilation"].toIntVector(),
+                                                       data["activation"].toStringRef(), wanted_gradients<5>(ctx)),
+                      9);
   }
 };
 
 struct CPFunction : torch::autograd::Function<CPFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor,
-                        const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                        const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                        IntArrayRef dilation, string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
+                        const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias,
+                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output = cp_conv2d_op().call(input, in_factor, height_factor, width_factor, out_factor, bias,
-                                        stride, padding, dilation, activation);
+    Tensor output = cp_conv2d_op().call(input, in_factor, height_factor, width_factor, out_factor, bias, stride,
+                                        padding, dilation, activation);
     save_window(ctx, stride, padding, dilation);
     save(ctx, {input, in_factor, height_factor, width_factor, out_factor}, bias, activation);
     return output;
@@ -155,20 +152,19 @@ struct CPFunction : torch::autograd::Function<CPFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    return for_engine(
-        cp_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                     optional(saved[5]), data["stride"].toIntVector(),
-                                     data["padding"].toIntVector(), data["dilation"].toIntVector(),
-                                     data["activation"].toStringRef(), wanted_gradients<6>(ctx)),
-        10);
+    return for_engine(cp_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                                                   optional(saved[5]), data["stride"].toIntVector(),
+                                                   data["padding"].toIntVector(), data["dilation"].toIntVector(),
+                                                   data["activation"].toStringRef(), wanted_gradients<6>(ctx)),
+                      10);
   }
 };
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor,
-                        const Tensor& out_factor, const OptionalTensor& bias, string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
+                        const OptionalTensor& bias, string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor output = lowrank_linear_op().call(input, in_factor, out_factor, bias, activation);
     save(ctx, {input, in_factor, out_factor}, bias, activation);
@@ -177,57 +173,54 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    return for_engine(lowrank_linear_backward_op().call(
-                          grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
-                          ctx->saved_data["activation"].toStringRef(), wanted_gradients<4>(ctx)),
-                      5);
+    return for_engine(
+        lowrank_linear_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
+                                          ctx->saved_data["activation"].toStringRef(), wanted_gradients<4>(ctx)),
+        5);
   }
 };
 
 // ---- Autograd kernels of the ops
 // -----------------------------------------------------------------------------------
 
-Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor,
-                       const Tensor& core, const Tensor& out_factor, const OptionalTensor& bias,
-                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                       string_view activation) {
+Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& core,
+                       const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                       IntArrayRef dilation, string_view activation) {
   if (needs_tangent(input, in_factor, core, out_factor, bias))
     return tucker_chain(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
                         parse_activation("tucker_conv2d", activation))
         .contiguous(input.suggest_memory_format());
   if (needs_graph(input, in_factor, core, out_factor, bias))
-    return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation,
-                                 activation);
+    return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return tucker_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, core,
-                                       out_factor, bias, stride, padding, dilation, activation);
+  return tucker_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, core, out_factor,
+                                       bias, stride, padding, dilation, activation);
 }
 
-Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor,
-                   const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                   const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                   string_view activation) {
+Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
+                   const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                   IntArrayRef padding, IntArrayRef dilation, string_view activation) {
   if (needs_tangent(input, in_factor, height_factor, width_factor, out_factor, bias))
-    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias,
-                    {stride, padding, dilation}, parse_activation("cp_conv2d", activation))
+    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, {stride, padding, dilation},
+                    parse_activation("cp_conv2d", activation))
         .contiguous(input.suggest_memory_format());
   if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
-    return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding,
-                             dilation, activation);
+    return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
+                             activation);
   at::AutoDispatchBelowADInplaceOrView guard;
   return cp_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, height_factor,
                                    width_factor, out_factor, bias, stride, padding, dilation, activation);
 }
 
-Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor,
-                       const Tensor& out_factor, const OptionalTensor& bias, string_view activation) {
+Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
+                       const OptionalTensor& bias, string_view activation) {
   if (needs_tangent(input, in_factor, out_factor, bias))
     return linear_chain(input, in_factor, out_factor, bias, parse_activation("lowrank_linear", activation));
   if (needs_graph(input, in_factor, out_factor, bias))
     return LinearFunction::apply(input, in_factor, out_factor, bias, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return lowrank_linear_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor,
-                                        out_factor, bias, activation);
+  return lowrank_linear_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, out_factor, bias,
+                                        activation);
 }
 
 // ---- Autograd kernels of the backward ops: the gradients themselves, differentiable
@@ -236,8 +229,7 @@ Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
 // The gradients of the whole batch at once, in the dtype and shape of the arguments.
 template <size_t count>
 auto differentiable_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
-                              const std::array<Tensor, count - 2>& factors,
-                              const std::array<bool, count>& mask) {
+                              const std::array<Tensor, count - 2>& factors, const std::array<bool, count>& mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = block.stages[0].weight.scalar_type();
   const std::vector<Tensor> found = block_gradients(grad_output.to(dtype), input.to(dtype), block, mask);
@@ -258,51 +250,45 @@ auto as_tuple(const std::array<Tensor, count>& gradients) {
 Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
                                     const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
                                     const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                                    IntArrayRef dilation, string_view activation,
-                                    std::array<bool, 5> output_mask) {
+                                    IntArrayRef dilation, string_view activation, std::array<bool, 5> output_mask) {
   if (!needs_graph(grad_output, input, in_factor, core, out_factor, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output,
-                                                  input, in_factor, core, out_factor, bias, stride, padding,
-                                                  dilation, activation, output_mask);
+    return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
+                                                  in_factor, core, out_factor, bias, stride, padding, dilation,
+                                                  activation, output_mask);
   }
   const Block block = tucker_block(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
                                    parse_activation("tucker_conv2d_backward", activation));
-  return as_tuple(
-      differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
+  return as_tuple(differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
 Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                const Tensor& in_factor, const Tensor& height_factor,
-                                const Tensor& width_factor, const Tensor& out_factor,
-                                const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                                IntArrayRef dilation, string_view activation,
+                                const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
+                                const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                                IntArrayRef padding, IntArrayRef dilation, string_view activation,
                                 std::array<bool, 6> output_mask) {
   if (!needs_graph(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
-                                              in_factor, height_factor, width_factor, out_factor, bias,
-                                              stride, padding, dilation, activation, output_mask);
+    return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
+                                              height_factor, width_factor, out_factor, bias, stride, padding, dilation,
+                                              activation, output_mask);
   }
-  const Block block =
-      cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, {stride, padding, dilation},
-               parse_activation("cp_conv2d_backward", activation));
-  return as_tuple(differentiable_gradients<6>(
-      grad_output, input, block, {in_factor, height_factor, width_factor, out_factor}, output_mask));
+  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias,
+                               {stride, padding, dilation}, parse_activation("cp_conv2d_backward", activation));
+  return as_tuple(differentiable_gradients<6>(grad_output, input, block,
+                                              {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }
 
 Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& in_factor, const Tensor& out_factor,
-                                    const OptionalTensor& bias, string_view activation,
-                                    std::array<bool, 4> output_mask) {
+                                    const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
+                                    string_view activation, std::array<bool, 4> output_mask) {
   if (!needs_graph(grad_output, input, in_factor, out_factor, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output,
-                                                   input, in_factor, out_factor, bias, activation,
-                                                   output_mask);
+    return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
+                                                   in_factor, out_factor, bias, activation, output_mask);
   }
-  const Block block = linear_block(input, in_factor, out_factor, bias,
-                                   parse_activation("lowrank_linear_backward", activation));
+  const Block block =
+      linear_block(input, in_factor, out_factor, bias, parse_activation("lowrank_linear_backward", activation));
   auto gradients = differentiable_gradients<4>(grad_output.reshape_symint({-1, out_factor.sym_size(0)}),
                                                input.reshape_symint({-1, in_factor.sym_size(1)}), block,
                                                {in_factor, out_factor}, output_mask);
@@ -326,21 +312,21 @@ struct Autocast {
 };
 
 template <at::DeviceType device>
-Tensor tucker_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& core,
-                       const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                       IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+Tensor tucker_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
+                       const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                       string_view activation) {
   const Autocast<device> cast;
-  return tucker_conv2d_op().call(cast(input), cast(in_factor), cast(core), cast(out_factor), cast(bias),
-                                 stride, padding, dilation, activation);
+  return tucker_conv2d_op().call(cast(input), cast(in_factor), cast(core), cast(out_factor), cast(bias), stride,
+                                 padding, dilation, activation);
 }
 
 template <at::DeviceType device>
 Tensor cp_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
-                   const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+                   const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                   IntArrayRef padding, IntArrayRef dilation, string_view activation) {
   const Autocast<device> cast;
-  return cp_conv2d_op().call(cast(input), cast(in_factor), cast(height_factor), cast(width_factor),
-                             cast(out_factor), cast(bias), stride, padding, dilation, activation);
+  return cp_conv2d_op().call(cast(input), cast(in_factor), cast(height_factor), cast(width_factor), cast(out_factor),
+                             cast(bias), stride, padding, dilation, activation);
 }
 
 template <at::DeviceType device>

@@ -36,19 +36,17 @@ Tensor forward(const Stage& stage, const Tensor& x, const OptionalTensor& bias) 
 Tensor unset_output(const Stage& stage, const Tensor& x) {
   std::vector<int64_t> sizes{x.size(0), stage.weight.size(0)};
   for (int axis = 0; axis < x.dim() - 2; ++axis)
-    sizes.push_back(output_size(x.size(2 + axis), stage.weight.size(2 + axis), stage.stride[axis],
-                                stage.padding[axis], stage.dilation[axis]));
+    sizes.push_back(output_size(x.size(2 + axis), stage.weight.size(2 + axis), stage.stride[axis], stage.padding[axis],
+                                stage.dilation[axis]));
   return at::empty(sizes, x.options().memory_format(x.suggest_memory_format()));
 }
 
 // The gradients of x and of the stage's weight. For the gradient of x alone only the shape of x is read.
-std::tuple<Tensor, Tensor> backward(const Stage& stage, const Tensor& grad, const Tensor& x,
-                                    std::array<bool, 2> mask) {
+std::tuple<Tensor, Tensor> backward(const Stage& stage, const Tensor& grad, const Tensor& x, std::array<bool, 2> mask) {
   if (is_linear(stage))
     return {mask[0] ? at::mm(grad, stage.weight) : Tensor(), mask[1] ? at::mm(grad.t(), x) : Tensor()};
   auto [grad_x, grad_weight, unused] = at::convolution_backward(
-      grad, x, stage.weight, /*bias_sizes=*/at::OptionalIntArrayRef(), stage.stride, stage.padding,
-      stage.dilation,
+      grad, x, stage.weight, /*bias_sizes=*/at::OptionalIntArrayRef(), stage.stride, stage.padding, stage.dilation,
       /*transposed=*/false, /*output_padding=*/{0, 0}, stage.groups, {mask[0], mask[1], false});
   return {grad_x, grad_weight};
 }
@@ -76,8 +74,7 @@ Tensor activation_backward(const Tensor& grad, const Tensor& before, Activation 
 
 Tensor sum_for_bias(const Tensor& grad) {
   const auto dtype = at::toOpMathType(grad.scalar_type());
-  return grad.dim() == 4 ? grad.sum({0, 2, 3}, /*keepdim=*/false, dtype)
-                         : grad.sum(0, /*keepdim=*/false, dtype);
+  return grad.dim() == 4 ? grad.sum({0, 2, 3}, /*keepdim=*/false, dtype) : grad.sum(0, /*keepdim=*/false, dtype);
 }
 
 Stage pointwise(const Tensor& factor) {
@@ -90,9 +87,7 @@ OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
 
 // How many images (rows) a chunk holds: the stage inputs and their gradients within the budget.
 int64_t chunk_size(const std::vector<Stage>& stages, const Tensor& input, const Tensor& grad_output) {
-  const auto pixels = [](const Tensor& tensor) {
-    return tensor.dim() == 4 ? tensor.size(2) * tensor.size(3) : 1;
-  };
+  const auto pixels = [](const Tensor& tensor) { return tensor.dim() == 4 ? tensor.size(2) * tensor.size(3) : 1; };
   const int64_t most_pixels = std::max(pixels(input), pixels(grad_output));
   int64_t channels = input.size(1);
   for (const Stage& stage : stages) channels += stage.weight.size(0);
@@ -103,8 +98,8 @@ int64_t chunk_size(const std::vector<Stage>& stages, const Tensor& input, const 
 // `block_gradients` chunk by chunk along axis 0: the weights' gradients added up in fp32 at least, then in
 // the dtype, shape and memory format of `factors`, so that an optimizer meets the strides it expects.
 template <size_t count>
-std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Tensor& input,
-                                            const Block& block, const std::array<Tensor, count - 2>& factors,
+std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
+                                            const std::array<Tensor, count - 2>& factors,
                                             const std::array<bool, count>& mask) {
   const at::ScalarType dtype = block.stages[0].weight.scalar_type();
   const auto format = input.suggest_memory_format();
@@ -115,9 +110,7 @@ std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Ten
   const int64_t end = any ? input.size(0) : 0, step = chunk_size(block.stages, input, grad_output);
   for (int64_t first = 0; first < end; first += step) {
     const int64_t size = std::min(step, end - first);
-    const auto chunk = [&](const Tensor& tensor) {
-      return tensor.narrow(0, first, size).to(dtype).contiguous(format);
-    };
+    const auto chunk = [&](const Tensor& tensor) { return tensor.narrow(0, first, size).to(dtype).contiguous(format); };
     const std::vector<Tensor> parts = block_gradients(chunk(grad_output), chunk(input), block, mask);
     if (mask[0]) total[0].narrow(0, first, size).copy_(parts[0]);
     for (size_t i = 1; i < count; ++i) {
@@ -134,8 +127,8 @@ std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Ten
     if (!mask[i]) continue;
     // A column of the last factor has the shape of a bias.
     const Tensor argument = i + 1 < count ? factors[i - 1] : factors.back().select(1, 0);
-    total[i] = total[i].defined() ? total[i].to(argument.scalar_type()).reshape(argument.sizes())
-                                  : at::zeros_like(argument);
+    total[i] =
+        total[i].defined() ? total[i].to(argument.scalar_type()).reshape(argument.sizes()) : at::zeros_like(argument);
     total[i] = total[i].contiguous(argument.suggest_memory_format());
   }
   return total;
@@ -147,21 +140,18 @@ auto as_tuple(const Array& gradients) {
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input, IntArrayRef required) {
-  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ",
-                    required, ", got ", grad_output.sizes());
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op,
-                   ": grad_output must have the input's dtype ", input.scalar_type(), ", got ",
-                   grad_output.scalar_type());
-  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op,
-                    ": grad_output must be on the input's device ", input.device(), ", got ",
-                    grad_output.device());
+  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ", required,
+                    ", got ", grad_output.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have the input's dtype ",
+                   input.scalar_type(), ", got ", grad_output.scalar_type());
+  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op, ": grad_output must be on the input's device ",
+                    input.device(), ", got ", grad_output.device());
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input, int64_t t, int64_t kh,
                        int64_t kw, const Window& window) {
   const auto size = [&](int axis, int64_t kernel) {
-    return output_size(input.size(2 + axis), kernel, window.stride[axis], window.padding[axis],
-                       window.dilation[axis]);
+    return output_size(input.size(2 + axis), kernel, window.stride[axis], window.padding[axis], window.dilation[axis]);
   };
   check_grad_output(op, grad_output, input, {input.size(0), t, size(0, kh), size(1, kw)});
 }
@@ -184,9 +174,8 @@ Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& c
           activation};
 }
 
-Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
-               const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias,
-               const Window& window, Activation activation) {
+Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
+               const Tensor& out_factor, const OptionalTensor& bias, const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
   const auto dtype = library_dtype(input, window);
   const int64_t rank = in_factor.sym_size(0).guard_int(__FILE__, __LINE__);
@@ -200,8 +189,8 @@ Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& heigh
           activation};
 }
 
-Block linear_block(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
-                   const OptionalTensor& bias, Activation activation) {
+Block linear_block(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
+                   Activation activation) {
   const auto dtype = library_dtype(input);
   return {{{in_factor.to(dtype)}, {out_factor.to(dtype)}}, to(bias, dtype), activation};
 }
@@ -255,31 +244,27 @@ Gradients5 tucker_conv2d_backward(const Tensor& grad_output, const Tensor& input
   check_grad_output(op, grad_output, input, out_factor.size(0), core.size(2), core.size(3), window);
   const NoAutocast no_autocast;
   const Block block = tucker_block(input, in_factor, core, out_factor, bias, window, function);
-  return as_tuple(
-      chunked_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
+  return as_tuple(chunked_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
 Gradients6 cp_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                              const Tensor& height_factor, const Tensor& width_factor,
-                              const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                              IntArrayRef padding, IntArrayRef dilation, std::string_view activation,
-                              std::array<bool, 6> output_mask) {
+                              const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
+                              const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                              std::string_view activation, std::array<bool, 6> output_mask) {
   constexpr const char* op = "cp_conv2d_backward";
   const Window window{stride, padding, dilation};
   const Activation function = parse_activation(op, activation);
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-  check_grad_output(op, grad_output, input, out_factor.size(0), height_factor.size(1), width_factor.size(1),
-                    window);
+  check_grad_output(op, grad_output, input, out_factor.size(0), height_factor.size(1), width_factor.size(1), window);
   const NoAutocast no_autocast;
-  const Block block =
-      cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window, function);
-  return as_tuple(chunked_gradients<6>(grad_output, input, block,
-                                       {in_factor, height_factor, width_factor, out_factor}, output_mask));
+  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window, function);
+  return as_tuple(chunked_gradients<6>(grad_output, input, block, {in_factor, height_factor, width_factor, out_factor},
+                                       output_mask));
 }
 
 Gradients4 lowrank_linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                                   const Tensor& out_factor, const OptionalTensor& bias,
-                                   std::string_view activation, std::array<bool, 4> output_mask) {
+                                   const Tensor& out_factor, const OptionalTensor& bias, std::string_view activation,
+                                   std::array<bool, 4> output_mask) {
   constexpr const char* op = "lowrank_linear_backward";
   const Activation function = parse_activation(op, activation);
   check_linear(input, in_factor, out_factor, bias);
@@ -288,9 +273,9 @@ Gradients4 lowrank_linear_backward(const Tensor& grad_output, const Tensor& inpu
   check_grad_output(op, grad_output, input, output_sizes);
   const NoAutocast no_autocast;
   const Block block = linear_block(input, in_factor, out_factor, bias, function);
-  auto gradients = chunked_gradients<4>(grad_output.reshape({-1, out_factor.size(0)}),
-                                        input.reshape({-1, in_factor.size(1)}), block,
-                                        {in_factor, out_factor}, output_mask);
+  auto gradients =
+      chunked_gradients<4>(grad_output.reshape({-1, out_factor.size(0)}), input.reshape({-1, in_factor.size(1)}), block,
+                           {in_factor, out_factor}, output_mask);
   if (output_mask[0]) gradients[0] = gradients[0].view(input.sizes());
   return as_tuple(gradients);
 }

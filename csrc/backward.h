@@ -44,23 +44,20 @@ Block linear_block(const at::Tensor& input, const at::Tensor& in_factor, const a
 // The gradients of input, the stages' weights and the bias, in this order and in the block's dtype (the
 // bias's in fp32 at least); undefined where `mask` is false. Differentiable under grad mode, and reads no
 // sizes then. All intermediates exist at once: for a large batch it is to be called on a part at a time.
-std::vector<at::Tensor> block_gradients(const at::Tensor& grad_output, const at::Tensor& input,
-                                        const Block& block, c10::ArrayRef<bool> mask);
+std::vector<at::Tensor> block_gradients(const at::Tensor& grad_output, const at::Tensor& input, const Block& block,
+                                        c10::ArrayRef<bool> mask);
 
-Gradients5 tucker_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& in_factor, const at::Tensor& core,
-                                  const at::Tensor& out_factor, const OptionalTensor& bias,
+Gradients5 tucker_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+                                  const at::Tensor& core, const at::Tensor& out_factor, const OptionalTensor& bias,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   std::string_view activation, std::array<bool, 5> output_mask);
-Gradients6 cp_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                              const at::Tensor& in_factor, const at::Tensor& height_factor,
-                              const at::Tensor& width_factor, const at::Tensor& out_factor,
-                              const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                              at::IntArrayRef dilation, std::string_view activation,
+Gradients6 cp_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+                              const at::Tensor& height_factor, const at::Tensor& width_factor,
+                              const at::Tensor& out_factor, const OptionalTensor& bias, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view activation,
                               std::array<bool, 6> output_mask);
-Gradients4 lowrank_linear_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                   const at::Tensor& in_factor, const at::Tensor& out_factor,
-                                   const OptionalTensor& bias, std::string_view activation,
-                                   std::array<bool, 4> output_mask);
+Gradients4 lowrank_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+                                   const at::Tensor& out_factor, const OptionalTensor& bias,
+                                   std::string_view activation, std::array<bool, 4> output_mask);
 
 }  // namespace lowrank_ops

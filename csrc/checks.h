@@ -26,15 +26,15 @@ inline void check_size(const char* op, const Argument& argument, int64_t axis, i
 
 inline void check_nonempty(const char* op, const Argument& argument) {
   for (const int64_t size : argument.tensor.sizes())
-    TORCH_CHECK_VALUE(size > 0, op, ": ", argument.name, " must have no axis of size 0 (ranks are at least 1), got shape ",
-                      argument.tensor.sizes());
+    TORCH_CHECK_VALUE(size > 0, op, ": ", argument.name,
+                      " must have no axis of size 0 (ranks are at least 1), got shape ", argument.tensor.sizes());
 }
 
 // Same floating dtype and device for every tensor of the call.
 inline void check_kind(const char* op, const at::Tensor& input, std::initializer_list<Argument> factors,
                        const OptionalTensor& bias) {
-  TORCH_CHECK_TYPE(is_supported(input.scalar_type()), op,
-                   ": input must be float32, float64, bfloat16 or float16, got ", input.scalar_type());
+  TORCH_CHECK_TYPE(is_supported(input.scalar_type()), op, ": input must be float32, float64, bfloat16 or float16, got ",
+                   input.scalar_type());
   const auto check = [&](const char* name, const at::Tensor& tensor) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), op, ": ", name, " must have the input's dtype ",
                      input.scalar_type(), ", got ", tensor.scalar_type(),
@@ -59,8 +59,7 @@ inline void check_window(const char* op, const at::Tensor& input, int64_t kh, in
   const int64_t kernel[2] = {kh, kw};
   for (int axis = 0; axis < 2; ++axis) {
     TORCH_CHECK_VALUE(window.stride[axis] >= 1, op, ": stride must be at least 1 on each axis, got ", window.stride);
-    TORCH_CHECK_VALUE(window.padding[axis] >= 0, op, ": padding must be at least 0 on each axis, got ",
-                      window.padding);
+    TORCH_CHECK_VALUE(window.padding[axis] >= 0, op, ": padding must be at least 0 on each axis, got ", window.padding);
     TORCH_CHECK_VALUE(window.dilation[axis] >= 1, op, ": dilation must be at least 1 on each axis, got ",
                       window.dilation);
     const int64_t padded = input.size(2 + axis) + 2 * window.padding[axis];

@@ -39,7 +39,8 @@ Value choose(const char* what, const std::string& name, const std::pair<const ch
 py::dict explain(const std::string& op, const std::string& dtype, bool channels_last, std::array<int64_t, 9> sizes,
                  std::array<int64_t, 6> window, const std::string& activation, const std::string& device) {
   Problem p;
-  p.op = choose<Op>("op", op, {{"tucker_conv2d", Op::kTucker}, {"cp_conv2d", Op::kCP}, {"lowrank_linear", Op::kLinear}});
+  p.op =
+      choose<Op>("op", op, {{"tucker_conv2d", Op::kTucker}, {"cp_conv2d", Op::kCP}, {"lowrank_linear", Op::kLinear}});
   p.dtype = choose<DType>("dtype", dtype,
                           {{"float32", DType::kFloat},
                            {"float64", DType::kDouble},
@@ -57,8 +58,7 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
   p.ow = output_size(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
 
   const CpuCaps caps = cpu_caps();
-  const Decision decision =
-      device == "cpu" ? plan_cpu(p, caps, policy()) : plan_other(p, device, policy());
+  const Decision decision = device == "cpu" ? plan_cpu(p, caps, policy()) : plan_other(p, device, policy());
   py::dict result;
   result["policy"] = std::string(name_of(policy()));
   result["device"] = device == "cpu" ? caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +

@@ -1,11 +1,12 @@
 // The op schemas, the kernel of every device that has none of its own, and the Python module `_C`.
+#include "ops.h"
+
 #include <torch/extension.h>
 #include <torch/library.h>
 
 #include "checks.h"
 #include "cpu/isa.h"
 #include "explain.h"
-#include "ops.h"
 #include "policy.h"
 
 namespace lowrank_ops {
@@ -19,8 +20,7 @@ at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, c
                          IntArrayRef padding, IntArrayRef dilation, string_view activation) {
   const Window window{stride, padding, dilation};
   check_tucker(input, in_factor, core, out_factor, bias, window);
-  return tucker_chain(input, in_factor, core, out_factor, bias, window,
-                      parse_activation("tucker_conv2d", activation))
+  return tucker_chain(input, in_factor, core, out_factor, bias, window, parse_activation("tucker_conv2d", activation))
       .contiguous(input.suggest_memory_format());
 }
 

@@ -19,8 +19,25 @@ std::mutex measured_mutex;
 std::map<Key, bool> measured;  // key -> the chain was faster
 
 Key key_of(const Problem& p, const CpuCaps& caps) {
-  return {int64_t(p.op), int64_t(p.dtype), int64_t(p.layout), p.n, p.s, p.h, p.w, p.t, p.r1, p.r2, p.kh, p.kw,
-          p.stride[0], p.stride[1], p.padding[0], p.padding[1], p.dilation[0], p.dilation[1], int64_t(p.activation),
+  return {int64_t(p.op),
+          int64_t(p.dtype),
+          int64_t(p.layout),
+          p.n,
+          p.s,
+          p.h,
+          p.w,
+          p.t,
+          p.r1,
+          p.r2,
+          p.kh,
+          p.kw,
+          p.stride[0],
+          p.stride[1],
+          p.padding[0],
+          p.padding[1],
+          p.dilation[0],
+          p.dilation[1],
+          int64_t(p.activation),
           caps.threads};
 }
 
@@ -37,8 +54,12 @@ double seconds(const std::function<void()>& run) {
 
 }  // namespace
 
-Policy policy() { return current.load(std::memory_order_relaxed); }
-void set_policy(Policy policy) { current.store(policy); }
+Policy policy() {
+  return current.load(std::memory_order_relaxed);
+}
+void set_policy(Policy policy) {
+  current.store(policy);
+}
 
 Policy parse_policy(const std::string& name) {
   if (name == "auto") return Policy::kAuto;

@@ -57,9 +57,7 @@ def unfused(model: nn.Module) -> nn.Module:
     return chain
 
 
-def measure_latency(
-    dense: nn.Module, factorized: nn.Module, input: Tensor, seconds: float = 0.5
-) -> list[Latency]:
+def measure_latency(dense: nn.Module, factorized: nn.Module, input: Tensor, seconds: float = 0.5) -> list[Latency]:
     """Dense and chain in both layouts, fused in channels_last; interleaved, in fp32 and then in bf16."""
     lines = []
     for dtype_name, dtype in DTYPES.items():
@@ -98,9 +96,7 @@ def latency_rows(lines: Sequence[Latency]) -> list[list[str]]:
     """The latency table's rows, under `LATENCY_TITLES`; the ratios compare lines of the same dtype."""
     rows = []
     for line in lines:
-        over = [
-            fastest(lines, other, line.dtype).milliseconds / line.milliseconds for other in ("dense", "chain")
-        ]
+        over = [fastest(lines, other, line.dtype).milliseconds / line.milliseconds for other in ("dense", "chain")]
         figures = [f"{value:.2f}" for value in (line.milliseconds, *over)]
         rows.append([line.network, line.layout, line.dtype, *figures])
     return rows
@@ -118,9 +114,7 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def draw_chart(
-    path: Path, task: Task, report: lowrank_ops.Report, lines: Sequence[Latency], threads: int
-) -> None:
+def draw_chart(path: Path, task: Task, report: lowrank_ops.Report, lines: Sequence[Latency], threads: int) -> None:
     """Bars: latency of the whole network on the left, milliseconds layer by layer on the right."""
     import matplotlib
 
@@ -190,9 +184,7 @@ def run(task: Task, output: Path, seconds: float = 0.5) -> dict[str, float]:
     output.mkdir(parents=True, exist_ok=True)
     frame = report.to_pandas()
     frame.to_csv(output / "layers.csv", index=False)
-    (output / "layers.md").write_text(
-        f"# {task.title}\n\n{markdown(list(frame.columns), frame.values.tolist())}\n"
-    )
+    (output / "layers.md").write_text(f"# {task.title}\n\n{markdown(list(frame.columns), frame.values.tolist())}\n")
     (output / "latency.md").write_text(f"# {task.title}\n\n{metrics_table}\n\n{caption}\n\n{latency_table}\n")
     csv = [",".join(LATENCY_TITLES), *(",".join(row) for row in latency_rows(lines))]
     (output / "latency.csv").write_text("\n".join(csv) + "\n")

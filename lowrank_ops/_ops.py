@@ -43,17 +43,13 @@ Gradient = Tensor | None
 
 
 def _check_dim(op: str, name: str, tensor: Tensor, dim: int, shape: str) -> None:
-    torch._check_value(
-        tensor.dim() == dim, lambda: f"{op}: {name} must be {shape}, got shape {list(tensor.shape)}"
-    )
+    torch._check_value(tensor.dim() == dim, lambda: f"{op}: {name} must be {shape}, got shape {list(tensor.shape)}")
 
 
 def _check_size(op: str, name: str, tensor: Tensor, axis: int, required: int, why: str) -> None:
     torch._check_value(
         tensor.shape[axis] == required,
-        lambda: (
-            f"{op}: {name} must have size {required} on axis {axis} ({why}), got shape {list(tensor.shape)}"
-        ),
+        lambda: f"{op}: {name} must have size {required} on axis {axis} ({why}), got shape {list(tensor.shape)}",
     )
 
 
@@ -113,9 +109,7 @@ def _conv_output(
             ),
         )
         shape.append((padded - reach) // stride[axis] + 1)
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=suggest_memory_format(input)
-    )
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=suggest_memory_format(input))
 
 
 def _gradients(output_mask: Sequence[bool], *arguments: Tensor) -> tuple[Gradient, ...]:
@@ -190,9 +184,7 @@ def _cp_conv2d(
         "out_factor": out_factor,
     }
     _check_dim(op, "input", input, 4, "[N, S, H, W]")
-    for (name, factor), shape in zip(
-        factors.items(), ("[R, S]", "[R, KH]", "[R, KW]", "[T, R]"), strict=True
-    ):
+    for (name, factor), shape in zip(factors.items(), ("[R, S]", "[R, KH]", "[R, KW]", "[T, R]"), strict=True):
         _check_dim(op, name, factor, 2, shape)
     _check_kind(op, input, {**factors, "bias": bias})
     _check_size(op, "in_factor", in_factor, 1, input.shape[1], "S, the channels of input")

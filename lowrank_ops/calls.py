@@ -29,9 +29,7 @@ class InputKind:
     @classmethod
     def of(cls, tensor: Tensor) -> InputKind:
         channels_last = (
-            tensor.dim() == 4
-            and not tensor.is_contiguous()
-            and tensor.is_contiguous(memory_format=torch.channels_last)
+            tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
         )
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, channels_last)
 

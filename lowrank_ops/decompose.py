@@ -294,9 +294,7 @@ def _arithmetic() -> Iterator[None]:
         tl.tenalg.set_backend(previous[1], local_threadsafe=True)
 
 
-def _prepare(
-    weight: Tensor, dimensions: int, name: str, least: torch.dtype = torch.float32
-) -> tuple[Tensor, float]:
+def _prepare(weight: Tensor, dimensions: int, name: str, least: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """A copy of the weight to compute with, scaled to a largest magnitude of 1, and that scale."""
     if not weight.is_floating_point():
         raise TypeError(f"{name}: a weight to decompose must be floating point, got {weight.dtype}")
@@ -304,9 +302,7 @@ def _prepare(
         axes = "[T, S, KH, KW]" if dimensions == 4 else "[T, S]"
         raise ValueError(f"{name}: the weight must be {axes} and not empty, got shape {list(weight.shape)}")
     if weight.is_meta:
-        raise ValueError(
-            f"{name}: a weight on the meta device has no values to decompose; materialize it first"
-        )
+        raise ValueError(f"{name}: a weight on the meta device has no values to decompose; materialize it first")
     require_finite(weight, name)
     dtype = torch.promote_types(weight.dtype, least)
     tensor = weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
@@ -393,9 +389,7 @@ def _store(factor: Tensor, weight: Tensor) -> Tensor:
     return stored.to(weight.device)
 
 
-def _relative_error(
-    weight: Tensor, out_factor: Tensor, expand: Callable[[Tensor], Tensor], in_factor: Tensor
-) -> float:
+def _relative_error(weight: Tensor, out_factor: Tensor, expand: Callable[[Tensor], Tensor], in_factor: Tensor) -> float:
     """``|W - W'|_F / |W|_F`` in fp64, 64 input channels at a time.
 
     ``expand`` maps those columns of in_factor, ``[., 64]``, to out_factor's operand ``[., 64, KH, KW]``.

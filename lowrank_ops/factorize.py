@@ -94,11 +94,7 @@ def factorize_(
     sites = find_sites(model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
     chosen = _select(model, sites, include, exclude)
     before = count_parameters(model)
-    calls = (
-        None
-        if example_input is None
-        else recorded_calls(model, example_input, [site.layer for site in sites])
-    )
+    calls = None if example_input is None else recorded_calls(model, example_input, [site.layer for site in sites])
 
     owners = Owners(model)
     replacements: dict[int, nn.Module] = {}
@@ -115,9 +111,7 @@ def factorize_(
 
     times: dict[int, tuple[float, float]] = {}
     if calls is not None:
-        with _progress(
-            [site for site in sites if id(site.layer) in replacements], "measure", progress
-        ) as bar:
+        with _progress([site for site in sites if id(site.layer) in replacements], "measure", progress) as bar:
             for site in bar:
                 bar.set_postfix_str(site.names[0])
                 pair = compare_times(site.layer, replacements[id(site.layer)], calls.of(site.layer))
@@ -144,9 +138,7 @@ def _check_arguments(
     if not isinstance(model, nn.Module):
         raise TypeError(f"factorize_: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, FactorizedModule):
-        raise ValueError(
-            f"factorize_: model is already factorized, a {type(model).__name__}; to_dense() undoes it"
-        )
+        raise ValueError(f"factorize_: model is already factorized, a {type(model).__name__}; to_dense() undoes it")
     if isinstance(model, (_ConvNd, nn.Linear)):
         raise ValueError(
             f"factorize_: model is a single {type(model).__name__}, which has no parent to hold the "
@@ -207,9 +199,7 @@ def _shown(selector: Selector) -> str:
     return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", str(selector))
 
 
-def _matches(
-    selector: Selector, argument: str, sites: list[Site], modules: Mapping[str, nn.Module]
-) -> list[bool]:
+def _matches(selector: Selector, argument: str, sites: list[Site], modules: Mapping[str, nn.Module]) -> list[bool]:
     found = [any(_selected(selector, name, site.layer, modules) for name in site.names) for site in sites]
     if not any(found):
         names = [name for site in sites for name in site.names]
@@ -227,13 +217,9 @@ def _selected(selector: Selector, name: str, layer: nn.Module, modules: Mapping[
     if isinstance(selector, str):
         return any(fnmatch.fnmatchcase(outer, selector) for outer in within)
     if isinstance(selector, type):
-        return isinstance(layer, selector) or any(
-            isinstance(modules.get(outer), selector) for outer in within
-        )
+        return isinstance(layer, selector) or any(isinstance(modules.get(outer), selector) for outer in within)
     if not callable(selector):
-        raise TypeError(
-            f"factorize_: include and exclude take patterns, types and callables, got {selector!r}"
-        )
+        raise TypeError(f"factorize_: include and exclude take patterns, types and callables, got {selector!r}")
     return bool(selector(name, layer))
 
 
@@ -295,9 +281,7 @@ def _layer_rank(
     return (ranks.tucker_ranks if tucker else ranks.cp_rank)(rank, image, **options)
 
 
-def _swap(
-    model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any
-) -> None:
+def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any) -> None:
     """Puts the replacements in; takes them out again if the model then fails on the example input."""
     for site in sites:
         site.put(replacements[id(site.layer)])

@@ -56,9 +56,7 @@ def fuse_(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, FactorizedModule):
-        raise ValueError(
-            f"fuse_: model is already factorized, a {type(model).__name__}: there is nothing to fuse"
-        )
+        raise ValueError(f"fuse_: model is already factorized, a {type(model).__name__}: there is nothing to fuse")
     before = count_parameters(model)
     sites = find_sites(model, _is_sequential)
     if _is_sequential(model):
@@ -84,9 +82,7 @@ def _is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _fuse_sequential(
-    site: Site, obstacle: Callable[[nn.Module], str | None], entries: dict[str, LayerReport]
-) -> None:
+def _fuse_sequential(site: Site, obstacle: Callable[[nn.Module], str | None], entries: dict[str, LayerReport]) -> None:
     sequential = site.layer
     keys = [key for key, child in sequential._modules.items() if child is not None]
     layers = [sequential.get_submodule(key) for key in keys]
@@ -102,9 +98,7 @@ def _fuse_sequential(
         entry = _entry(name, layers[position:end], found)
         earlier = entries.get(name)  # of a chain in here that now takes the activation after it as well
         entries[name] = (
-            entry
-            if earlier is None
-            else replace(entry, type=f"{earlier.type}, {type(layers[end - 1]).__name__}")
+            entry if earlier is None else replace(entry, type=f"{earlier.type}, {type(layers[end - 1]).__name__}")
         )
         if found.fused is None:
             position += 1

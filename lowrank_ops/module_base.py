@@ -80,16 +80,12 @@ class FactorizedModule(nn.Module):
         if dtype not in DTYPES:
             raise TypeError(f"{self._name}: dtype must be one of {DTYPES}, got {dtype}")
         for name, shape in self._factor_shapes().items():
-            self.register_parameter(
-                name, nn.Parameter(_core_layout(torch.empty(shape, device=device, dtype=dtype)))
-            )
+            self.register_parameter(name, nn.Parameter(_core_layout(torch.empty(shape, device=device, dtype=dtype))))
         empty = torch.empty(out_size, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
 
-    def _adopt(
-        self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None
-    ) -> None:
+    def _adopt(self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None) -> None:
         """Takes copies of the values, whatever their ranks; `frozen` None keeps each one's requires_grad."""
         self.rank = self._rank_of(factors)
         grad = None if frozen is None else not frozen
@@ -151,16 +147,13 @@ class FactorizedConv(FactorizedModule):
                 raise ValueError(f"{self._name}: padding must be 'same', 'valid' or sizes, got {padding!r}")
             if padding == "same" and any(step != 1 for step in self.stride):
                 raise ValueError(
-                    f"{self._name}: padding='same' requires stride 1, got {self.stride}; give the padding in "
-                    "pixels"
+                    f"{self._name}: padding='same' requires stride 1, got {self.stride}; give the padding in pixels"
                 )
             self.padding = padding
         else:
             self.padding = self._per_axis("padding", padding, 0)
         if padding_mode not in PADDING_MODES:
-            raise ValueError(
-                f"{self._name}: padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}"
-            )
+            raise ValueError(f"{self._name}: padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
         self.padding_mode = padding_mode
         self.activation = check_activation(self._name, activation)
         refuse_energy(self._name, rank)
@@ -292,17 +285,13 @@ class FactorizedConv(FactorizedModule):
         )
 
     @classmethod
-    def _from_conv(
-        cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str
-    ) -> Self:
+    def _from_conv(cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str) -> Self:
         kind = nn.Conv2d if cls.axes == 2 else nn.Conv1d
         check_replaceable(cls.__name__, conv, kind, name)
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
         check_activation(cls.__name__, activation)
         weight = conv.weight.detach()
-        factors, error = cls._decompose(
-            weight if cls.axes == 2 else weight.unsqueeze(2), rank, multiple, seed, name
-        )
+        factors, error = cls._decompose(weight if cls.axes == 2 else weight.unsqueeze(2), rank, multiple, seed, name)
         module = cls._empty_like(conv, weight, activation, conv.bias is not None)
         module._adopt(factors, conv.bias, conv, frozen=not conv.weight.requires_grad)
         module.relative_error = error

@@ -59,9 +59,7 @@ class _TuckerConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         core = self.core if self.axes == 2 else self.core.unsqueeze(2)
-        return tucker_conv2d(
-            image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation
-        )
+        return tucker_conv2d(image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         r1, r2 = self.rank
@@ -318,9 +316,7 @@ class LowRankLinear(FactorizedModule):
         self.out_features = at_least(self._name, "out_features", out_features, 1)
         self.activation = check_activation(self._name, activation)
         refuse_energy(self._name, rank)
-        self.rank = ranks.linear_rank(
-            rank, torch.empty(out_features, in_features, device="meta"), name=self._name
-        )
+        self.rank = ranks.linear_rank(rank, torch.empty(out_features, in_features, device="meta"), name=self._name)
         self._create(bias, out_features, device, dtype)
 
     @classmethod

@@ -218,7 +218,8 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
         else:
             r1, kh, kw = rank, call["height_factor"].shape[1], call["width_factor"].shape[1]
             ranks = f"rank {rank}"
-        pairs = [[v] * 2 if isinstance(v, int) else list(v) for v in map(call.get, ("stride", "padding", "dilation"))]
+        values: list[Any] = [call[name] for name in ("stride", "padding", "dilation")]
+        pairs = [[v] * 2 if isinstance(v, int) else list(v) for v in values]
         window = [value for pair in pairs for value in (pair * 2)[:2]]
         sizes = [*x.shape, t, r1, rank, kh, kw]
         channels_last = torch._prims_common.suggest_memory_format(x) == torch.channels_last

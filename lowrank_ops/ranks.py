@@ -76,9 +76,7 @@ def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "
     outputs, inputs, height, width = weight.shape
     if isinstance(rank, (tuple, list)):
         if len(rank) != 2:
-            raise ValueError(
-                f"{name}: a pair of Tucker ranks must be (R1, R2), input side first, got {rank!r}"
-            )
+            raise ValueError(f"{name}: a pair of Tucker ranks must be (R1, R2), input side first, got {rank!r}")
         in_rank, out_rank = rank
     else:
         in_rank = out_rank = rank

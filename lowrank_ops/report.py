@@ -87,9 +87,7 @@ class Report:
         for layer in self.layers:
             if name == layer.name or name in layer.aliases:
                 return layer
-        raise KeyError(
-            f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}"
-        )
+        raise KeyError(f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}")
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -142,9 +140,7 @@ class Report:
     def to_table(self) -> Table:
         """The table that `print(report)` shows, for a rich console."""
         unit = "" if self.macs_per_call else " per pixel"
-        table = Table(
-            title=f"{self.model}: {len(self.replaced)} of {len(self)} layers replaced", show_footer=True
-        )
+        table = Table(title=f"{self.model}: {len(self.replaced)} of {len(self)} layers replaced", show_footer=True)
         before, after = self.model_parameters_before, self.model_parameters_after
         table.add_column("layer", footer="total", overflow="fold")
         table.add_column("type", footer="")
@@ -238,9 +234,7 @@ def _factorized_conv_macs(layer: FactorizedConv, input_shape: Sequence[int] | No
         inputs = tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))
     first, *spatial, last = layer.factors().values()
     total = first.numel() * math.prod(inputs) + last.numel() * math.prod(outputs)
-    done: tuple[
-        int, ...
-    ] = ()  # axes along which a spatial stage has already gone from input to output pixels
+    done: tuple[int, ...] = ()  # axes along which a spatial stage has already gone from input to output pixels
     for factor in spatial:
         done = outputs if len(spatial) == 1 else outputs[: len(done) + 1]
         total += factor.numel() * math.prod(done) * math.prod(inputs[len(done) :])
@@ -266,9 +260,7 @@ def _change(before: float | None, after: float | None) -> str:
         return ""
     if after is None or before == after:
         return _number(before)
-    return (
-        f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
-    )
+    return f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
 
 
 def _number(value: float) -> str:

@@ -216,9 +216,7 @@ def assert_within_budget(
         library_error = (library.double() - exact).norm().item()
         cap = 2 * eps * (norm if passes == 1 else magnitude.norm().item())
         budget = 2 * min(library_error, cap) + eps / 2 * norm
-    assert error <= budget, (
-        f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
-    )
+    assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
 
 
 def assert_output(call: Call, output: Tensor) -> None:

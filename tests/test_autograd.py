@@ -23,9 +23,7 @@ CHUNKED_LINEAR = dict(n=3, h=50_000, s=16, t=24, r1=20)
 def output_gradient(call: Call) -> Tensor:
     generator = torch.Generator().manual_seed(call.problem.seed + 1)
     exact = call.exact()
-    return torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(
-        exact.device, call.problem.dtype
-    )
+    return torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(exact.device, call.problem.dtype)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -49,9 +47,7 @@ def test_gradcheck(op: str, activation: str, bias: bool) -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("op", CONVS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_convolutions(
-    device: str, op: str, geometry: str, layout: torch.memory_format, dtype: torch.dtype
-) -> None:
+def test_convolutions(device: str, op: str, geometry: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
     call = Problem(op, device=device, dtype=dtype, layout=layout, **GEOMETRIES[geometry]).make()
     assert_gradients(call, output_gradient(call))
 
@@ -94,9 +90,7 @@ def test_activations_with_kinks(dtype: torch.dtype, op: str, activation: str) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 @pytest.mark.parametrize("op", OPS)
-def test_exact_on_small_integers(
-    op: str, activation: str, layout: torch.memory_format, dtype: torch.dtype
-) -> None:
+def test_exact_on_small_integers(op: str, activation: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
     sizes = dict(n=1, s=3, t=2, r1=2, r2=2, h=4, w=3, kernel=(2, 2))
     call = integer_call(Problem(op, activation=activation, layout=layout, dtype=dtype, **sizes))
     grad_output = output_gradient(call).clamp(-1.4, 1.4).round()
@@ -156,9 +150,7 @@ def test_only_what_is_asked_for(op: str, activation: str) -> None:
         results = backward_op(call, grad_output, mask)
         assert [result is not None for result in results] == mask
         torch.testing.assert_close(results[wanted], everything[wanted])
-    assert not any(
-        result is not None for result in backward_op(call, grad_output, [False] * len(call.tensors))
-    )
+    assert not any(result is not None for result in backward_op(call, grad_output, [False] * len(call.tensors)))
 
 
 def backward_op(call: Call, grad_output: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:

@@ -171,9 +171,7 @@ def test_check_finds_what_is_wrong(cell: Cell, dtype: torch.dtype) -> None:
     output = peers.contenders(problem, [])[0].run()
     assert peers.check(problem, output) == ""
     assert "relative error" in peers.check(problem, output * 1.1)
-    assert "relative error" in peers.check(
-        problem, output - problem.bias.reshape(-1, *[1] * (output.dim() - 2))
-    )
+    assert "relative error" in peers.check(problem, output - problem.bias.reshape(-1, *[1] * (output.dim() - 2)))
     assert "relative error" in peers.check(problem, torch.full_like(output, math.nan))
     assert "shape" in peers.check(problem, output[..., :-1])
 

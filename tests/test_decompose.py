@@ -42,8 +42,7 @@ def degenerate_tensor() -> Tensor:
     """Rank 4, border rank 2: approximated arbitrarily well by two terms that grow and cancel."""
     base, other = ([randn(length, seed=seed + i) for i, length in enumerate(SHAPE)] for seed in (0, 10))
     return sum(
-        torch.einsum("t,s,i,j->tsij", *[other[m] if m == mode else base[m] for m in range(4)])
-        for mode in range(4)
+        torch.einsum("t,s,i,j->tsij", *[other[m] if m == mode else base[m] for m in range(4)]) for mode in range(4)
     )
 
 

@@ -23,9 +23,7 @@ def assert_refused(call: Call, error: type[Exception], *words: object, **options
     """The call raises ``error`` itself, with the op and all ``words`` in it, and changes no argument."""
     versions = [tensor._version for tensor in call.tensors.values()]
     with pytest.raises(error) as caught:
-        getattr(torch.ops.lowrank_ops, call.problem.op)(
-            **call.tensors, **{**call.problem.options(), **options}
-        )
+        getattr(torch.ops.lowrank_ops, call.problem.op)(**call.tensors, **{**call.problem.options(), **options})
     assert caught.type is error
     message = str(caught.value)
     for word in (f"{call.problem.op}:", *map(str, words)):
@@ -56,9 +54,7 @@ def test_mixed_devices(op: str, name: str) -> None:
         call.run()
 
 
-@pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op in OPS for name in ("input", *FACTORS[op], "bias")]
-)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in ("input", *FACTORS[op], "bias")])
 def test_wrong_number_of_axes(op: str, name: str) -> None:
     call = Problem(op).make()
     if (op, name) == ("lowrank_linear", "input"):
@@ -97,9 +93,7 @@ def test_bias_of_another_size(op: str, size: int) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_rank_of_zero(op: str) -> None:
     call = Problem(op, r1=0).make()
-    assert_refused(
-        call, ValueError, "in_factor", "no axis of size 0", "ranks are at least 1", "got shape [0, 5]"
-    )
+    assert_refused(call, ValueError, "in_factor", "no axis of size 0", "ranks are at least 1", "got shape [0, 5]")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -124,9 +118,7 @@ def test_empty_output(op: str, axis: int) -> None:
     kernel = (9, 1) if axis == 0 else (1, 9)
     call = Problem(op, h=6, w=6, kernel=kernel, padding=(1, 1)).make()
     along = ("height", "width")[axis]
-    assert_refused(
-        call, ValueError, "output would be empty", f"9 pixels along the {along}", "has 8", "padding"
-    )
+    assert_refused(call, ValueError, "output would be empty", f"9 pixels along the {along}", "has 8", "padding")
 
 
 @pytest.mark.parametrize("op", CONVS)
@@ -173,7 +165,5 @@ def test_bad_output_gradient(op: str) -> None:
         backward_op(call, good[..., :-1], mask)
     with pytest.raises(TypeError, match=rf"{op}_backward: grad_output must have the input's dtype"):
         backward_op(call, good.double(), mask)
-    with pytest.raises(
-        RuntimeError, match=f"{len(mask) - 1} elements to a fixed-size array of size {len(mask)}"
-    ):
+    with pytest.raises(RuntimeError, match=f"{len(mask) - 1} elements to a fixed-size array of size {len(mask)}"):
         backward_op(call, good, mask[:-1])

@@ -260,9 +260,7 @@ def test_shared_module_is_replaced_once_and_everywhere() -> None:
     model = nn.ModuleDict({"a": first, "b": second, "c": conv, "d": first})
     report = factorize_(model, "tucker", 0.25, progress=False)
     assert len(report) == 1 and report["a.0"].aliases == ("b.1", "c", "d.0")
-    assert (
-        isinstance(model["c"], TuckerConv2d) and model["a"][0] is model["c"] and model["b"][1] is model["c"]
-    )
+    assert isinstance(model["c"], TuckerConv2d) and model["a"][0] is model["c"] and model["b"][1] is model["c"]
     assert report.model_parameters_after == count_parameters(model["c"]) == report["b.1"].parameters_after
 
 

@@ -49,10 +49,7 @@ def test_includes(path: Path) -> None:
     """Also through other headers of the project."""
     folder = path.relative_to(CSRC).parent.as_posix()
     rules = [
-        rule
-        for name, rules in FORBIDDEN.items()
-        if folder == name or folder.startswith(name + "/")
-        for rule in rules
+        rule for name, rules in FORBIDDEN.items() if folder == name or folder.startswith(name + "/") for rule in rules
     ]
     for source in reachable(path):
         for name in includes(source):

@@ -124,9 +124,7 @@ def test_other_sequential_round_trips(module: nn.Module, shape: tuple[int, ...])
     again = type(module).from_sequential(module.to_sequential())
     input = torch.randn(shape)
     assert torch.equal(module(input), again(input))
-    torch.testing.assert_close(
-        module.to_sequential().double()(input.double()), module.double()(input.double())
-    )
+    torch.testing.assert_close(module.to_sequential().double()(input.double()), module.double()(input.double()))
     module.float()
 
 
@@ -146,9 +144,7 @@ def test_activation(kind: type, rank: object, activation: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "rank"), CONV2D)
-@pytest.mark.parametrize(
-    "window", [w for name, w in WINDOWS.items() if name != "pointwise, padded and strided"]
-)
+@pytest.mark.parametrize("window", [w for name, w in WINDOWS.items() if name != "pointwise, padded and strided"])
 def test_from_conv2d_keeps_everything(kind: type, rank: object, window: dict) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(S, T, **window).double().eval()
@@ -170,9 +166,7 @@ def test_from_conv2d_keeps_everything(kind: type, rank: object, window: dict) ->
     assert module.activation == "silu" and not module.training
     assert (module.bias is None) == (conv.bias is None)
     if conv.bias is not None:
-        assert (
-            torch.equal(module.bias, conv.bias) and module.bias is not conv.bias and module.bias.requires_grad
-        )
+        assert torch.equal(module.bias, conv.bias) and module.bias is not conv.bias and module.bias.requires_grad
     for factor in module.factors().values():
         assert factor.dtype == torch.float64 and not factor.requires_grad
     dense = module.to_dense()[0]
@@ -189,11 +183,7 @@ def test_pointwise_conv_is_the_svd_of_its_matrix() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(S, T, 1, stride=2).double()
     module = CPConv2d.from_conv2d(conv, 4)
-    assert (
-        module.rank == 4
-        and bool((module.height_factor == 1).all())
-        and bool((module.width_factor == 1).all())
-    )
+    assert module.rank == 4 and bool((module.height_factor == 1).all()) and bool((module.width_factor == 1).all())
     values = torch.linalg.svdvals(conv.weight.flatten(1))
     best = (values[4:].norm() / values.norm()).item()
     assert module.relative_error == pytest.approx(best, rel=1e-9)

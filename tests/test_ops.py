@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import lowrank_ops
 from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_output
 from torch import Tensor
 
+import lowrank_ops
 from lowrank_ops import reference
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -61,9 +60,7 @@ def test_convolutions(
 @pytest.mark.parametrize("sizes", [(5, 4, 3), (1, 1, 1), (1, 9, 2), (7, 1, 3), (64, 48, 16), (130, 67, 31)])
 @pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (2, 1, 3, 2)], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_linear(
-    device: str, leading: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, policy: str
-) -> None:
+def test_linear(device: str, leading: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, policy: str) -> None:
     s, t, r = sizes
     call = Problem("lowrank_linear", device=device, dtype=dtype, s=s, t=t, r1=r, n=6, h=2).make()
     rows = call.tensors["input"].flatten(0, 1)[: torch.Size(leading).numel()]
@@ -76,9 +73,7 @@ def test_linear(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_activations(
-    device: str, op: str, activation: str, bias: bool, dtype: torch.dtype, policy: str
-) -> None:
+def test_activations(device: str, op: str, activation: str, bias: bool, dtype: torch.dtype, policy: str) -> None:
     call = Problem(op, device=device, dtype=dtype, activation=activation, bias=bias, n=3).make()
     assert_output(call, call.run())
 
@@ -87,9 +82,7 @@ def test_activations(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_empty_batch(
-    device: str, op: str, dtype: torch.dtype, layout: torch.memory_format, policy: str
-) -> None:
+def test_empty_batch(device: str, op: str, dtype: torch.dtype, layout: torch.memory_format, policy: str) -> None:
     call = Problem(op, device=device, dtype=dtype, layout=layout, n=0).make()
     output = call.run()
     assert output.shape == call.exact().shape and output.dtype == dtype

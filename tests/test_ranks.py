@@ -122,9 +122,7 @@ def test_energy_is_the_smallest_rank_that_keeps_it(dtype: torch.dtype, shape: tu
 def test_energy_looks_at_each_mode_by_itself() -> None:
     # Mode S has rank 2 and mode T rank 3: W = sum over b, a of out[t, b] core[b, a, i, j] in[a, s].
     generator = torch.Generator().manual_seed(2)
-    out, core, inner = (
-        torch.randn(*shape, generator=generator) for shape in ((20, 3), (3, 2, 3, 5), (2, 30))
-    )
+    out, core, inner = (torch.randn(*shape, generator=generator) for shape in ((20, 3), (3, 2, 3, 5), (2, 30)))
     tensor = torch.einsum("tb,baij,as->tsij", out, core, inner)
     assert tucker_ranks(Energy(1.0), tensor) == (2, 3)
     assert tucker_ranks((Energy(1.0), 5), tensor) == (2, 5)

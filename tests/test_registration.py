@@ -60,9 +60,7 @@ def schema_options(call: Call) -> tuple[object, ...]:
 @pytest.mark.parametrize("t", [1, 5])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_fake_kernels_give_the_real_metadata(
-    op: str, layout: torch.memory_format, t: int, s: int, n: int
-) -> None:
+def test_fake_kernels_give_the_real_metadata(op: str, layout: torch.memory_format, t: int, s: int, n: int) -> None:
     """Shape, dtype and strides, forward and backward, where sizes of 0 and 1 make a layout ambiguous."""
     call = Problem(op, n=n, s=s, t=t, layout=layout, padding=(1, 1)).make()
     grad_output = torch.ones(call.exact().shape)

@@ -233,21 +233,15 @@ def conv_tucker_factorization(between: nn.Module) -> nn.Sequential:
         (tucker_chain()[:2], "must have 3 nn.Conv2d stages, got 2"),
         (nn.Sequential(), "must have 3 nn.Conv2d stages, got 0"),
         (
-            nn.Sequential(
-                nn.Conv2d(S, 6, 1, bias=False), nn.Conv2d(6, 6, 3, groups=2, bias=False), nn.Conv2d(6, T, 1)
-            ),
+            nn.Sequential(nn.Conv2d(S, 6, 1, bias=False), nn.Conv2d(6, 6, 3, groups=2, bias=False), nn.Conv2d(6, T, 1)),
             "stage 2 of 3 has groups=2",
         ),
         (
-            nn.Sequential(
-                nn.Conv2d(S, 6, 1, groups=2, bias=False), nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, T, 1)
-            ),
+            nn.Sequential(nn.Conv2d(S, 6, 1, groups=2, bias=False), nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, T, 1)),
             "stage 1 of 3 has groups=2",
         ),
         (
-            nn.Sequential(
-                nn.Conv2d(S, 6, 1, stride=2, bias=False), nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, T, 1)
-            ),
+            nn.Sequential(nn.Conv2d(S, 6, 1, stride=2, bias=False), nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, T, 1)),
             "stage 1 of 3 has stride",
         ),
         (
@@ -261,9 +255,7 @@ def conv_tucker_factorization(between: nn.Module) -> nn.Sequential:
             "stage 1 of 3 must be a pointwise",
         ),
         (
-            nn.Sequential(
-                nn.Conv2d(S, 6, 1, bias=False).double(), nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, T, 1)
-            ),
+            nn.Sequential(nn.Conv2d(S, 6, 1, bias=False).double(), nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, T, 1)),
             "different dtypes",
         ),
     ],
@@ -321,9 +313,7 @@ def network() -> nn.Sequential:
         tucker_chain(padding=1),  # 1, takes the ReLU6 at 2
         nn.ReLU6(),
         nn.BatchNorm2d(T),
-        nn.Sequential(
-            nn.Conv2d(T, S, 1), *cp_chain({"padding": (1, 0)}, {"stride": 2}), nn.ReLU(), nn.Sigmoid()
-        ),
+        nn.Sequential(nn.Conv2d(T, S, 1), *cp_chain({"padding": (1, 0)}, {"stride": 2}), nn.ReLU(), nn.Sigmoid()),
         nn.Sequential(nn.Conv2d(T, S, 1), nn.ReLU(), *tucker_chain(between=(nn.ReLU(),))),
         nn.Flatten(2),
         nn.Sequential(nn.LazyLinear(4), nn.Linear(4, R, bias=False), nn.Linear(R, T), nn.GELU("tanh")),
@@ -401,9 +391,7 @@ def test_fuse_leaves_what_is_shared() -> None:
 
 
 def test_fuse_leaves_networks_without_chains() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU()
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU())
     layers = list(model)
     report = fuse_(model)
     assert len(report) == 0 and list(model) == layers and "0 of 0" in str(report)

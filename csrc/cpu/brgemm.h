@@ -1,5 +1,6 @@
-// GEMM through oneDNN's ukernels: `at::native::cpublas::brgemm`, the way to AMX. It is internal to torch and not a stable
-// interface: this is the only file that calls it. Tried with torch 2.13.0 (fp32; the bf16 call needs an AMX machine).
+// GEMM through oneDNN's ukernels: `at::native::cpublas::brgemm`, the way to AMX. It is internal to torch and not a
+// stable interface: this is the only file that calls it. Tried with torch 2.13.0 (fp32; the bf16 call needs an AMX
+// machine).
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -10,10 +11,12 @@
 
 namespace lowrank_ops {
 
-inline bool has_amx_brgemm() { return at::native::cpublas::could_pack(at::kBFloat16); }
+inline bool has_amx_brgemm() {
+  return at::native::cpublas::could_pack(at::kBFloat16);
+}
 
-// A GemmCall through brgemm: sums of all taps in fp32, then the epilogue of `finish`. Weight panels have the layout of our
-// own kernels: [depth][width] in fp32, [depth / 2][width][2] (VNNI) in bf16.
+// A GemmCall through brgemm: sums of all taps in fp32, then the epilogue of `finish`. Weight panels have the layout of
+// our own kernels: [depth][width] in fp32, [depth / 2][width][2] (VNNI) in bf16.
 template <typename Element>
 void brgemm_call(const GemmCall& call, const KernelTable& table) {
   constexpr int64_t kLanes = 16;
@@ -29,6 +32,8 @@ void brgemm_call(const GemmCall& call, const KernelTable& table) {
 }
 
 // Gives the AMX tiles back to the system; once at the end of a thread's work.
-inline void brgemm_release() { at::native::cpublas::brgemm_release(true); }
+inline void brgemm_release() {
+  at::native::cpublas::brgemm_release(true);
+}
 
 }  // namespace lowrank_ops

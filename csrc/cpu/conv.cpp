@@ -9,7 +9,9 @@ namespace {
 constexpr int64_t kStagedPixels = 64;
 
 // Staged input pixels: channels rounded up so that pairs can be read.
-int64_t staged_stride(const ConvBlock& block) { return round_up(block.problem.s, 16); }
+int64_t staged_stride(const ConvBlock& block) {
+  return round_up(block.problem.s, 16);
+}
 
 bool reads_directly(const ConvBlock& block) {
   return block.problem.dtype == block.engine.kernels->element && (block.input.stride(1) == 1 || block.problem.s == 1) &&
@@ -59,9 +61,9 @@ HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_colu
   input_channel_stride_ = block.problem.s == 1 ? 1 : block.input.stride(1);
   direct_ = reads_directly(block);
   group_ = staged_rows(block);
-  image_ = static_cast<const char*>(block.input.const_data_ptr()) +
-           (image * block.input.stride(0) +
-            columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
+  image_ =
+      static_cast<const char*>(block.input.const_data_ptr()) +
+      (image * block.input.stride(0) + columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
   // The zeros around the image, and those that pad a rank to whole vectors, are the same for every row: written once.
   const bool padded_rank = block.in_weight.panels().columns != block.hidden_columns();
   for (int64_t row = 0; row < ring_rows_; ++row) {
@@ -133,7 +135,8 @@ void HiddenRows::compute(int64_t z, const void* source) {
 
 int64_t output_staging_bytes(const ConvBlock& block) {
   if (block.output.stride(1) == 1 || block.problem.t == 1) return 0;
-  return block.tile.rows * block.tile.columns * block.engine.kernels->panel_width * element_bytes(block.engine.kernels->accumulator);
+  return block.tile.rows * block.tile.columns * block.engine.kernels->panel_width *
+         element_bytes(block.engine.kernels->accumulator);
 }
 
 void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns,

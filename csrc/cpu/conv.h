@@ -1,6 +1,7 @@
 // The loop that both convolutions share: how a tile travels through the stages of a block on a CPU.
 //
-// A task is a strip of output rows, `columns` wide, of one image. It walks down the strip in steps of a few output rows.
+// A task is a strip of output rows, `columns` wide, of one image. It walks down the strip in steps of a few output
+// rows.
 //
 //   input rows --(1) in_factor--> ring buffer of hidden rows --(2) core or depthwise--> tile --(3) out_factor--> output
 //

@@ -23,8 +23,7 @@ struct Choice {
 std::vector<Choice> choices() {
   std::vector<Choice> found = {{"generic", &kernels_generic()}};
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) found.push_back({"avx2", &kernels_avx2()});
@@ -71,8 +70,12 @@ std::string cpu_name() {
   return "unknown CPU";
 }
 
-void gemm_brgemm_bfloat16(const GemmCall& call) { brgemm_call<at::BFloat16>(call, *current().table); }
-void gemm_brgemm_float(const GemmCall& call) { brgemm_call<float>(call, *current().table); }
+void gemm_brgemm_bfloat16(const GemmCall& call) {
+  brgemm_call<at::BFloat16>(call, *current().table);
+}
+void gemm_brgemm_float(const GemmCall& call) {
+  brgemm_call<float>(call, *current().table);
+}
 
 }  // namespace
 
@@ -107,6 +110,8 @@ CpuCaps cpu_caps() {
   return caps;
 }
 
-void set_cpu_isa(const std::string& isa) { current() = choose(isa); }
+void set_cpu_isa(const std::string& isa) {
+  current() = choose(isa);
+}
 
 }  // namespace lowrank_ops

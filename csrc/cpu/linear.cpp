@@ -1,12 +1,12 @@
 // Low-rank linear layers on the CPU: blocks of input rows go through both factors while their hidden rows are in L2.
-#include "cpu/brgemm.h"
-#include "cpu/cpu.h"
-#include "cpu/weights.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <cstring>
+
+#include "cpu/brgemm.h"
+#include "cpu/cpu.h"
+#include "cpu/weights.h"
 
 namespace lowrank_ops {
 

@@ -33,8 +33,7 @@ at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, c
   const Activation activation = parse_activation("tucker_conv2d", activation_name);
   const Problem problem = tucker_problem(input, core, out_factor, window, activation);
   return run(
-      problem,
-      [&](const CpuTile& tile) { return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile); },
+      problem, [&](const CpuTile& tile) { return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile); },
       [&] {
         return tucker_chain(input, in_factor, core, out_factor, bias, window, activation)
             .contiguous(input.suggest_memory_format());

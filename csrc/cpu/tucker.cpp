@@ -5,8 +5,7 @@
 namespace lowrank_ops {
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                      const at::Tensor& out_factor, const OptionalTensor& bias, const Problem& p,
-                      const CpuTile& tile) {
+                      const at::Tensor& out_factor, const OptionalTensor& bias, const Problem& p, const CpuTile& tile) {
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
@@ -33,33 +32,35 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const int64_t row_taps = joined ? 1 : p.kw;
   const Panels& panels = core_weight.panels();
 
-  run_conv(block, 0, [&](const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile_memory, void*) {
-    c10::SmallVector<const void*, 32> taps(p.kh * row_taps);
-    GemmCall call;
-    call.taps = taps.data();
-    call.num_taps = p.kh * row_taps;
-    call.depth = core_weight.padded_depth() * (joined ? p.kw : 1);
-    call.rows = columns;
-    call.row_stride = block.columns.stride * hidden_columns;
-    call.out_stride = block.tile_columns();
-    call.out_type = engine.kernels->element;
-    call.bias = nullptr;
-    call.activation = Activation::kNone;
-    const int64_t element = element_bytes(engine.kernels->element);
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      call.weight = core_weight.panel(panel);
-      call.width = panels.width(panel);
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t kh = 0; kh < p.kh; ++kh) {
-          const char* start = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation);
-          for (int64_t kw = 0; kw < row_taps; ++kw)
-            taps[kh * row_taps + kw] = start + kw * block.columns.dilation * hidden.pixel_bytes();
-        }
-        call.out = static_cast<char*>(tile_memory) + (i * columns * call.out_stride + panels.first(panel)) * element;
-        engine.gemm(call);
-      }
-    }
-  });
+  run_conv(block, 0,
+           [&](const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile_memory, void*) {
+             c10::SmallVector<const void*, 32> taps(p.kh * row_taps);
+             GemmCall call;
+             call.taps = taps.data();
+             call.num_taps = p.kh * row_taps;
+             call.depth = core_weight.padded_depth() * (joined ? p.kw : 1);
+             call.rows = columns;
+             call.row_stride = block.columns.stride * hidden_columns;
+             call.out_stride = block.tile_columns();
+             call.out_type = engine.kernels->element;
+             call.bias = nullptr;
+             call.activation = Activation::kNone;
+             const int64_t element = element_bytes(engine.kernels->element);
+             for (int64_t panel = 0; panel < panels.count; ++panel) {
+               call.weight = core_weight.panel(panel);
+               call.width = panels.width(panel);
+               for (int64_t i = 0; i < rows; ++i) {
+                 for (int64_t kh = 0; kh < p.kh; ++kh) {
+                   const char* start = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation);
+                   for (int64_t kw = 0; kw < row_taps; ++kw)
+                     taps[kh * row_taps + kw] = start + kw * block.columns.dilation * hidden.pixel_bytes();
+                 }
+                 call.out =
+                     static_cast<char*>(tile_memory) + (i * columns * call.out_stride + panels.first(panel)) * element;
+                 engine.gemm(call);
+               }
+             }
+           });
   return output;
 }
 

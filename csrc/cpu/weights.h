@@ -14,7 +14,9 @@
 
 namespace lowrank_ops {
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // Columns of a packed weight in panels of at most panel_width columns, as even as possible.
 struct Panels {

@@ -96,12 +96,8 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
   const double threads = share(p, caps);
   const double depthwise = depthwise_sums(p);
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  return {1,
-          (fused_flops(p, tile) / 2 - depthwise) / threads,
-          depthwise / threads,
-          block_bytes(p) / threads,
-          weights(p),
-          transposed ? image_elements(p) / threads : 0};
+  return {1,          (fused_flops(p, tile) / 2 - depthwise) / threads, depthwise / threads, block_bytes(p) / threads,
+          weights(p), transposed ? image_elements(p) / threads : 0};
 }
 
 Features chain_features(const Problem& p, const CpuCaps& caps) {

@@ -1,9 +1,9 @@
 // The cost model: FLOPs, bytes and predicted seconds of a block, fused and as a chain. Plain C++17.
 //
-// A prediction is a sum of features (counts that can be read off a problem) times constants in nanoseconds. The constants
-// are fitted from committed benchmark results by benchmarks/fit_cost.py, which writes cost_constants.inc; the machine they
-// were measured on stands there. Only the ratio of the two predictions decides, so they carry over to other CPUs of the
-// same kind better than seconds would; where they do not, the policy "measure" does not need them.
+// A prediction is a sum of features (counts that can be read off a problem) times constants in nanoseconds. The
+// constants are fitted from committed benchmark results by benchmarks/fit_cost.py, which writes cost_constants.inc; the
+// machine they were measured on stands there. Only the ratio of the two predictions decides, so they carry over to
+// other CPUs of the same kind better than seconds would; where they do not, the policy "measure" does not need them.
 #pragma once
 
 #include <array>
@@ -12,10 +12,10 @@
 
 namespace lowrank_ops {
 
-double block_flops(const Problem& problem);                      // of the chain: every stage once
+double block_flops(const Problem& problem);                       // of the chain: every stage once
 double fused_flops(const Problem& problem, const CpuTile& tile);  // with the halo that strips and columns recompute
-double block_bytes(const Problem& problem);                      // input + output + weights, once
-double hidden_bytes(const Problem& problem);                     // intermediates of the chain, written and read
+double block_bytes(const Problem& problem);                       // input + output + weights, once
+double hidden_bytes(const Problem& problem);                      // intermediates of the chain, written and read
 
 // The features of one way to run a problem, in the order of `kFeatureNames`; already divided among the threads, but for
 // the calls.

@@ -40,10 +40,14 @@ const char* name_of(DType dtype) {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
-constexpr int64_t kAlign = 16;         // columns of a tile: the lanes of the widest vector
+constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
 constexpr int64_t kFewestColumns = 28;
@@ -73,7 +77,8 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   tile.rows = std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
   tile.columns = p.ow;
   // Half of L2 for the tiles; the other half for weights streaming by and the input.
-  for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns; ++parts)
+  for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
+       ++parts)
     tile.columns = ceil_div(p.ow, parts);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
@@ -96,8 +101,8 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps) {
   return kernel;
 }
 
-// Windows for which torch 2.13's bf16 convolutions crash or compute garbage on some CPUs (csrc/ops.h, library_dtype): the
-// chain runs them in fp32, and is no candidate.
+// Windows for which torch 2.13's bf16 convolutions crash or compute garbage on some CPUs (csrc/ops.h, library_dtype):
+// the chain runs them in fp32, and is no candidate.
 bool chain_needs_float32(const Problem& p) {
   return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && p.stride[1] > 1 &&
          (p.padding[1] > 0 || p.dilation[1] > 1);
@@ -130,8 +135,8 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
                                    "dilation along the width; the chain would run in fp32"});
     return decision;
   }
-  const bool take_chain =
-      policy == Policy::kChain || (policy != Policy::kFused && chain.predicted_seconds > 0 && chain.predicted_seconds < fused.predicted_seconds);
+  const bool take_chain = policy == Policy::kChain || (policy != Policy::kFused && chain.predicted_seconds > 0 &&
+                                                       chain.predicted_seconds < fused.predicted_seconds);
   decision.chosen = take_chain ? chain : fused;
   decision.others = {take_chain ? fused : chain};
   const Plan& other = decision.others.front();

@@ -50,8 +50,8 @@ struct Decision {
   std::vector<Rejection> rejections;
 };
 
-// One axis of a convolution on the lattice of rows (columns) that some tap needs: position z stands for input coordinate
-// z * step - padding, and output o reads z = o * stride + tap * dilation, both in units of `step`.
+// One axis of a convolution on the lattice of rows (columns) that some tap needs: position z stands for input
+// coordinate z * step - padding, and output o reads z = o * stride + tap * dilation, both in units of `step`.
 struct Axis {
   int64_t in, out, kernel, step, stride, dilation, padding;
 

@@ -1,5 +1,5 @@
-// The register kernel behind every stage: kRows x (kVectors * lanes) sums live in registers over all taps and all of the
-// depth, then bias, activation and conversion are applied on the way out.
+// The register kernel behind every stage: kRows x (kVectors * lanes) sums live in registers over all taps and all of
+// the depth, then bias, activation and conversion are applied on the way out.
 //
 //            B panel [taps][depth / group][width][group], one row a step, kVectors vectors
 //            +--------+--------+--------+--------+
@@ -7,8 +7,8 @@
 //   A[row 1] |  acc   |  acc   |  acc   |  acc   |     kRows * kVectors multiply-adds
 //    ...     |        |        |        |        |
 //
-// Rows of A lie `row_stride` apart, so a window that slides over a channels-last row buffer needs no im2col: KW taps of a
-// row are one depth of KW * R1 contiguous elements when the dilation is 1.
+// Rows of A lie `row_stride` apart, so a window that slides over a channels-last row buffer needs no im2col: KW taps of
+// a row are one depth of KW * R1 contiguous elements when the dilation is 1.
 #pragma once
 
 #include "cpu/kernels/kernels.h"

@@ -17,7 +17,7 @@ namespace lowrank_ops {
 struct GemmCall {
   const void* const* taps;  // num_taps pointers to the first row of A
   int64_t num_taps;
-  int64_t depth;       // k per tap, a multiple of `group`
+  int64_t depth;  // k per tap, a multiple of `group`
   int64_t rows;
   int64_t row_stride;  // elements between rows of A
   const void* weight;  // the packed panel
@@ -25,7 +25,7 @@ struct GemmCall {
   void* out;
   int64_t out_stride;  // elements between rows of out
   DType out_type;
-  const void* bias;    // accumulator type, readable up to the padded width; nullptr: none
+  const void* bias;  // accumulator type, readable up to the padded width; nullptr: none
   Activation activation;
   bool far_input = false;   // A comes from memory rather than from a tile: ask for the next block's rows early
   bool far_output = false;  // the same for out
@@ -97,7 +97,7 @@ struct ComputeKernels {
 
 struct KernelTable {
   const char* isa;
-  const ComputeKernels* compute_float;     // fp32 sums of fp32 products: fp32, and bf16 and fp16 converted
+  const ComputeKernels* compute_float;  // fp32 sums of fp32 products: fp32, and bf16 and fp16 converted
   const ComputeKernels* compute_double;
   const ComputeKernels* compute_bfloat16;  // fp32 sums of bf16 products; nullptr without the instruction
   // out[m, :] = activation(sums[m, :] + bias): finishes what another GEMM left in fp32 (GemmCall's last five fields).

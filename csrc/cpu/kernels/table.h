@@ -59,11 +59,11 @@ static const ComputeKernels kComputeBFloat16 = compute_bfloat16(nullptr);
 }  // namespace LOWRANK_ISA
 }  // namespace lowrank_ops
 
-#define LOWRANK_DEFINE_KERNEL_TABLE(isa)                                                                       \
-  namespace lowrank_ops {                                                                                      \
-  const KernelTable& kernels_##isa() {                                                                         \
-    static const KernelTable table = {#isa, &LOWRANK_ISA::kComputeFloat, &LOWRANK_ISA::kComputeDouble,         \
-                                      &LOWRANK_ISA::kComputeBFloat16, &LOWRANK_ISA::finish_sums};              \
-    return table;                                                                                              \
-  }                                                                                                            \
+#define LOWRANK_DEFINE_KERNEL_TABLE(isa)                                                               \
+  namespace lowrank_ops {                                                                              \
+  const KernelTable& kernels_##isa() {                                                                 \
+    static const KernelTable table = {#isa, &LOWRANK_ISA::kComputeFloat, &LOWRANK_ISA::kComputeDouble, \
+                                      &LOWRANK_ISA::kComputeBFloat16, &LOWRANK_ISA::finish_sums};      \
+    return table;                                                                                      \
+  }                                                                                                    \
   }

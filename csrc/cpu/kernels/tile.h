@@ -20,8 +20,8 @@ static inline Tile convert(In value) {
   }
 }
 
-// Pixels x channels of a block, transposed: vectors along the pixels come in (`load_channel(channel, pixel, pixels)`), vectors
-// along the channels go out, `unit` tile elements a lane.
+// Pixels x channels of a block, transposed: vectors along the pixels come in (`load_channel(channel, pixel, pixels)`),
+// vectors along the channels go out, `unit` tile elements a lane.
 template <typename V, typename Tile, typename Load>
 static inline void transpose_in(const LoadCall& call, int64_t channels, int64_t unit, const Load& load_channel) {
   constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
@@ -139,8 +139,8 @@ static void store_transposed(const StoreCall& call) {
   }
 }
 
-// Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns. In units of
-// `T`: one element, or a pair of bf16 as one 32-bit element.
+// Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns. In
+// units of `T`: one element, or a pair of bf16 as one 32-bit element.
 template <typename T, typename Load>
 static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t depth, int64_t padded_depth,
                                const Load& load_row) {
@@ -173,7 +173,8 @@ template <typename T, typename In>
 static void pack_panel(const PackCall& call) {
   T* panel = static_cast<T*>(call.panel);
   const In* weight = static_cast<const In*>(call.weight);
-  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width)
+  for (int64_t tap = 0; tap < call.num_taps;
+       ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width)
     pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth,
                    [&](int64_t column, int64_t k, int64_t count) {
                      const In* source = weight + column * call.row_stride + k;

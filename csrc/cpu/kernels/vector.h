@@ -1,7 +1,7 @@
 // Vectors of one instruction set: types, loads with conversion, stores, activations, transposition.
 //
-// Included only by kernels_<isa>.cpp. Everything lives in the namespace LOWRANK_ISA of that file, and no template of the
-// standard library is used: two instruction sets must never share a symbol, or the linker could hand the AVX-512
+// Included only by kernels_<isa>.cpp. Everything lives in the namespace LOWRANK_ISA of that file, and no template of
+// the standard library is used: two instruction sets must never share a symbol, or the linker could hand the AVX-512
 // version of it to a machine without AVX-512.
 #pragma once
 
@@ -63,8 +63,12 @@ static inline V broadcast(decltype(+V{}[0]) value) {
 }
 
 // ---- loads: kLanes elements of any tensor type as accumulators
-static inline Float load(const float* p) { return *reinterpret_cast<const Vector<float>::Unaligned*>(p); }
-static inline Double load(const double* p) { return *reinterpret_cast<const Vector<double>::Unaligned*>(p); }
+static inline Float load(const float* p) {
+  return *reinterpret_cast<const Vector<float>::Unaligned*>(p);
+}
+static inline Double load(const double* p) {
+  return *reinterpret_cast<const Vector<double>::Unaligned*>(p);
+}
 static inline Float load(const BFloat16* p) {
   const Vector<float>::Narrow narrow = *reinterpret_cast<const Vector<float>::NarrowUnaligned*>(p);
   return (Float)(__builtin_convertvector(narrow, FloatBits) << 16);
@@ -99,8 +103,12 @@ static inline Float load(const Half* p) {
 }
 
 // ---- stores: kLanes accumulators as elements of any tensor type, rounded to nearest even
-static inline void store(float* p, Float v) { *reinterpret_cast<Vector<float>::Unaligned*>(p) = v; }
-static inline void store(double* p, Double v) { *reinterpret_cast<Vector<double>::Unaligned*>(p) = v; }
+static inline void store(float* p, Float v) {
+  *reinterpret_cast<Vector<float>::Unaligned*>(p) = v;
+}
+static inline void store(double* p, Double v) {
+  *reinterpret_cast<Vector<double>::Unaligned*>(p) = v;
+}
 static inline Vector<float>::Narrow to_bfloat16(Float v) {
 #if defined(__AVX512BF16__)
   // One instruction instead of nine; it flushes subnormals (below 1.2e-38) to zero, as the dot product does.
@@ -121,7 +129,7 @@ static inline uint16_t float_to_half(float value) {
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
-  if (magnitude < 0x38800000) {  // subnormal: let the fp32 adder round at the right bit
+  if (magnitude < 0x38800000) {                                 // subnormal: let the fp32 adder round at the right bit
     float scaled;
     memcpy(&scaled, &magnitude, 4);
     scaled += 0.5f;
