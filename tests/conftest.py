@@ -40,6 +40,12 @@ def policy(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def fused_policy() -> Iterator[None]:
+    with lowrank_ops.set_policy("fused"):
+        yield
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of one op: shapes, options and a seed, from which `make` draws the tensors."""

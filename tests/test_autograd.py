@@ -197,6 +197,7 @@ _PEAK = """
 import sys, torch
 import lowrank_ops
 from lowrank_ops import reference
+lowrank_ops.set_policy("fused")
 torch.set_num_threads(1)
 chain, channels_last = sys.argv[1] == "chain", sys.argv[2] == "channels_last"
 n, s, t, r1, r2, size = 32, 64, 64, 48, 40, 96
@@ -206,7 +207,11 @@ factors = [leaf(r1, s), leaf(r2, r1, 3, 3), leaf(t, r2)]
 bias = torch.zeros(t, requires_grad=True)
 op = (reference if chain else lowrank_ops).tucker_conv2d
 def step(x, grad):
-    op(x, *factors, bias, 1, 1, 1, "silu").backward(grad)
+    if sys.argv[3] == "training":
+        op(x, *factors, bias, 1, 1, 1, "silu").backward(grad)
+    else:
+        with torch.inference_mode():
+            op(x, *factors, bias, 1, 1, 1, "silu")
 def make(n):
     return (torch.ones(n, s, size, size).to(memory_format=layout).requires_grad_(),
             torch.ones(n, t, size, size).to(memory_format=layout))
@@ -221,12 +226,12 @@ print(status("VmHWM") - before)
 """
 
 
-def _peak_growth(path: str, layout: str) -> int:
-    """Bytes that one training step of a Tucker block adds to the peak memory of a fresh process."""
+def _peak_growth(path: str, layout: str, what: str) -> int:
+    """Bytes that one training step (or inference) of a Tucker block adds to the peak memory of a fresh process."""
     # Every large tensor is a mapping of its own, given back when freed: the peak is what lives at once.
     # VmHWM, not getrusage: ru_maxrss survives fork and exec, and would be this process's.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-c", _PEAK, path, layout]
+    command = [sys.executable, "-c", _PEAK, path, layout, what]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return int(result.stdout)
 
@@ -239,12 +244,22 @@ def test_peak_memory_of_a_training_step(layout: str) -> None:
     output_and_gradient = pixels * (64 + 64) * float_bytes
     intermediates = pixels * (48 + 40 + 64) * float_bytes
     limit = output_and_gradient + intermediates // 2
-    assert _peak_growth("op", layout) <= limit < _peak_growth("chain", layout)
+    assert _peak_growth("op", layout, "training") <= limit < _peak_growth("chain", layout, "training")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_peak_memory_of_inference(layout: str) -> None:
+    """The output and tiles; the chain needs at least its smaller intermediate on top."""
+    pixels, float_bytes = 32 * 96 * 96, 4
+    limit = pixels * 64 * float_bytes + pixels * 40 * float_bytes // 4
+    assert _peak_growth("op", layout, "inference") <= limit < _peak_growth("chain", layout, "inference")
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("edit", ["optimizer", "in place", "data", "load_state_dict", "numpy"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.usefixtures("fused_policy")
 def test_never_stale(op: str, edit: str, mode: type) -> None:
     """After any edit of the factors the next call uses the new values."""
     call = Problem(op, s=24, t=40, r1=16, r2=32, kernel=(3, 3), padding=(1, 1)).make()

@@ -9,12 +9,14 @@ struct Stages {
   double in, middle, out;  // multiply-adds per image
 };
 
+double depthwise_sums(const Problem& p) {  // an image's; CP only
+  return p.op == Op::kCP ? double(p.oh) * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
+}
+
 Stages multiply_adds(const Problem& p, double in_pixels) {
   const double out_pixels = double(p.oh) * p.ow;
-  const double taps = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw
-                      : p.op == Op::kCP   ? double(p.r1) * (p.kh + p.kw)
-                                          : 0.0;
-  return {in_pixels * p.s * p.r1, out_pixels * taps, out_pixels * p.r2 * p.t};
+  const double core = p.op == Op::kTucker ? out_pixels * p.r1 * p.r2 * p.kh * p.kw : depthwise_sums(p);
+  return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
 }
 
 double weights(const Problem& p) {
@@ -65,10 +67,6 @@ double share(const Problem& p, const CpuCaps& caps) {
   return double(std::max<int64_t>(1, std::min(caps.threads, p.n * p.oh)));
 }
 
-double depthwise_sums(const Problem& p) {
-  return p.op == Op::kCP ? double(p.n) * p.oh * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
-}
-
 double image_elements(const Problem& p) {
   return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
 }
@@ -94,7 +92,7 @@ double seconds(const Features& features, const Features& constants) {
 
 Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
   const double threads = share(p, caps);
-  const double depthwise = depthwise_sums(p);
+  const double depthwise = p.n * depthwise_sums(p);
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
   return {1,          (fused_flops(p, tile) / 2 - depthwise) / threads, depthwise / threads, block_bytes(p) / threads,
           weights(p), transposed ? image_elements(p) / threads : 0};
@@ -102,7 +100,7 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
 
 Features chain_features(const Problem& p, const CpuCaps& caps) {
   const double threads = share(p, caps);
-  const double depthwise = depthwise_sums(p);
+  const double depthwise = p.n * depthwise_sums(p);
   const double calls = p.op == Op::kTucker ? 3 : p.op == Op::kCP ? 4 : 2;
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
   return {calls,
