@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -41,12 +43,8 @@ def main() -> None:
             with torch.inference_mode():
                 timings = bench.time_interleaved(
                     {
-                        "whole": lambda x=image, f=(in_factor, core, out_factor): lowrank_ops.tucker_conv2d(
-                            x, *f, None, 1, 1
-                        ),
-                        "pixel": lambda x=pixel, f=(in_factor, core, out_factor): lowrank_ops.tucker_conv2d(
-                            x, *f, None, 1, 1
-                        ),
+                        name: functools.partial(lowrank_ops.tucker_conv2d, x, in_factor, core, out_factor, padding=1)
+                        for name, x in (("whole", image), ("pixel", pixel))
                     },
                     seconds=0.2,
                 )

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import ACTIVATIONS, DTYPES, OPS, Problem, assert_output
 
 import lowrank_ops
-from conftest import ACTIVATIONS, DTYPES, OPS, Problem, assert_output
 from lowrank_ops._ops import _C
 
 KNOWN = ("generic", "avx2", "avx512", "avx512bf16", "amx", "brgemm")
@@ -67,7 +67,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(isa: str, dtype: torch.dtype) ->
     values = torch.tensor([0.0, 1.0, -1.5, 65504.0, 3.0517578125e-05, 0.333984375, -2.0], dtype=dtype)
     eye = torch.eye(7, dtype=dtype)
     assert torch.equal(lowrank_ops.lowrank_linear(values[None], eye, eye)[0], values)
-    # Sums that fall exactly between two representable numbers: 1 + eps / 2 goes down to 1, 1 + 3 eps / 2 up to 1 + 2 eps.
+    # Sums exactly between two numbers of the dtype: 1 + eps / 2 goes down to 1, 1 + 3 eps / 2 up to 1 + 2 eps.
     eps = torch.finfo(dtype).eps
     halves = torch.tensor([[1.0, eps / 2], [1.0 + eps, eps / 2]], dtype=dtype)
     found = lowrank_ops.lowrank_linear(halves, torch.eye(2, dtype=dtype), torch.ones(1, 2, dtype=dtype))

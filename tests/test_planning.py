@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import OPS, Problem, assert_output
 from torch import nn
 
 import lowrank_ops
 from benchmarks import fit_cost
-from conftest import OPS, Problem, assert_output
 from lowrank_ops._ops import _C
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("planner_*.json"))
