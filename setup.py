@@ -1,7 +1,8 @@
 """Builds `lowrank_ops._C`.
 
 pip install --no-build-isolation .         into the environment that holds torch
-LOWRANK_OPS_CUDA=0|1                       leave CUDA sources out / compile them on a CPU build of torch too
+LOWRANK_OPS_CUDA=0|1                       leave the CUDA kernels out / compile them on a CPU build of torch too
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"         GPU architectures (default: 8.0 8.6 8.9 9.0 10.0 12.0, PTX of 8.0)
 DEBUG=1                                    -O0 -g
 MAX_JOBS=n                                 compile jobs (default: cores, at most one for 2 GiB of free memory)
 """
@@ -11,7 +12,10 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+import re
+import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from setuptools import setup
@@ -39,6 +43,9 @@ FLAGS_BY_SUFFIX = {
     "_avx512": AVX512,
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
+
+# The kernels of csrc/kernels know nothing of torch either: nvcc compiles them by the rule below, whatever torch is.
+CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
 
 
 def suffix_of(source: pathlib.Path) -> str | None:
@@ -69,6 +76,48 @@ def set_max_jobs() -> None:
     os.environ["MAX_JOBS"] = str(jobs)
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler to use, or None when no CUDA kernels are to be compiled."""
+    wanted = os.environ.get("LOWRANK_OPS_CUDA", "1" if torch.version.cuda else "0")
+    if wanted == "0" or not list(ROOT.glob("csrc/kernels/*.cu")):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(str(pathlib.Path(home, "bin", "nvcc")) if home else "nvcc")
+    if found is None and os.environ.get("LOWRANK_OPS_CUDA") == "1":
+        raise RuntimeError("LOWRANK_OPS_CUDA=1 asks for CUDA kernels, but there is no nvcc: set CUDA_HOME or PATH")
+    return found
+
+
+def architecture_flags(source: pathlib.Path) -> list[str]:
+    """nvcc's -gencode flags: all architectures, or from its suffix on (`tucker_sm90a.cu`: that one alone)."""
+    suffix = re.search(r"_sm(\d+)([a-z]?)$", source.stem)
+    if suffix and suffix[2]:
+        return ["-gencode", f"arch=compute_{suffix[1]}{suffix[2]},code=sm_{suffix[1]}{suffix[2]}"]
+    flags = []
+    for name in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES):
+        number, _, ptx = name.partition("+")
+        number = number.replace(".", "")
+        if suffix and int(re.sub(r"\D", "", number)) < int(suffix[1]):
+            continue
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if ptx:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def compile_cuda(compiler: str, build: str) -> list[str]:
+    """Compiles csrc/kernels/*.cu, MAX_JOBS at a time, and returns the objects."""
+    commands = {}
+    for source in sorted(ROOT.glob("csrc/kernels/*.cu")):
+        made = pathlib.Path(build, "csrc", "kernels", source.name).with_suffix(".o")
+        made.parent.mkdir(parents=True, exist_ok=True)
+        options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-Werror", "all-warnings", f"-I{ROOT}/csrc"]
+        commands[str(made)] = [compiler, *options, *architecture_flags(source), "-c", str(source), "-o", str(made)]
+    with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands.values()))
+    return list(commands)
+
+
 class Build(BuildExtension):
     """Compiles the instruction-set variants with their own flags, then everything else through torch's rule."""
 
@@ -82,17 +131,29 @@ class Build(BuildExtension):
                 if not x86 and suffix != "_generic":
                     continue
                 made = pathlib.Path(self.build_temp, source).with_suffix(".o")
-                # distutils follows no includes: compile again when anything next to the kernels is newer.
+                flags = [*KERNEL_FLAGS, *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]]
+                # distutils follows no includes: compile again when anything next to the kernels is newer, or the
+                # flags are others.
                 newest = max(p.stat().st_mtime for p in [*KERNELS.iterdir(), ROOT / "csrc/plan/problem.h"])
-                self.compiler.force = not made.exists() or made.stat().st_mtime < newest
-                if self.compiler.force:
+                stamp = made.with_suffix(".flags")
+                made_with = stamp.read_text() if stamp.exists() else ""
+                if not made.exists() or made.stat().st_mtime < newest or made_with != " ".join(flags):
+                    self.compiler.force = True
                     self.compiler.compile(
                         [str(source)],
                         output_dir=self.build_temp,
                         include_dirs=extension.include_dirs[:1],
-                        extra_postargs=[*KERNEL_FLAGS, *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]],
+                        extra_postargs=flags,
                     )
+                    stamp.write_text(" ".join(flags))
                 extension.extra_objects.append(str(made))
+            self.compiler.force = False
+            compiler = nvcc()
+            if compiler:
+                extension.extra_objects += compile_cuda(compiler, self.build_temp)
+                extension.libraries.append("cudart_static")
+                extension.library_dirs.append(str(pathlib.Path(compiler).resolve().parent.parent / "lib64"))
+                extension.define_macros.append(("LOWRANK_OPS_WITH_CUDA", "1"))
         super().build_extensions()
 
 

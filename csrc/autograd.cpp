@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "backward.h"
+#include "checks.h"
 
 namespace lowrank_ops {
 namespace {
@@ -181,15 +182,16 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 };
 
 // ---- Autograd kernels of the ops
-// -----------------------------------------------------------------------------------
 
 Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& core,
                        const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
                        IntArrayRef dilation, string_view activation) {
-  if (needs_tangent(input, in_factor, core, out_factor, bias))
-    return tucker_chain(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
-                        parse_activation("tucker_conv2d", activation))
+  if (needs_tangent(input, in_factor, core, out_factor, bias)) {
+    const Window window{stride, padding, dilation};
+    check_tucker(input, in_factor, core, out_factor, bias, window);
+    return tucker_chain(input, in_factor, core, out_factor, bias, window, parse_activation("tucker_conv2d", activation))
         .contiguous(input.suggest_memory_format());
+  }
   if (needs_graph(input, in_factor, core, out_factor, bias))
     return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -200,10 +202,13 @@ Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
 Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
                    const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  if (needs_tangent(input, in_factor, height_factor, width_factor, out_factor, bias))
-    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, {stride, padding, dilation},
+  if (needs_tangent(input, in_factor, height_factor, width_factor, out_factor, bias)) {
+    const Window window{stride, padding, dilation};
+    check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
                     parse_activation("cp_conv2d", activation))
         .contiguous(input.suggest_memory_format());
+  }
   if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
     return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
                              activation);
@@ -214,8 +219,10 @@ Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& 
 
 Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
                        const OptionalTensor& bias, string_view activation) {
-  if (needs_tangent(input, in_factor, out_factor, bias))
+  if (needs_tangent(input, in_factor, out_factor, bias)) {
+    check_linear(input, in_factor, out_factor, bias);
     return linear_chain(input, in_factor, out_factor, bias, parse_activation("lowrank_linear", activation));
+  }
   if (needs_graph(input, in_factor, out_factor, bias))
     return LinearFunction::apply(input, in_factor, out_factor, bias, activation);
   at::AutoDispatchBelowADInplaceOrView guard;

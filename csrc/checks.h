@@ -1,6 +1,8 @@
 // Argument checks of the ops. Every message names the op, the argument, what is required, what came.
 #pragma once
 
+#include <cstdint>
+
 #include "ops.h"
 
 namespace lowrank_ops {
@@ -55,6 +57,14 @@ inline void check_bias(const char* op, const OptionalTensor& bias, int64_t t) {
 }
 
 inline void check_window(const char* op, const at::Tensor& input, int64_t kh, int64_t kw, const Window& window) {
+  const auto check_pair = [op](const char* name, at::IntArrayRef values) {
+    TORCH_CHECK_VALUE(values.size() == 2, op, ": ", name, " must have 2 entries (height, width), got ", values);
+    for (const int64_t value : values)  // larger ones would overflow in the products below
+      TORCH_CHECK_VALUE(value <= INT32_MAX, op, ": ", name, " must be at most ", INT32_MAX, ", got ", values);
+  };
+  check_pair("stride", window.stride);
+  check_pair("padding", window.padding);
+  check_pair("dilation", window.dilation);
   const char* axis_name[2] = {"height", "width"};
   const int64_t kernel[2] = {kh, kw};
   for (int axis = 0; axis < 2; ++axis) {

@@ -1,5 +1,9 @@
 #include "explain.h"
 
+#include <algorithm>
+#include <array>
+#include <tuple>
+
 #include "cpu/isa.h"
 #include "ops.h"
 #include "plan/cost.h"
@@ -57,8 +61,19 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
   p.oh = output_size(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   p.ow = output_size(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
 
+  TORCH_CHECK_VALUE(*std::min_element(p.stride, p.stride + 2) >= 1 &&
+                        *std::min_element(p.dilation, p.dilation + 2) >= 1 && p.oh > 0 && p.ow > 0 && p.r1 > 0 &&
+                        p.r2 > 0,
+                    "explain: the sizes and the window must be those of a valid call of ", op);
   const CpuCaps caps = cpu_caps();
-  const Decision decision = device == "cpu" ? plan_cpu(p, caps, policy()) : plan_other(p, device, policy());
+  Decision decision = device == "cpu" ? plan_cpu(p, caps, policy()) : plan_other(p, device, policy());
+  if (policy() == Policy::kMeasure && decision.others.size() == 1) {
+    const std::optional<bool> chain_faster = measured_chain_faster(p, caps);
+    if (chain_faster && *chain_faster != (decision.chosen.path == "chain"))
+      std::swap(decision.chosen, decision.others.front());
+    decision.rejections = {{decision.others.front().kernel,
+                            chain_faster ? "measured to be slower" : "predicted to be slower; not measured yet"}};
+  }
   py::dict result;
   result["policy"] = std::string(name_of(policy()));
   result["device"] = device == "cpu" ? caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +

@@ -87,7 +87,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_policy", [](const std::string& name) { set_policy(parse_policy(name)); });
   m.def("get_policy", [] { return std::string(name_of(policy())); });
   m.def("forget_measurements", &forget_measurements);
-  m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("set_cpu_isa", [](const std::string& isa) {
+    set_cpu_isa(isa);
+    forget_measurements();  // of other kernels
+  });
   bind_explain(m);
   m.def("cpu_isa", [] { return cpu_caps().isa; });
 }

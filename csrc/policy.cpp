@@ -83,17 +83,18 @@ const char* name_of(Policy policy) {
   return "";
 }
 
+std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps& caps) {
+  const std::lock_guard<std::mutex> lock(measured_mutex);
+  const auto found = measured.find(key_of(problem, caps));
+  return found == measured.end() ? std::nullopt : std::optional<bool>(found->second);
+}
+
 bool chain_measures_faster(const Problem& problem, const CpuCaps& caps, const std::function<void()>& fused,
                            const std::function<void()>& chain) {
-  const Key key = key_of(problem, caps);
-  {
-    const std::lock_guard<std::mutex> lock(measured_mutex);
-    const auto found = measured.find(key);
-    if (found != measured.end()) return found->second;
-  }
+  if (const std::optional<bool> known = measured_chain_faster(problem, caps)) return *known;
   const bool verdict = seconds(chain) < seconds(fused);
   const std::lock_guard<std::mutex> lock(measured_mutex);
-  return measured.emplace(key, verdict).first->second;
+  return measured.emplace(key_of(problem, caps), verdict).first->second;
 }
 
 void forget_measurements() {

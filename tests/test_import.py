@@ -12,9 +12,17 @@ import lowrank_ops
 PACKAGE = Path(lowrank_ops.__file__).parent
 
 
+# An editable install finds the extension of the source tree wherever the package lies.
+WITHOUT_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+import lowrank_ops
+"""
+
+
 def failing_import(folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", "import lowrank_ops"],
+        [sys.executable, "-c", WITHOUT_EDITABLE],
         cwd=folder,
         env={"PYTHONPATH": str(folder)},
         text=True,

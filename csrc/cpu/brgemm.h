@@ -5,6 +5,7 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels/kernels.h"
@@ -18,7 +19,7 @@ inline bool has_amx_brgemm() {
 // A GemmCall through brgemm: sums of all taps in fp32, then the epilogue of `finish`. Weight panels have the layout of
 // our own kernels: [depth][width] in fp32, [depth / 2][width][2] (VNNI) in bf16.
 template <typename Element>
-void brgemm_call(const GemmCall& call, const KernelTable& table) {
+void brgemm_call(const GemmCall& call, FinishFunction finish) {
   constexpr int64_t kLanes = 16;
   constexpr bool kVnni = !std::is_same_v<Element, float>;
   const int64_t width = (call.width + kLanes - 1) / kLanes * kLanes;
@@ -28,7 +29,7 @@ void brgemm_call(const GemmCall& call, const KernelTable& table) {
   for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth * width)
     at::native::cpublas::brgemm(call.rows, width, call.depth, call.row_stride, width, width, /*add_C=*/tap > 0,
                                 static_cast<const Element*>(call.taps[tap]), weight, sums.data(), kVnni);
-  table.finish(sums.data(), width, call);
+  finish(sums.data(), width, call);
 }
 
 // Gives the AMX tiles back to the system; once at the end of a thread's work.

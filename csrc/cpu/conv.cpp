@@ -38,7 +38,7 @@ int64_t HiddenRows::staging_bytes(const ConvBlock& block) {
 // Rows that lie one behind the other in the image are staged together, so that short ones fill whole vectors.
 int64_t HiddenRows::staged_rows(const ConvBlock& block) {
   const Problem& p = block.problem;
-  const bool joined = block.rows.step == 1 && block.columns.step == 1 && block.tile.columns == p.ow &&
+  const bool joined = p.w > 0 && block.rows.step == 1 && block.columns.step == 1 && block.tile.columns == p.ow &&
                       block.input.stride(2) == p.w * block.input.stride(3) &&
                       block.columns.span(p.ow) >= p.w + p.padding[1];
   return joined ? std::max<int64_t>(1, kStagedPixels / p.w) : 1;

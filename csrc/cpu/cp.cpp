@@ -1,4 +1,6 @@
 // CP on the CPU: both depthwise stages in one pass over the ring buffer of hidden rows (conv.h).
+#include <c10/util/SmallVector.h>
+
 #include "cpu/conv.h"
 #include "cpu/cpu.h"
 

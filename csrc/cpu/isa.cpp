@@ -66,15 +66,16 @@ Choice& current() {
 std::string cpu_name() {
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);)
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+    if (const size_t colon = line.find(": "); line.rfind("model name", 0) == 0 && colon != std::string::npos)
+      return line.substr(colon + 2);
   return "unknown CPU";
 }
 
 void gemm_brgemm_bfloat16(const GemmCall& call) {
-  brgemm_call<at::BFloat16>(call, *current().table);
+  brgemm_call<at::BFloat16>(call, current().table->compute_float->finish);
 }
 void gemm_brgemm_float(const GemmCall& call) {
-  brgemm_call<float>(call, *current().table);
+  brgemm_call<float>(call, current().table->compute_float->finish);
 }
 
 }  // namespace

@@ -22,8 +22,9 @@ Engine engine_for(DType dtype);
 CpuCaps cpu_caps();
 
 // Caps the instruction set: "generic", "avx2", "avx512", "avx512bf16", "amx", or "" for the best that the CPU has. The
-// environment variable LOWRANK_OPS_CPU_ISA does the same at start. Asking for more than the CPU has is an error.
-// "brgemm" runs fp32 through oneDNN's kernels, to test on any machine the code that AMX needs and to compare speeds.
+// environment variable LOWRANK_OPS_CPU_ISA does the same at start. For tests: not to be called while an op runs. Asking
+// for more than the CPU has is an error. "brgemm" runs fp32 through oneDNN's kernels, to test on any machine the code
+// that AMX needs and to compare speeds.
 void set_cpu_isa(const std::string& isa);
 
 }  // namespace lowrank_ops

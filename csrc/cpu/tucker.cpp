@@ -1,4 +1,6 @@
 // Tucker-2 on the CPU: the core convolution as a GEMM that slides over the ring buffer of hidden rows (conv.h).
+#include <c10/util/SmallVector.h>
+
 #include "cpu/conv.h"
 #include "cpu/cpu.h"
 

@@ -63,10 +63,6 @@ double hidden_bytes(const Problem& p) {
 
 namespace {
 
-double share(const Problem& p, const CpuCaps& caps) {
-  return double(std::max<int64_t>(1, std::min(caps.threads, p.n * p.oh)));
-}
-
 double image_elements(const Problem& p) {
   return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
 }
@@ -90,35 +86,33 @@ double seconds(const Features& features, const Features& constants) {
 
 }  // namespace
 
-Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
-  const double threads = share(p, caps);
+Features fused_features(const Problem& p, const CpuTile& tile) {
   const double depthwise = p.n * depthwise_sums(p);
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  return {1,          (fused_flops(p, tile) / 2 - depthwise) / threads, depthwise / threads, block_bytes(p) / threads,
-          weights(p), transposed ? image_elements(p) / threads : 0};
+  return {1,
+          fused_flops(p, tile) / 2 - depthwise,
+          depthwise,
+          block_bytes(p),
+          tile.unpacked ? 0 : weights(p),
+          transposed ? image_elements(p) : 0};
 }
 
-Features chain_features(const Problem& p, const CpuCaps& caps) {
-  const double threads = share(p, caps);
+Features chain_features(const Problem& p) {
   const double depthwise = p.n * depthwise_sums(p);
   const double calls = p.op == Op::kTucker ? 3 : p.op == Op::kCP ? 4 : 2;
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  return {calls,
-          (block_flops(p) / 2 - depthwise) / threads,
-          depthwise / threads,
-          (block_bytes(p) + hidden_bytes(p)) / threads,
-          weights(p),
-          transposed ? image_elements(p) / threads : 0};
+  return {calls,      block_flops(p) / 2 - depthwise,    depthwise, block_bytes(p) + hidden_bytes(p),
+          weights(p), transposed ? image_elements(p) : 0};
 }
 
-double fused_seconds(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
+double fused_seconds(const Problem& p, const CpuTile& tile) {
   const Constants* constants = constants_for(p);
-  return constants ? seconds(fused_features(p, caps, tile), constants->fused) : 0;
+  return constants ? seconds(fused_features(p, tile), constants->fused) : 0;
 }
 
-double chain_seconds(const Problem& p, const CpuCaps& caps) {
+double chain_seconds(const Problem& p) {
   const Constants* constants = constants_for(p);
-  return constants ? seconds(chain_features(p, caps), constants->chain) : 0;
+  return constants ? seconds(chain_features(p), constants->chain) : 0;
 }
 
 }  // namespace lowrank_ops

@@ -17,16 +17,16 @@ double fused_flops(const Problem& problem, const CpuTile& tile);  // with the ha
 double block_bytes(const Problem& problem);                       // input + output + weights, once
 double hidden_bytes(const Problem& problem);                      // intermediates of the chain, written and read
 
-// The features of one way to run a problem, in the order of `kFeatureNames`; already divided among the threads, but for
-// the calls.
+// The features of one way to run a problem on one thread, in the order of `kFeatureNames`. Predictions know nothing of
+// the number of threads, so that it cannot change the path, and with it the bits, of a result.
 constexpr int kFeatures = 6;
 constexpr const char* kFeatureNames[kFeatures] = {"calls", "multiply_adds", "depthwise", "bytes", "weights", "moved"};
 using Features = std::array<double, kFeatures>;
-Features fused_features(const Problem& problem, const CpuCaps& caps, const CpuTile& tile);
-Features chain_features(const Problem& problem, const CpuCaps& caps);
+Features fused_features(const Problem& problem, const CpuTile& tile);
+Features chain_features(const Problem& problem);
 
-// Predicted seconds, or 0 where nothing was measured for the dtype (float64, float16).
-double fused_seconds(const Problem& problem, const CpuCaps& caps, const CpuTile& tile);
-double chain_seconds(const Problem& problem, const CpuCaps& caps);
+// Predicted seconds on one thread, or 0 where nothing was measured for the dtype (float64, float16).
+double fused_seconds(const Problem& problem, const CpuTile& tile);
+double chain_seconds(const Problem& problem);
 
 }  // namespace lowrank_ops

@@ -50,6 +50,7 @@ int64_t round_up(int64_t a, int64_t b) {
 constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
+constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked
 constexpr int64_t kFewestColumns = 28;
 
 }  // namespace
@@ -61,6 +62,12 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   const int64_t sum = p.dtype == DType::kDouble ? 8 : 4;
   const int64_t r1 = round_up(p.r1, kAlign), r2 = round_up(p.r2, kAlign);
   if (p.op == Op::kLinear) {
+    if (p.n <= kFewRows) {
+      tile.unpacked = true;
+      tile.rows = p.n;
+      tile.scratch_bytes = p.n * ((r1 + p.s) * element + (r1 + p.t) * sum);
+      return tile;
+    }
     const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
     tile.rows = std::clamp<int64_t>(share, 1, kLinearRows);
     tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
@@ -69,10 +76,12 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
   const int64_t hidden = p.op == Op::kCP ? sum : element;  // CP's depthwise stages read sums, Tucker's core elements
+  // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
+  const bool staged = p.layout == Layout::kContiguous || converted;
   const auto scratch = [&](int64_t tile_rows, int64_t tile_columns) {
     const int64_t span = columns.span(tile_columns);
     return rows.span(tile_rows) * span * r1 * hidden + tile_rows * tile_columns * r2 * element +
-           span * round_up(p.s, kAlign) * element + tile_columns * 64 * sum;
+           (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
   tile.rows = std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
   tile.columns = p.ow;
@@ -98,6 +107,7 @@ namespace {
 std::string fused_kernel(const Problem& p, const CpuCaps& caps) {
   std::string kernel = std::string("cpu_") + name_of(p.op) + "_" + caps.isa;
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
+  if (p.op == Op::kLinear && cpu_tile(p, caps).unpacked) kernel += "_unpacked";
   return kernel;
 }
 
@@ -117,16 +127,19 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
   fused.kernel = fused_kernel(p, caps);
   fused.tile = cpu_tile(p, caps);
   fused.flops = fused_flops(p, fused.tile);
+  CpuCaps one_thread = caps;
+  one_thread.threads = 1;
+  const CpuTile tile = cpu_tile(p, one_thread);
   fused.bytes = block_bytes(p);
-  fused.predicted_seconds = fused_seconds(p, caps, fused.tile);
-  const Features fused_counts = fused_features(p, caps, fused.tile), chain_counts = chain_features(p, caps);
+  fused.predicted_seconds = fused_seconds(p, tile);
+  const Features fused_counts = fused_features(p, tile), chain_counts = chain_features(p);
   fused.features.assign(fused_counts.begin(), fused_counts.end());
   chain.features.assign(chain_counts.begin(), chain_counts.end());
   chain.path = "chain";
   chain.kernel = "chain of torch ops";
   chain.flops = block_flops(p);
   chain.bytes = block_bytes(p) + hidden_bytes(p);
-  chain.predicted_seconds = chain_seconds(p, caps);
+  chain.predicted_seconds = chain_seconds(p);
 
   if (chain_needs_float32(p) && policy != Policy::kChain) {
     decision.chosen = fused;

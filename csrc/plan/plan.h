@@ -24,9 +24,10 @@ struct CpuCaps {
 
 // How the fused kernel cuts a problem. Scratch is a thread's: intermediates live there and nowhere else.
 struct CpuTile {
-  int64_t rows = 1;     // output rows (linear: rows of the input) that go through all stages together
-  int64_t columns = 1;  // output columns of a task
-  int64_t strips = 1;   // tasks along the height of an image
+  int64_t rows = 1;       // output rows (linear: rows of the input) that go through all stages together
+  int64_t columns = 1;    // output columns of a task
+  int64_t strips = 1;     // tasks along the height of an image
+  bool unpacked = false;  // linear: few rows, dot products with the weights where they lie
   int64_t scratch_bytes = 0;
 };
 
@@ -36,7 +37,7 @@ struct Plan {
   CpuTile tile;
   double flops = 0;              // multiplications and additions of the block, halo included
   double bytes = 0;              // that must move between memory and the core
-  double predicted_seconds = 0;  // of the cost model; 0 where it has no figures
+  double predicted_seconds = 0;  // of the cost model, on one thread; 0 where it has no figures
   std::vector<double> features;  // what the prediction was made of (cost.h)
 };
 

@@ -193,18 +193,21 @@ static void gemm(const GemmCall& call) {
   dispatch_width<Multiply>(call);
 }
 
-// For sums that another GEMM left in memory.
-static void finish_sums(const float* sums, int64_t sums_stride, const GemmCall& call) {
-  constexpr int kLanes = Vector<float>::kLanes;
+// For sums that something else left in memory.
+template <typename T>
+static void finish_sums(const void* sums, int64_t sums_stride, const GemmCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const int64_t bytes = call.out_type == DType::kDouble ? 8 : call.out_type == DType::kFloat ? 4 : 2;
+  GemmCall part = call;
   for (int64_t row = 0; row < call.rows; ++row) {
-    GemmCall part = call;
+    const T* source = static_cast<const T*>(sums) + row * sums_stride;
     for (int64_t column = 0; column < call.width; column += kLanes) {
       part.width = call.width - column < kLanes ? call.width - column : kLanes;
-      const int64_t bytes = call.out_type == DType::kFloat ? 4 : 2;
       part.out = static_cast<char*>(call.out) + column * bytes;
-      part.bias = call.bias ? static_cast<const float*>(call.bias) + column : nullptr;
-      Float acc[1][1] = {{load(sums + row * sums_stride + column)}};
-      finish<MultiplyFloat, 1, 1>(acc, part, row);
+      part.bias = call.bias ? static_cast<const T*>(call.bias) + column : nullptr;
+      V acc[1][1] = {{load(source + column)}};
+      finish<Multiply<T>, 1, 1>(acc, part, row);
     }
   }
 }

@@ -80,6 +80,22 @@ struct DepthwiseCall {
 };
 using DepthwiseFunction = void (*)(const DepthwiseCall&);
 
+// sums[m, n] = sum over k of input[m, k] * weight[n, k], for a weight of the tensor's own type as it lies in memory.
+struct DotCall {
+  const void* input;  // elements
+  int64_t input_stride;
+  int64_t rows;
+  const void* weight;  // [columns, depth], contiguous
+  int64_t columns, depth;
+  void* sums;  // accumulators
+  int64_t sums_stride;
+};
+using DotFunction = void (*)(const DotCall&);
+
+// out[m, :] = activation(sums[m, :] + bias): finishes accumulators left in memory (rows and the last six fields of the
+// call). Sums and bias are readable up to whole vectors.
+using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
+
 // Kernels for one way to compute. `Element` is the type of tiles and packed weights, `Accumulator` that of sums.
 struct ComputeKernels {
   DType element;
@@ -93,15 +109,15 @@ struct ComputeKernels {
   LoadFunction load[4];
   StoreFunction store[4];
   PackFunction pack[4];
+  DotFunction dot[4];
+  FinishFunction finish;
 };
 
 struct KernelTable {
   const char* isa;
   const ComputeKernels* compute_float;  // fp32 sums of fp32 products: fp32, and bf16 and fp16 converted
   const ComputeKernels* compute_double;
-  const ComputeKernels* compute_bfloat16;  // fp32 sums of bf16 products; nullptr without the instruction
-  // out[m, :] = activation(sums[m, :] + bias): finishes what another GEMM left in fp32 (GemmCall's last five fields).
-  void (*finish)(const float* sums, int64_t sums_stride, const GemmCall& call);
+  const ComputeKernels* compute_bfloat16;  // fp32 sums of bf16 products; its gemm is nullptr without the instruction
 };
 
 const KernelTable& kernels_generic();

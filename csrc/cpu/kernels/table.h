@@ -1,6 +1,7 @@
 // Fills the KernelTable of one instruction set.
 #pragma once
 
+#include "cpu/kernels/dot.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/tile.h"
 
@@ -19,6 +20,8 @@ static const ComputeKernels kComputeFloat = {
     {&load_tile<float, float>, nullptr, &load_tile<float, BFloat16>, &load_tile<float, Half>},
     {&store_transposed<float, float>, nullptr, &store_transposed<BFloat16, float>, &store_transposed<Half, float>},
     {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
+    {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
+    &finish_sums<float>,
 };
 
 static const ComputeKernels kComputeDouble = {
@@ -32,10 +35,12 @@ static const ComputeKernels kComputeDouble = {
     {nullptr, &load_tile<double, double>, nullptr, nullptr},
     {nullptr, &store_transposed<double, double>, nullptr, nullptr},
     {nullptr, &pack_panel<double, double>, nullptr, nullptr},
+    {nullptr, &dot<Dot<double, double>>, nullptr, nullptr},
+    &finish_sums<double>,
 };
 
 // bf16 tiles and weights in pairs; the GEMM is filled in by whoever has the instruction.
-constexpr ComputeKernels compute_bfloat16(GemmFunction gemm) {
+constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
   return {
       DType::kBFloat16,
       DType::kFloat,
@@ -47,13 +52,15 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm) {
       {nullptr, nullptr, &load_tile<BFloat16, BFloat16>, nullptr},
       {nullptr, nullptr, &store_transposed<BFloat16, float>, nullptr},
       {nullptr, nullptr, &pack_panel_pairs, nullptr},
+      {nullptr, nullptr, dot, nullptr},
+      &finish_sums<float>,
   };
 }
 
 #if defined(__AVX512BF16__)
-static const ComputeKernels kComputeBFloat16 = compute_bfloat16(&gemm<MultiplyBFloat16>);
+static const ComputeKernels kComputeBFloat16 = compute_bfloat16(&gemm<MultiplyBFloat16>, &dot<DotBFloat16>);
 #else
-static const ComputeKernels kComputeBFloat16 = compute_bfloat16(nullptr);
+static const ComputeKernels kComputeBFloat16 = compute_bfloat16(nullptr, nullptr);
 #endif
 
 }  // namespace LOWRANK_ISA
@@ -63,7 +70,7 @@ static const ComputeKernels kComputeBFloat16 = compute_bfloat16(nullptr);
   namespace lowrank_ops {                                                                              \
   const KernelTable& kernels_##isa() {                                                                 \
     static const KernelTable table = {#isa, &LOWRANK_ISA::kComputeFloat, &LOWRANK_ISA::kComputeDouble, \
-                                      &LOWRANK_ISA::kComputeBFloat16, &LOWRANK_ISA::finish_sums};      \
+                                      &LOWRANK_ISA::kComputeBFloat16};                                 \
     return table;                                                                                      \
   }                                                                                                    \
   }
