@@ -1,9 +1,9 @@
 """`python -m benchmarks.run`: the fused ops against every other way to run the same block, on the CPU.
 
-Every cell runs the fused op under policy "auto", the chain of library layers in NCHW and in channels_last,
-for CP the chain with the two depthwise stages merged into one, and the dense layer in both formats;
-`--peers` adds torch.compile (max-autotune, frozen) and the fused kernel forced. Outputs are checked before
-anything is timed (`peers.check`): a contender that is wrong is reported and left out; with a wrong fused op
+Every cell runs the fused op under policy "auto", the chain of library layers in NCHW and in channels_last, for CP
+the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), and
+the dense layer in both formats; `--peers` leaves some out, or adds the fused kernel forced. Outputs are checked
+before anything is timed (`peers.check`): a contender that is wrong is reported and left out; with a wrong fused op
 the run goes on and ends with exit status 1.
 """
 
@@ -247,12 +247,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=1)
     layout = "of the fused op's input (default: channels_last); peers run in both"
     parser.add_argument("--layout", choices=list(peers.FORMATS), default="channels_last", help=layout)
-    which_peers = f"default: {' '.join(peers.DEFAULT_PEERS)}; with --full: all"
+    which_peers = "default: chain merged dense compile; with --full: all"
     parser.add_argument("--peers", nargs="+", choices=[*peers.PEERS, "all", "none"], help=which_peers)
     parser.add_argument("--seconds", type=float, default=0.25, help="measured per contender (default: 0.25)")
     parser.add_argument("--json", metavar="FILE", help="write every contender's figures there")
     options = parser.parse_args(arguments)
-    asked = options.peers or (["all"] if options.full else peers.DEFAULT_PEERS)
+    asked = options.peers or (["all"] if options.full else [*peers.DEFAULT_PEERS, "compile"])
     options.peers = [name for name in peers.PEERS if "all" in asked or name in asked]
     try:
         options.cells = select(options.full, options.layer, options.sample)

@@ -2,6 +2,7 @@
 
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
+from lowrank_ops.chains import NotOneOp
 from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
@@ -19,6 +20,7 @@ __all__ = [
     "Explanation",
     "LayerReport",
     "LowRankLinear",
+    "NotOneOp",
     "Report",
     "TuckerConv1d",
     "TuckerConv2d",

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 _REBUILD = (
-    "rebuild it in this environment with `pip install --no-build-isolation --force-reinstall --no-deps "
-    "lowrank_ops` (from its source folder: `.`)"
+    "rebuild it in this environment with `pip install --no-build-isolation --force-reinstall --no-deps .` from "
+    "the source folder of lowrank_ops"
 )
 
 try:
@@ -41,6 +41,10 @@ if _built_for.split("+")[0].split(".")[:2] != torch.__version__.split("+")[0].sp
 
 Gradient = Tensor | None
 
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LARGEST = 2**31 - 1  # of the window's numbers
+
 
 def _check_dim(op: str, name: str, tensor: Tensor, dim: int, shape: str) -> None:
     torch._check_value(tensor.dim() == dim, lambda: f"{op}: {name} must be {shape}, got shape {list(tensor.shape)}")
@@ -54,13 +58,18 @@ def _check_size(op: str, name: str, tensor: Tensor, axis: int, required: int, wh
 
 
 def _check_kind(op: str, input: Tensor, others: dict[str, Tensor | None]) -> None:
+    torch._check_type(
+        input.dtype in DTYPES,
+        lambda: f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}",
+    )
     for name, tensor in others.items():
         if tensor is None:
             continue
         torch._check_type(
             tensor.dtype == input.dtype,
             lambda name=name, tensor=tensor: (
-                f"{op}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}"
+                f"{op}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}; convert the module or "
+                "the input with .to(dtype), or run under torch.autocast"
             ),
         )
         torch._check_value(
@@ -69,12 +78,28 @@ def _check_kind(op: str, input: Tensor, others: dict[str, Tensor | None]) -> Non
                 f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}"
             ),
         )
+        for size in tensor.shape if name.endswith(("factor", "core")) else ():
+            torch._check_value(
+                size > 0,
+                lambda name=name, tensor=tensor: (
+                    f"{op}: {name} must have no axis of size 0 (ranks are at least 1), got shape {list(tensor.shape)}"
+                ),
+            )
 
 
 def _check_bias(op: str, bias: Tensor | None, out_factor: Tensor) -> None:
     if bias is not None:
-        _check_dim(op, "bias", bias, 1, "[T]")
-        _check_size(op, "bias", bias, 0, out_factor.shape[0], "T, the rows of out_factor")
+        t = out_factor.shape[0]
+        message = f"{op}: bias must be [T] = [{t}] (the rows of out_factor) or None, got shape {list(bias.shape)}"
+        torch._check_value(bias.dim() == 1, lambda: message)
+        torch._check_value(bias.shape[0] == t, lambda: message)
+
+
+def _check_activation(op: str, activation: str) -> None:
+    torch._check_value(
+        activation in ACTIVATIONS,
+        lambda: f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'",
+    )
 
 
 def _conv_output(
@@ -87,6 +112,20 @@ def _conv_output(
     dilation: Sequence[int],
 ) -> Tensor:
     shape = [input.shape[0], out_factor.shape[0]]
+    for argument, values in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        torch._check_value(
+            len(values) == 2,
+            lambda argument=argument, values=values: (
+                f"{op}: {argument} must have 2 entries (height, width), got {list(values)}"
+            ),
+        )
+        for value in values:
+            torch._check_value(
+                value <= _LARGEST,
+                lambda argument=argument, values=values: (
+                    f"{op}: {argument} must be at most {_LARGEST}, got {list(values)}"
+                ),
+            )
     for axis, name in enumerate(("height", "width")):
         for argument, values, least in (
             ("stride", stride, 1),
@@ -160,7 +199,9 @@ def _tucker_conv2d(
     _check_size(op, "core", core, 1, in_factor.shape[0], "R1, the rows of in_factor")
     _check_size(op, "out_factor", out_factor, 1, core.shape[0], "R2, the first axis of core")
     _check_bias(op, bias, out_factor)
-    return _conv_output(op, input, out_factor, (core.shape[2], core.shape[3]), stride, padding, dilation)
+    output = _conv_output(op, input, out_factor, (core.shape[2], core.shape[3]), stride, padding, dilation)
+    _check_activation(op, activation)
+    return output
 
 
 @_fake("cp_conv2d")
@@ -192,7 +233,9 @@ def _cp_conv2d(
         _check_size(op, name, factors[name], axis, in_factor.shape[0], "R, the rows of in_factor")
     _check_bias(op, bias, out_factor)
     kernel = (height_factor.shape[1], width_factor.shape[1])
-    return _conv_output(op, input, out_factor, kernel, stride, padding, dilation)
+    output = _conv_output(op, input, out_factor, kernel, stride, padding, dilation)
+    _check_activation(op, activation)
+    return output
 
 
 @_fake("lowrank_linear")
@@ -207,6 +250,7 @@ def _lowrank_linear(
     _check_size(op, "in_factor", in_factor, 1, input.shape[-1], "S, the last axis of input")
     _check_size(op, "out_factor", out_factor, 1, in_factor.shape[0], "R, the rows of in_factor")
     _check_bias(op, bias, out_factor)
+    _check_activation(op, activation)
     return input.new_empty([*input.shape[:-1], out_factor.shape[0]])
 
 

@@ -121,6 +121,7 @@ def linear_layer(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
+@torch.inference_mode(False)  # inference tensors cannot be trained
 def copy_parameter(tensor: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
     """A contiguous copy as a parameter of its own."""
     value = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -294,7 +295,7 @@ def _compose(depthwise: Sequence[nn.Conv2d], axis: int, axes: int) -> _Axis:
             f"both depthwise stages have more than one tap {where} ({first.kernel} and {second.kernel}): a "
             "CP block has one Kx1 and one 1xK stage"
         )
-    if second.kernel == 1:
+    if first.kernel > 1:
         if second.before or second.after:
             raise NotOneOp(
                 f"the second depthwise stage pads {where} ({second.before} pixels), where its kernel has one "

@@ -17,7 +17,7 @@ from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.ranks import Energy, Rank
+from lowrank_ops.ranks import Rank
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
 from lowrank_ops.surgery import Owners, Site, find_sites, move_hooks
 
@@ -85,11 +85,13 @@ def factorize_(
         A `Report` with an entry for each convolution, linear and factorized layer.
 
     Raises:
-        ValueError: non-finite weights (naming the layer), a rank out of range, an `include` or `exclude` that
-            matches nothing, a model that is one layer or already factorized itself, an unknown method.
+        ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
+            that could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or
+            already factorized itself, an unknown method.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was).
     """
+    rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
     sites = find_sites(model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
     chosen = _select(model, sites, include, exclude)
@@ -99,15 +101,26 @@ def factorize_(
     owners = Owners(model)
     replacements: dict[int, nn.Module] = {}
     reasons: dict[int, str] = {}
+    tried = 0
     with _progress(sites, "decompose", progress) as bar:
         for site, reason in zip(bar, chosen, strict=True):
             bar.set_postfix_str(site.names[0])
             reason = reason or _unsafe(site, owners) or refusal(site.layer)
+            if linear is False and isinstance(site.layer, nn.Linear):
+                reason = reason or "linear=False leaves linear layers"
+            tried += reason is None
             outcome = reason or _replacement(site, method, rank, linear, multiple, seed)
             if isinstance(outcome, str):
                 reasons[id(site.layer)] = outcome
             else:
                 replacements[id(site.layer)] = outcome
+
+    above = [reason for reason in reasons.values() if isinstance(reason, _AboveLimit)]
+    if above and len(above) == tried:
+        raise ValueError(
+            f"factorize_: rank {rank if linear in (None, False) else (rank, linear)} is above the limit of every "
+            f"layer that could be replaced ({above[0]}{'; ...' if tried > 1 else ''}); give a lower rank or a fraction"
+        )
 
     times: dict[int, tuple[float, float]] = {}
     if calls is not None:
@@ -147,36 +160,24 @@ def _check_arguments(
         )
     if method not in ("tucker", "cp"):
         raise ValueError(f"factorize_: method must be 'tucker' or 'cp', got {method!r}")
-    if method == "cp" and isinstance(rank, tuple):
+    if method == "cp" and isinstance(rank, (tuple, list)):
         raise ValueError(f"factorize_: rank must be a single number for method 'cp', got {rank}")
-    if isinstance(rank, tuple) and len(rank) != 2:
+    if isinstance(rank, (tuple, list)) and len(rank) != 2:
         raise ValueError(f"factorize_: rank must be a single rank or a pair (R1, R2), got {rank}")
-    if isinstance(linear, tuple):
+    if isinstance(linear, (tuple, list)):
         raise ValueError(f"factorize_: linear must be a single rank, got {linear}")
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"factorize_: multiple must be an int of at least 1, got {multiple!r}")
-    for argument, value in (("rank", rank), ("linear", linear)):
-        if value is not None and value is not False:
-            for entry in value if isinstance(value, tuple) else (value,):
-                _check_rank(argument, entry)
-
-
-def _check_rank(argument: str, rank: Any) -> None:
-    if isinstance(rank, Energy):
-        return
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise TypeError(f"factorize_: {argument} must be an int, a float or Energy, got {rank!r}")
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"factorize_: {argument} must be at least 1, got {rank}")
-    if isinstance(rank, float) and not 0 < rank <= 1:
-        raise ValueError(f"factorize_: {argument} as a fraction must be in (0, 1], got {rank}")
+    ranks.check_multiple(multiple, "factorize_")
+    for entry in rank if isinstance(rank, (tuple, list)) else (rank,):
+        ranks.check_rank(entry, "factorize_: rank")
+    if linear is not None and linear is not False:
+        ranks.check_rank(linear, "factorize_: linear")
 
 
 def _select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Selectors) -> list[str | None]:
     """For each site why the user left it out, or None. Raises ValueError for a selector without a match."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    excluding = [(selector, _matches(selector, "exclude", sites, modules)) for selector in _listed(exclude)]
-    including = [_matches(selector, "include", sites, modules) for selector in _listed(include)]
+    excluding = [(selector, _matches(selector, "exclude", sites, modules)) for selector in _listed("exclude", exclude)]
+    including = [_matches(selector, "include", sites, modules) for selector in _listed("include", include)]
     reasons: list[str | None] = []
     for index in range(len(sites)):
         by = next((selector for selector, found in excluding if found[index]), None)
@@ -189,10 +190,18 @@ def _select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Se
     return reasons
 
 
-def _listed(selectors: Selectors) -> list[Selector]:
+def _listed(argument: str, selectors: Selectors) -> list[Selector]:
     if selectors is None:
         return []
-    return [selectors] if isinstance(selectors, (str, type)) or callable(selectors) else list(selectors)
+    several = isinstance(selectors, Iterable) and not isinstance(selectors, (str, type, nn.Module))
+    listed: list[Any] = list(selectors) if several else [selectors]  # type: ignore[arg-type]
+    for selector in listed:
+        if isinstance(selector, nn.Module) or not (isinstance(selector, (str, type)) or callable(selector)):
+            raise TypeError(
+                f"factorize_: {argument} takes patterns, types and callables (name, layer) -> bool, got "
+                f"{type(selector).__name__}; a module goes by its qualified name"
+            )
+    return listed
 
 
 def _shown(selector: Selector) -> str:
@@ -218,8 +227,6 @@ def _selected(selector: Selector, name: str, layer: nn.Module, modules: Mapping[
         return any(fnmatch.fnmatchcase(outer, selector) for outer in within)
     if isinstance(selector, type):
         return isinstance(layer, selector) or any(isinstance(modules.get(outer), selector) for outer in within)
-    if not callable(selector):
-        raise TypeError(f"factorize_: include and exclude take patterns, types and callables, got {selector!r}")
     return bool(selector(name, layer))
 
 
@@ -233,13 +240,15 @@ def _unsafe(site: Site, owners: Owners) -> str | None:
     return None if shared is None else f"it shares a parameter with {shared}; untie them first"
 
 
+class _AboveLimit(str):
+    """The reason to leave a layer: the integer rank is above its limit."""
+
+
 def _replacement(
     site: Site, method: str, rank: Rank, linear: Rank | Literal[False] | None, multiple: int, seed: int
 ) -> nn.Module | str:
     """The factorized module for a layer, or the reason why the layer is left."""
     layer = site.layer
-    if isinstance(layer, nn.Linear) and linear is False:
-        return "linear=False leaves linear layers"
     if isinstance(layer, nn.Linear) and linear is not None:
         rank = linear
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear))
@@ -249,7 +258,7 @@ def _replacement(
     try:  # arguments and values were checked: what is left is a rank above this layer's limit
         own_rank = _layer_rank(layer, rank, tucker, options)
     except ValueError as error:
-        return str(error)
+        return _AboveLimit(error)
     options["seed"] = seed
     module: FactorizedModule
     if isinstance(layer, nn.Linear):

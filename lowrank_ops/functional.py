@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_ops import _ops as _ops  # loads the extension: torch.ops.lowrank_ops exists from here on
+# Loads the extension: torch.ops.lowrank_ops exists from here on.
+from lowrank_ops._ops import ACTIVATIONS as ACTIVATIONS
 
 Pair = int | tuple[int, int] | list[int]
-
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
 
 
 def tucker_conv2d(

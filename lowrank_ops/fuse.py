@@ -44,6 +44,9 @@ def fuse_(model: nn.Module) -> Report:
     the chain (ReLU, ReLU6, Hardswish, SiLU, exact GELU) becomes the module's, also after a module that was
     factorized before. Parameters are copies: build the optimizer afterwards.
 
+    An nn.Sequential that was shortened has other positions: try a model whose forward indexes or slices one
+    (`self.features[3]`, `self.features[:5]`) after fusing; nothing here can see that.
+
     Returns:
         A `Report` with an entry for each chain, and, with the reason, for each that looks like one but is not
         equal to one op: an activation, normalization or bias between the stages, groups, a stride on a

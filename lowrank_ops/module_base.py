@@ -13,14 +13,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from lowrank_ops import chains
+from lowrank_ops._ops import ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
-from lowrank_ops.functional import ACTIVATIONS
 from lowrank_ops.ranks import Energy, Rank
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 Size = int | tuple[int, ...]
@@ -74,6 +73,7 @@ class FactorizedModule(nn.Module):
     def _fan_in(self) -> int:
         raise NotImplementedError
 
+    @torch.inference_mode(False)  # inference tensors cannot be trained
     def _create(self, bias: bool, out_size: int, device: Any, dtype: torch.dtype | None) -> None:
         """Registers factors and bias, in the order of `_factor_shapes`, and draws their values."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -85,6 +85,7 @@ class FactorizedModule(nn.Module):
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
 
+    @torch.inference_mode(False)
     def _adopt(self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None) -> None:
         """Takes copies of the values, whatever their ranks; `frozen` None keeps each one's requires_grad."""
         self.rank = self._rank_of(factors)
@@ -99,17 +100,6 @@ class FactorizedModule(nn.Module):
     @property
     def _name(self) -> str:
         return type(self).__name__
-
-    # The kernels like a core whose R1 is the innermost axis (torch.channels_last). These two keep it so
-    # whatever # .to(memory_format=...) or load_state_dict(assign=True) bring.
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        return super()._apply(lambda tensor: _core_layout(fn(tensor)), recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        core = self._parameters.get("core")
-        if core is not None and core.dim() == 4 and not core.is_contiguous(memory_format=torch.channels_last):
-            self.core = nn.Parameter(_core_layout(core.detach()), requires_grad=core.requires_grad)
 
 
 class FactorizedConv(FactorizedModule):
@@ -370,7 +360,7 @@ def groups_reason(groups: int) -> str:
 
 
 def refuse_energy(name: str, rank: Rank) -> None:
-    if any(isinstance(entry, Energy) for entry in (rank if isinstance(rank, tuple) else (rank,))):
+    if any(isinstance(entry, Energy) for entry in (rank if isinstance(rank, (tuple, list)) else (rank,))):
         raise TypeError(
             f"{name}: rank must be an int, a fraction or a pair, got {rank}: a new layer has no weight whose "
             "energy could be measured; use from_conv2d, from_conv1d or from_linear"

@@ -103,8 +103,12 @@ class TuckerConv2d(_TuckerConv):
         activation: applied to the output: none, relu, relu6, hardswish, silu or gelu (exact).
         device, dtype: of the parameters.
 
-    Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]` (in torch.channels_last), `out_factor [T, R2]`,
-    `bias [T]` or None. Input `[N, S, H, W]` or `[S, H, W]`, output `[N, T, OH, OW]` or `[T, OH, OW]`.
+    Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]`, `out_factor [T, R2]`, `bias [T]` or None. Input
+    `[N, S, H, W]` or `[S, H, W]`, output `[N, T, OH, OW]` or `[T, OH, OW]`.
+
+    The core is made in torch.channels_last, which is packed fastest. FSDP2 (`fully_shard`) and tools of
+    torch.nn.utils that flatten parameters want contiguous ones: `module.to(memory_format=
+    torch.contiguous_format)` first, the result is the same.
 
     Raises:
         ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit.

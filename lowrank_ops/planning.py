@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from lowrank_ops._ops import _C
 POLICIES = ("auto", "fused", "chain", "measure")
 
 Shape = Sequence[int]
+Inputs = Tensor | Shape | Sequence[Tensor | Shape | None] | Mapping[str, Tensor | Shape | None]
 Device = str | torch.device
 
 
@@ -36,9 +37,12 @@ class set_policy:
 
     Raises:
         ValueError: an unknown name.
+        TypeError: no string.
     """
 
     def __init__(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"set_policy: name must be a str, one of {', '.join(POLICIES)}, got {name!r}")
         self._former: str = _C.get_policy()
         _C.set_policy(name)
 
@@ -134,7 +138,7 @@ class _Recorder(TorchDispatchMode):
 
 def explain(
     op_or_module: Callable[..., Any] | nn.Module,
-    input_or_shapes: Tensor | Shape | Sequence[Tensor | Shape | None],
+    input_or_shapes: Inputs,
     dtype: torch.dtype | None = None,
     device: Device | None = None,
     *,
@@ -147,12 +151,17 @@ def explain(
     Args:
         op_or_module: one of our ops (`tucker_conv2d`, `cp_conv2d`, `lowrank_linear`), one of our modules, or any
             model that holds some: it is run on meta tensors, and every op of ours that it calls is explained.
-        input_or_shapes: for a module its input, as a tensor or a shape; for an op the sequence of its tensor
-            arguments, each a tensor, a shape, or None.
-        dtype: plan for this dtype instead of the tensors' (shapes alone: float32).
+            Forward hooks fire. Tensors that are neither parameters nor buffers, and control flow that depends on
+            values, do not work there.
+        input_or_shapes: for a module its input, a tensor or a shape (a sequence of ints); several inputs as a
+            tuple or list of them, keyword arguments as a dict. For an op the tuple, list or dict of its tensor
+            arguments. None stands for an argument that is None.
+        dtype: plan for this dtype instead of the tensors' (shapes alone: the module's, or float32). Inside
+            torch.autocast the default is the region's dtype, but for float64; a region that a model opens itself
+            is not seen.
         device: plan for this device instead of the input's: "cpu", "cuda", or the name of a GPU ("A100",
             "RTX 4090", "H100", ...). Devices without kernels of ours in this build run the chain.
-        memory_format: of inputs given as shapes (default: torch.contiguous_format).
+        memory_format: of 4-D inputs given as shapes (default: torch.contiguous_format).
         verbose: also print the result.
         arguments: further arguments of the op: stride, padding, dilation, activation.
 
@@ -161,31 +170,47 @@ def explain(
 
     Raises:
         ValueError: whatever the op itself would raise for these shapes.
+        TypeError: arguments of the wrong kind, further arguments for a module.
+        RuntimeError: the model fails on meta tensors.
     """
 
-    def meta(value: Tensor | Shape | None, axes: int | None = None) -> Tensor | None:
+    module = op_or_module if isinstance(op_or_module, nn.Module) else None
+    if not callable(op_or_module):
+        raise TypeError(f"explain: op_or_module must be an op of lowrank_ops or an nn.Module, got {op_or_module!r}")
+    if module is not None and arguments:
+        raise TypeError(
+            f"explain: unexpected keyword arguments for a module: {', '.join(arguments)}; arguments of its forward "
+            "go into input_or_shapes, as a dict"
+        )
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"explain: dtype must be a torch.dtype, got {dtype!r}")
+    positional, named = _inputs(input_or_shapes, single=module is not None)
+    state = {} if module is None else {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = [*(value for value in (*positional, *named.values()) if isinstance(value, Tensor)), *state.values()]
+    found = tensors[0].device if tensors else torch.device("cpu")
+    region = _autocast_dtype(found.type)
+    default = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+
+    def wanted(own: torch.dtype) -> torch.dtype:
+        if not own.is_floating_point:
+            return own
+        return dtype or (region if region is not None and own != torch.float64 else own)
+
+    def meta(value: Tensor | Shape | None) -> Tensor | None:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            wanted = dtype if value.is_floating_point() else None
-            return value.detach().to(device="meta", dtype=wanted)
-        made = torch.empty(tuple(value), device="meta", dtype=dtype or torch.float32)
-        return made.to(memory_format=memory_format) if memory_format and made.dim() == axes else made
+            return value.detach().to(device="meta", dtype=wanted(value.dtype))
+        made = torch.empty(tuple(value), device="meta", dtype=wanted(default))
+        return made.to(memory_format=memory_format) if memory_format and made.dim() == 4 else made
 
-    if isinstance(op_or_module, nn.Module):
-        found = input_or_shapes.device if isinstance(input_or_shapes, Tensor) else _device_of(op_or_module)
-        if dtype is None and not isinstance(input_or_shapes, Tensor):
-            dtype = next((p.dtype for p in op_or_module.parameters() if p.is_floating_point()), None)
-        state = {name: meta(value) for name, value in _state(op_or_module)}
-        single = meta(input_or_shapes, 4)  # type: ignore[arg-type]
-        with torch.no_grad(), _Recorder() as recorder:
-            torch.func.functional_call(op_or_module, state, (single,))  # type: ignore[arg-type]
-    else:
-        first = input_or_shapes[0]
-        found = first.device if isinstance(first, Tensor) else torch.device("cpu")
-        tensors = [meta(value, 4 if index == 0 else None) for index, value in enumerate(input_or_shapes)]
-        with torch.no_grad(), _Recorder() as recorder:
-            op_or_module(*tensors, **arguments)
+    args = [meta(value) for value in positional]
+    kwargs = {name: meta(value) for name, value in named.items()}
+    with torch.no_grad(), _Recorder() as recorder:
+        if module is None:
+            op_or_module(*args, **kwargs, **arguments)
+        else:
+            _run(module, {name: meta(value) for name, value in state.items()}, args, kwargs)
     planned = str(device) if device is not None else found.type
     result = Explanations(_explain(name, call, planned) for name, call in recorder.calls)
     if verbose:
@@ -193,13 +218,48 @@ def explain(
     return result
 
 
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _inputs(given: Inputs, single: bool) -> tuple[Sequence[Tensor | Shape | None], Mapping[str, Tensor | Shape | None]]:
+    """Positional and keyword arguments; `single`: one tensor or shape is the only argument."""
+    positional: Sequence[Any] = ()
+    named: Mapping[str, Any] = {}
+    if isinstance(given, Mapping):
+        named = given
+    elif isinstance(given, (tuple, list)) and not (single and _is_shape(given)):
+        positional = given
+    else:
+        positional = (given,)
+    if not all(
+        value is None or isinstance(value, Tensor) or _is_shape(value) for value in (*positional, *named.values())
+    ):
+        one = "a tensor, a shape, or " if single else ""
+        raise TypeError(
+            f"explain: input_or_shapes must be {one}a tuple, list or dict of tensors, shapes and None, got "
+            f"{given if not isinstance(given, Tensor) else 'a tensor'!r}"
+        )
+    return positional, named
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast region that we are in, if any."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else None
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(size, int) for size in value)
+
+
+def _run(module: nn.Module, state: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> None:
+    try:
+        torch.func.functional_call(module, state, tuple(args), kwargs)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and "meta" not in str(error):  # the model's or the op's own refusal
+            raise
+        raise RuntimeError(
+            f"explain: {type(module).__name__} failed: {error}. explain runs the model on meta tensors: tensors that "
+            "are neither parameters nor buffers, and control flow that depends on values, do not work there; "
+            "explain the parts that do"
+        ) from error
 
 
 def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:

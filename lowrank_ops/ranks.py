@@ -46,11 +46,14 @@ class Energy:
 
     Raises:
         ValueError: ``kept`` outside (0, 1].
+        TypeError: ``kept`` is no number.
     """
 
     kept: float
 
     def __post_init__(self) -> None:
+        if isinstance(self.kept, bool) or not isinstance(self.kept, Real):
+            raise TypeError(f"Energy: kept must be a number in (0, 1], got {self.kept!r}")
         if not 0 < self.kept <= 1:
             raise ValueError(f"Energy: kept must lie in (0, 1], got {self.kept}")
 
@@ -105,6 +108,35 @@ def linear_rank(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "w
     return _resolve(rank, limit, limit, weight, (0,), multiple, f"{name}: rank")
 
 
+def check_rank(rank: Rank, what: str, limit: int | None = None) -> ScalarRank:
+    """One rank as an int, a float or an `Energy`, NumPy's numbers converted; `what` names it in errors.
+
+    Raises:
+        ValueError: an int below 1 or above `limit`, a fraction outside (0, 1].
+        TypeError: a rank of another type.
+    """
+    if isinstance(rank, Energy):
+        return rank
+    if isinstance(rank, bool) or not isinstance(rank, Real):
+        pair = "; a pair of ranks is for Tucker only" if isinstance(rank, (tuple, list)) else ""
+        raise TypeError(f"{what} must be an int, a fraction or Energy(kept), got {rank!r}{pair}")
+    if isinstance(rank, Integral):
+        if limit is None and rank < 1:
+            raise ValueError(f"{what} must be at least 1, got {rank}")
+        if limit is not None and not 1 <= rank <= limit:
+            raise ValueError(f"{what} must lie between 1 and {limit} (the limit for this weight), got {rank}")
+        return int(rank)
+    if not 0 < rank <= 1:
+        raise ValueError(f"{what} as a fraction must lie in (0, 1] (an int is a rank itself), got {rank}")
+    return float(rank)
+
+
+def check_multiple(multiple: int, what: str) -> None:
+    """Raises ValueError unless `multiple` is an int of at least 1."""
+    if isinstance(multiple, bool) or not isinstance(multiple, Integral) or multiple < 1:
+        raise ValueError(f"{what}: multiple must be an int of at least 1, got {multiple!r}")
+
+
 def require_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError, naming the layer, where ``weight`` holds a NaN or an infinity."""
     bad = weight.numel() - int(torch.isfinite(weight).sum())
@@ -133,21 +165,14 @@ def _resolve(
     rank: Rank, channels: int, limit: int, weight: Tensor, modes: tuple[int, ...], multiple: int, what: str
 ) -> int:
     """One rank; ``modes`` are those whose unfoldings an `Energy` looks at."""
-    if isinstance(multiple, bool) or not isinstance(multiple, Integral) or multiple < 1:
-        raise ValueError(f"{what}: multiple must be an int of at least 1, got {multiple!r}")
-    if isinstance(rank, Energy):
-        wanted = max(_energy_rank(unfolding(weight, mode), rank.kept, what) for mode in modes)
-    elif isinstance(rank, Integral) and not isinstance(rank, bool):
-        if not 1 <= rank <= limit:
-            raise ValueError(f"{what} must lie between 1 and {limit} (the limit for this weight), got {rank}")
-        return int(rank)
-    elif isinstance(rank, Real) and not isinstance(rank, bool):
-        if not 0 < rank <= 1:
-            raise ValueError(f"{what} as a fraction must lie in (0, 1] (an int is a rank itself), got {rank}")
-        wanted = int(float(rank) * channels + 0.5)
+    check_multiple(multiple, what)
+    scalar = check_rank(rank, what, limit)
+    if isinstance(scalar, Energy):
+        wanted = max(_energy_rank(unfolding(weight, mode), scalar.kept, what) for mode in modes)
+    elif isinstance(scalar, int):
+        return scalar
     else:
-        pair = "; a pair of ranks is for Tucker only" if isinstance(rank, (tuple, list)) else ""
-        raise TypeError(f"{what} must be an int, a fraction or Energy(kept), got {rank!r}{pair}")
+        wanted = int(scalar * channels + 0.5)
     wanted = min(max(wanted, 1), limit)
     rounded = -(-wanted // multiple) * multiple
     return rounded if wanted >= multiple and rounded < limit else wanted

@@ -66,8 +66,8 @@ class Report:
         model: class name of the model.
         layers: one entry per layer.
         macs_per_call: whether MACs are those of a forward pass (an example input was given) or per output
-        pixel. model_parameters_before, model_parameters_after: of the whole model, layers without an entry
-        included.
+            pixel.
+        model_parameters_before, model_parameters_after: of the whole model, layers without an entry included.
     """
 
     model: str

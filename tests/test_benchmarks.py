@@ -187,7 +187,7 @@ def test_unknown_names_are_refused() -> None:
 
 def test_options_choose_cells_and_peers() -> None:
     assert run.parse_arguments([]).cells == layers.quick()
-    assert run.parse_arguments([]).peers == ["chain", "merged", "dense"]
+    assert run.parse_arguments([]).peers == ["chain", "merged", "compile", "dense"]
     assert run.parse_arguments(["--full"]).cells == layers.full()
     assert run.parse_arguments(["--full"]).peers == list(peers.PEERS)
     assert run.parse_arguments(["--peers", "none"]).peers == []

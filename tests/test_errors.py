@@ -156,6 +156,56 @@ def test_same_errors_in_the_fake_kernels(op: str) -> None:
                 call.run()
 
 
+def fake_message(call: Call, error: type[Exception], **options: object) -> str:
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = {key: mode.from_tensor(tensor) for key, tensor in call.tensors.items()}
+        with pytest.raises(error) as caught:
+            getattr(torch.ops.lowrank_ops, call.problem.op)(**fakes, **{**call.problem.options(), **options})
+    assert caught.type is error
+    return str(caught.value)
+
+
+def real_message(call: Call, error: type[Exception], **options: object) -> str:
+    with pytest.raises(error) as caught:
+        getattr(torch.ops.lowrank_ops, call.problem.op)(**call.tensors, **{**call.problem.options(), **options})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("problem", [{"r1": 0}, {"s": 0}, {"t": 0, "bias": False}], ids=str)
+def test_empty_factors_in_the_fake_kernels(op: str, problem: dict) -> None:
+    call = Problem(op, **problem).make()
+    message = fake_message(call, ValueError)
+    assert message == real_message(call, ValueError) and "must have no axis of size 0" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_dtypes_in_the_fake_kernels(op: str, dtype: torch.dtype) -> None:
+    call = Problem(op).make()
+    call.tensors = {name: tensor.to(dtype) for name, tensor in call.tensors.items()}
+    assert f"{op}: input must be float32, float64, bfloat16 or float16, got {dtype}" in fake_message(call, TypeError)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bias_and_activation_in_the_fake_kernels(op: str) -> None:
+    call = Problem(op).make()
+    options = {"activation": "tanh"}
+    assert fake_message(call, ValueError, **options) == real_message(call, ValueError, **options)
+    call.tensors["bias"] = torch.zeros(9)
+    assert fake_message(call, ValueError) == real_message(call, ValueError)
+
+
+@pytest.mark.parametrize("values", [[1], [], [1, 1, 1], [1, 2**31]], ids=str)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("op", CONVS)
+def test_window_entries(op: str, name: str, values: list[int]) -> None:
+    call, options = Problem(op).make(), {name: values}
+    message = fake_message(call, ValueError, **options)
+    words = "have 2 entries (height, width)" if len(values) != 2 else f"be at most {2**31 - 1}"
+    assert message == f"{op}: {name} must {words}, got {values}" == real_message(call, ValueError, **options)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_bad_output_gradient(op: str) -> None:
     call = Problem(op).make()

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,26 @@ def test_ranks_of_matrices_and_linear_layers(model: Network) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rank", "same"), [([6, 9], (6, 9)), (np.int64(7), 7), ((np.int32(6), 0.5), (6, 0.5)), (np.float32(0.25), 0.25)]
+)
+def test_lists_and_numpy_numbers_are_ranks(model: Network, rank: object, same: object) -> None:
+    second = copy.deepcopy(model)
+    found = [layer.ranks for layer in factorize_(model, rank=rank, multiple=np.int64(4), progress=False)]
+    assert found == [layer.ranks for layer in factorize_(second, rank=same, multiple=4, progress=False)]
+
+
+@pytest.mark.parametrize("method", ["tucker", "cp"])
+def test_in_inference_mode_the_parameters_are_ordinary_ones(model: Network, method: str) -> None:
+    with torch.inference_mode():
+        report = factorize_(model, method, 0.25, example_input=INPUT, progress=False)
+        fuse_(model)
+    assert report.replaced
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(INPUT).sum().backward()
+    assert model.classifier.in_factor.grad is not None
+
+
+@pytest.mark.parametrize(
     ("include", "exclude", "replaced"),
     [
         ("blocks.*", None, {"blocks.0.conv", "blocks.0.short", "blocks.1.conv", "blocks.1.short"}),
@@ -175,7 +196,10 @@ def test_include_and_exclude(model: Network, include: object, exclude: object, r
         ({"include": ["stem", "nothing.*"]}, ValueError, "include 'nothing.*' matches no"),
         ({"exclude": nn.Conv3d}, ValueError, "exclude Conv3d matches no"),
         ({"exclude": lambda name, layer: False}, ValueError, "matches no"),
-        ({"include": [3]}, TypeError, "patterns, types and callables"),
+        ({"include": [3]}, TypeError, "include takes patterns, types and callables .*, got int"),
+        ({"exclude": 3}, TypeError, "exclude takes patterns, types and callables .*, got int"),
+        ({"exclude": [nn.ReLU()]}, TypeError, "exclude takes .*, got ReLU; a module goes by its qualified name"),
+        ({"exclude": nn.Sequential(nn.ReLU())}, TypeError, "got Sequential"),
         ({"method": "svd"}, ValueError, "method must be 'tucker' or 'cp', got 'svd'"),
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
         ({"rank": 1.2}, ValueError, "rank as a fraction"),
@@ -183,9 +207,14 @@ def test_include_and_exclude(model: Network, include: object, exclude: object, r
         ({"rank": (4, 0)}, ValueError, "rank must be at least 1"),
         ({"rank": (4, 5, 6)}, ValueError, "pair"),
         ({"rank": (4, 5), "method": "cp"}, ValueError, "single number"),
+        ({"rank": [4, 5], "method": "cp"}, ValueError, "single number"),
+        ({"rank": np.int64(0)}, ValueError, "rank must be at least 1"),
+        ({"rank": 500}, ValueError, "rank 500 is above the limit of every layer .*stem.* 3 .*lower rank"),
+        ({"linear": 500, "include": nn.Linear}, ValueError, r"rank \(0.5, 500\) is above the limit of every layer"),
         ({"multiple": 0}, ValueError, "multiple must be an int of at least 1, got 0"),
         ({"linear": True}, TypeError, "linear must be"),
         ({"linear": (3, 4)}, ValueError, "linear must be a single rank"),
+        ({"linear": [3, 4]}, ValueError, "linear must be a single rank"),
         ({"example_input": torch.randn(2, 5, 8, 8)}, RuntimeError, "fails on example_input"),
     ],
 )

@@ -40,7 +40,7 @@ def test_missing_extension(tmp_path: Path) -> None:
     copy_of_the_package(tmp_path)
     message = failing_import(tmp_path)
     assert message.startswith("ImportError: lowrank_ops: the compiled extension lowrank_ops._C could not be loaded")
-    assert "pip install --no-build-isolation" in message
+    assert "`pip install --no-build-isolation --force-reinstall --no-deps .` from the source folder" in message
 
 
 def test_extension_built_for_another_torch(tmp_path: Path) -> None:

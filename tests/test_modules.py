@@ -6,11 +6,13 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from lowrank_ops.functional import ACTIVATIONS
@@ -33,6 +35,11 @@ WINDOWS = {
     "pointwise": {"kernel_size": (1, 1)},
     "pointwise, strided": {"kernel_size": (1, 1), "stride": (2, 3)},
     "pointwise, padded and strided": {"kernel_size": (1, 1), "stride": (2, 3), "padding": (1, 0)},
+    **{
+        f"padded {kernel}, {mode}": {"kernel_size": kernel, "stride": (2, 3), "padding": 1, "padding_mode": mode}
+        for mode in ("zeros", "reflect", "replicate", "circular")
+        for kernel in ((3, 1), (1, 3), (1, 1))
+    },
     "one axis without a window": {"kernel_size": (1, 3), "stride": (2, 2), "padding": (0, 1)},
     **{
         f"{mode} {padding}": {"kernel_size": (3, 4), "padding": padding, "padding_mode": mode}
@@ -216,11 +223,11 @@ def modules_of_every_kind() -> list[tuple[nn.Module, Tensor]]:
     ]
 
 
-def core_is_laid_out(module: nn.Module) -> bool:
+def core_is_laid_out(module: nn.Module, layout: torch.memory_format = torch.channels_last) -> bool:
     core = getattr(module, "core", None)
     if core is None or core.dim() == 3:
         return core is None or core.is_contiguous()
-    return core.is_contiguous(memory_format=torch.channels_last) and not core.is_contiguous()
+    return core.is_contiguous(memory_format=layout) and core.is_contiguous() == (layout == torch.contiguous_format)
 
 
 @pytest.mark.parametrize(("module", "input"), modules_of_every_kind())
@@ -236,15 +243,19 @@ def test_copies_and_moves_keep_values_and_layout(module: nn.Module, input: Tenso
     for other in (fresh, assigned):
         other.reset_parameters()
         assert not torch.equal(other(input), expected)
+    owned = list(fresh.parameters())
     fresh.load_state_dict({name: value.contiguous() for name, value in state.items()})
-    assigned.load_state_dict({name: value.contiguous() for name, value in state.items()}, assign=True)
+    assert all(now is before for now, before in zip(fresh.parameters(), owned, strict=True))
+    assigned.load_state_dict(dict(state), assign=True)  # a copy: torch marks the metadata of what it assigned
     meta = copy.deepcopy(module).to("meta").to_empty(device="cpu")
     meta.load_state_dict(state)
     copies = [fresh, assigned, meta, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
-    for layout in (torch.channels_last, torch.contiguous_format):
-        copies.append(copy.deepcopy(module).to(memory_format=layout))
-    for other in copies:
-        assert core_is_laid_out(other)
+    copies.append(copy.deepcopy(module).to(memory_format=torch.channels_last))
+    contiguous = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    contiguous.load_state_dict(state)
+    assert all(parameter.is_contiguous() for parameter in contiguous.parameters())
+    for other in (*copies, contiguous):
+        assert core_is_laid_out(other, torch.contiguous_format if other is contiguous else torch.channels_last)
         assert torch.equal(other(input), expected)
         assert repr(other) == repr(module)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
@@ -263,6 +274,60 @@ def test_edits_show_at_once(module: nn.Module, input: Tensor) -> None:
         torch.testing.assert_close(doubled - bias, 2 * (before - bias))
         module.in_factor.data.zero_()
         torch.testing.assert_close(module(input), bias.expand_as(before))
+
+
+@pytest.mark.parametrize(("module", "input"), modules_of_every_kind())
+def test_made_in_inference_mode_yet_trainable(module: nn.Module, input: Tensor) -> None:
+    kind = type(module)
+    with torch.inference_mode():
+        made = [
+            kind(S, T, rank=module.rank)
+            if kind is LowRankLinear
+            else kind(S, T, module.kernel_size, module.rank, padding=1),
+            kind.from_sequential(module.to_sequential()),
+        ]
+        dense = module.to_dense()
+    for other in (*made, dense):
+        assert not any(parameter.is_inference() for parameter in other.parameters())
+        other(input).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in other.parameters())
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_fully_sharded(process_group: None) -> None:
+    """FSDP2 over one process: outputs, gradients and a step of SGD are those of the unsharded copy."""
+    plain = nn.Sequential(
+        make(TuckerConv2d, (5, 7), kernel_size=(3, 2)),
+        CPConv2d(T, 6, (2, 3), 8, activation="silu"),
+        nn.Flatten(),
+        LowRankLinear(6 * 3 * 4, 9, 4),
+    ).to(memory_format=torch.contiguous_format)
+    sharded = copy.deepcopy(plain)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in sharded:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    input = torch.randn(2, S, 6, 7)
+    outputs = []
+    for model in (plain, sharded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        first = model(input)
+        first.square().sum().backward()
+        optimizer.step()
+        outputs.append((first, model(input)))
+    for expected, actual in zip(*outputs, strict=True):
+        assert torch.equal(actual, expected)
+    assert not torch.equal(*outputs[1])
+    for expected, actual in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(actual.full_tensor(), expected)
+        assert torch.equal(actual.grad.full_tensor(), expected.grad)
 
 
 class Doubled(nn.Module):

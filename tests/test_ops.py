@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_output
+from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_output, assert_within_budget
 from torch import Tensor
 
 import lowrank_ops
@@ -217,3 +217,44 @@ def test_options_as_int_pair_or_list(stride: object) -> None:
     call = Problem("tucker_conv2d", stride=(2, 2)).make()
     other = replace(call.problem).make()
     assert torch.equal(call.run(), torch.ops.lowrank_ops.tucker_conv2d(**other.tensors, stride=stride))
+
+
+def test_input_without_columns_and_without_strides(fused_policy: None) -> None:
+    """Width 0 next to a stride of 0: only padding is read."""
+    x = torch.empty(1, 8, 1, 0).expand(1, 8, 4, 0)
+    factors = torch.randn(3, 8), torch.randn(2, 3, 1, 1), torch.randn(5, 2)
+    bias = torch.randn(5)
+    found = lowrank_ops.tucker_conv2d(x, *factors, bias, padding=1)
+    assert torch.equal(found, bias.view(1, 5, 1, 1).expand(1, 5, 6, 2))
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", [2**31, 2**54, 2**62])
+def test_windows_that_would_overflow_are_refused(name: str, value: int) -> None:
+    call = Problem("tucker_conv2d", kernel=(1, 2)).make()
+    with pytest.raises(ValueError, match=f"tucker_conv2d: {name} must be at most"):
+        lowrank_ops.tucker_conv2d(**call.tensors, **{name: (1, value)})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_checks_its_arguments(op: str) -> None:
+    call = Problem(op).make()
+    call.tensors["bias"] = torch.zeros(7)
+    with torch.autograd.forward_ad.dual_level():
+        x = call.tensors["input"]
+        call.tensors["input"] = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match=f"{op}: bias must be"):
+            call.run()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_of_few_rows(rows: int, dtype: torch.dtype, fused_policy: None) -> None:
+    """Depths and widths around vectors and blocks of the unpacked kernel, contiguous and transposed rows."""
+    for seed, (s, r, t) in enumerate([(1, 1, 1), (16, 4, 17), (31, 5, 16), (33, 16, 35), (64, 33, 100), (129, 40, 6)]):
+        call = Problem("lowrank_linear", n=1, h=rows, s=s, r1=r, t=t, dtype=dtype, activation="silu", seed=seed).make()
+        assert_output(call, call.run())
+        call.tensors["input"] = call.tensors["input"].transpose(1, 2).contiguous().transpose(1, 2)
+        exact = call.exact()
+        low = call.reference(dtype) if dtype.itemsize == 2 else None
+        assert_within_budget(call.run(), exact, call.magnitude(), low)

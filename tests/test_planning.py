@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def test_unknown_policy_is_refused_and_changes_nothing() -> None:
     lowrank_ops.set_policy("chain")
     with pytest.raises(ValueError, match="set_policy: policy must be one of auto, fused, chain, measure, got 'fast'"):
         lowrank_ops.set_policy("fast")
+    with pytest.raises(TypeError, match="set_policy: name must be a str, one of auto, fused, chain, measure, got 3"):
+        lowrank_ops.set_policy(3)
     assert lowrank_ops.policy() == "chain"
 
 
@@ -142,6 +145,85 @@ def test_explain_a_model_names_every_op(capsys: pytest.CaptureFixture[str]) -> N
     assert lowrank_ops.explain(nn.ReLU(), (1, 2), verbose=False) == ()
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = lowrank_ops.LowRankLinear(6, 5, 3)
+
+    def forward(self, image: torch.Tensor, other: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        output = self.linear(image + other)
+        return output if scale is None else output * scale
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [(2, 6), (6,)],
+        ((2, 6), torch.zeros(2, 6), None),
+        ([2, 6], torch.zeros(6), (1,)),
+        {"other": (2, 6), "image": torch.zeros(6)},
+    ],
+)
+def test_explain_a_model_of_several_inputs(inputs: object) -> None:
+    (found,) = lowrank_ops.explain(TwoInputs(), inputs, verbose=False)
+    assert found.problem == "2 rows, 6 to 5, rank 3, float32"
+
+
+def test_explain_takes_an_op_s_arguments_by_name() -> None:
+    named = {"input": (3, 6), "in_factor": (2, 6), "out_factor": (5, 2)}
+    (found,) = lowrank_ops.explain(lowrank_ops.lowrank_linear, named, activation="relu", verbose=False)
+    assert found.problem == "3 rows, 6 to 5, rank 2, float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        (("tucker_conv2d", (2, 6)), {}, "op_or_module must be an op .* got 'tucker_conv2d'"),
+        ((TwoInputs(), "image"), {}, "input_or_shapes must be a tensor, a shape, or a tuple, .* got 'image'"),
+        ((TwoInputs(), [(2, 6), 3.5]), {}, "input_or_shapes must be"),
+        ((lowrank_ops.lowrank_linear, (2, 6)), {}, r"input_or_shapes must be a tuple, .* got \(2, 6\)"),
+        ((TwoInputs(), (2, 6), "float32"), {}, "dtype must be a torch.dtype, got 'float32'"),
+        ((TwoInputs(), (2, 6)), {"stride": 2, "scale": 3}, "unexpected keyword arguments for a module: stride, scale"),
+    ],
+)
+def test_explain_refuses_arguments_of_the_wrong_kind(arguments: tuple, options: dict, words: str) -> None:
+    with pytest.raises(TypeError, match=f"explain: {words}"):
+        lowrank_ops.explain(*arguments, **options)
+
+
+class PlainTensor(TwoInputs):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.linear(image) + torch.ones(2, 5)
+
+
+class PlainBias(TwoInputs):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return lowrank_ops.lowrank_linear(image, self.linear.in_factor, self.linear.out_factor, torch.ones(5))
+
+
+class DependsOnValues(TwoInputs):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.linear(image) if image.sum() > 0 else image
+
+
+@pytest.mark.parametrize(
+    "model", [PlainTensor(), PlainBias(), DependsOnValues()], ids=lambda model: type(model).__name__
+)
+def test_explain_says_that_models_run_on_meta_tensors(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=f"explain: {type(model).__name__} failed: .*meta.* runs the model on meta"):
+        lowrank_ops.explain(model, (2, 6), verbose=False)
+
+
+def test_explain_inside_autocast_plans_the_region_s_dtype() -> None:
+    linear = lowrank_ops.LowRankLinear(6, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lowrank_ops.explain(linear, (2, 6), verbose=False)[0].problem.endswith("bfloat16")
+        assert lowrank_ops.explain(linear.double(), (2, 6), verbose=False)[0].problem.endswith("float64")
+        assert linear(torch.zeros(2, 6, dtype=torch.float64)).dtype == torch.float64
+    meta = copy.deepcopy(linear).to("meta")
+    assert lowrank_ops.explain(meta, (2, 6), device="cpu", verbose=False)[0].problem.endswith("float64")
+
+
 def test_explain_refuses_what_the_op_refuses() -> None:
     with pytest.raises(ValueError, match="core must have size"):
         lowrank_ops.explain(lowrank_ops.tucker_conv2d, [(1, 4, 8, 8), (2, 4), (3, 5, 3, 3), (6, 3)], verbose=False)
@@ -184,3 +266,23 @@ def test_regret_on_the_committed_results(path: Path) -> None:
 
 def test_there_are_committed_results() -> None:
     assert RESULTS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_number_of_threads_does_not_change_the_path(dtype: str) -> None:
+    """It would change the bits of a result."""
+    threads = torch.get_num_threads()
+    try:
+        for op, rows in [("lowrank_linear", 12544), ("lowrank_linear", 64), ("tucker_conv2d", 1), ("cp_conv2d", 4)]:
+            for channels in (8, 32, 128, 512):
+                for rank in (4, 16, 64):
+                    size = 1 if op == "lowrank_linear" else 14
+                    sizes = [rows, channels, size, size, channels, rank, rank, 1, 1]
+                    paths = set()
+                    for count in (1, 2, 4, 16):
+                        torch.set_num_threads(count)
+                        found = _C.explain(op, dtype, True, sizes, [1, 1, 0, 0, 1, 1], "none", "cpu")
+                        paths.add(found["chosen"]["path"])
+                    assert len(paths) == 1, (op, sizes)
+    finally:
+        torch.set_num_threads(threads)

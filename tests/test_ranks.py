@@ -108,6 +108,12 @@ def test_energy_out_of_range(kept: float) -> None:
         Energy(kept)
 
 
+@pytest.mark.parametrize("kept", ["a", None, True, (0.5, 0.5)])
+def test_energy_of_another_type(kept: object) -> None:
+    with pytest.raises(TypeError, match="Energy: kept must be a number"):
+        Energy(kept)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
 def test_energy_is_the_smallest_rank_that_keeps_it(dtype: torch.dtype, shape: tuple[int, int]) -> None:

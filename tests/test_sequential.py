@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
+import lowrank_ops
 from lowrank_ops.factorize import fuse_
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 
@@ -287,7 +288,7 @@ def test_no_tucker_block(chain: nn.Sequential, reason: str) -> None:
     ],
 )
 def test_no_cp_block(chain: nn.Sequential, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(lowrank_ops.NotOneOp, match=reason):
         CPConv2d.from_sequential(chain)
 
 
