@@ -25,6 +25,9 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = "0.1.0"
 DEBUG = os.environ.get("DEBUG") == "1"
 OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
+# at::parallel_for is inline: without this it compiles to a plain loop. Not linked with OpenMP: the runtime must
+# be the one that libtorch has loaded, or torch.set_num_threads would not reach it.
+OPENMP = ["-fopenmp"] if "OpenMP" in torch.__config__.parallel_info() else []
 
 # The kernels of csrc/cpu/kernels know nothing of torch and are compiled once an instruction set, by file suffix.
 # Which one runs is decided at run time (csrc/cpu/isa.cpp); nothing depends on the build machine's CPU.
@@ -172,6 +175,7 @@ setup(
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=[
                 *OPTIMIZE,
+                *OPENMP,
                 "-Wall",
                 f'-DLOWRANK_OPS_VERSION="{VERSION}"',
                 f'-DLOWRANK_OPS_GIT_SHA="{git_sha()}"',

@@ -1,8 +1,11 @@
 // The op schemas, the kernel of every device that has none of its own, and the Python module `_C`.
 #include "ops.h"
 
+#include <ATen/Parallel.h>
 #include <torch/extension.h>
 #include <torch/library.h>
+
+#include <atomic>
 
 #include "checks.h"
 #include "cpu/isa.h"
@@ -47,7 +50,19 @@ py::dict build_info() {
   info["torch"] = LOWRANK_OPS_TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["cuda"] = py::none();
+#if defined(_OPENMP)
+  info["parallel"] = "OpenMP";
+#else
+  info["parallel"] = "none";
+#endif
   return info;
+}
+
+// How many threads at::parallel_for gives to `tasks` tasks in this extension.
+int64_t parallel_threads(int64_t tasks) {
+  std::atomic<int64_t> threads{0};
+  at::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { ++threads; });
+  return threads;
 }
 
 }  // namespace
@@ -92,6 +107,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     forget_measurements();  // of other kernels
   });
   bind_explain(m);
+  m.def("parallel_threads", &parallel_threads);
   m.def("cpu_isa", [] { return cpu_caps().isa; });
 }
 

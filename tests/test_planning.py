@@ -286,3 +286,14 @@ def test_the_number_of_threads_does_not_change_the_path(dtype: str) -> None:
                     assert len(paths) == 1, (op, sizes)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_set_num_threads_reaches_the_kernels() -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert _C.parallel_threads(16) == count
+            assert _C.parallel_threads(1) == 1
+    finally:
+        torch.set_num_threads(threads)
