@@ -10,9 +10,9 @@
 // Rows of A lie `row_stride` apart, so a window that slides over a channels-last row buffer needs no im2col: KW taps of
 // a row are one depth of KW * R1 contiguous elements when the dilation is 1.
 //
-// Against oneDNN's brgemm on a Zen 4 core (118 GFLOP/s fp32, 236 bf16): 56 rows, 64 columns, depth 64 and 576: 114 and
-// 117 here, 113 and 117 there; bf16 225 and 234 here, not offered there. brgemm generates code for each shape and
-// thread, and writes its sums to memory between taps.
+// Against oneDNN's brgemm on a Zen 4 core (118 GFLOP/s fp32, 236 bf16), 64 columns: depth 64: 114 here, 113 there;
+// depth 256: 117 and 117; bf16 225 and 232 here, not offered there. brgemm generates code for each shape and thread,
+// and writes its sums to memory between taps.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
