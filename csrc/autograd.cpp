@@ -189,8 +189,8 @@ Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
   if (needs_tangent(input, in_factor, core, out_factor, bias)) {
     const Window window{stride, padding, dilation};
     check_tucker(input, in_factor, core, out_factor, bias, window);
-    return tucker_chain(input, in_factor, core, out_factor, bias, window, parse_activation("tucker_conv2d", activation))
-        .contiguous(input.suggest_memory_format());
+    return tucker_chain(input, in_factor, core, out_factor, bias, window,
+                        parse_activation("tucker_conv2d", activation));
   }
   if (needs_graph(input, in_factor, core, out_factor, bias))
     return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
@@ -206,8 +206,7 @@ Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& 
     const Window window{stride, padding, dilation};
     check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
     return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                    parse_activation("cp_conv2d", activation))
-        .contiguous(input.suggest_memory_format());
+                    parse_activation("cp_conv2d", activation));
   }
   if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
     return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,

@@ -60,7 +60,9 @@ at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, co
   const at::ScalarType dtype = library_dtype(input, window);
   at::Tensor hidden = pointwise(input.to(dtype), in_factor);
   hidden = at::conv2d(hidden, core.to(dtype), {}, window.stride, window.padding, window.dilation);
-  return apply_activation(pointwise(hidden, out_factor, bias), activation).to(input.scalar_type());
+  return apply_activation(pointwise(hidden, out_factor, bias), activation)
+      .to(input.scalar_type())
+      .contiguous(input.suggest_memory_format());
 }
 
 at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
@@ -78,7 +80,9 @@ at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const 
             {window.dilation[0], 1});
   depthwise(width_factor.unsqueeze(1).unsqueeze(1), {1, window.stride[1]}, {0, window.padding[1]},
             {1, window.dilation[1]});
-  return apply_activation(pointwise(hidden, out_factor, bias), activation).to(input.scalar_type());
+  return apply_activation(pointwise(hidden, out_factor, bias), activation)
+      .to(input.scalar_type())
+      .contiguous(input.suggest_memory_format());
 }
 
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,

@@ -23,8 +23,7 @@ at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, c
                          IntArrayRef padding, IntArrayRef dilation, string_view activation) {
   const Window window{stride, padding, dilation};
   check_tucker(input, in_factor, core, out_factor, bias, window);
-  return tucker_chain(input, in_factor, core, out_factor, bias, window, parse_activation("tucker_conv2d", activation))
-      .contiguous(input.suggest_memory_format());
+  return tucker_chain(input, in_factor, core, out_factor, bias, window, parse_activation("tucker_conv2d", activation));
 }
 
 at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
@@ -33,8 +32,7 @@ at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const
   const Window window{stride, padding, dilation};
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
   return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                  parse_activation("cp_conv2d", activation))
-      .contiguous(input.suggest_memory_format());
+                  parse_activation("cp_conv2d", activation));
 }
 
 at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,

@@ -41,8 +41,8 @@ inline at::ScalarType library_dtype(const at::Tensor& input) {
   return input.is_cpu() && input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
 }
 
-// The chain of library convolutions (in `library_dtype`): any device, differentiable. What runs where no kernel of ours
-// does.
+// The chain of library convolutions (in `library_dtype`): any device, differentiable, the output in the memory format
+// that input suggests. What runs where no kernel of ours does.
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                         const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,
                         Activation activation);

@@ -16,17 +16,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
   const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
   const SumRows bias_sums(bias, p.dtype, engine);
-  const ConvBlock block{engine,
-                        p,
-                        tile,
-                        Axis(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]),
-                        Axis(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]),
-                        input,
-                        output,
-                        in_weight,
-                        out_weight,
-                        bias_sums,
-                        kernels.accumulator};
+  const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
   const int64_t column_bytes = block.columns.span(tile.columns) * kernels.lanes * element_bytes(kernels.accumulator);
 

@@ -18,8 +18,8 @@ template <typename Fused, typename Chain>
 at::Tensor run(const Problem& problem, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
   const Decision decision = plan_cpu(problem, caps, policy());
-  const CpuTile tile = cpu_tile(problem, caps);
   bool take_chain = decision.chosen.path == "chain";
+  const CpuTile& tile = (take_chain ? decision.others.front() : decision.chosen).tile;  // the fused plan's
   if (policy() == Policy::kMeasure && decision.others.size() == 1)
     take_chain = chain_measures_faster(problem, caps, [&] { fused(tile); }, [&] { chain(); });
   return take_chain ? chain() : fused(tile);
@@ -34,10 +34,7 @@ at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, c
   const Problem problem = tucker_problem(input, core, out_factor, window, activation);
   return run(
       problem, [&](const CpuTile& tile) { return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile); },
-      [&] {
-        return tucker_chain(input, in_factor, core, out_factor, bias, window, activation)
-            .contiguous(input.suggest_memory_format());
-      });
+      [&] { return tucker_chain(input, in_factor, core, out_factor, bias, window, activation); });
 }
 
 at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
@@ -52,10 +49,7 @@ at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const
       [&](const CpuTile& tile) {
         return cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile);
       },
-      [&] {
-        return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation)
-            .contiguous(input.suggest_memory_format());
-      });
+      [&] { return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation); });
 }
 
 at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,

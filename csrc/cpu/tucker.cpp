@@ -17,17 +17,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
   const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
   const SumRows bias_sums(bias, p.dtype, engine);
-  const ConvBlock block{engine,
-                        p,
-                        tile,
-                        Axis(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]),
-                        Axis(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]),
-                        input,
-                        output,
-                        in_weight,
-                        out_weight,
-                        bias_sums,
-                        engine.kernels->element};
+  const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->element};
   const int64_t hidden_columns = block.hidden_columns();
   // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.
   const bool joined = block.columns.dilation == 1 && p.r1 == hidden_columns;

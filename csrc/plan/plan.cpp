@@ -104,10 +104,10 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
 
 namespace {
 
-std::string fused_kernel(const Problem& p, const CpuCaps& caps) {
+std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
   std::string kernel = std::string("cpu_") + name_of(p.op) + "_" + caps.isa;
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
-  if (p.op == Op::kLinear && cpu_tile(p, caps).unpacked) kernel += "_unpacked";
+  if (tile.unpacked) kernel += "_unpacked";
   return kernel;
 }
 
@@ -124,8 +124,8 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
   Decision decision;
   Plan fused, chain;
   fused.path = "fused";
-  fused.kernel = fused_kernel(p, caps);
   fused.tile = cpu_tile(p, caps);
+  fused.kernel = fused_kernel(p, caps, fused.tile);
   fused.flops = fused_flops(p, fused.tile);
   CpuCaps one_thread = caps;
   one_thread.threads = 1;
