@@ -20,6 +20,10 @@ struct Problem {
   int64_t kh = 1, kw = 1;
   int64_t stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
   Activation activation = Activation::kNone;
+  // GPUs: whether fp32 may be rounded to tf32 (torch's settings), and the widest copies in bytes that the pointers and
+  // strides of input, factors and output allow (0: as the sizes allow, dense tensors).
+  bool tf32 = false;
+  int64_t input_vector = 0, factor_vector = 0, output_vector = 0;
 };
 
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {

@@ -1,0 +1,173 @@
+// How a fused CUDA kernel cuts a block: what the planner chooses, the kernels obey and the tests check. Plain C++17,
+// no CUDA headers: the planner includes it too.
+//
+// One CTA computes a tile of `tile_n` images x `tile_h` x `tile_w` output pixels. Along an axis with stride s and
+// dilation d the tile's outputs are `lattice` = d / gcd(s, d) apart, so that every tap of every output falls on input
+// positions `unit` = d apart, and a halo of `(tile - 1) * stride + kernel` positions, stride = s / gcd(s, d), holds all
+// of them: a dilated convolution has the halo of an undilated one. There are `lattice` residue classes of outputs, each
+// with tiles of its own.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LOWRANK_OPS_BOTH __host__ __device__
+#else
+#define LOWRANK_OPS_BOTH
+#endif
+
+namespace lowrank_ops {
+
+constexpr int kMaxStages = 4;     // slots of the ring buffer that chunks stream through
+constexpr int kVectorBytes = 16;  // the widest access, and the padding of a row: rows an odd multiple of 16 bytes
+                                  // apart put eight consecutive ones into different shared-memory banks
+constexpr int kStepBytes = 32;    // a step of the inner product: 16 bf16, 8 tf32, 8 fp32, 4 fp64
+constexpr int kInputChunkBytes = 64;  // of a pixel's input channels in a chunk of the first stage
+constexpr int kMaxChunkBytes = 256;   // of a row in a chunk of the other stages
+
+LOWRANK_OPS_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+LOWRANK_OPS_BOTH constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+// What is fixed when a kernel is compiled. Warps form a grid of warps_m x warps_n; in the first stage a warp owns
+// 16 * halo_tiles halo pixels, afterwards 16 * pixel_tiles output pixels, in all stages 8 * rank_tiles columns.
+struct Config {
+  int warps_m, warps_n, halo_tiles, pixel_tiles, rank_tiles;
+
+  LOWRANK_OPS_BOTH constexpr int threads() const { return 32 * warps_m * warps_n; }
+  LOWRANK_OPS_BOTH constexpr int halo_rows() const { return 16 * warps_m * halo_tiles; }  // of a pass of stage 1
+  LOWRANK_OPS_BOTH constexpr int pixels() const { return 16 * warps_m * pixel_tiles; }    // a tile has at most these
+  LOWRANK_OPS_BOTH constexpr int columns() const { return 8 * warps_n * rank_tiles; }     // of a pass of any stage
+};
+
+// The configurations of each family of kernels. All have the same warp tile of 32 x 64 (32 x 32: ranks up to 32).
+constexpr Config kSm80Configs[] = {
+    {4, 1, 3, 2, 4},  // 128 pixels, ranks up to 32 in one pass
+    {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
+    {4, 2, 3, 2, 8},  // 128 pixels, ranks up to 128
+    {2, 2, 4, 2, 8},  // 64 pixels, ranks up to 128: small problems, large hidden tiles
+};
+constexpr Config kSimtConfigs[] = {
+    {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
+    {2, 2, 2, 2, 4},  // 64 pixels: small problems, large hidden tiles; the one for fp64
+};
+constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
+constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
+
+// One axis (height or width), in the terms of the comment above.
+struct TileAxis {
+  int in = 1, out = 1, kernel = 1, padding = 0;
+  int lattice = 1, unit = 1, stride = 1;  // stride of the lattice
+  int original_stride = 1;
+  int tile = 1;  // outputs of a tile
+
+  LOWRANK_OPS_BOTH constexpr int halo() const { return (tile - 1) * stride + kernel; }
+  LOWRANK_OPS_BOTH constexpr int class_outputs() const { return int(ceil_div(out, lattice)); }
+  LOWRANK_OPS_BOTH constexpr int tiles() const { return lattice * int(ceil_div(class_outputs(), tile)); }
+  // Tile number `index` -> its first output, and an output of the tile -> the output of the axis. May lie outside.
+  LOWRANK_OPS_BOTH constexpr int output(int index, int position) const {
+    return index % lattice + (index / lattice * tile + position) * lattice;
+  }
+  // Tile number `index` -> the input coordinate of a halo position. May lie outside.
+  LOWRANK_OPS_BOTH constexpr int input(int index, int position) const {
+    return output(index, 0) * original_stride - padding + position * unit;
+  }
+};
+
+// A problem cut into tiles.
+struct Geometry {
+  TileAxis rows, columns;  // height, width
+  int n = 0, tile_n = 1;   // images, images of a tile
+  int s = 0, t = 0, r1 = 0, r2 = 0;
+  int stages = 2;  // of the ring buffer, 2 to kMaxStages
+  int splits = 1;  // CTAs that share a tile's pixels, each with T / splits output channels
+
+  LOWRANK_OPS_BOTH constexpr int halo() const { return tile_n * rows.halo() * columns.halo(); }
+  LOWRANK_OPS_BOTH constexpr int pixels() const { return tile_n * rows.tile * columns.tile; }
+  LOWRANK_OPS_BOTH constexpr int taps() const { return rows.kernel * columns.kernel; }
+  LOWRANK_OPS_BOTH constexpr int64_t tiles() const {
+    return ceil_div(n, tile_n) * rows.tiles() * columns.tiles();
+  }
+  LOWRANK_OPS_BOTH constexpr int64_t ctas() const { return tiles() * splits; }
+};
+
+// Where things lie in a CTA's shared memory, in bytes, and how the three streams of chunks are cut. `fused_core` is
+// Tucker's core stage; CP and linear have none. A row of `bytes` payload occupies bytes + kVectorBytes.
+struct SharedLayout {
+  int halo_rows = 0;  // of the hidden tile: a multiple of 16
+  int hidden_row = 0, hidden = 0;     // stride of a row of the first hidden tile [halo_rows, R1]; its offset
+  int second_row = 0, second = 0;     // Tucker: of the second hidden tile [pixels, R2], over the first where it can be
+  int slots = 0, slot = 0;            // offset of the ring buffer, bytes of a slot
+  int core_chunk = 0, out_chunk = 0;  // bytes of a row in a chunk of core / of out_factor: multiples of kStepBytes
+  int staging = 0, staging_warp = 0;  // offset of the output staging, bytes of a warp's part: 16 rows
+  int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // offsets of the tables: int64, int64, int32
+  int bytes = 0;
+
+  // Passes over the columns of a stage; over the halo rows of the first.
+  int halo_passes = 1, r1_passes = 1, r2_passes = 1;
+};
+
+LOWRANK_OPS_BOTH constexpr int least(int a, int b) {
+  return a < b ? a : b;
+}
+LOWRANK_OPS_BOTH constexpr int most(int a, int b) {
+  return a > b ? a : b;
+}
+
+// The longest row of a chunk, in bytes, so that `rows` of them fit into `slot` bytes; at least one step.
+LOWRANK_OPS_BOTH constexpr int chunk_bytes(int rows, int slot, int row_bytes) {
+  const int fitting = (slot / rows - kVectorBytes) / kStepBytes * kStepBytes;
+  return least(least(most(fitting, kStepBytes), kMaxChunkBytes), row_bytes);
+}
+
+LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const Config& c, int element, bool tucker) {
+  SharedLayout l;
+  const int r1_bytes = int(round_up(int64_t(g.r1) * element, kStepBytes));
+  const int r2_bytes = int(round_up(int64_t(g.r2) * element, kStepBytes));
+  l.halo_passes = int(ceil_div(g.halo(), c.halo_rows()));
+  l.r1_passes = int(ceil_div(g.r1, c.columns()));
+  l.r2_passes = tucker ? int(ceil_div(g.r2, c.columns())) : 1;
+  l.halo_rows = int(round_up(g.halo(), 16));
+
+  const int first_slot = (c.halo_rows() + c.columns()) * (kInputChunkBytes + kVectorBytes);
+  l.slot = most(first_slot, c.columns() * (kStepBytes + kVectorBytes));
+  l.core_chunk = chunk_bytes(c.columns(), l.slot, r1_bytes);
+  l.out_chunk = chunk_bytes(c.columns(), l.slot, r2_bytes);
+
+  int offset = 0;
+  l.halo_offset = offset;
+  offset += l.halo_rows * 8;
+  l.pixel_offset = offset;
+  offset += c.pixels() * 8;
+  l.pixel_row = offset;
+  offset += c.pixels() * 4;
+  offset = int(round_up(offset, 128));
+  l.hidden_row = r1_bytes + kVectorBytes;
+  l.hidden = offset;
+  const int hidden = l.halo_rows * l.hidden_row;
+  if (tucker) {
+    l.second_row = r2_bytes + kVectorBytes;
+    const int second = c.pixels() * l.second_row;
+    const bool over = l.r2_passes == 1;  // nothing reads the first hidden tile once the second is written
+    l.second = over ? l.hidden : l.hidden + hidden;
+    offset += over ? most(hidden, second) : hidden + second;
+  } else {
+    // The depthwise stages work in place, and a linear layer has one hidden tile.
+    l.second_row = l.hidden_row;
+    l.second = l.hidden;
+    offset += hidden;
+  }
+  offset = int(round_up(offset, 128));
+  l.slots = offset;
+  offset += g.stages * l.slot;
+  // Eight elements of padding: a warp's stores of two elements each then fall into different banks.
+  l.staging_warp = 16 * (8 * c.rank_tiles + 8) * element;
+  l.staging = int(round_up(offset, 128));
+  l.bytes = l.staging + c.warps_m * c.warps_n * l.staging_warp;
+  return l;
+}
+
+}  // namespace lowrank_ops
