@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -13,21 +14,25 @@ namespace lowrank_ops {
 // A GPU as the planner sees it: read from the driver for the present device, or from the list of named GPUs (gpus.cpp).
 struct GpuCaps {
   std::string name;
-  int architecture = 0;              // 80, 86, 90, ...: compute capability x 10
+  int architecture = 0;  // 80, 86, 90, ...: compute capability x 10
   int multiprocessors = 0;
-  int64_t shared_bytes_cta = 0;      // dynamic shared memory that a CTA may ask for
+  int64_t shared_bytes_cta = 0;  // dynamic shared memory that a CTA may ask for
   int64_t shared_bytes_multiprocessor = 0;
   int64_t l2_bytes = 0;
   double memory_bytes_per_second = 0;
-  double fp32_flops = 0, fp64_flops = 0, tf32_flops = 0, fp16_flops = 0;  // a second; the last two of mma.sync
+  // A second, dense: of the FMA units, of mma.sync (our kernels), of the tensor cores at their best (libraries).
+  double fp32_flops = 0, fp64_flops = 0, tf32_flops = 0, fp16_flops = 0;
+  double library_tf32_flops = 0, library_fp16_flops = 0;
   // Architectures that this build has code for ({80, 86, ...}), and that of its PTX (0: none); empty: not known, taken
   // as everything (plans for GPUs that are not there).
   std::vector<int> built_for;
   int built_ptx = 0;
 };
 
-const std::vector<GpuCaps>& named_gpus();         // A100, RTX 3090, RTX 4090, H100, H200, B200
+const std::vector<GpuCaps>& named_gpus();          // A100, RTX 3090, RTX 4090, H100, H200, B200
 const GpuCaps* find_gpu(const std::string& name);  // by name, case and spaces ignored; nullptr: unknown
+// Fills in the FLOP rates of a GPU read from the driver: those of its named kind, or by architecture and clock in Hz.
+void fill_rates(GpuCaps& caps, double clock);
 
 // One kernel that can be launched: a family's configuration for one op.
 struct GpuKernel {
@@ -39,7 +44,14 @@ struct GpuKernel {
   int first_architecture;   // runs from here on
   const char* verified_on;  // GPUs that have run it right, or "" (then it is checked before its first use)
 };
-const std::vector<GpuKernel>& gpu_kernels();  // the table, kernel_table.inc
+const std::vector<GpuKernel>& gpu_kernels();           // the table, kernel_table.inc
+int gpu_kernel_index(const std::string& kernel_name);  // -1: unknown
+
+// The widest copies in bytes, as the problem says, or as its sizes allow for dense tensors.
+struct CopyWidths {
+  int64_t input, factor, output;
+};
+CopyWidths copy_widths(const Problem& problem);
 
 // Cuts `problem` for `kernel`: the tile, stages and splits of lowest predicted time, or a reason why it cannot run.
 struct GpuCandidate {
@@ -49,7 +61,23 @@ struct GpuCandidate {
 GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps);
 // The same with a given cut, for tests that walk over tiles: tile_n, tile_h, tile_w, stages, splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
+SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);
 
-Decision plan_gpu(const Problem& problem, const GpuCaps& caps, Policy policy);
+// What narrows the choice, besides the policy.
+struct GpuRestrictions {
+  int only = -1;                     // index into gpu_kernels(): its op runs this kernel wherever it can, for tests
+  std::vector<std::string> refused;  // by kernel, or empty: why it must not run on this GPU ("": it may)
+};
+// Every kernel of the op against the chain of library convs. `chosen` and `others` all can run, the lowest predicted
+// time first; under kMeasure `chosen` is what kAuto would take, and the caller times them.
+Decision plan_gpu(const Problem& problem, const GpuCaps& caps, Policy policy, const GpuRestrictions& restrictions = {});
+
+// plan_gpu behind a cache, for every call of an op: `device` stands for `caps` in its key. Thread-safe.
+std::shared_ptr<const Decision> cached_plan_gpu(const Problem& problem, const GpuCaps& caps, int device, Policy policy);
+// Restrictions of all later plans of this process. Of an unknown kernel: false, and nothing changes; "" lifts it.
+bool force_gpu_kernel(const std::string& name);
+std::string forced_gpu_kernel();
+void refuse_gpu_kernel(int device, int kernel, const std::string& reason);
+GpuRestrictions gpu_restrictions(int device);
 
 }  // namespace lowrank_ops

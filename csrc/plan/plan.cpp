@@ -40,13 +40,6 @@ const char* name_of(DType dtype) {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-
 constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;

@@ -1,0 +1,348 @@
+#include "plan/gpu.h"
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <numeric>
+
+#include "plan/cost.h"
+#include "plan/gpu_cost.h"
+
+namespace lowrank_ops {
+namespace {
+
+// What the lines of kernel_table.inc expand to. A new family adds its row to `kFamilies`.
+constexpr Op kOp_tucker = Op::kTucker, kOp_cp = Op::kCP, kOp_linear = Op::kLinear;
+#define LOWRANK_OPS_NAME_tucker "tucker_conv2d"
+#define LOWRANK_OPS_NAME_cp "cp_conv2d"
+#define LOWRANK_OPS_NAME_linear "lowrank_linear"
+constexpr const Config* kConfigs_sm80 = kSm80Configs;
+constexpr const Config* kConfigs_simt = kSimtConfigs;
+constexpr int kFirst_sm80 = 80;  // mma.sync with bf16 and tf32, cp.async
+constexpr int kFirst_simt = 75;  // what nvcc 13 still compiles for
+
+constexpr int kSimtDoubleConfig = 1;  // the one whose fp64 sums fit into the registers
+
+std::string kib(int64_t bytes) {
+  return std::to_string((bytes + 1023) / 1024) + " KiB";
+}
+
+bool is_simt(const GpuKernel& kernel) {
+  return std::strcmp(kernel.family, "simt") == 0;
+}
+
+std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
+  if (is_simt(kernel)) {
+    if (p.dtype == DType::kDouble && kernel.config != kSimtDoubleConfig)
+      return "float64 has its kernel in the configuration of 64 pixels";
+    return "";
+  }
+  if (p.dtype == DType::kDouble) return "tensor cores here take bfloat16, float16 and float32 as tf32, got float64";
+  if (p.dtype == DType::kFloat && !p.tf32)
+    return p.op == Op::kLinear ? "float32 is to keep its precision; tf32 is allowed by "
+                                 "torch.backends.cuda.matmul.fp32_precision = \"tf32\""
+                               : "float32 is to keep its precision; tf32 is allowed by "
+                                 "torch.backends.cudnn.conv.fp32_precision = \"tf32\"";
+  return "";
+}
+
+std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
+  if (caps.architecture < kernel.first_architecture)
+    return std::string("runs from sm_") + std::to_string(kernel.first_architecture) + " on, this GPU is sm_" +
+           std::to_string(caps.architecture);
+  if (caps.built_for.empty() && caps.built_ptx == 0) return "";
+  // Code of an architecture runs on later ones of the same generation, PTX on all later ones.
+  bool runs = caps.built_ptx > 0 && caps.built_ptx <= caps.architecture;
+  std::string built;
+  for (const int architecture : caps.built_for) {
+    runs = runs || (architecture / 10 == caps.architecture / 10 && architecture <= caps.architecture);
+    built += (built.empty() ? "sm_" : ", sm_") + std::to_string(architecture);
+  }
+  if (runs) return "";
+  if (caps.built_ptx > 0)
+    built += (built.empty() ? "PTX of compute_" : ", PTX of compute_") + std::to_string(caps.built_ptx);
+  return "built for " + built + ", this GPU is sm_" + std::to_string(caps.architecture) +
+         ": set TORCH_CUDA_ARCH_LIST and reinstall, or policy 'chain'";
+}
+
+// Kernels compute coordinates, channels and depths in 32 bits (offsets into tensors in 64).
+std::string size_reason(const Problem& p) {
+  constexpr int64_t kLargest = INT_MAX, kMargin = 1024;  // a tile beyond the last output
+  const auto above = [&](const char* what, double value, double limit) {
+    return value <= limit ? std::string()
+                          : std::string(what) + " must be at most " + std::to_string(int64_t(limit)) + ", got " +
+                                std::to_string(int64_t(value));
+  };
+  if (p.n == 0 || p.s == 0 || p.t == 0 || p.oh == 0 || p.ow == 0 || p.r1 == 0 || p.r2 == 0)
+    return "there is nothing to compute";
+  std::string reason = above("images (rows of a linear layer)", double(p.n), kLargest - kMargin);
+  for (const int64_t channels : {p.s, p.t, p.r1, p.r2})
+    if (reason.empty()) reason = above("channels and ranks", double(channels), kLargest / 16);
+  if (reason.empty()) reason = above("KH * KW * R1", double(p.kh) * p.kw * p.r1, kLargest);
+  const int64_t out[] = {p.oh, p.ow}, in[] = {p.h, p.w}, kernel[] = {p.kh, p.kw};
+  for (int axis = 0; axis < 2 && reason.empty(); ++axis) {
+    const double beyond = double(kMargin) * p.dilation[axis];
+    reason =
+        above("coordinates", (out[axis] + beyond) * p.stride[axis] + double(kernel[axis]) * p.dilation[axis], kLargest);
+    if (reason.empty()) reason = above("coordinates", double(in[axis]) + p.padding[axis], kLargest);
+  }
+  return reason;
+}
+
+TileAxis axis_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  // With one tap, the only positions that are needed are those of the outputs: the lattice of the stride.
+  const int64_t unit = kernel == 1 ? stride : dilation, common = std::gcd(stride, unit);
+  TileAxis axis;
+  axis.in = int(in);
+  axis.out = int(out);
+  axis.kernel = int(kernel);
+  axis.padding = int(padding);
+  axis.lattice = int(unit / common);
+  axis.unit = int(unit);
+  axis.stride = int(stride / common);
+  axis.original_stride = int(stride);
+  return axis;
+}
+
+}  // namespace
+
+const std::vector<GpuKernel>& gpu_kernels() {
+#define GPU_KERNEL(op, family, config, shape, verified_on) \
+  {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,           \
+   kOp_##op,                                               \
+   #family,                                                \
+   config,                                                 \
+   kConfigs_##family[config],                              \
+   kFirst_##family,                                        \
+   verified_on},
+  static const std::vector<GpuKernel> kernels = {
+#include "plan/kernel_table.inc"
+  };
+#undef GPU_KERNEL
+  return kernels;
+}
+
+int gpu_kernel_index(const std::string& kernel_name) {
+  const std::vector<GpuKernel>& kernels = gpu_kernels();
+  for (size_t i = 0; i < kernels.size(); ++i)
+    if (kernel_name == kernels[i].name) return int(i);
+  return -1;
+}
+
+Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits) {
+  Geometry g;
+  if (p.op == Op::kLinear) {  // one image of one line, rows along it
+    g.n = 1;
+    g.columns.in = g.columns.out = int(p.n);
+  } else {
+    g.n = int(p.n);
+    g.rows = axis_of(p.h, p.oh, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
+    g.columns = axis_of(p.w, p.ow, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+  }
+  g.tile_n = tile_n;
+  g.rows.tile = tile_h;
+  g.columns.tile = tile_w;
+  g.s = int(p.s);
+  g.t = int(p.t);
+  g.r1 = int(p.r1);
+  g.r2 = int(p.r2);
+  g.stages = stages;
+  g.splits = splits;
+  return g;
+}
+
+SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
+  return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker);
+}
+
+CopyWidths copy_widths(const Problem& p) {
+  const int64_t element = element_bytes(p.dtype);
+  const auto dividing = [&](int64_t channels) {
+    for (const int64_t width : {16, 8, 4})
+      if (width > element && channels * element % width == 0) return width;
+    return element;
+  };
+  const bool by_pixel = p.op == Op::kLinear || p.layout == Layout::kChannelsLast;
+  CopyWidths widths{p.input_vector, p.factor_vector, p.output_vector};
+  if (widths.input == 0) widths.input = by_pixel || p.h * p.w == 1 ? dividing(p.s) : element;
+  if (widths.factor == 0) widths.factor = std::min({dividing(p.s), dividing(p.r1), dividing(p.r2)});
+  if (widths.output == 0) widths.output = by_pixel || p.oh * p.ow == 1 ? dividing(p.t) : element;
+  return widths;
+}
+
+namespace {
+
+// The tiles of an axis worth trying: powers of two, the whole axis, and what shares it out evenly; for the width also
+// rounded up to 8, where ldmatrix reads rows without bank conflicts.
+std::vector<int> tile_sizes(int outputs, int limit, int multiple) {
+  std::vector<int> sizes;
+  const auto add = [&](int64_t size) {
+    if (size >= 1 && size <= limit) sizes.push_back(int(size));
+  };
+  constexpr int kShares = 8;
+  for (int share = 1; share <= kShares; ++share) {
+    add(ceil_div(outputs, share));
+    add(round_up(ceil_div(outputs, share), multiple));
+  }
+  for (int size = 1; size <= limit && size < 2 * outputs; size *= 2) {
+    const int64_t even = ceil_div(outputs, ceil_div(outputs, size));
+    add(size < multiple ? even : round_up(even, multiple));
+  }
+  std::sort(sizes.begin(), sizes.end());
+  sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
+  return sizes;
+}
+
+// How many of `count` things in one of the given number of equal parts, for halves down to one.
+std::vector<int> halves(int64_t count, int64_t largest) {
+  std::vector<int> parts;
+  for (int64_t part = std::min(count, largest); part >= 1; part /= 2) {
+    const int even = int(ceil_div(count, ceil_div(count, part)));
+    if (parts.empty() || parts.back() != even) parts.push_back(even);
+  }
+  return parts;
+}
+
+std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const Plan& plan, const SharedLayout& l) {
+  std::vector<std::string> notes;
+  const Geometry& g = plan.geometry;
+  const CopyWidths widths = copy_widths(p);
+  const int64_t element = element_bytes(p.dtype);
+  if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images a tile");
+  if (g.splits > 1) notes.push_back("T split over " + std::to_string(g.splits) + " CTAs, earlier stages in each");
+  if (g.rows.lattice > 1 || g.columns.lattice > 1)
+    notes.push_back("tiles on the dilation's lattice " + std::to_string(g.rows.lattice) + "x" +
+                    std::to_string(g.columns.lattice));
+  const auto narrow = [&](const char* what, int64_t width, bool by_pixel) {
+    if (width == kVectorBytes) return;
+    if (width > element)
+      notes.push_back(std::string(what) + ": no multiples of 16 bytes, copies of " + std::to_string(width));
+    else
+      notes.push_back(std::string(what) +
+                      (by_pixel ? ": copied element by element" : " in NCHW: copied element by element"));
+  };
+  const bool by_pixel = p.op == Op::kLinear || p.layout == Layout::kChannelsLast;
+  narrow("input", widths.input, by_pixel);
+  narrow("factors", widths.factor, true);
+  narrow("output", widths.output, by_pixel);
+  if (l.r1_passes > 1)
+    notes.push_back("input read " + std::to_string(l.r1_passes) + " times: R1 above the " +
+                    std::to_string(kernel.shape.columns()) + " columns of a pass");
+  if (l.halo_passes > 1)
+    notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times a tile: its halo is above " +
+                    std::to_string(kernel.shape.halo_rows()) + " pixels");
+  if (*kernel.verified_on == 0) notes.push_back("not yet run on a GPU: checked before first use");
+  return notes;
+}
+
+}  // namespace
+
+GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
+  GpuCandidate best;
+  for (const std::string& reason : {dtype_reason(p, kernel), architecture_reason(kernel, caps), size_reason(p)}) {
+    if (reason.empty()) continue;
+    best.reason = reason;
+    return best;
+  }
+  const Config& config = kernel.shape;
+  const Geometry whole = geometry_of(p, 1, 1, 1, 2, 1);
+  // A hidden pixel alone above the limit: its multiples would not even fit into 32 bits.
+  const int64_t row_bytes = round_up(p.r1 * element_bytes(p.dtype), kStepBytes) + kVectorBytes;
+  const int64_t other_row = round_up(p.r2 * element_bytes(p.dtype), kStepBytes) + kVectorBytes;
+  const auto too_large = [&](const Geometry& g) {
+    return double(g.tile_n) * (double(g.rows.tile - 1) * g.rows.stride + g.rows.kernel) *
+                   (double(g.columns.tile - 1) * g.columns.stride + g.columns.kernel) * double(row_bytes) >
+               double(caps.shared_bytes_cta) ||
+           double(config.pixels()) * double(other_row) > INT_MAX / 2.0;
+  };
+  int64_t smallest = 0;
+  const int64_t out_passes = ceil_div(p.t, config.columns());
+  // Bytes that even the least cut needs, in the terms of `too_large`.
+  const auto least_bytes = [&] {
+    if (too_large(whole))
+      return std::max(int64_t(std::min(double(whole.rows.kernel) * whole.columns.kernel * double(row_bytes), 9e18)),
+                      p.op == Op::kTucker ? config.pixels() * other_row : 0);
+    return smallest;
+  };
+
+  Plan plan;
+  plan.path = "fused";
+  plan.kernel = kernel.name;
+  plan.gpu_kernel = int(&kernel - gpu_kernels().data());
+  const int pixels = config.pixels();
+  for (const int tile_w : tile_sizes(whole.columns.class_outputs(), pixels, 8)) {
+    for (const int tile_h : tile_sizes(whole.rows.class_outputs(), pixels / tile_w, 1)) {
+      const bool whole_image = tile_w >= whole.columns.class_outputs() && tile_h >= whole.rows.class_outputs();
+      for (const int tile_n : halves(whole.n, whole_image ? pixels / (tile_w * tile_h) : 1)) {
+        Geometry g = geometry_of(p, tile_n, tile_h, tile_w, 2, 1);
+        if (too_large(g)) continue;
+        for (g.stages = 2; g.stages <= kMaxStages; ++g.stages) {
+          const SharedLayout layout = layout_of(p, kernel, g);
+          if (smallest == 0 || layout.bytes < smallest) smallest = layout.bytes;
+          if (layout.bytes > caps.shared_bytes_cta) break;
+          for (const int share : halves(out_passes, out_passes)) {
+            g.splits = int(ceil_div(out_passes, share));
+            if (g.ctas() > INT_MAX) break;
+            plan.geometry = g;
+            cost_fused(plan, p, kernel, caps, layout);
+            const bool first = best.plan.path.empty();
+            if (first || plan.predicted_seconds < best.plan.predicted_seconds) best.plan = plan;
+          }
+          g.splits = 1;
+        }
+      }
+    }
+  }
+  if (best.plan.path.empty()) {
+    best.reason =
+        smallest > 0 && smallest <= caps.shared_bytes_cta
+            ? "needs more than " + std::to_string(INT_MAX) + " CTAs"
+            : "needs " + kib(least_bytes()) + " of shared memory, this GPU gives a CTA " + kib(caps.shared_bytes_cta);
+    return best;
+  }
+  best.plan.notes = notes_of(p, kernel, best.plan, layout_of(p, kernel, best.plan.geometry));
+  return best;
+}
+
+Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const GpuRestrictions& restrictions) {
+  const std::vector<GpuKernel>& kernels = gpu_kernels();
+  const bool forced = restrictions.only >= 0 && kernels[size_t(restrictions.only)].op == p.op;
+  Decision decision;
+  std::vector<Plan> fused;
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    if (kernels[i].op != p.op) continue;
+    if (forced && int(i) != restrictions.only) {
+      decision.rejections.push_back({kernels[i].name, std::string("only ") + kernels[size_t(restrictions.only)].name +
+                                                          " is allowed (force_gpu_kernel)"});
+      continue;
+    }
+    const bool refused = i < restrictions.refused.size() && !restrictions.refused[i].empty();
+    GpuCandidate candidate = plan_kernel(p, kernels[i], caps);
+    if (candidate.reason.empty() && refused) candidate.reason = restrictions.refused[i];
+    if (candidate.reason.empty())
+      fused.push_back(std::move(candidate.plan));
+    else
+      decision.rejections.push_back({kernels[i].name, candidate.reason});
+  }
+  const auto faster = [](const Plan& a, const Plan& b) { return a.predicted_seconds < b.predicted_seconds; };
+  std::stable_sort(fused.begin(), fused.end(), faster);
+
+  const Plan chain = chain_plan(p, caps);
+  const bool want_fused = forced || policy == Policy::kFused;
+  const bool take_chain = fused.empty() || (!forced && policy == Policy::kChain) ||
+                          (!want_fused && chain.predicted_seconds < fused.front().predicted_seconds);
+  decision.chosen = take_chain ? chain : fused.front();
+  decision.others.assign(fused.begin() + (take_chain ? 0 : 1), fused.end());
+  if (!take_chain)
+    decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);
+  for (const Plan& plan : decision.others) {
+    const bool by_policy = !forced && (policy == Policy::kChain || (policy == Policy::kFused && plan.path == "chain"));
+    decision.rejections.push_back({plan.kernel, by_policy ? std::string("the policy is \"") +
+                                                                (policy == Policy::kFused ? "fused" : "chain") + "\""
+                                                : forced  ? std::string("a kernel is forced (force_gpu_kernel)")
+                                                          : std::string("predicted to be slower")});
+  }
+  return decision;
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,296 @@
+#include "plan/gpu_cost.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "plan/cost.h"
+
+namespace lowrank_ops {
+namespace {
+
+// Of a launch: the op's and the library's own work on the CPU, and the gap between two dependent kernels on the GPU.
+constexpr double kCpuLaunchSeconds = 4e-6;
+constexpr double kGpuLaunchSeconds = 2.5e-6;
+
+constexpr double kMemoryShare = 0.9;     // of a data sheet's bandwidth that a plain copy reaches
+constexpr double kL2BytesPerClock = 24;  // a multiprocessor's: A100 3.7 TB/s, H100 6 TB/s when all of them read
+constexpr double kSharedBytesPerClock = 128;
+constexpr int kSector = 32;             // bytes that global memory moves at least
+constexpr double kCopiesPerClock = 16;  // of single lanes: address, predicate and copy take two issue slots of 32
+constexpr double kDepthwisePerClock = 1.0 / 4;  // sums of a lane: load, two conversions (or addresses), product
+
+// Of the peak rate of mma.sync (FMA) with w warps on each of the four schedulers: kPeak * w / (w + kLatencyWarps). One
+// warp alone waits for its own fragments about a third of the time.
+constexpr double kMmaShare = 0.85, kSimtShare = 0.65, kLatencyWarps = 0.5;
+constexpr int kSchedulers = 4;
+
+constexpr double kChunkLatency = 600e-9;  // a chunk's way out of L2 or memory, shared by stages - 1 in flight
+constexpr double kChunkBarrier = 50e-9;   // a barrier, and the products that wait for it
+constexpr double kCtaSeconds = 1e-6;      // tables of offsets, the first chunk, the last stores
+
+// Registers of a thread beside its sums: fragments, addresses, loop state. With 96 sums 168 in all, as ptxas reports
+// for kernels of this shape (the sketch in ../shared: 128 to 177).
+constexpr int kOtherRegisters = 72;
+constexpr int kRegisters = 65536, kMaxCtas = 16;  // of a multiprocessor; the least of all architectures
+constexpr int64_t kReservedShared = 1024;         // the system's, of each CTA's shared memory
+
+// The library's kernels: what they reach of the peak, their tiles, the start of one.
+constexpr double kLibraryShare = 0.75;
+constexpr int64_t kLibraryPixels = 128, kLibraryColumns = 64, kLibraryDepth = 256;  // depth: of a split of K
+constexpr int64_t kLibrarySplits = 8;
+constexpr double kLibraryKernelSeconds = 2e-6;
+constexpr double kDepthwiseMemoryShare =
+    0.25;  // depthwise 3x1 and 1x3 convs are far from the bandwidth in every layout
+
+int lanes(const GpuCaps& caps) {  // FMA units of a multiprocessor
+  return caps.architecture <= 80 ? 64 : 128;
+}
+double clock_of(const GpuCaps& caps) {
+  return caps.fp32_flops / (2.0 * lanes(caps) * caps.multiprocessors);
+}
+double l2_bytes_per_second(const GpuCaps& caps) {
+  return kL2BytesPerClock * clock_of(caps) * caps.multiprocessors;
+}
+bool tensor_dtype(const Problem& p) {  // whether the library takes tensor cores
+  return p.dtype == DType::kBFloat16 || p.dtype == DType::kHalf || (p.dtype == DType::kFloat && p.tf32);
+}
+double kernel_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
+  if (p.dtype == DType::kDouble) return caps.fp64_flops;
+  if (std::string(kernel.family) == "simt") return caps.fp32_flops;
+  return p.dtype == DType::kFloat ? caps.tf32_flops : caps.fp16_flops;
+}
+double library_flops(const Problem& p, const GpuCaps& caps) {
+  if (p.dtype == DType::kDouble) return caps.fp64_flops;
+  if (!tensor_dtype(p)) return caps.fp32_flops;
+  const double rate = p.dtype == DType::kFloat ? caps.library_tf32_flops : caps.library_fp16_flops;
+  return rate > 0 ? rate : caps.fp32_flops;
+}
+
+// Bytes in whole sectors over bytes asked for, for runs of `run` contiguous bytes: aligned where they are whole
+// sectors.
+double sector_share(double run) {
+  return std::fmod(run, kSector) == 0 ? 1 : (run + kSector) / run;
+}
+
+// How often a warp's eight rows of a matrix fall into the same banks, at worst: rows are odd multiples of 16 bytes.
+int bank_conflicts(const Geometry& g) {
+  const int stride = g.columns.stride % 8 == 0 ? 8 : g.columns.stride % 4 == 0 ? 4 : g.columns.stride % 2 == 0 ? 2 : 1;
+  return stride == 1 && g.columns.tile % 8 != 0 ? 2 : stride;
+}
+
+struct Counts {
+  double products;  // bytes of operands that a warp's products read from shared memory
+  double flops;
+};
+// Products of `steps` steps of depth, by every warp.
+Counts products(const Config& c, int tiles, int conflicts, double steps, int element) {
+  const double rows = 16.0 * tiles, columns = 8.0 * c.rank_tiles, warps = c.warps_m * c.warps_n;
+  return {warps * steps * (rows * conflicts + columns) * kStepBytes,
+          2 * warps * steps * rows * columns * (kStepBytes / element)};
+}
+
+}  // namespace
+
+GpuWork gpu_work(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l) {
+  const Config& c = kernel.shape;
+  const int element = int(element_bytes(p.dtype));
+  const CopyWidths widths = copy_widths(p);
+  const double halo = g.halo(), pixels = g.pixels();
+  const bool by_pixel = widths.input > element || p.layout == Layout::kChannelsLast || p.op == Op::kLinear;
+  GpuWork work;
+
+  // Chunks of 64 bytes of every halo pixel, and of every row of in_factor.
+  const double chunks = ceil_div(int64_t(g.s) * element, kInputChunkBytes);
+  const double passes = double(l.halo_passes) * l.r1_passes;
+  const Counts first = products(c, c.halo_tiles, 1, passes * chunks * (kInputChunkBytes / kStepBytes), element);
+  const double input = halo * g.s * element * l.r1_passes, in_factor = double(g.r1) * g.s * element * l.halo_passes;
+  const double row = double(g.columns.halo()) * element * (g.columns.unit == 1 ? 1 : 0);
+  const double input_share = by_pixel  ? (int64_t(g.s) * element % kSector == 0 ? 1.0 : 1.5)  // a chunk: 3 sectors
+                             : row > 0 ? sector_share(row)
+                                       : std::min<double>(g.columns.unit, double(kSector) / element);
+  work.first.multiply_flops = first.flops;
+  work.first.shared_bytes =
+      first.products + passes * chunks * (c.halo_rows() + c.columns()) * kInputChunkBytes + halo * g.r1 * element;
+  work.first.l2_bytes = input * input_share + in_factor;
+  work.first.copies = input / widths.input + in_factor / widths.factor;
+  work.first.chunks = passes * chunks;
+
+  if (p.op == Op::kTucker) {
+    const double r1_bytes = l.hidden_row - kVectorBytes;
+    const double core = double(g.r2) * g.taps() * g.r1 * element;
+    const Counts middle = products(c, c.pixel_tiles, bank_conflicts(g),
+                                   double(l.r2_passes) * g.taps() * (r1_bytes / kStepBytes), element);
+    work.middle.multiply_flops = middle.flops;
+    work.middle.shared_bytes = middle.products + core + pixels * g.r2 * element;
+    work.middle.l2_bytes = core;
+    work.middle.copies = core / widths.factor;
+    work.middle.chunks = double(l.r2_passes) * g.taps() * ceil_div(int64_t(r1_bytes), l.core_chunk);
+  } else if (p.op == Op::kCP) {
+    const double between = double(g.tile_n) * g.rows.tile * g.columns.halo();
+    work.middle.depthwise_sums = g.r1 * (between * g.rows.kernel + pixels * g.columns.kernel);
+    work.middle.shared_bytes = (work.middle.depthwise_sums + g.r1 * (between + pixels)) * element;
+    work.middle.l2_bytes = double(g.r1) * (g.rows.kernel + g.columns.kernel) * element;
+  }
+
+  const double r2_bytes = l.second_row - kVectorBytes;
+  const int64_t out_passes = ceil_div(ceil_div(g.t, c.columns()), g.splits);
+  const double channels = double(std::min<int64_t>(g.t, out_passes * c.columns()));
+  const double output = pixels * channels * element, out_factor = channels * g.r2 * element;
+  const Counts last = products(c, c.pixel_tiles, 1, out_passes * (r2_bytes / kStepBytes), element);
+  work.last.multiply_flops = last.flops;
+  work.last.shared_bytes = last.products + out_factor + 2 * output;
+  work.last.l2_bytes =
+      output * sector_share(double(widths.output > element || by_pixel ? g.t : g.columns.tile) * element) + out_factor;
+  work.last.copies = output / widths.output + out_factor / widths.factor;
+  work.last.chunks = out_passes * ceil_div(int64_t(r2_bytes), l.out_chunk);
+  return work;
+}
+
+int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, int64_t shared_bytes) {
+  const Config& c = kernel.shape;
+  const int words = p.dtype == DType::kDouble ? 2 : 1;
+  const int registers = 4 * std::max(c.halo_tiles, c.pixel_tiles) * c.rank_tiles * words + kOtherRegisters;
+  const int64_t by_registers = kRegisters / (int64_t(registers) * c.threads());
+  const int64_t by_shared = caps.shared_bytes_multiprocessor / (shared_bytes + kReservedShared);
+  return int(std::max<int64_t>(1, std::min({by_registers, by_shared, int64_t(kMaxCtas)})));
+}
+
+namespace {
+
+// The seconds that a multiprocessor takes for `ctas` CTAs at a time.
+class Multiprocessor {
+ public:
+  Multiprocessor(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, int stages)
+      : warps_(kernel.shape.threads() / 32), stages_(stages), clock_(clock_of(caps)), lanes_(lanes(caps)) {
+    const bool simt = std::string(kernel.family) == "simt";
+    flops_ = kernel_flops(p, kernel, caps) / caps.multiprocessors * (simt ? kSimtShare : kMmaShare);
+  }
+
+  double seconds(const GpuWork& work, int64_t ctas) const {
+    double alone = 0, multiply = 0, depthwise = 0, shared = 0, l2 = 0, copy = 0;
+    for (const GpuPhase* phase : {&work.first, &work.middle, &work.last}) {
+      const double products = phase->multiply_flops / flops_;
+      const double sums = phase->depthwise_sums / (kDepthwisePerClock * lanes_ * clock_);
+      const double shared_time = phase->shared_bytes / (kSharedBytesPerClock * clock_);
+      const double l2_time = phase->l2_bytes / (kL2BytesPerClock * clock_);
+      const double copies = phase->copies / (kCopiesPerClock * clock_);
+      alone += std::max({(products + sums) / busy(1) + phase->chunks * kChunkBarrier, shared_time, l2_time, copies,
+                         phase->chunks * kChunkLatency / (stages_ - 1)});
+      multiply += products, depthwise += sums, shared += shared_time, l2 += l2_time, copy += copies;
+    }
+    const double together = std::max({(multiply + depthwise) / busy(ctas), shared, l2, copy});
+    return std::max(alone, ctas * together) + kCtaSeconds;
+  }
+
+ private:
+  double busy(int64_t ctas) const {
+    const double warps = double(ctas) * warps_ / kSchedulers;
+    return warps / (warps + kLatencyWarps);
+  }
+
+  double flops_, warps_, stages_, clock_, lanes_;
+};
+
+}  // namespace
+
+void cost_fused(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
+  const Geometry& g = plan.geometry;
+  const GpuWork work = gpu_work(p, kernel, g, l);
+  const int64_t together = ctas_per_multiprocessor(p, kernel, caps, l.bytes), sms = caps.multiprocessors;
+  plan.shared_bytes = l.bytes;
+  plan.threads = kernel.shape.threads();
+  plan.ctas = g.ctas();
+  plan.waves = double(plan.ctas) / double(sms * together);
+  plan.flops = double(plan.ctas) * (work.first.multiply_flops + work.middle.multiply_flops +
+                                    2 * work.middle.depthwise_sums + work.last.multiply_flops);
+  // Neighbours' halos and the input's further passes come out of L2, as long as the CTAs at work fit into it.
+  const double tile_bytes = double(g.halo()) * g.s * element_bytes(p.dtype);
+  const double at_work = double(std::min(plan.ctas, sms * together)) * tile_bytes;
+  plan.bytes = block_bytes(p);
+  if (l.r1_passes > 1 && at_work > caps.l2_bytes / 2.0)
+    plan.bytes += double(plan.ctas) * tile_bytes * (l.r1_passes - 1);
+
+  const Multiprocessor multiprocessor(p, kernel, caps, g.stages);
+  const int64_t rounds = plan.ctas / (sms * together), rest = plan.ctas - rounds * sms * together;
+  double seconds = rounds > 0 ? double(rounds) * multiprocessor.seconds(work, together) : 0;
+  if (rest > 0) seconds += multiprocessor.seconds(work, ceil_div(rest, sms));
+  const double memory = plan.bytes / (caps.memory_bytes_per_second * kMemoryShare);
+  plan.predicted_seconds = std::max(kCpuLaunchSeconds, kGpuLaunchSeconds + std::max(seconds, memory));
+}
+
+namespace {
+
+// One library call of the chain: a matrix product of pixels x columns x depth, or a depthwise convolution.
+struct LibraryStage {
+  double pixels = 0, columns = 0, depth = 0;
+  double in_bytes = 0, out_bytes = 0, weight_bytes = 0;
+  bool cold_input = false, last = false, depthwise = false;
+};
+
+double stage_seconds(const LibraryStage& s, const Problem& p, const GpuCaps& caps) {
+  const double memory = caps.memory_bytes_per_second * kMemoryShare;
+  // What the stage before has just written is still in L2 if it fits there.
+  const bool resident = s.in_bytes + s.out_bytes <= caps.l2_bytes / 2.0;
+  const double in = s.in_bytes / (resident && !s.cold_input ? l2_bytes_per_second(caps) : memory);
+  const double out = s.out_bytes / (resident && !s.last ? l2_bytes_per_second(caps) : memory);
+  const double moved = in + out + s.weight_bytes / memory;
+  if (s.depthwise) return kLibraryKernelSeconds + moved / kDepthwiseMemoryShare;
+  const int64_t ctas = ceil_div(int64_t(s.pixels), kLibraryPixels) * ceil_div(int64_t(s.columns), kLibraryColumns);
+  const int64_t splits = std::clamp<int64_t>(int64_t(s.depth) / kLibraryDepth, 1, kLibrarySplits);
+  const double filled = std::min(1.0, double(ctas * splits) / caps.multiprocessors);
+  const double flops = 2.0 * double(ctas * kLibraryPixels * kLibraryColumns) * s.depth;
+  return kLibraryKernelSeconds + std::max(moved, flops / (library_flops(p, caps) * kLibraryShare * filled));
+}
+
+}  // namespace
+
+Plan chain_plan(const Problem& p, const GpuCaps& caps) {
+  const double element = double(element_bytes(p.dtype));
+  const double in_pixels = double(p.n) * p.h * p.w, out_pixels = double(p.n) * p.oh * p.ow;
+  std::vector<LibraryStage> stages;
+  const auto add = [&](double from_pixels, double pixels, double columns, double in_channels, double depth) {
+    stages.push_back({pixels, columns, depth, from_pixels * in_channels * element, pixels * columns * element,
+                      columns * depth * element, stages.empty(), false, false});
+  };
+  add(in_pixels, in_pixels, double(p.r1), double(p.s), double(p.s));
+  if (p.op == Op::kTucker) {
+    add(in_pixels, out_pixels, double(p.r2), double(p.r1), double(p.r1) * p.kh * p.kw);
+  } else if (p.op == Op::kCP) {
+    const double between = double(p.n) * p.oh * p.w;
+    add(in_pixels, between, double(p.r1), double(p.r1), double(p.kh));
+    stages.back().depthwise = true;
+    add(between, out_pixels, double(p.r1), double(p.r1), double(p.kw));
+    stages.back().depthwise = true;
+  }
+  add(out_pixels, out_pixels, double(p.t), double(p.r2), double(p.r2));
+  stages.back().last = true;
+
+  Plan plan;
+  plan.path = "chain";
+  plan.kernel = "chain of torch ops";
+  plan.flops = block_flops(p);
+  plan.bytes = block_bytes(p) + hidden_bytes(p);
+  // Tensor cores want channels last: in NCHW the library transposes around its convolutions (one kernel for each, input
+  // and output through memory once more). The activation is a kernel of its own.
+  const bool transposes = p.op != Op::kLinear && p.layout == Layout::kContiguous && tensor_dtype(p);
+  int kernels = 0;
+  double seconds = 0;
+  const auto moves = [&](double bytes) {
+    const bool resident = bytes <= caps.l2_bytes / 2.0;
+    ++kernels;
+    plan.bytes += bytes;
+    return kLibraryKernelSeconds +
+           bytes / (resident ? l2_bytes_per_second(caps) : caps.memory_bytes_per_second * kMemoryShare);
+  };
+  for (const LibraryStage& stage : stages) {
+    ++kernels;
+    seconds += stage_seconds(stage, p, caps);
+    if (transposes && !stage.depthwise) seconds += moves(stage.in_bytes + stage.out_bytes);
+  }
+  if (p.activation != Activation::kNone) seconds += moves(2 * stages.back().out_bytes);
+  plan.predicted_seconds = std::max(kernels * kCpuLaunchSeconds, kernels * kGpuLaunchSeconds + seconds);
+  return plan;
+}
+
+}  // namespace lowrank_ops
