@@ -15,10 +15,6 @@
 
 namespace lowrank_ops {
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Columns of a packed weight in panels of at most panel_width columns, as even as possible.
 struct Panels {
   int64_t columns, lanes, count, base, extra;  // `base` vectors a panel, one more in the first `extra`
