@@ -24,6 +24,8 @@ constexpr int kVectorBytes = 16;  // the widest access, and the padding of a row
 constexpr int kStepBytes = 32;    // a step of the inner product: 16 bf16, 8 tf32, 8 fp32, 4 fp64
 constexpr int kInputChunkBytes = 64;  // of a pixel's input channels in a chunk of the first stage
 constexpr int kMaxChunkBytes = 256;   // of a row in a chunk of the other stages
+constexpr int kStagedColumns = 32;    // channels of the output that a warp stages at a time, as sums
+constexpr int kStagedStride = 40;     // sums between two rows of them
 
 LOWRANK_OPS_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -56,6 +58,11 @@ constexpr Config kSimtConfigs[] = {
 };
 constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
 constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
+
+enum class Family { kSimt, kSm80 };
+constexpr Config config_of(Family family, int index) {
+  return family == Family::kSimt ? kSimtConfigs[index] : kSm80Configs[index];
+}
 
 // One axis (height or width), in the terms of the comment above.
 struct TileAxis {
@@ -101,7 +108,7 @@ struct SharedLayout {
   int hidden_row = 0, hidden = 0;     // stride of a row of the first hidden tile [halo_rows, R1]; its offset
   int second_row = 0, second = 0;     // Tucker: of the second hidden tile [pixels, R2], over the first where it can be
   int slots = 0, slot = 0;            // offset of the ring buffer, bytes of a slot
-  int core_chunk = 0, out_chunk = 0;  // bytes of a row in a chunk of core / of out_factor: multiples of kStepBytes
+  int core_chunk = 0, out_chunk = 0;  // bytes of a row in a chunk of core / of out_factor (chunk_bytes)
   int staging = 0, staging_warp = 0;  // offset of the output staging, bytes of a warp's part: 16 rows
   int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // offsets of the tables: int64, int64, int32
   int bytes = 0;
@@ -117,10 +124,12 @@ LOWRANK_OPS_BOTH constexpr int most(int a, int b) {
   return a > b ? a : b;
 }
 
-// The longest row of a chunk, in bytes, so that `rows` of them fit into `slot` bytes; at least one step.
+// Bytes of a row in a chunk: a power of two (so that threads find their part by shifting) of at least one step, so that
+// `rows` of them fit into `slot` bytes, and no more than the row needs.
 LOWRANK_OPS_BOTH constexpr int chunk_bytes(int rows, int slot, int row_bytes) {
-  const int fitting = (slot / rows - kVectorBytes) / kStepBytes * kStepBytes;
-  return least(least(most(fitting, kStepBytes), kMaxChunkBytes), row_bytes);
+  int bytes = kStepBytes;
+  while (bytes < row_bytes && 2 * bytes <= kMaxChunkBytes && rows * (2 * bytes + kVectorBytes) <= slot) bytes *= 2;
+  return bytes;
 }
 
 LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const Config& c, int element, bool tucker) {
@@ -163,8 +172,7 @@ LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const C
   offset = int(round_up(offset, 128));
   l.slots = offset;
   offset += g.stages * l.slot;
-  // Eight elements of padding: a warp's stores of two elements each then fall into different banks.
-  l.staging_warp = 16 * (8 * c.rank_tiles + 8) * element;
+  l.staging_warp = 16 * kStagedStride * (element == 8 ? 8 : 4);
   l.staging = int(round_up(offset, 128));
   l.bytes = l.staging + c.warps_m * c.warps_n * l.staging_warp;
   return l;

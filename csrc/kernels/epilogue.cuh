@@ -1,0 +1,110 @@
+// From sums to the output: bias, activation, and a detour through shared memory, so that global memory sees whole
+// vectors (channels_last) or neighbouring pixels (NCHW).
+#pragma once
+
+#include "kernels/engine_simt.cuh"
+#include "kernels/primitives.cuh"
+
+namespace lowrank_ops {
+
+template <int size, typename Sum>
+LOWRANK_OPS_DEVICE void activate(Sum (&values)[size], Activation activation) {
+  // One switch for all of them. Comparisons leave a NaN a NaN.
+  const auto each = [&](auto function) {
+#pragma unroll
+    for (Sum& x : values) x = function(x);
+  };
+  const auto clamp6 = [](Sum x) { return x < Sum(0) ? Sum(0) : x > Sum(6) ? Sum(6) : x; };
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kRelu:
+      each([](Sum x) { return x < Sum(0) ? Sum(0) : x; });
+      break;
+    case Activation::kRelu6:
+      each(clamp6);
+      break;
+    case Activation::kHardswish:
+      each([&](Sum x) { return x * clamp6(x + Sum(3)) / Sum(6); });
+      break;
+    case Activation::kSilu:
+      each([](Sum x) { return x / (Sum(1) + exp(-x)); });
+      break;
+    case Activation::kGelu:
+      each([](Sum x) { return x * Sum(0.5) * (Sum(1) + erf(x * Sum(0.70710678118654752440))); });
+      break;
+  }
+}
+
+// Two neighbouring elements.
+template <typename Element>
+struct alignas(2 * sizeof(Element)) Pair {
+  Element value[2];
+};
+
+// Bias, activation and rounding of `size` sums of neighbouring channels.
+template <typename Element, int size, typename Sum>
+LOWRANK_OPS_DEVICE void finish(Element (&result)[size], const Sum* sums, const BlockParams& p, int channel) {
+  const Element* bias = static_cast<const Element*>(p.bias);
+  Sum values[size];
+#pragma unroll
+  for (int i = 0; i < size; ++i) {
+    values[i] = load_shared<Sum>(sums + i);
+    if (bias && channel + i < p.geometry.t) values[i] += widen(load_global<Element>(bias + channel + i));
+  }
+  activate(values, p.activation);
+#pragma unroll
+  for (int i = 0; i < size; ++i) result[i] = narrow<Element, Sum>(values[i]);
+}
+
+// Writes the sums of 16 pixels x 8 * N channels of one warp, 32 channels at a time. `staging` is the warp's own;
+// `pixel_offset` the table's entries of these 16 pixels (element offsets into the output, negative: none there).
+//
+// Staged are sums, so that bias and activation are compiled once and not for every register. Rows are 40 sums apart: the
+// stores of two sums a lane fall into different banks.
+template <typename Element, int N, typename Sum>
+LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* staging, const unsigned char* pixel_offset,
+                                     const BlockParams& p, int first_channel, int lane) {
+  constexpr int columns = kStagedColumns, stride = kStagedStride, tiles = columns / 8;
+  static_assert(N % tiles == 0, "whole parts");
+  Element* output = static_cast<Element*>(p.output);
+  Sum* staged = reinterpret_cast<Sum*>(staging);
+#pragma unroll
+  for (int part = 0; part < N / tiles; ++part, first_channel += columns) {
+    if (first_channel >= p.geometry.t) break;
+#pragma unroll
+    for (int n = 0; n < tiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_shared(staged + (lane / 4 + 8 * half) * stride + n * 8 + lane % 4 * 2,
+                     Pair<Sum>{{sum[part * tiles + n][2 * half], sum[part * tiles + n][2 * half + 1]}});
+    warp_barrier<Barrier::kStagingWritten>();
+    if (p.output_vector == kVectorBytes) {
+      constexpr int size = Vector<Element>::size, vectors = columns / size;
+#pragma unroll 1
+      for (int i = lane; i < 16 * vectors; i += 32) {
+        const int row = i / vectors, channel = i % vectors * size;
+        const int64_t offset = load_shared<int64_t>(pixel_offset + row * 8);
+        if (offset < 0 || first_channel + channel >= p.geometry.t) continue;
+        Vector<Element> vector;
+        finish(vector.value, staged + row * stride + channel, p, first_channel + channel);
+        store_global(output + offset + first_channel + channel, vector);
+      }
+    } else {
+      // Neighbouring lanes take what lies side by side in memory: channels, or pixels where channels lie apart.
+      const int64_t channel_stride = p.output_stride[1];
+#pragma unroll 1
+      for (int i = lane; i < 16 * columns; i += 32) {
+        const int row = channel_stride == 1 ? i / columns : i % 16, channel = channel_stride == 1 ? i % columns : i / 16;
+        const int64_t offset = load_shared<int64_t>(pixel_offset + row * 8);
+        if (offset < 0 || first_channel + channel >= p.geometry.t) continue;
+        Element element[1];
+        finish(element, staged + row * stride + channel, p, first_channel + channel);
+        store_global(output + offset + (first_channel + channel) * channel_stride, element[0]);
+      }
+    }
+    warp_barrier<Barrier::kStagingRead>();
+  }
+}
+
+}  // namespace lowrank_ops
