@@ -167,6 +167,7 @@ CopyWidths copy_widths(const Problem& p) {
   if (widths.input == 0) widths.input = by_pixel || p.h * p.w == 1 ? dividing(p.s) : element;
   if (widths.factor == 0) widths.factor = std::min({dividing(p.s), dividing(p.r1), dividing(p.r2)});
   if (widths.output == 0) widths.output = by_pixel || p.oh * p.ow == 1 ? dividing(p.t) : element;
+  if (widths.output < kVectorBytes) widths.output = element;  // kernels write vectors of 16 bytes or elements
   return widths;
 }
 
@@ -235,14 +236,34 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   return notes;
 }
 
+// Cuts whose predictions differ by less than this count as equally fast: the one of fewest operations (padding, halo
+// and repeated stages included) is taken, which leaves most to whatever else runs on the GPU.
+constexpr double kEquallyFast = 1.02;
+
+struct Cut {
+  Geometry geometry;
+  double seconds, flops;
+};
+const Cut* best_of(const std::vector<Cut>& cuts) {
+  const Cut* fastest = nullptr;
+  for (const Cut& cut : cuts)
+    if (!fastest || cut.seconds < fastest->seconds) fastest = &cut;
+  const Cut* best = fastest;
+  for (const Cut& cut : cuts)
+    if (cut.seconds <= fastest->seconds * kEquallyFast &&
+        (cut.flops < best->flops || (cut.flops == best->flops && cut.seconds < best->seconds)))
+      best = &cut;
+  return best;
+}
+
 }  // namespace
 
 GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
-  GpuCandidate best;
+  GpuCandidate candidate;
   for (const std::string& reason : {dtype_reason(p, kernel), architecture_reason(kernel, caps), size_reason(p)}) {
     if (reason.empty()) continue;
-    best.reason = reason;
-    return best;
+    candidate.reason = reason;
+    return candidate;
   }
   const Config& config = kernel.shape;
   const Geometry whole = geometry_of(p, 1, 1, 1, 2, 1);
@@ -268,40 +289,45 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
   Plan plan;
   plan.path = "fused";
   plan.kernel = kernel.name;
-  plan.gpu_kernel = int(&kernel - gpu_kernels().data());
+  plan.gpu_kernel = gpu_kernel_index(kernel.name);
+  std::vector<Cut> cuts;
   const int pixels = config.pixels();
-  for (const int tile_w : tile_sizes(whole.columns.class_outputs(), pixels, 8)) {
+  for (const int tile_w : tile_sizes(whole.columns.class_outputs(), pixels, 8))
     for (const int tile_h : tile_sizes(whole.rows.class_outputs(), pixels / tile_w, 1)) {
       const bool whole_image = tile_w >= whole.columns.class_outputs() && tile_h >= whole.rows.class_outputs();
       for (const int tile_n : halves(whole.n, whole_image ? pixels / (tile_w * tile_h) : 1)) {
-        Geometry g = geometry_of(p, tile_n, tile_h, tile_w, 2, 1);
+        Geometry& g = plan.geometry = geometry_of(p, tile_n, tile_h, tile_w, 2, 1);
         if (too_large(g)) continue;
-        for (g.stages = 2; g.stages <= kMaxStages; ++g.stages) {
+        GpuWork work = gpu_work(p, kernel, g, layout_of(p, kernel, g));
+        for (; g.stages <= kMaxStages; ++g.stages) {
           const SharedLayout layout = layout_of(p, kernel, g);
           if (smallest == 0 || layout.bytes < smallest) smallest = layout.bytes;
           if (layout.bytes > caps.shared_bytes_cta) break;
           for (const int share : halves(out_passes, out_passes)) {
             g.splits = int(ceil_div(out_passes, share));
             if (g.ctas() > INT_MAX) break;
-            plan.geometry = g;
-            cost_fused(plan, p, kernel, caps, layout);
-            const bool first = best.plan.path.empty();
-            if (first || plan.predicted_seconds < best.plan.predicted_seconds) best.plan = plan;
+            work.last = last_phase(p, kernel, g, layout);
+            cost_fused(plan, work, p, kernel, caps, layout);
+            cuts.push_back({g, plan.predicted_seconds, plan.flops});
           }
           g.splits = 1;
         }
       }
     }
-  }
-  if (best.plan.path.empty()) {
-    best.reason =
+  const Cut* best = best_of(cuts);
+  if (!best) {
+    candidate.reason =
         smallest > 0 && smallest <= caps.shared_bytes_cta
             ? "needs more than " + std::to_string(INT_MAX) + " CTAs"
             : "needs " + kib(least_bytes()) + " of shared memory, this GPU gives a CTA " + kib(caps.shared_bytes_cta);
-    return best;
+    return candidate;
   }
-  best.plan.notes = notes_of(p, kernel, best.plan, layout_of(p, kernel, best.plan.geometry));
-  return best;
+  plan.geometry = best->geometry;
+  const SharedLayout layout = layout_of(p, kernel, plan.geometry);
+  cost_fused(plan, gpu_work(p, kernel, plan.geometry, layout), p, kernel, caps, layout);
+  plan.notes = notes_of(p, kernel, plan, layout);
+  candidate.plan = std::move(plan);
+  return candidate;
 }
 
 Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const GpuRestrictions& restrictions) {

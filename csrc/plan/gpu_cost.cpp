@@ -25,6 +25,8 @@ constexpr double kDepthwisePerClock = 1.0 / 4;  // sums of a lane: load, two con
 constexpr double kMmaShare = 0.85, kSimtShare = 0.65, kLatencyWarps = 0.5;
 constexpr int kSchedulers = 4;
 
+constexpr double kExposedShared = 0.3;   // of the time of shared memory, what a lone warp does not hide behind products
+constexpr double kLoadLatency = 500e-9;  // of a round of blocking loads
 constexpr double kChunkLatency = 600e-9;  // a chunk's way out of L2 or memory, shared by stages - 1 in flight
 constexpr double kChunkBarrier = 50e-9;   // a barrier, and the products that wait for it
 constexpr double kCtaSeconds = 1e-6;      // tables of offsets, the first chunk, the last stores
@@ -73,10 +75,21 @@ double sector_share(double run) {
   return std::fmod(run, kSector) == 0 ? 1 : (run + kSector) / run;
 }
 
-// How often a warp's eight rows of a matrix fall into the same banks, at worst: rows are odd multiples of 16 bytes.
-int bank_conflicts(const Geometry& g) {
-  const int stride = g.columns.stride % 8 == 0 ? 8 : g.columns.stride % 4 == 0 ? 4 : g.columns.stride % 2 == 0 ? 2 : 1;
-  return stride == 1 && g.columns.tile % 8 != 0 ? 2 : stride;
+// How often ldmatrix must repeat for bank conflicts, on average: eight neighbouring pixels of a tile read rows of the
+// hidden tile, which are odd multiples of 16 bytes apart, so that rows of equal remainder by 8 share their banks.
+double bank_conflicts(const Geometry& g) {
+  constexpr int kRows = 8;
+  const int line = g.columns.halo() * g.rows.stride;
+  int groups = 0, repeats = 0;
+  for (int first = 0; first < g.rows.tile * g.columns.tile; first += kRows, ++groups) {
+    int users[kRows] = {}, most_users = 0;
+    for (int pixel = first; pixel < first + kRows; ++pixel) {
+      const int row = pixel / g.columns.tile * line + pixel % g.columns.tile * g.columns.stride;
+      most_users = std::max(most_users, ++users[row % kRows]);
+    }
+    repeats += most_users;
+  }
+  return double(repeats) / groups;
 }
 
 struct Counts {
@@ -84,37 +97,69 @@ struct Counts {
   double flops;
 };
 // Products of `steps` steps of depth, by every warp.
-Counts products(const Config& c, int tiles, int conflicts, double steps, int element) {
+Counts products(const Config& c, int tiles, double conflicts, double steps, int element) {
   const double rows = 16.0 * tiles, columns = 8.0 * c.rank_tiles, warps = c.warps_m * c.warps_n;
   return {warps * steps * (rows * conflicts + columns) * kStepBytes,
           2 * warps * steps * rows * columns * (kStepBytes / element)};
 }
 
+bool by_pixel(const Problem& p) {  // whether a pixel's channels lie side by side
+  return p.op == Op::kLinear || p.layout == Layout::kChannelsLast;
+}
+
+// Rounds of loads that a thread waits for: 16 bytes of 2-byte elements (8-byte ones) that no asynchronous copy takes.
+double blocking_loads(double bytes, int64_t width, int element, const Config& c) {
+  const bool asynchronous = width == 16 || width == 8 || (width == 4 && element <= 4);
+  return asynchronous && !(width == 8 && element == 8) ? 0 : bytes / kVectorBytes / c.threads();
+}
+
 }  // namespace
+
+GpuPhase last_phase(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l) {
+  const Config& c = kernel.shape;
+  const int element = int(element_bytes(p.dtype));
+  const CopyWidths widths = copy_widths(p);
+  const double pixels = g.pixels(), r2_bytes = l.second_row - kVectorBytes;
+  const int64_t passes = ceil_div(ceil_div(g.t, c.columns()), g.splits);
+  const double channels = double(std::min<int64_t>(g.t, passes * c.columns()));
+  const double output = pixels * channels * element, out_factor = channels * g.r2 * element;
+  const Counts last = products(c, c.pixel_tiles, 1, double(passes) * (r2_bytes / kStepBytes), element);
+  GpuPhase phase;
+  phase.multiply_flops = last.flops;
+  phase.shared_bytes = last.products + out_factor + 2 * output;
+  phase.l2_bytes = output * sector_share(double(by_pixel(p) ? g.t : g.columns.tile) * element) + out_factor;
+  phase.copies = output / double(widths.output) + out_factor / double(widths.factor);
+  phase.chunks = double(passes) * double(ceil_div(int64_t(r2_bytes), l.out_chunk));
+  phase.blocking_loads = blocking_loads(out_factor, widths.factor, element, c);
+  return phase;
+}
 
 GpuWork gpu_work(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l) {
   const Config& c = kernel.shape;
   const int element = int(element_bytes(p.dtype));
   const CopyWidths widths = copy_widths(p);
   const double halo = g.halo(), pixels = g.pixels();
-  const bool by_pixel = widths.input > element || p.layout == Layout::kChannelsLast || p.op == Op::kLinear;
   GpuWork work;
 
   // Chunks of 64 bytes of every halo pixel, and of every row of in_factor.
-  const double chunks = ceil_div(int64_t(g.s) * element, kInputChunkBytes);
+  const double chunks = double(ceil_div(int64_t(g.s) * element, kInputChunkBytes));
   const double passes = double(l.halo_passes) * l.r1_passes;
   const Counts first = products(c, c.halo_tiles, 1, passes * chunks * (kInputChunkBytes / kStepBytes), element);
   const double input = halo * g.s * element * l.r1_passes, in_factor = double(g.r1) * g.s * element * l.halo_passes;
-  const double row = double(g.columns.halo()) * element * (g.columns.unit == 1 ? 1 : 0);
-  const double input_share = by_pixel  ? (int64_t(g.s) * element % kSector == 0 ? 1.0 : 1.5)  // a chunk: 3 sectors
-                             : row > 0 ? sector_share(row)
-                                       : std::min<double>(g.columns.unit, double(kSector) / element);
+  // In NCHW the runs are the halo's lines, or single elements of one where it has gaps.
+  const double input_share =
+      by_pixel(p)
+          ? (int64_t(g.s) * element % kSector == 0 ? 1.0 : double(kInputChunkBytes + kSector) / kInputChunkBytes)
+      : g.columns.unit == 1 ? sector_share(double(g.columns.halo()) * element)
+                            : std::min<double>(g.columns.unit, double(kSector) / element);
   work.first.multiply_flops = first.flops;
   work.first.shared_bytes =
       first.products + passes * chunks * (c.halo_rows() + c.columns()) * kInputChunkBytes + halo * g.r1 * element;
   work.first.l2_bytes = input * input_share + in_factor;
-  work.first.copies = input / widths.input + in_factor / widths.factor;
+  work.first.copies = input / double(widths.input) + in_factor / double(widths.factor);
   work.first.chunks = passes * chunks;
+  work.first.blocking_loads =
+      blocking_loads(input, widths.input, element, c) + blocking_loads(in_factor, widths.factor, element, c);
 
   if (p.op == Op::kTucker) {
     const double r1_bytes = l.hidden_row - kVectorBytes;
@@ -124,26 +169,16 @@ GpuWork gpu_work(const Problem& p, const GpuKernel& kernel, const Geometry& g, c
     work.middle.multiply_flops = middle.flops;
     work.middle.shared_bytes = middle.products + core + pixels * g.r2 * element;
     work.middle.l2_bytes = core;
-    work.middle.copies = core / widths.factor;
-    work.middle.chunks = double(l.r2_passes) * g.taps() * ceil_div(int64_t(r1_bytes), l.core_chunk);
+    work.middle.copies = core / double(widths.factor);
+    work.middle.chunks = double(l.r2_passes) * g.taps() * double(ceil_div(int64_t(r1_bytes), l.core_chunk));
+    work.middle.blocking_loads = blocking_loads(core, widths.factor, element, c);
   } else if (p.op == Op::kCP) {
     const double between = double(g.tile_n) * g.rows.tile * g.columns.halo();
     work.middle.depthwise_sums = g.r1 * (between * g.rows.kernel + pixels * g.columns.kernel);
     work.middle.shared_bytes = (work.middle.depthwise_sums + g.r1 * (between + pixels)) * element;
     work.middle.l2_bytes = double(g.r1) * (g.rows.kernel + g.columns.kernel) * element;
   }
-
-  const double r2_bytes = l.second_row - kVectorBytes;
-  const int64_t out_passes = ceil_div(ceil_div(g.t, c.columns()), g.splits);
-  const double channels = double(std::min<int64_t>(g.t, out_passes * c.columns()));
-  const double output = pixels * channels * element, out_factor = channels * g.r2 * element;
-  const Counts last = products(c, c.pixel_tiles, 1, out_passes * (r2_bytes / kStepBytes), element);
-  work.last.multiply_flops = last.flops;
-  work.last.shared_bytes = last.products + out_factor + 2 * output;
-  work.last.l2_bytes =
-      output * sector_share(double(widths.output > element || by_pixel ? g.t : g.columns.tile) * element) + out_factor;
-  work.last.copies = output / widths.output + out_factor / widths.factor;
-  work.last.chunks = out_passes * ceil_div(int64_t(r2_bytes), l.out_chunk);
+  work.last = last_phase(p, kernel, g, l);
   return work;
 }
 
@@ -175,8 +210,9 @@ class Multiprocessor {
       const double shared_time = phase->shared_bytes / (kSharedBytesPerClock * clock_);
       const double l2_time = phase->l2_bytes / (kL2BytesPerClock * clock_);
       const double copies = phase->copies / (kCopiesPerClock * clock_);
-      alone += std::max({(products + sums) / busy(1) + phase->chunks * kChunkBarrier, shared_time, l2_time, copies,
-                         phase->chunks * kChunkLatency / (stages_ - 1)});
+      alone += phase->blocking_loads * kLoadLatency +
+               std::max({(products + sums) / busy(1) + kExposedShared * shared_time + phase->chunks * kChunkBarrier,
+                         shared_time, l2_time, copies, phase->chunks * kChunkLatency / (stages_ - 1)});
       multiply += products, depthwise += sums, shared += shared_time, l2 += l2_time, copy += copies;
     }
     const double together = std::max({(multiply + depthwise) / busy(ctas), shared, l2, copy});
@@ -194,9 +230,9 @@ class Multiprocessor {
 
 }  // namespace
 
-void cost_fused(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
+void cost_fused(Plan& plan, const GpuWork& work, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps,
+                const SharedLayout& l) {
   const Geometry& g = plan.geometry;
-  const GpuWork work = gpu_work(p, kernel, g, l);
   const int64_t together = ctas_per_multiprocessor(p, kernel, caps, l.bytes), sms = caps.multiprocessors;
   plan.shared_bytes = l.bytes;
   plan.threads = kernel.shape.threads();
@@ -236,10 +272,11 @@ double stage_seconds(const LibraryStage& s, const Problem& p, const GpuCaps& cap
   const double out = s.out_bytes / (resident && !s.last ? l2_bytes_per_second(caps) : memory);
   const double moved = in + out + s.weight_bytes / memory;
   if (s.depthwise) return kLibraryKernelSeconds + moved / kDepthwiseMemoryShare;
-  const int64_t ctas = ceil_div(int64_t(s.pixels), kLibraryPixels) * ceil_div(int64_t(s.columns), kLibraryColumns);
+  const int64_t tile_columns = s.columns <= kLibraryColumns / 2 ? kLibraryColumns / 2 : kLibraryColumns;
+  const int64_t ctas = ceil_div(int64_t(s.pixels), kLibraryPixels) * ceil_div(int64_t(s.columns), tile_columns);
   const int64_t splits = std::clamp<int64_t>(int64_t(s.depth) / kLibraryDepth, 1, kLibrarySplits);
   const double filled = std::min(1.0, double(ctas * splits) / caps.multiprocessors);
-  const double flops = 2.0 * double(ctas * kLibraryPixels * kLibraryColumns) * s.depth;
+  const double flops = 2.0 * double(ctas * kLibraryPixels * tile_columns) * s.depth;
   return kLibraryKernelSeconds + std::max(moved, flops / (library_flops(p, caps) * kLibraryShare * filled));
 }
 
