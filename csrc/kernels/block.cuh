@@ -81,7 +81,7 @@ class Block {
 
   // Where the stream of chunks stands: the next to be copied, the next to be multiplied.
   struct Cursor {
-    int stage = 1, halo_pass = 0, pass = 0, tap = 0, byte = 0;
+    int stage = 1, halo_pass = 0, pass = 0, tap = 0, byte = 0;  // pass over columns; byte of a row
   } next;
   int copy_slot = 0, multiply_slot = 0;
 
@@ -116,49 +116,45 @@ class Block {
   }
 
   // Starts the copies of the next chunk of the stream into the next slot, and closes their group (an empty one at the end,
-  // so that counting groups stays simple).
+  // so that counting groups stays simple). All factors are copied by one piece of code, whose arguments are chosen here.
   LOWRANK_OPS_DEVICE void start_copies() {
     unsigned char* slot = shared + l.slots + copy_slot * l.slot;
     copy_slot = copy_slot + 1 == g.stages ? 0 : copy_slot + 1;
-    if (next.stage == 1) {
-      copy_input(slot);
-      copy_factor<Element>(slot + config.halo_rows() * input_stride, p.in_factor, 0, next.pass * config.columns(),
-                           config.columns(), g.r1, next.byte / element, g.s, 6, kInputChunkBytes, thread,
-                           config.threads());
-      static_assert(kInputChunkBytes == 1 << 6, "the chunk's logarithm above");
-      next.byte += kInputChunkBytes;
-      if (next.byte >= s_bytes) {
-        next.byte = 0;
-        if (++next.pass == l.r1_passes) {
-          next.pass = 0;
-          if (++next.halo_pass == l.halo_passes) next = {has_core ? 2 : 3, 0, has_core ? 0 : first_pass, 0, 0};
-        }
-      }
-    } else if (has_core && next.stage == 2) {
-      const int64_t tap_offset = next.tap / g.columns.kernel * p.core.tap_stride[0] +
-                                 next.tap % g.columns.kernel * p.core.tap_stride[1];
-      copy_factor<Element>(slot, p.core, tap_offset, next.pass * config.columns(), config.columns(), g.r2,
-                           next.byte / element, g.r1, log2(l.core_chunk), least(l.core_chunk, r1_bytes - next.byte),
-                           thread, config.threads());
-      next.byte += l.core_chunk;
-      if (next.byte >= r1_bytes) {
-        next.byte = 0;
-        if (++next.tap == g.taps()) {
-          next.tap = 0;
-          if (++next.pass == l.r2_passes) next = {3, 0, first_pass, 0, 0};
-        }
-      }
-    } else if (next.pass < last_pass) {
-      copy_factor<Element>(slot, p.out_factor, 0, next.pass * config.columns(), config.columns(), g.t,
-                           next.byte / element, g.r2, log2(l.out_chunk), least(l.out_chunk, r2_bytes - next.byte),
-                           thread, config.threads());
-      next.byte += l.out_chunk;
-      if (next.byte >= r2_bytes) {
-        next.byte = 0;
-        ++next.pass;
-      }
+    if (next.pass < (next.stage == 3 ? last_pass : kAnyPass)) {
+      const bool in = next.stage == 1, core = has_core && next.stage == 2;
+      if (in) copy_input(slot);
+      const Factor factor = in ? p.in_factor : core ? p.core : p.out_factor;
+      const int64_t tap_offset = core ? next.tap / g.columns.kernel * factor.tap_stride[0] +
+                                            next.tap % g.columns.kernel * factor.tap_stride[1]
+                                      : 0;
+      const int row_bytes = in ? s_bytes : core ? r1_bytes : r2_bytes;
+      const int chunk = in ? kInputChunkBytes : core ? l.core_chunk : l.out_chunk;
+      copy_factor<Element>(slot + (in ? config.halo_rows() * input_stride : 0), factor, tap_offset,
+                           next.pass * config.columns(), config.columns(), in ? g.r1 : core ? g.r2 : g.t,
+                           next.byte / element, in ? g.s : core ? g.r1 : g.r2, log2(chunk),
+                           in ? chunk : least(chunk, row_bytes - next.byte), thread, config.threads());
+      next.byte += chunk;
+      if (next.byte >= row_bytes) advance(in, core);
     }
     commit_copies();
+  }
+  static constexpr int kAnyPass = 1 << 30;
+
+  // The cursor at the end of a row of chunks.
+  LOWRANK_OPS_DEVICE void advance(bool in, bool core) {
+    next.byte = 0;
+    if (core && ++next.tap < g.taps()) return;
+    next.tap = 0;
+    ++next.pass;
+    if (in && next.pass == l.r1_passes) {
+      next.pass = 0;
+      if (++next.halo_pass < l.halo_passes) return;
+      next.stage = has_core ? 2 : 3;
+      if (!has_core) next.pass = first_pass;
+    } else if (core && next.pass == l.r2_passes) {
+      next.stage = 3;
+      next.pass = first_pass;
+    }
   }
 
   static LOWRANK_OPS_DEVICE int log2(int power) { return power == 32 ? 5 : power == 64 ? 6 : power == 128 ? 7 : 8; }
