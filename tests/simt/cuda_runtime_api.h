@@ -1,0 +1,12 @@
+// What csrc/kernels/launch.h needs of the CUDA runtime, for compilers that have no CUDA: `-I tests/simt` finds this
+// file in the toolkit's place.
+#pragma once
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+};
+
+using cudaStream_t = struct CUstream_st*;

@@ -1,0 +1,322 @@
+"""Builds the CUDA kernels with g++ for the simulator, and runs them on torch tensors.
+
+A library a set of flags and sources, kept in build/simt under the hash of both. `Kernel` names one of the kernels
+that the planner's table offers, `Cut` how it cuts a problem; `run` launches it and returns the output and the report:
+what was read and written, sectors, bank conflicts, barriers, and the error if there was one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SOURCES = (
+    *sorted((REPOSITORY / "csrc/kernels").glob("*.cu")),
+    *(REPOSITORY / "csrc/plan" / name for name in ("gpu.cpp", "gpu_cost.cpp", "gpus.cpp", "plan.cpp", "cost.cpp")),
+    *sorted((REPOSITORY / "tests/simt").glob("*.cpp")),
+)
+OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
+FAMILIES = ("simt", "sm80")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
+
+
+# ---- Building
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def missing() -> str:
+    """Why nothing can be built here; empty: it can."""
+    if compiler() is None:
+        return "the simulated kernels are compiled by g++, which is not installed"
+    return ""
+
+
+def _flags(sanitize: bool) -> list[str]:
+    flags = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas"]  # nvcc's `unroll`
+    flags += ["-Icsrc", "-Itests/simt"]
+    if platform.machine() == "x86_64" and "avx2" in _cpu_flags() and "f16c" in _cpu_flags():
+        flags += ["-march=x86-64-v3"]
+    if sanitize:
+        flags += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+    return flags
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return frozenset(found.group(1).split() if found else ())
+
+
+def _headers() -> bytes:
+    """What any of the sources may include."""
+    folders = (REPOSITORY / "csrc/kernels", REPOSITORY / "csrc/plan", REPOSITORY / "tests/simt")
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cuh", ".inc")]
+    return b"".join(path.name.encode() + path.read_bytes() for path in files)
+
+
+@functools.cache
+def build(sanitize: bool = False) -> Path:
+    """The library of all kernels; with ``sanitize`` a program that runs what `Replay` has written down."""
+    flags, command = _flags(sanitize), compiler()
+    assert command is not None, missing()
+    folder = REPOSITORY / "build/simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    common = hashlib.sha256(repr((command, flags)).encode() + _headers())
+
+    def compile_one(source: Path) -> Path:
+        key = common.copy()
+        key.update(source.name.encode() + source.read_bytes())
+        target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        if not target.exists():
+            _call([command, *flags, "-c", str(source.relative_to(REPOSITORY)), "-o", f"{target}.part"])
+            os.replace(f"{target}.part", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    target = folder / (f"kernels_sanitized-{key}" if sanitize else f"kernels-{key}.so")
+    if not target.exists():
+        kind = ["-fsanitize=address,undefined"] if sanitize else ["-shared"]
+        _call([command, *kind, *map(str, objects), "-o", f"{target}.part"])
+        os.replace(f"{target}.part", target)
+    return target
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+
+
+# ---- What crosses the border (module.cpp)
+
+
+def _struct(name: str, fields: list[tuple[str, Any]]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_INT = ctypes.c_int64
+_FACTOR = _struct(
+    "FactorCall",
+    [("data", _INT), ("row_stride", _INT), ("column_stride", _INT), ("tap_stride", _INT * 2)]
+    + [("vector", _INT), ("bytes", _INT)],
+)
+_FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
+_BLOCK = _struct(
+    "BlockCall",
+    [(name, _INT) for name in ("op", "family", "config", "dtype", "activation")]
+    + [(name, _INT) for name in ("n", "s", "h", "w", "t", "oh", "ow", "r1", "r2", "kh", "kw")]
+    + [(name, _INT * 2) for name in ("stride", "padding", "dilation")]
+    + [(name, _INT) for name in ("tile_n", "tile_h", "tile_w", "stages", "splits")]
+    + [("input", _INT), ("input_bytes", _INT), ("input_stride", _INT * 4), ("input_vector", _INT)]
+    + [("output", _INT), ("output_bytes", _INT), ("output_stride", _INT * 4), ("output_vector", _INT)]
+    + [(name, _FACTOR) for name in _FACTORS]
+    + [("bias", _INT)],
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the simulated machine; from `skip_barrier` on mutations, which a test must notice (simulator.h)."""
+
+    order: int = 0
+    seed: int = 0
+    count: bool = True
+    shared_limit: int = 232448
+    skip_barrier: int = -1
+    skip_zero_fill: bool = False
+    shift_load_matrices: int = 0
+    shift_buffer: int = -1
+    ignore_waits: bool = False
+
+
+_SETTINGS = _struct("Settings", [(name, _INT) for name in Settings.__dataclass_fields__])
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(build()))
+    loaded.simt_report.restype = ctypes.c_char_p
+    loaded.simt_sizes.restype = _INT
+    sizes = loaded.simt_sizes(0), loaded.simt_sizes(1)
+    assert sizes == (ctypes.sizeof(_BLOCK), ctypes.sizeof(_SETTINGS)), f"structs differ from module.cpp: {sizes}"
+    return loaded
+
+
+# ---- Running
+
+
+@dataclass(frozen=True)
+class Kernel:
+    op: str
+    family: str
+    config: int
+
+    def __str__(self) -> str:
+        return f"{self.op}_{self.family}_{self.config}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tile of the output in images, rows and columns (geometry.h)."""
+
+    n: int = 1
+    h: int = 8
+    w: int = 16
+    stages: int = 2
+    splits: int = 1
+
+
+@dataclass
+class Result:
+    output: Tensor
+    code: int  # cudaError_t
+    report: dict[str, Any] = field(repr=False)
+
+    @property
+    def error(self) -> str:
+        return self.report["error"]
+
+    def traffic(self, tensor: str, kind: str = "read") -> dict[str, int]:
+        return self.report["buffers"][tensor][kind]
+
+    def worst_conflict(self, primitive: str, file: str = "") -> int:
+        """The most ways of bank conflict of a primitive, of all calls in files whose name ends so."""
+        found = [entry for entry in self.report["conflicts"] if entry["primitive"] == primitive]
+        return max((entry["most"] for entry in found if entry["file"].endswith(file)), default=0)
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """From the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def copy_width(tensor: Tensor, channels: int, channel_stride: int, other_strides: list[int]) -> int:
+    """The widest copies along the channels that pointer, strides and size allow: BlockParams' `vector`."""
+    element = tensor.element_size()
+    if channel_stride == 1:
+        for width in (16, 8, 4):
+            numbers = [tensor.data_ptr(), channels * element, *(stride * element for stride in other_strides)]
+            if width > element and all(number % width == 0 for number in numbers):
+                return width
+    return element
+
+
+def _factor(tensor: Tensor, strides: tuple[int, int, int, int], sizes: tuple[int, int], vector: int) -> Any:
+    row, column, *taps = strides
+    other = [stride for stride, size in zip((row, *taps), (tensor.shape[0], *tensor.shape[2:]), strict=False)]
+    width = vector or copy_width(tensor, sizes[1], column, other)
+    return _FACTOR(tensor.data_ptr(), row, column, (_INT * 2)(*taps), width, span_bytes(tensor))
+
+
+def block_call(
+    kernel: Kernel,
+    cut: Cut,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    output: Tensor,
+    vectors: dict[str, int],
+) -> Any:
+    """BlockCall for a launch on ``tensors``, named as the op's arguments. Linear: input and output of two axes."""
+    call = _BLOCK()
+    call.op, call.family, call.config = OPS.index(kernel.op), FAMILIES.index(kernel.family), kernel.config
+    x, in_factor, out_factor = tensors["input"], tensors["in_factor"], tensors["out_factor"]
+    call.dtype, call.activation = DTYPES.index(x.dtype), ACTIVATIONS.index(options.get("activation", "none"))
+    linear = kernel.op == "lowrank_linear"
+    if linear:  # rows lie along the width of one image
+        x, output = x.T[None, :, None], output.T[None, :, None]
+        call.n, call.h, call.w, call.oh, call.ow = x.shape[3], 1, 1, 1, 1
+    else:
+        (call.n, _, call.h, call.w), (call.oh, call.ow) = x.shape, output.shape[2:]
+    call.s, call.t, call.r1, call.r2 = x.shape[1], output.shape[1], in_factor.shape[0], out_factor.shape[1]
+    kernel_size = {"tucker_conv2d": lambda: tensors["core"].shape[2:], "lowrank_linear": lambda: (1, 1)}.get(
+        kernel.op, lambda: (tensors["height_factor"].shape[1], tensors["width_factor"].shape[1])
+    )()
+    call.kh, call.kw = kernel_size
+    for name, default in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
+        setattr(call, name, (_INT * 2)(*options.get(name, default)))
+    call.tile_n, call.tile_h, call.tile_w, call.stages, call.splits = cut.n, cut.h, cut.w, cut.stages, cut.splits
+    for name, tensor in (("input", x), ("output", output)):
+        n, channel, h, w = tensor.stride()
+        setattr(call, name, tensor.data_ptr())
+        setattr(call, f"{name}_bytes", span_bytes(tensor))
+        setattr(call, f"{name}_stride", (_INT * 4)(n, channel, h, w))
+        other = [
+            stride for stride, size in zip((n, h, w), (tensor.shape[0], *tensor.shape[2:]), strict=True) if size > 1
+        ]
+        width = vectors.get(name) or copy_width(tensor, tensor.shape[1], channel, other)
+        setattr(call, f"{name}_vector", width)
+    for name in _FACTORS:
+        if name not in tensors:
+            continue
+        tensor, stride = tensors[name], tensors[name].stride()
+        if name == "core":
+            strides = stride
+        elif name == "height_factor":
+            strides = (stride[0], 1, stride[1], 0)
+        elif name == "width_factor":
+            strides = (stride[0], 1, 0, stride[1])
+        else:
+            strides = (*stride, 0, 0)
+        other = [
+            s for s, size in zip((strides[0], *strides[2:]), (tensor.shape[0], 9, 9), strict=True) if s and size > 1
+        ]
+        width = vectors.get(name) or copy_width(tensor, tensor.shape[1], strides[1], other)
+        setattr(
+            call, name, _FACTOR(tensor.data_ptr(), *strides[:2], (_INT * 2)(*strides[2:]), width, span_bytes(tensor))
+        )
+    if tensors.get("bias") is not None:
+        call.bias = tensors["bias"].data_ptr()
+    return call
+
+
+def run(
+    kernel: Kernel,
+    cut: Cut,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    output: Tensor,
+    settings: Settings | None = None,
+    vectors: dict[str, int] | None = None,
+) -> Result:
+    """One launch, into ``output``, which is filled with NaN before. ``vectors``: widths of copies by tensor."""
+    output.fill_(float("nan"))
+    call = block_call(kernel, cut, tensors, options, output, vectors or {})
+    values = _SETTINGS(*(int(getattr(settings or Settings(), name)) for name in Settings.__dataclass_fields__))
+    code = library().simt_run(ctypes.byref(call), ctypes.byref(values))
+    return Result(output, code, json.loads(library().simt_report().decode()))
+
+
+@functools.cache
+def barriers() -> dict[str, int]:
+    """The barriers of the kernels by name, from the enum in primitives.cuh."""
+    text = (REPOSITORY / "csrc/kernels/primitives.cuh").read_text()
+    body = re.search(r"enum class Barrier : int \{(.*?)\}", text, re.DOTALL)
+    assert body is not None
+    names = re.findall(r"^\s*(k\w+),", body.group(1), re.MULTILINE)
+    return {name: number for number, name in enumerate(names)}
