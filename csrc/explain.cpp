@@ -1,23 +1,48 @@
 #include "explain.h"
 
 #include <algorithm>
-#include <array>
+#include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "gpu_device.h"
 #include "ops.h"
 #include "plan/cost.h"
-#include "plan/plan.h"
+#include "plan/gpu.h"
 #include "policy.h"
 
 namespace lowrank_ops {
 namespace {
 
+template <typename Value, size_t count>
+Value choose(const char* what, const std::string& name, const std::pair<const char*, Value> (&known)[count]) {
+  for (const auto& [known_name, value] : known)
+    if (name == known_name) return value;
+  TORCH_CHECK_VALUE(false, "explain: unknown ", what, " '", name, "'");
+}
+
+void describe_gpu(py::dict& result, const Plan& plan) {
+  const Geometry& g = plan.geometry;
+  result["tile"] = std::vector<int>{g.tile_n, g.rows.tile, g.columns.tile};
+  result["stages"] = g.stages;
+  result["splits"] = g.splits;
+  result["threads"] = plan.threads;
+  result["ctas"] = plan.ctas;
+  result["waves"] = plan.waves;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["gpu_kernel"] = plan.gpu_kernel;
+}
+
+}  // namespace
+
 py::dict describe(const Plan& plan, Op op) {
   py::dict result;
   result["path"] = plan.path;
   result["kernel"] = plan.kernel;
-  if (plan.path == "fused") {
+  if (plan.gpu_kernel >= 0) {
+    describe_gpu(result, plan);
+  } else if (plan.path == "fused") {
     result["tile_rows"] = plan.tile.rows;
     if (op != Op::kLinear) {
       result["tile_columns"] = plan.tile.columns;
@@ -29,19 +54,12 @@ py::dict describe(const Plan& plan, Op op) {
   result["bytes"] = plan.bytes;
   result["predicted_seconds"] = plan.predicted_seconds;
   result["features"] = plan.features;
+  result["notes"] = plan.notes;
   return result;
 }
 
-template <typename Value, size_t count>
-Value choose(const char* what, const std::string& name, const std::pair<const char*, Value> (&known)[count]) {
-  for (const auto& [known_name, value] : known)
-    if (name == known_name) return value;
-  TORCH_CHECK_VALUE(false, "explain: unknown ", what, " '", name, "'");
-}
-
-// `sizes` is {n, s, h, w, t, r1, r2, kh, kw}; `window` is stride, padding, dilation, a pair each.
-py::dict explain(const std::string& op, const std::string& dtype, bool channels_last, std::array<int64_t, 9> sizes,
-                 std::array<int64_t, 6> window, const std::string& activation, const std::string& device) {
+Problem described_problem(const std::string& op, const std::string& dtype, bool channels_last,
+                          std::array<int64_t, 9> sizes, std::array<int64_t, 6> window, const std::string& activation) {
   Problem p;
   p.op =
       choose<Op>("op", op, {{"tucker_conv2d", Op::kTucker}, {"cp_conv2d", Op::kCP}, {"lowrank_linear", Op::kLinear}});
@@ -65,8 +83,24 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
                         *std::min_element(p.dilation, p.dilation + 2) >= 1 && p.oh > 0 && p.ow > 0 && p.r1 > 0 &&
                         p.r2 > 0,
                     "explain: the sizes and the window must be those of a valid call of ", op);
+  return p;
+}
+
+namespace {
+
+// What stands for a device, and how to name it to the reader.
+struct Planned {
+  Decision decision;
+  std::string device, key;  // key: of its measurements
+};
+
+Planned plan_for_cpu(const Problem& p) {
   const CpuCaps caps = cpu_caps();
-  Decision decision = device == "cpu" ? plan_cpu(p, caps, policy()) : plan_other(p, device, policy());
+  Planned planned{plan_cpu(p, caps, policy()),
+                  caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
+                      (caps.threads == 1 ? " thread" : " threads"),
+                  ""};
+  Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
     const std::optional<bool> chain_faster = measured_chain_faster(p, caps);
     if (chain_faster && *chain_faster != (decision.chosen.path == "chain"))
@@ -74,15 +108,80 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
     decision.rejections = {{decision.others.front().kernel,
                             chain_faster ? "measured to be slower" : "predicted to be slower; not measured yet"}};
   }
+  return planned;
+}
+
+// Puts what "measure" has found on this GPU in place of the prediction.
+void apply_measurement(Decision& decision, const std::string& key) {
+  const std::optional<std::string> fastest = measured_fastest(key);
+  const auto is_fastest = [&](const Plan& plan) { return fastest && plan.kernel == *fastest; };
+  const auto found = std::find_if(decision.others.begin(), decision.others.end(), is_fastest);
+  const bool measured = found != decision.others.end() || is_fastest(decision.chosen);
+  if (found != decision.others.end()) {
+    const auto reason = std::find_if(decision.rejections.begin(), decision.rejections.end(),
+                                     [&](const Rejection& rejection) { return rejection.kernel == found->kernel; });
+    std::swap(decision.chosen, *found);
+    if (reason != decision.rejections.end()) reason->kernel = found->kernel;
+  }
+  for (Rejection& rejection : decision.rejections)
+    for (const Plan& plan : decision.others)
+      if (plan.kernel == rejection.kernel)
+        rejection.reason = measured ? "measured to be slower" : "predicted to be slower; not measured yet";
+}
+
+std::string in_words(const GpuCaps& caps) {
+  return caps.name + " (sm_" + std::to_string(caps.architecture) + ", " + std::to_string(caps.multiprocessors) +
+         " multiprocessors)";
+}
+
+std::string known_gpus() {
+  std::string names;
+  for (const GpuCaps& caps : named_gpus()) names += (names.empty() ? "" : ", ") + caps.name;
+  return names;
+}
+
+Planned plan_for_device(Problem& p, const std::string& device) {
+  if (device == "cpu") return plan_for_cpu(p);
+  p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
+  if (const GpuCaps* named = find_gpu(device))
+    return {plan_gpu(p, *named, policy()), in_words(*named) + "; predictions from public figures of this GPU", ""};
+  std::optional<c10::Device> known;
+  try {
+    known.emplace(device);
+  } catch (const c10::Error&) {
+    TORCH_CHECK_VALUE(false, "explain: device must be \"cpu\", \"cuda\", another device of torch or one of the GPUs ",
+                      known_gpus(), ", got '", device, "'");
+  }
+  if (!known->is_cuda()) return {plan_other(p, device, policy()), device, ""};
+  const int index = known->has_index() ? known->index() : 0;
+  const std::optional<GpuCaps> present = present_gpu(index);
+  if (!present) {
+    Planned planned{plan_other(p, device, policy()), device, ""};
+#ifdef LOWRANK_OPS_WITH_CUDA
+    planned.decision.rejections = {
+        {"fused", "there is no GPU " + device + " here; plans for one that is not: device=\"A100\""}};
+#endif
+    return planned;
+  }
+  Planned planned{plan_gpu(p, *present, policy(), gpu_restrictions(index)),
+                  device + ": " + in_words(*present) + "; predictions from its figures",
+                  measurement_key(p, present->name)};
+  if (policy() == Policy::kMeasure) apply_measurement(planned.decision, planned.key);
+  return planned;
+}
+
+py::dict explain(const std::string& op, const std::string& dtype, bool channels_last, std::array<int64_t, 9> sizes,
+                 std::array<int64_t, 6> window, const std::string& activation, const std::string& device) {
+  Problem p = described_problem(op, dtype, channels_last, sizes, window, activation);
+  const Planned planned = plan_for_device(p, device);
   py::dict result;
   result["policy"] = std::string(name_of(policy()));
-  result["device"] = device == "cpu" ? caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
-                                           (caps.threads == 1 ? " thread" : " threads")
-                                     : device;
-  result["chosen"] = describe(decision.chosen, p.op);
+  result["device"] = planned.device;
+  result["tf32"] = p.tf32;
+  result["chosen"] = describe(planned.decision.chosen, p.op);
   py::list others, rejections;
-  for (const Plan& plan : decision.others) others.append(describe(plan, p.op));
-  for (const Rejection& rejection : decision.rejections)
+  for (const Plan& plan : planned.decision.others) others.append(describe(plan, p.op));
+  for (const Rejection& rejection : planned.decision.rejections)
     rejections.append(py::make_tuple(rejection.kernel, rejection.reason));
   result["others"] = others;
   result["rejections"] = rejections;
@@ -94,6 +193,19 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
 void bind_explain(py::module_& m) {
   m.def("explain", &explain);
   m.attr("feature_names") = std::vector<std::string>(std::begin(kFeatureNames), std::end(kFeatureNames));
+  m.def("measurements", [] {
+    py::list result;
+    for (const Measurement& measurement : measurements())
+      result.append(py::make_tuple(measurement.key, measurement.fastest, measurement.seconds));
+    return result;
+  });
+  using Entry = std::tuple<std::string, std::string, std::vector<std::pair<std::string, double>>>;
+  m.def("remember_measurements", [](const std::vector<Entry>& entries) {
+    std::vector<Measurement> result;
+    for (const auto& [key, fastest, seconds] : entries) result.push_back({key, fastest, seconds});
+    remember_measurements(std::move(result));
+  });
+  bind_gpu_planning(m);
 }
 
 }  // namespace lowrank_ops

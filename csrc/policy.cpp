@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -14,31 +15,16 @@ namespace {
 
 std::atomic<Policy> current{Policy::kAuto};
 
-using Key = std::vector<int64_t>;
 std::mutex measured_mutex;
-std::map<Key, bool> measured;  // key -> the chain was faster
+std::map<std::string, Measurement> measured;
 
-Key key_of(const Problem& p, const CpuCaps& caps) {
-  return {int64_t(p.op),
-          int64_t(p.dtype),
-          int64_t(p.layout),
-          p.n,
-          p.s,
-          p.h,
-          p.w,
-          p.t,
-          p.r1,
-          p.r2,
-          p.kh,
-          p.kw,
-          p.stride[0],
-          p.stride[1],
-          p.padding[0],
-          p.padding[1],
-          p.dilation[0],
-          p.dilation[1],
-          int64_t(p.activation),
-          caps.threads};
+constexpr const char* kFused = "fused";
+constexpr const char* kChain = "chain";
+
+// Threads and instruction set stand in it: with others, other times.
+std::string name_of(const CpuCaps& caps) {
+  return caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
+         (caps.threads == 1 ? " thread" : " threads");
 }
 
 double seconds(const std::function<void()>& run) {
@@ -83,18 +69,83 @@ const char* name_of(Policy policy) {
   return "";
 }
 
-std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps& caps) {
+std::string measurement_key(const Problem& p, const std::string& device) {
+  std::string key = device;
+  key += "; ";
+  key += name_of(p.op);
+  key += ' ';
+  key += name_of(p.dtype);
+  key += p.tf32 ? " tf32" : "";
+  key += p.layout == Layout::kChannelsLast ? " channels_last" : "";
+  const auto sizes = [&](const char* what, std::initializer_list<int64_t> values) {
+    key += ' ';
+    key += what;
+    char separator = ' ';
+    for (const int64_t value : values) {
+      key += separator;
+      key += std::to_string(value);
+      separator = 'x';
+    }
+  };
+  sizes("input", {p.n, p.s, p.h, p.w});
+  sizes("channels", {p.t});
+  sizes("ranks", {p.r1, p.r2});
+  sizes("kernel", {p.kh, p.kw});
+  sizes("stride", {p.stride[0], p.stride[1]});
+  sizes("padding", {p.padding[0], p.padding[1]});
+  sizes("dilation", {p.dilation[0], p.dilation[1]});
+  sizes("activation", {int64_t(p.activation)});
+  if (p.input_vector + p.factor_vector + p.output_vector > 0)  // GPUs: what the tensors' strides allow
+    sizes("copies", {p.input_vector, p.factor_vector, p.output_vector});
+  return key;
+}
+
+std::optional<std::string> measured_fastest(const std::string& key) {
   const std::lock_guard<std::mutex> lock(measured_mutex);
-  const auto found = measured.find(key_of(problem, caps));
-  return found == measured.end() ? std::nullopt : std::optional<bool>(found->second);
+  const auto found = measured.find(key);
+  return found == measured.end() ? std::nullopt : std::optional<std::string>(found->second.fastest);
+}
+
+size_t measured_choice(const std::string& key, const std::vector<Candidate>& candidates) {
+  TORCH_INTERNAL_ASSERT(!candidates.empty(), "measure: no candidates for ", key);
+  if (candidates.size() == 1) return 0;
+  if (const std::optional<std::string> fastest = measured_fastest(key))
+    for (size_t i = 0; i < candidates.size(); ++i)
+      if (candidates[i].name == *fastest) return i;
+  Measurement measurement{key, "", {}};
+  size_t best = 0;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    measurement.seconds.emplace_back(candidates[i].name, candidates[i].seconds());
+    if (measurement.seconds[i].second < measurement.seconds[best].second) best = i;
+  }
+  measurement.fastest = candidates[best].name;
+  const std::lock_guard<std::mutex> lock(measured_mutex);
+  measured[key] = std::move(measurement);
+  return best;
+}
+
+std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps& caps) {
+  const std::optional<std::string> fastest = measured_fastest(measurement_key(problem, name_of(caps)));
+  return fastest ? std::optional<bool>(*fastest == kChain) : std::nullopt;
 }
 
 bool chain_measures_faster(const Problem& problem, const CpuCaps& caps, const std::function<void()>& fused,
                            const std::function<void()>& chain) {
-  if (const std::optional<bool> known = measured_chain_faster(problem, caps)) return *known;
-  const bool verdict = seconds(chain) < seconds(fused);
+  const std::vector<Candidate> candidates = {{kFused, [&] { return seconds(fused); }},
+                                             {kChain, [&] { return seconds(chain); }}};
+  return candidates[measured_choice(measurement_key(problem, name_of(caps)), candidates)].name == kChain;
+}
+
+std::vector<Measurement> measurements() {
   const std::lock_guard<std::mutex> lock(measured_mutex);
-  return measured.emplace(key_of(problem, caps), verdict).first->second;
+  std::vector<Measurement> result;
+  for (const auto& [key, measurement] : measured) result.push_back(measurement);
+  return result;
+}
+
+void remember_measurements(std::vector<Measurement> measurements) {
+  const std::lock_guard<std::mutex> lock(measured_mutex);
+  for (Measurement& measurement : measurements) measured[measurement.key] = std::move(measurement);
 }
 
 void forget_measurements() {

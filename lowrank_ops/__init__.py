@@ -6,6 +6,7 @@ from lowrank_ops.chains import NotOneOp
 from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.measurements import load_measurements, save_measurements
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
 from lowrank_ops.ranks import Energy
@@ -30,9 +31,11 @@ __all__ = [
     "explain",
     "factorize_",
     "fuse_",
+    "load_measurements",
     "lowrank_linear",
     "policy",
     "reference",
+    "save_measurements",
     "set_policy",
     "svd_decompose",
     "tucker_conv2d",

@@ -31,9 +31,11 @@ class set_policy:
 
     Args:
         name: "auto" (default): the planner's cost model decides; "fused": always our kernels, where there are any;
-            "chain": always the library ops; "measure": both are timed the first time a shape is met (in this process,
-            for this number of threads), and the faster one is remembered. Measuring runs both on the caller's tensors
-            three times; it never happens while torch.compile or torch.export traces.
+            "chain": always the library ops; "measure": every kernel that can run and the chain are timed the first time
+            a shape is met on a device (for this number of threads on a CPU), and the fastest is remembered for the life
+            of the process; `save_measurements` and `load_measurements` keep it in a file. Measuring runs the candidates
+            on the caller's tensors; it never happens while torch.compile or torch.export traces, nor while a CUDA graph
+            is captured.
 
     Raises:
         ValueError: an unknown name.
@@ -71,7 +73,8 @@ class Explanation:
         policy: the policy in force.
         device: the device planned for.
         path: "fused" or "chain".
-        chosen: the plan: kernel, tile, scratch bytes a thread, FLOPs, bytes, predicted seconds (0: no figure).
+        chosen: the plan: kernel, tile, FLOPs, bytes, predicted seconds (0: no figure), notes; on a CPU scratch bytes a
+            thread, on a GPU images x height x width of a tile, stages, splits, threads, CTAs, waves, shared bytes.
         others: the plans not taken.
         rejections: (kernel, reason) for each of them.
     """
@@ -87,27 +90,59 @@ class Explanation:
 
     def __str__(self) -> str:
         table = Table(title=f"{self.op}: {self.problem}", caption=f'{self.device}; policy "{self.policy}"')
-        for heading in ("", "kernel", "tile", "scratch", "GFLOP", "MB moved", "predicted", "why not"):
-            table.add_column(heading)
+        plans = (self.chosen, *self.others)
+        columns = _GPU_COLUMNS if any("ctas" in plan for plan in plans) else _CPU_COLUMNS
+        for heading in ("", "kernel", *columns, "why not"):
+            table.add_column(heading, no_wrap=heading == "kernel")
         reasons = dict(self.rejections)
-        for plan in (self.chosen, *self.others):
+        for plan in plans:
             kernel = plan["kernel"]
-            tile = " x ".join(str(plan[key]) for key in ("tile_rows", "tile_columns") if key in plan)
-            table.add_row(
-                "" if kernel in reasons else "runs",
-                kernel,
-                tile,
-                f"{plan['scratch_bytes'] / 1024:.0f} KiB" if "scratch_bytes" in plan else "",
-                f"{plan['flops'] / 1e9:.4g}",
-                f"{plan['bytes'] / 1e6:.4g}",
-                f"{plan['predicted_seconds'] * 1e6:.4g} us" if plan["predicted_seconds"] else "",
-                reasons.pop(kernel, ""),
-            )
-        for kernel, reason in reasons.items():
-            table.add_row("", kernel, "", "", "", "", "", reason)
+            cells = [_cell(plan, show) for show in columns.values()]
+            table.add_row("" if kernel in reasons else "runs", kernel, *cells, reasons.pop(kernel, ""))
         text = io.StringIO()
-        Console(file=text, width=150).print(table)
+        console = Console(file=text, width=150)
+        console.print(table)
+        remarks: dict[str, list[str]] = {}  # what is left to say -> of which kernels
+        for kernel, reason in reasons.items():
+            remarks.setdefault(f"cannot run: {reason}", []).append(kernel)
+        for plan in plans:
+            for note in plan["notes"]:
+                remarks.setdefault(note, []).append(plan["kernel"])
+        planned = {plan["kernel"] for plan in plans if plan["notes"]}
+        for remark, kernels in remarks.items():
+            who = "every kernel above" if len(kernels) > 1 and planned == set(kernels) else ", ".join(kernels)
+            console.print(f"{who}: {remark}", highlight=False, markup=False)
         return text.getvalue().rstrip()
+
+
+def _cell(plan: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
+    """A figure of a plan, empty where the plan has none of that kind."""
+    try:
+        return show(plan)
+    except KeyError:
+        return ""
+
+
+_WORK: dict[str, Callable[[dict[str, Any]], str]] = {
+    "GFLOP": lambda plan: f"{plan['flops'] / 1e9:.4g}",
+    "MB": lambda plan: f"{plan['bytes'] / 1e6:.4g}",
+    "predicted": lambda plan: f"{plan['predicted_seconds'] * 1e6:.4g} us" if plan["predicted_seconds"] else "",
+}
+_CPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tile": lambda plan: " x ".join(str(plan[key]) for key in ("tile_rows", "tile_columns") if key in plan),
+    "scratch": lambda plan: f"{plan['scratch_bytes'] / 1024:.0f} KiB",
+    **_WORK,
+}
+_GPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tile": lambda plan: "x".join(map(str, plan["tile"])),  # images, height, width
+    "stages": lambda plan: str(plan["stages"]),
+    "splits": lambda plan: str(plan["splits"]),
+    "threads": lambda plan: str(plan["threads"]),
+    "CTAs": lambda plan: str(plan["ctas"]),
+    "waves": lambda plan: f"{plan['waves']:.2f}",
+    "KiB": lambda plan: f"{plan['shared_bytes'] / 1024:.0f}",
+    **_WORK,
+}
 
 
 class Explanations(tuple[Explanation, ...]):
@@ -159,8 +194,10 @@ def explain(
         dtype: plan for this dtype instead of the tensors' (shapes alone: the module's, or float32). Inside
             torch.autocast the default is the region's dtype, but for float64; a region that a model opens itself
             is not seen.
-        device: plan for this device instead of the input's: "cpu", "cuda", or the name of a GPU ("A100",
-            "RTX 4090", "H100", ...). Devices without kernels of ours in this build run the chain.
+        device: plan for this device instead of the input's: "cpu", "cuda" (the GPU of this machine), or, on any
+            machine, the name of a GPU: "A100", "RTX 3090", "RTX 4090", "H100", "H200", "B200". What is then predicted
+            comes from that GPU's public figures. Other devices of torch run the chain. float32 is planned as tf32
+            where torch's settings allow it now.
         memory_format: of 4-D inputs given as shapes (default: torch.contiguous_format).
         verbose: also print the result.
         arguments: further arguments of the op: stride, padding, dilation, activation.
@@ -169,7 +206,7 @@ def explain(
         A tuple of `Explanation`, one for each call.
 
     Raises:
-        ValueError: whatever the op itself would raise for these shapes.
+        ValueError: whatever the op itself would raise for these shapes; an unknown device.
         TypeError: arguments of the wrong kind, further arguments for a module.
         RuntimeError: the model fails on meta tensors.
     """
@@ -211,7 +248,7 @@ def explain(
             op_or_module(*args, **kwargs, **arguments)
         else:
             _run(module, {name: meta(value) for name, value in state.items()}, args, kwargs)
-    planned = str(device) if device is not None else found.type
+    planned = str(device) if device is not None else str(found) if found.type == "cuda" else found.type
     result = Explanations(_explain(name, call, planned) for name, call in recorder.calls)
     if verbose:
         print(result)
@@ -289,6 +326,8 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
             f"dilation {pairs[2]}, {dtype}, {layout}"
         )
     found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device)
+    if found["tf32"]:
+        words += " (as tf32)"
     return Explanation(
         op,
         words,

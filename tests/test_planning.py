@@ -106,7 +106,7 @@ def test_measure_gives_the_right_result_and_remembers(op: str) -> None:
 
 
 def test_other_devices_run_the_chain_and_explain_says_so() -> None:
-    for device in ("cuda", "A100", "H100", "mps"):
+    for device in ("mps", "xpu"):
         found = explain_one(Problem("tucker_conv2d"), device=device)
         assert found.path == "chain" and found.device == device
         assert found.rejections == [("fused", f"lowrank_ops has no kernels for {device} in this build")]

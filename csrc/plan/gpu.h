@@ -74,6 +74,7 @@ Decision plan_gpu(const Problem& problem, const GpuCaps& caps, Policy policy, co
 
 // plan_gpu behind a cache, for every call of an op: `device` stands for `caps` in its key. Thread-safe.
 std::shared_ptr<const Decision> cached_plan_gpu(const Problem& problem, const GpuCaps& caps, int device, Policy policy);
+int64_t gpu_plans_made();  // how often cached_plan_gpu has had to search
 // Restrictions of all later plans of this process. Of an unknown kernel: false, and nothing changes; "" lifts it.
 bool force_gpu_kernel(const std::string& name);
 std::string forced_gpu_kernel();

@@ -61,6 +61,7 @@ constexpr size_t kMostPlans = 4096;
 struct Shared {
   std::shared_mutex mutex;
   std::unordered_map<Key, std::shared_ptr<const Decision>, Hash> plans;
+  int64_t made = 0;
   int only = -1;
   std::unordered_map<int, std::vector<std::string>> refused;  // by device
 };
@@ -90,9 +91,16 @@ std::shared_ptr<const Decision> cached_plan_gpu(const Problem& problem, const Gp
   const auto found = state.plans.find(key);
   if (found != state.plans.end()) return found->second;
   if (state.plans.size() >= kMostPlans) state.plans.clear();
+  ++state.made;
   auto made = std::make_shared<const Decision>(plan_gpu(problem, caps, policy, restrictions_locked(state, device)));
   state.plans.emplace(key, made);
   return made;
+}
+
+int64_t gpu_plans_made() {
+  Shared& state = shared();
+  const std::shared_lock<std::shared_mutex> lock(state.mutex);
+  return state.made;
 }
 
 bool force_gpu_kernel(const std::string& name) {
