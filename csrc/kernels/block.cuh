@@ -9,10 +9,10 @@
 //     addresses. CP: the two depthwise stages, in place. Linear: nothing.
 // (3) out_factor over T in passes of Config::columns() channels, with bias and activation.
 //
-// The chunks of all three stages (of input and in_factor, of core, of out_factor) are one stream through a ring buffer of
-// `stages` slots in shared memory: copies of the next stage's first chunks are under way while the last ones of a stage are
-// multiplied. Per chunk: wait for one's own copies, one barrier (everybody's copies are there, and everybody is done with
-// the chunk before, whose slot is free), start the copies of a later chunk, multiply.
+// The chunks of all three stages (of input and in_factor, of core, of out_factor) are one stream through a ring buffer
+// of `stages` slots in shared memory: copies of the next stage's first chunks are under way while the last ones of a
+// stage are multiplied. Per chunk: wait for one's own copies, one barrier (everybody's copies are there, and everybody
+// is done with the chunk before, whose slot is free), start the copies of a later chunk, multiply.
 //
 // Warps form a grid of warps_m x warps_n over pixels x columns; the warp tile is that of the engine's `multiply`.
 #pragma once
@@ -94,7 +94,7 @@ class Block {
     const int row_tile = int(tile % rows.tiles());
     const int first_image = int(tile / rows.tiles()) * g.tile_n;
     const int halo_h = rows.halo(), halo_w = columns.halo();
-    for (int i = thread; i < l.halo_rows; i += config.threads()) {
+    for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
       const int image = first_image + i / halo_w / halo_h;
       const int y = rows.input(row_tile, i / halo_w % halo_h), x = columns.input(column_tile, i % halo_w);
       const bool inside = i < g.halo() && image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
@@ -115,8 +115,9 @@ class Block {
     }
   }
 
-  // Starts the copies of the next chunk of the stream into the next slot, and closes their group (an empty one at the end,
-  // so that counting groups stays simple). All factors are copied by one piece of code, whose arguments are chosen here.
+  // Starts the copies of the next chunk of the stream into the next slot, and closes their group (an empty one at the
+  // end, so that counting groups stays simple). All factors are copied by one piece of code, whose arguments are chosen
+  // here.
   LOWRANK_OPS_DEVICE void start_copies() {
     unsigned char* slot = shared + l.slots + copy_slot * l.slot;
     copy_slot = copy_slot + 1 == g.stages ? 0 : copy_slot + 1;
@@ -124,15 +125,21 @@ class Block {
       const bool in = next.stage == 1, core = has_core && next.stage == 2;
       if (in) copy_input(slot);
       const Factor factor = in ? p.in_factor : core ? p.core : p.out_factor;
-      const int64_t tap_offset = core ? next.tap / g.columns.kernel * factor.tap_stride[0] +
-                                            next.tap % g.columns.kernel * factor.tap_stride[1]
-                                      : 0;
+      const int64_t tap_offset =
+          core ? next.tap / g.columns.kernel * factor.tap_stride[0] + next.tap % g.columns.kernel * factor.tap_stride[1]
+               : 0;
       const int row_bytes = in ? s_bytes : core ? r1_bytes : r2_bytes;
       const int chunk = in ? kInputChunkBytes : core ? l.core_chunk : l.out_chunk;
       copy_factor<Element>(slot + (in ? config.halo_rows() * input_stride : 0), factor, tap_offset,
-                           next.pass * config.columns(), config.columns(), in ? g.r1 : core ? g.r2 : g.t,
-                           next.byte / element, in ? g.s : core ? g.r1 : g.r2, log2(chunk),
-                           in ? chunk : least(chunk, row_bytes - next.byte), thread, config.threads());
+                           next.pass * config.columns(), config.columns(),
+                           in     ? g.r1
+                           : core ? g.r2
+                                  : g.t,
+                           next.byte / element,
+                           in     ? g.s
+                           : core ? g.r1
+                                  : g.r2,
+                           log2(chunk), in ? chunk : least(chunk, row_bytes - next.byte), thread, config.threads());
       next.byte += chunk;
       if (next.byte >= row_bytes) advance(in, core);
     }
@@ -159,16 +166,15 @@ class Block {
 
   static LOWRANK_OPS_DEVICE int log2(int power) { return power == 32 ? 5 : power == 64 ? 6 : power == 128 ? 7 : 8; }
 
-  // 64 bytes of channels of the halo's positions. Neighbouring threads copy what lies side by side in memory: the channels
-  // of a position, or positions of a row where channels lie apart (NCHW).
+  // 64 bytes of channels of the halo's positions. Neighbouring threads copy what lies side by side in memory: the
+  // channels of a position, or positions of a row where channels lie apart (NCHW).
   LOWRANK_OPS_DEVICE void copy_input(unsigned char* slot) {
     constexpr int vectors = kInputChunkBytes / kVectorBytes, rows = config.halo_rows();
     const Element* input = static_cast<const Element*>(p.input);
     const int64_t channel_stride = p.input_stride[1];
     const auto copy = [&](int row, int vector, auto copy_row) {
       const int position = next.halo_pass * rows + row;
-      const int64_t offset =
-          position < l.halo_rows ? load_shared<int64_t>(shared + l.halo_offset + position * 8) : int64_t(-1);
+      const int64_t offset = load_shared<int64_t>(shared + l.halo_offset + position * 8);
       const int channel = (next.byte + vector * kVectorBytes) / element;
       const bool inside = offset >= 0 && channel < g.s;
       copy_row(slot + row * input_stride + vector * kVectorBytes,
@@ -178,9 +184,9 @@ class Block {
 #pragma unroll
       for (int i = 0; i < rows * vectors / config.threads(); ++i) {
         const int copied = thread + i * config.threads();
-        copy(copied / vectors, copied % vectors, [](unsigned char* to, const Element* from, int count) {
-          copy_async<kVectorBytes>(to, from, count > 0);
-        });
+        static_assert(vectors == 4, "the logarithm below");
+        copy(spread_rows(copied / vectors, 2), copied % vectors,
+             [](unsigned char* to, const Element* from, int count) { copy_async<kVectorBytes>(to, from, count > 0); });
       }
       static_assert(rows * vectors % config.threads() == 0, "every thread copies as much");
     } else {
@@ -240,9 +246,8 @@ class Block {
         Sum sum[tiles][rank_tiles][4] = {};
         for (int byte = 0; byte < s_bytes; byte += kInputChunkBytes) {
           const unsigned char* chunk = next_chunk();
-          Engine::multiply(sum, chunk, a_row,
-                           chunk + (config.halo_rows() + warp_n * 8 * rank_tiles) * input_stride, input_stride,
-                           kInputChunkBytes, lane);
+          Engine::multiply(sum, chunk, a_row, chunk + (config.halo_rows() + warp_n * 8 * rank_tiles) * input_stride,
+                           input_stride, kInputChunkBytes, lane);
         }
         store_hidden(sum, shared + l.hidden, l.hidden_row, halo_pass * config.halo_rows() + warp_m * tiles * 16,
                      l.halo_rows, (pass * columns + warp_n * 8 * rank_tiles) * element, r1_bytes);
@@ -256,8 +261,8 @@ class Block {
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
       for (int i = 0; i < Engine::a_rows; ++i)
-        a_row[m][i] = l.hidden_row * load_shared<int>(shared + l.pixel_row +
-                                                      ((warp_m * tiles + m) * 16 + Engine::a_row(lane, i)) * 4);
+        a_row[m][i] = l.hidden_row *
+                      load_shared<int>(shared + l.pixel_row + ((warp_m * tiles + m) * 16 + Engine::a_row(lane, i)) * 4);
     const int halo_w = g.columns.halo(), stride = l.core_chunk + kVectorBytes;
     for (int pass = 0; pass < l.r2_passes; ++pass) {
       Sum sum[tiles][rank_tiles][4] = {};

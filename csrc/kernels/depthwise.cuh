@@ -1,8 +1,9 @@
 // CP's depthwise stages, in place in the hidden tile [positions, R].
 //
 // A thread owns two neighbouring channels of one line (a column of the tile for the height factor, a row for the width
-// factor) and walks along it. Output i needs inputs from i * stride >= i on, and the thread writes it to position i after
-// reading them, so nobody reads what was overwritten. Neighbouring lanes hold neighbouring channels: no bank conflicts.
+// factor) and walks along it. Output i needs inputs from i * stride >= i on, and the thread writes it to position i
+// after reading them, so nobody reads what was overwritten. Neighbouring lanes hold neighbouring channels: no bank
+// conflicts.
 #pragma once
 
 #include "kernels/epilogue.cuh"
@@ -15,7 +16,9 @@ LOWRANK_OPS_DEVICE void depthwise_line(unsigned char* line, int step, int output
                                        const Element* weights, int64_t row_stride, int64_t tap_stride, bool second) {
   constexpr int kBlock = 8;
   const auto weight = [&](int tap, int channel) {
-    return channel == 1 && !second ? Sum(0) : Sum(widen(load_global<Element>(weights + channel * row_stride + tap * tap_stride)));
+    return channel == 1 && !second
+               ? Sum(0)
+               : Sum(widen(load_global<Element>(weights + channel * row_stride + tap * tap_stride)));
   };
   if (taps == 3 && stride == 1) {  // the common case: every input is loaded once
     Sum factor[3][2], window[3][2];
@@ -38,9 +41,9 @@ LOWRANK_OPS_DEVICE void depthwise_line(unsigned char* line, int step, int output
         window[0][channel] = window[1][channel];
         window[1][channel] = window[2][channel];
         window[2][channel] = widen(pair.value[channel]);
-        result.value[channel] = narrow<Element, Sum>(window[0][channel] * factor[0][channel] +
-                                                     window[1][channel] * factor[1][channel] +
-                                                     window[2][channel] * factor[2][channel]);
+        result.value[channel] =
+            narrow<Element, Sum>(window[0][channel] * factor[0][channel] + window[1][channel] * factor[1][channel] +
+                                 window[2][channel] * factor[2][channel]);
       }
       store_shared(line + i * step, result);
     }

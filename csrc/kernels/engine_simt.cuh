@@ -2,8 +2,8 @@
 //
 // The same warp tile and the same place for every sum as on tensor cores: of each 16 x 8 tile a lane holds rows
 // lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and + 1. A warp tile of 32 x 64 in fp32 is then 4 rows x 16 columns a
-// lane: 20 loads of 16 bytes for 256 multiply-adds. Lanes of equal lane / 4 load the same row of A (8 rows a warp), lanes
-// of equal lane % 4 the same row of B (4 rows): broadcasts, in different banks.
+// lane: 20 loads of 16 bytes for 256 multiply-adds. Lanes of equal lane / 4 load the same row of A (8 rows a warp),
+// lanes of equal lane % 4 the same row of B (4 rows): broadcasts, in different banks.
 #pragma once
 
 #include "kernels/primitives.cuh"

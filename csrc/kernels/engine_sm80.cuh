@@ -1,8 +1,8 @@
 // Products on tensor cores by mma.sync (Ampere and everything after it): bf16, fp16, and fp32 rounded to tf32.
 //
-// A warp multiplies A [16 * M, K] by B [8 * N, K] transposed, both with K contiguous in shared memory. K goes in steps of
-// 32 bytes: 16 elements of 2 bytes or 8 of 4, for which ldmatrix and mma address alike. ldmatrix loads four 8 x 16-byte
-// matrices; lanes give the rows:
+// A warp multiplies A [16 * M, K] by B [8 * N, K] transposed, both with K contiguous in shared memory. K goes in steps
+// of 32 bytes: 16 elements of 2 bytes or 8 of 4, for which ldmatrix and mma address alike. ldmatrix loads four 8 x
+// 16-byte matrices; lanes give the rows:
 //
 //     A tile, 16 rows       B, two tiles of 8 columns (rows in memory)
 //     lanes  0-7  | 16-23   lanes  0-7  |  8-15

@@ -42,16 +42,37 @@ struct alignas(2 * sizeof(Element)) Pair {
   Element value[2];
 };
 
-// Bias, activation and rounding of `size` sums of neighbouring channels.
-template <typename Element, int size, typename Sum>
-LOWRANK_OPS_DEVICE void finish(Element (&result)[size], const Sum* sums, const BlockParams& p, int channel) {
-  const Element* bias = static_cast<const Element*>(p.bias);
-  Sum values[size];
+// `size` neighbouring sums, 16 bytes at a time. Where two loads are needed, every other row takes them in the other
+// order: then the eight lanes of a phase, four to a row, find all banks.
+template <int size, typename Sum>
+LOWRANK_OPS_DEVICE void load_sums(Sum (&values)[size], const Sum* sums, int row) {
+  constexpr int per_load = Vector<Sum>::size;
+  if constexpr (size == 2 * per_load) {
+    const bool swap = row % 2 == 1;
+    const auto first = load_shared<Vector<Sum>>(sums + (swap ? per_load : 0));
+    const auto second = load_shared<Vector<Sum>>(sums + (swap ? 0 : per_load));
 #pragma unroll
-  for (int i = 0; i < size; ++i) {
-    values[i] = load_shared<Sum>(sums + i);
-    if (bias && channel + i < p.geometry.t) values[i] += widen(load_global<Element>(bias + channel + i));
+    for (int i = 0; i < per_load; ++i) {
+      values[i] = swap ? second.value[i] : first.value[i];
+      values[per_load + i] = swap ? first.value[i] : second.value[i];
+    }
+  } else if constexpr (size == per_load) {
+    const auto loaded = load_shared<Vector<Sum>>(sums);
+#pragma unroll
+    for (int i = 0; i < size; ++i) values[i] = loaded.value[i];
+  } else {
+    static_assert(size == 1, "a vector or an element");
+    values[0] = load_shared<Sum>(sums);
   }
+}
+
+// Bias, activation and rounding of the sums of neighbouring channels.
+template <typename Element, int size, typename Sum>
+LOWRANK_OPS_DEVICE void finish(Element (&result)[size], Sum (&values)[size], const BlockParams& p, int channel) {
+  const Element* bias = static_cast<const Element*>(p.bias);
+#pragma unroll
+  for (int i = 0; i < size; ++i)
+    if (bias && channel + i < p.geometry.t) values[i] += widen(load_global<Element>(bias + channel + i));
   activate(values, p.activation);
 #pragma unroll
   for (int i = 0; i < size; ++i) result[i] = narrow<Element, Sum>(values[i]);
@@ -60,8 +81,8 @@ LOWRANK_OPS_DEVICE void finish(Element (&result)[size], const Sum* sums, const B
 // Writes the sums of 16 pixels x 8 * N channels of one warp, 32 channels at a time. `staging` is the warp's own;
 // `pixel_offset` the table's entries of these 16 pixels (element offsets into the output, negative: none there).
 //
-// Staged are sums, so that bias and activation are compiled once and not for every register. Rows are 40 sums apart: the
-// stores of two sums a lane fall into different banks.
+// Staged are sums, so that bias and activation are compiled once and not for every register. Rows are 40 sums apart:
+// the stores of two sums a lane fall into different banks.
 template <typename Element, int N, typename Sum>
 LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* staging, const unsigned char* pixel_offset,
                                      const BlockParams& p, int first_channel, int lane) {
@@ -86,8 +107,10 @@ LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* stag
         const int row = i / vectors, channel = i % vectors * size;
         const int64_t offset = load_shared<int64_t>(pixel_offset + row * 8);
         if (offset < 0 || first_channel + channel >= p.geometry.t) continue;
+        Sum values[size];
+        load_sums(values, staged + row * stride + channel, row);
         Vector<Element> vector;
-        finish(vector.value, staged + row * stride + channel, p, first_channel + channel);
+        finish(vector.value, values, p, first_channel + channel);
         store_global(output + offset + first_channel + channel, vector);
       }
     } else {
@@ -95,11 +118,14 @@ LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* stag
       const int64_t channel_stride = p.output_stride[1];
 #pragma unroll 1
       for (int i = lane; i < 16 * columns; i += 32) {
-        const int row = channel_stride == 1 ? i / columns : i % 16, channel = channel_stride == 1 ? i % columns : i / 16;
+        const int row = channel_stride == 1 ? i / columns : i % 16,
+                  channel = channel_stride == 1 ? i % columns : i / 16;
         const int64_t offset = load_shared<int64_t>(pixel_offset + row * 8);
         if (offset < 0 || first_channel + channel >= p.geometry.t) continue;
+        Sum value[1];
+        load_sums(value, staged + row * stride + channel, row);
         Element element[1];
-        finish(element, staged + row * stride + channel, p, first_channel + channel);
+        finish(element, value, p, first_channel + channel);
         store_global(output + offset + (first_channel + channel) * channel_stride, element[0]);
       }
     }

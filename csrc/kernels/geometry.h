@@ -18,10 +18,10 @@
 
 namespace lowrank_ops {
 
-constexpr int kMaxStages = 4;     // slots of the ring buffer that chunks stream through
-constexpr int kVectorBytes = 16;  // the widest access, and the padding of a row: rows an odd multiple of 16 bytes
-                                  // apart put eight consecutive ones into different shared-memory banks
-constexpr int kStepBytes = 32;    // a step of the inner product: 16 bf16, 8 tf32, 8 fp32, 4 fp64
+constexpr int kMaxStages = 4;         // slots of the ring buffer that chunks stream through
+constexpr int kVectorBytes = 16;      // the widest access, and the padding of a row: rows an odd multiple of 16 bytes
+                                      // apart put eight consecutive ones into different shared-memory banks
+constexpr int kStepBytes = 32;        // a step of the inner product: 16 bf16, 8 tf32, 8 fp32, 4 fp64
 constexpr int kInputChunkBytes = 64;  // of a pixel's input channels in a chunk of the first stage
 constexpr int kMaxChunkBytes = 256;   // of a row in a chunk of the other stages
 constexpr int kStagedColumns = 32;    // channels of the output that a warp stages at a time, as sums
@@ -95,22 +95,20 @@ struct Geometry {
   LOWRANK_OPS_BOTH constexpr int halo() const { return tile_n * rows.halo() * columns.halo(); }
   LOWRANK_OPS_BOTH constexpr int pixels() const { return tile_n * rows.tile * columns.tile; }
   LOWRANK_OPS_BOTH constexpr int taps() const { return rows.kernel * columns.kernel; }
-  LOWRANK_OPS_BOTH constexpr int64_t tiles() const {
-    return ceil_div(n, tile_n) * rows.tiles() * columns.tiles();
-  }
+  LOWRANK_OPS_BOTH constexpr int64_t tiles() const { return ceil_div(n, tile_n) * rows.tiles() * columns.tiles(); }
   LOWRANK_OPS_BOTH constexpr int64_t ctas() const { return tiles() * splits; }
 };
 
 // Where things lie in a CTA's shared memory, in bytes, and how the three streams of chunks are cut. `fused_core` is
 // Tucker's core stage; CP and linear have none. A row of `bytes` payload occupies bytes + kVectorBytes.
 struct SharedLayout {
-  int halo_rows = 0;  // of the hidden tile: a multiple of 16
+  int halo_rows = 0;                  // of the hidden tile: a multiple of 16
   int hidden_row = 0, hidden = 0;     // stride of a row of the first hidden tile [halo_rows, R1]; its offset
   int second_row = 0, second = 0;     // Tucker: of the second hidden tile [pixels, R2], over the first where it can be
   int slots = 0, slot = 0;            // offset of the ring buffer, bytes of a slot
   int core_chunk = 0, out_chunk = 0;  // bytes of a row in a chunk of core / of out_factor (chunk_bytes)
   int staging = 0, staging_warp = 0;  // offset of the output staging, bytes of a warp's part: 16 rows
-  int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // offsets of the tables: int64, int64, int32
+  int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // offsets of the tables: int64 (of whole passes), int64, int32
   int bytes = 0;
 
   // Passes over the columns of a stage; over the halo rows of the first.
@@ -148,7 +146,7 @@ LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const C
 
   int offset = 0;
   l.halo_offset = offset;
-  offset += l.halo_rows * 8;
+  offset += l.halo_passes * c.halo_rows() * 8;
   l.pixel_offset = offset;
   offset += c.pixels() * 8;
   l.pixel_row = offset;

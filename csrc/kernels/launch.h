@@ -1,4 +1,5 @@
-// What crosses from the host to the CUDA kernels: plain structs, and one launcher an op and family of kernels. No torch.
+// What crosses from the host to the CUDA kernels: plain structs, and one launcher an op and family of kernels. No
+// torch.
 //
 // A launcher puts one kernel onto `stream` and returns; it never synchronizes. cudaErrorInvalidValue: no such
 // configuration for this dtype. Strides are in elements, sizes of vectors in bytes.
@@ -12,8 +13,8 @@
 namespace lowrank_ops {
 
 // A factor as a matrix of rows (what it maps to) by columns (what it maps from), and taps between them for Tucker's
-// core: element (row, column, ky, kx). `vector` is the width of its copies: 16, 8 or 4 bytes, where the column stride is
-// 1 and everything is aligned to it; otherwise the size of an element, and the copies take any stride.
+// core: element (row, column, ky, kx). `vector` is the width of its copies: 16, 8 or 4 bytes, where the column stride
+// is 1 and everything is aligned to it; otherwise the size of an element, and the copies take any stride.
 struct Factor {
   const void* data = nullptr;
   int64_t row_stride = 0, column_stride = 1, tap_stride[2] = {0, 0};
@@ -22,8 +23,8 @@ struct Factor {
 
 struct BlockParams {
   Geometry geometry;
-  const void* input = nullptr;  // [N, S, H, W], any strides
-  void* output = nullptr;       // [N, T, OH, OW], dense, in either memory format
+  const void* input = nullptr;                          // [N, S, H, W], any strides
+  void* output = nullptr;                               // [N, T, OH, OW], dense, in either memory format
   int64_t input_stride[4] = {}, output_stride[4] = {};  // n, channel, h, w
   int input_vector = 0, output_vector = 0;  // as Factor::vector, over channels: an element where their stride is not 1
   Factor in_factor;                         // [R1, S]

@@ -36,11 +36,11 @@ struct alignas(4 * words) Words {
 // Every place of a kernel where threads of a CTA (or lanes of a warp) wait for each other has a number, so that a test
 // can leave each out in turn.
 enum class Barrier : int {
-  kTables,        // the tables of offsets are written before copies read them
-  kChunk,         // a chunk has arrived for all threads; its predecessor's slot is free again
-  kHiddenRead,    // Tucker: all warps have read the first hidden tile before the second overwrites it
-  kHiddenWritten, // CP: the hidden tile is written before the depthwise stage reads it
-  kDepthwise,     // CP: the height factor is done before the width factor begins
+  kTables,          // the tables of offsets are written before copies read them
+  kChunk,           // a chunk has arrived for all threads; its predecessor's slot is free again
+  kHiddenRead,      // Tucker: all warps have read the first hidden tile before the second overwrites it
+  kHiddenWritten,   // CP: the hidden tile is written before the depthwise stage reads it
+  kDepthwise,       // CP: the height factor is done before the width factor begins
   kStagingWritten,  // warp: a staged tile of output is written before other lanes read it
   kStagingRead,     // warp: it was read before the next one overwrites it
   kCount
@@ -106,8 +106,7 @@ LOWRANK_OPS_DEVICE void copy_async(void* shared, const void* global, bool valid)
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   const int size = valid ? bytes : 0;
   if constexpr (bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(size)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(size)
                  : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)), "l"(global),
@@ -141,16 +140,14 @@ LOWRANK_OPS_DEVICE void multiply_add(BFloat16, float (&sum)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 LOWRANK_OPS_DEVICE void multiply_add(Half, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 LOWRANK_OPS_DEVICE void multiply_add(Tf32, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // cvt.rna.tf32.f32: to the nearest tf32, ties away from zero.
@@ -209,7 +206,7 @@ cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(unsigned(ctas)), dim3(unsigned(threads)), size_t(shared_bytes), stream>>>(params);
+  kernel<<<dim3(unsigned(ctas)), dim3(unsigned(threads)), size_t(shared_bytes), stream> > >(params);
   return cudaGetLastError();
 }
 
