@@ -8,7 +8,7 @@ namespace lowrank_ops::simulator {
 namespace {
 
 constexpr int kSectorBytes = 32, kBankBytes = 4, kBanks = 32;
-constexpr size_t kLookAhead = 64;  // instructions that a lane may skip
+constexpr int kLookAhead = 64;  // instructions that a lane may skip
 
 struct Traffic {
   std::vector<uint16_t> times;  // for each two bytes
@@ -175,38 +175,33 @@ void* write_global(void* address, int bytes, Site site) {
 
 Instruction* find_instruction(Warp& warp, uint32_t& cursor, int lane, Primitive primitive, int bytes, int buffer,
                               Site site) {
-  const size_t end = std::min(warp.log.size(), cursor + kLookAhead);
-  for (size_t i = cursor; i < end; i++) {
-    Instruction& instruction = warp.log[i];
-    if (!(instruction.lanes >> lane & 1) && instruction.site == site && instruction.primitive == primitive &&
-        instruction.buffer == buffer && instruction.bytes == bytes) {
-      cursor = uint32_t(i + 1);
-      return &instruction;
-    }
+  uint32_t at = warp.log[cursor].next;
+  for (int i = 0; i < kLookAhead && at != 0; i++, at = warp.log[at].next) {
+    if (!same_instruction(warp.log[at], lane, primitive, bytes, buffer, site)) continue;
+    cursor = at;
+    return &warp.log[at];
   }
-  // A lane that is at the end goes on there. Another one, which the earlier lanes have left behind with nothing that
-  // fits, keeps its place.
-  if (cursor == warp.log.size()) cursor++;
-  Instruction& instruction = warp.log.emplace_back();
-  instruction.site = site;
-  instruction.primitive = primitive;
-  instruction.bytes = uint8_t(bytes);
-  instruction.buffer = int16_t(buffer);
-  instruction.lanes = 0;
-  return &instruction;
+  // No lane before this one has executed it: it comes after this lane's last one.
+  const uint32_t added = uint32_t(warp.log.size());
+  warp.log.push_back({warp.log[cursor].next, site, primitive, uint8_t(bytes), int16_t(buffer), 0, {}});
+  warp.log[cursor].next = added;
+  cursor = added;
+  return &warp.log[added];
 }
 
 void count_log(Warp& warp) {
-  for (const Instruction& instruction : warp.log) {
+  for (size_t i = 1; i < warp.log.size(); i++) {
+    const Instruction& instruction = warp.log[i];
     machine.instructions[int(instruction.primitive)]++;
     if (instruction.primitive == Primitive::kLoadGlobal)
       count_sectors(buffers[size_t(instruction.buffer)].read, instruction);
     else if (instruction.primitive == Primitive::kStoreGlobal)
       count_sectors(buffers[size_t(instruction.buffer)].written, instruction);
-    else
+    else if (instruction.primitive != Primitive::kCommitCopies)
       count_banks(instruction);
   }
-  warp.log.clear();
+  warp.log.resize(1);
+  warp.log[0].next = 0;
   std::fill(warp.cursor, warp.cursor + kLanes, 0);
 }
 

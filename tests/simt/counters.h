@@ -25,6 +25,13 @@ std::string report();      // JSON
 const void* read_global(const void* address, int bytes, Primitive primitive, Site site);
 void* write_global(void* address, int bytes, Site site);
 
+// Whether a lane's access can be part of an instruction.
+inline bool same_instruction(const Instruction& instruction, int lane, Primitive primitive, int bytes, int buffer,
+                             Site site) {
+  return instruction.site == site && instruction.primitive == primitive && !(instruction.lanes >> lane & 1) &&
+         instruction.buffer == buffer && instruction.bytes == bytes;
+}
+
 // The slower half of `record`.
 Instruction* find_instruction(Warp& warp, uint32_t& cursor, int lane, Primitive primitive, int bytes, int buffer,
                               Site site);
@@ -33,11 +40,10 @@ inline void record(Fiber& fiber, Primitive primitive, int bytes, int buffer, uin
   if (!machine.settings.count) return;
   Warp& warp = *fiber.warp;
   uint32_t& cursor = warp.cursor[fiber.lane];
-  Instruction* instruction = warp.log.data() + cursor;
-  if (cursor < warp.log.size() && instruction->site == site && instruction->primitive == primitive &&
-      !(instruction->lanes >> fiber.lane & 1) && instruction->buffer == buffer && instruction->bytes == bytes)
-      [[likely]]
-    cursor++;
+  const uint32_t next = warp.log[cursor].next;
+  Instruction* instruction = &warp.log[next];
+  if (next != 0 && same_instruction(*instruction, fiber.lane, primitive, bytes, buffer, site)) [[likely]]
+    cursor = next;
   else
     instruction = find_instruction(warp, cursor, fiber.lane, primitive, bytes, buffer, site);
   instruction->lanes |= 1u << fiber.lane;
@@ -47,7 +53,7 @@ inline void record(Fiber& fiber, Primitive primitive, int bytes, int buffer, uin
 // The lanes have met: counts what is in the log.
 void count_log(Warp& warp);
 inline void flush_log(Warp& warp) {
-  if (!warp.log.empty()) count_log(warp);
+  if (warp.log.size() > 1) count_log(warp);
 }
 
 // Accesses of `count` lanes to units of `bytes` each that shared memory serves together: the most different words that

@@ -91,8 +91,9 @@ def build(sanitize: bool = False) -> Path:
         key.update(source.name.encode() + source.read_bytes())
         target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not target.exists():
-            _call([command, *flags, "-c", str(source.relative_to(REPOSITORY)), "-o", f"{target}.part"])
-            os.replace(f"{target}.part", target)
+            part = target.with_suffix(f".{os.getpid()}.part")  # others may be building the same
+            _call([command, *flags, "-c", str(source.relative_to(REPOSITORY)), "-o", str(part)])
+            os.replace(part, target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -101,8 +102,9 @@ def build(sanitize: bool = False) -> Path:
     target = folder / (f"kernels_sanitized-{key}" if sanitize else f"kernels-{key}.so")
     if not target.exists():
         kind = ["-fsanitize=address,undefined"] if sanitize else ["-shared"]
-        _call([command, *kind, *map(str, objects), "-o", f"{target}.part"])
-        os.replace(f"{target}.part", target)
+        part = target.with_suffix(f".{os.getpid()}.part")
+        _call([command, *kind, *map(str, objects), "-o", str(part)])
+        os.replace(part, target)
     return target
 
 
@@ -122,8 +124,11 @@ def _struct(name: str, fields: list[tuple[str, Any]]) -> type[ctypes.Structure]:
 _INT = ctypes.c_int64
 _FACTOR = _struct(
     "FactorCall",
-    [("data", _INT), ("row_stride", _INT), ("column_stride", _INT), ("tap_stride", _INT * 2)]
-    + [("vector", _INT), ("bytes", _INT)],
+    [
+        *((name, _INT) for name in ("data", "row_stride", "column_stride")),
+        ("tap_stride", _INT * 2),
+        *((name, _INT) for name in ("vector", "bytes")),
+    ],
 )
 _FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
 _BLOCK = _struct(
@@ -227,11 +232,16 @@ def copy_width(tensor: Tensor, channels: int, channel_stride: int, other_strides
     return element
 
 
-def _factor(tensor: Tensor, strides: tuple[int, int, int, int], sizes: tuple[int, int], vector: int) -> Any:
-    row, column, *taps = strides
-    other = [stride for stride, size in zip((row, *taps), (tensor.shape[0], *tensor.shape[2:]), strict=False)]
-    width = vector or copy_width(tensor, sizes[1], column, other)
-    return _FACTOR(tensor.data_ptr(), row, column, (_INT * 2)(*taps), width, span_bytes(tensor))
+def _factor_strides(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
+    """Of rows, columns and the two taps (launch.h)."""
+    stride = tensor.stride()
+    if name == "core":
+        return stride
+    if name == "height_factor":
+        return stride[0], 1, stride[1], 0
+    if name == "width_factor":
+        return stride[0], 1, 0, stride[1]
+    return *stride, 0, 0
 
 
 def block_call(
@@ -247,49 +257,35 @@ def block_call(
     call.op, call.family, call.config = OPS.index(kernel.op), FAMILIES.index(kernel.family), kernel.config
     x, in_factor, out_factor = tensors["input"], tensors["in_factor"], tensors["out_factor"]
     call.dtype, call.activation = DTYPES.index(x.dtype), ACTIVATIONS.index(options.get("activation", "none"))
-    linear = kernel.op == "lowrank_linear"
-    if linear:  # rows lie along the width of one image
+    if kernel.op == "lowrank_linear":  # the planner's n are the rows; for the kernel they lie along one image's width
         x, output = x.T[None, :, None], output.T[None, :, None]
         call.n, call.h, call.w, call.oh, call.ow = x.shape[3], 1, 1, 1, 1
     else:
         (call.n, _, call.h, call.w), (call.oh, call.ow) = x.shape, output.shape[2:]
     call.s, call.t, call.r1, call.r2 = x.shape[1], output.shape[1], in_factor.shape[0], out_factor.shape[1]
-    kernel_size = {"tucker_conv2d": lambda: tensors["core"].shape[2:], "lowrank_linear": lambda: (1, 1)}.get(
-        kernel.op, lambda: (tensors["height_factor"].shape[1], tensors["width_factor"].shape[1])
-    )()
-    call.kh, call.kw = kernel_size
+    call.kh = call.kw = 1
+    if kernel.op == "tucker_conv2d":
+        call.kh, call.kw = tensors["core"].shape[2:]
+    elif kernel.op == "cp_conv2d":
+        call.kh, call.kw = tensors["height_factor"].shape[1], tensors["width_factor"].shape[1]
     for name, default in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
         setattr(call, name, (_INT * 2)(*options.get(name, default)))
     call.tile_n, call.tile_h, call.tile_w, call.stages, call.splits = cut.n, cut.h, cut.w, cut.stages, cut.splits
     for name, tensor in (("input", x), ("output", output)):
-        n, channel, h, w = tensor.stride()
+        stride, channels = tensor.stride(), tensor.shape[1]
+        other = [stride[axis] for axis in (0, 2, 3) if tensor.shape[axis] > 1]
         setattr(call, name, tensor.data_ptr())
         setattr(call, f"{name}_bytes", span_bytes(tensor))
-        setattr(call, f"{name}_stride", (_INT * 4)(n, channel, h, w))
-        other = [
-            stride for stride, size in zip((n, h, w), (tensor.shape[0], *tensor.shape[2:]), strict=True) if size > 1
-        ]
-        width = vectors.get(name) or copy_width(tensor, tensor.shape[1], channel, other)
-        setattr(call, f"{name}_vector", width)
+        setattr(call, f"{name}_stride", (_INT * 4)(*stride))
+        setattr(call, f"{name}_vector", vectors.get(name) or copy_width(tensor, channels, stride[1], other))
     for name in _FACTORS:
         if name not in tensors:
             continue
-        tensor, stride = tensors[name], tensors[name].stride()
-        if name == "core":
-            strides = stride
-        elif name == "height_factor":
-            strides = (stride[0], 1, stride[1], 0)
-        elif name == "width_factor":
-            strides = (stride[0], 1, 0, stride[1])
-        else:
-            strides = (*stride, 0, 0)
-        other = [
-            s for s, size in zip((strides[0], *strides[2:]), (tensor.shape[0], 9, 9), strict=True) if s and size > 1
-        ]
+        tensor, strides = tensors[name], _factor_strides(name, tensors[name])
+        other = [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if stride != 1 and size > 1]
         width = vectors.get(name) or copy_width(tensor, tensor.shape[1], strides[1], other)
-        setattr(
-            call, name, _FACTOR(tensor.data_ptr(), *strides[:2], (_INT * 2)(*strides[2:]), width, span_bytes(tensor))
-        )
+        factor = _FACTOR(tensor.data_ptr(), *strides[:2], (_INT * 2)(*strides[2:]), width, span_bytes(tensor))
+        setattr(call, name, factor)
     if tensors.get("bias") is not None:
         call.bias = tensors["bias"].data_ptr()
     return call
@@ -307,8 +303,28 @@ def run(
     """One launch, into ``output``, which is filled with NaN before. ``vectors``: widths of copies by tensor."""
     output.fill_(float("nan"))
     call = block_call(kernel, cut, tensors, options, output, vectors or {})
-    values = _SETTINGS(*(int(getattr(settings or Settings(), name)) for name in Settings.__dataclass_fields__))
-    code = library().simt_run(ctypes.byref(call), ctypes.byref(values))
+    code = library().simt_run(ctypes.byref(call), ctypes.byref(_settings(settings)))
+    return Result(output, code, json.loads(library().simt_report().decode()))
+
+
+def _settings(settings: Settings | None) -> Any:
+    return _SETTINGS(*(int(getattr(settings or Settings(), name)) for name in Settings.__dataclass_fields__))
+
+
+def selftest(
+    name: str,
+    data: Tensor,
+    output: Tensor,
+    *arguments: int,
+    threads: int = 32,
+    shared_bytes: int = 0,
+    settings: Settings | None = None,
+) -> Result:
+    """A kernel of selftest.cpp or primitive_kernels.cuh, in one CTA."""
+    numbers = (_INT * 6)(*arguments)
+    places = [_INT(number) for tensor in (data, output) for number in (tensor.data_ptr(), span_bytes(tensor))]
+    sizes = _INT(threads), _INT(shared_bytes)
+    code = library().simt_selftest(name.encode(), *places, numbers, *sizes, ctypes.byref(_settings(settings)))
     return Result(output, code, json.loads(library().simt_report().decode()))
 
 

@@ -88,8 +88,11 @@ inline void copy_async(void* shared, const void* global, bool valid, LOWRANK_OPS
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   simulator::begin_copy(shared, global, bytes, valid, {file, line});
 }
-inline void commit_copies() {
-  simulator::machine.current->committed++;
+inline void commit_copies(LOWRANK_OPS_SITE) {
+  simulator::Fiber& fiber = *simulator::machine.current;
+  fiber.committed++;
+  // Every lane comes by here, also one that skipped something before: the log's lanes fall into step again.
+  simulator::record(fiber, simulator::Primitive::kCommitCopies, 0, -1, 0, {file, line});
 }
 template <int pending>
 inline void wait_copies() {

@@ -163,7 +163,7 @@ void begin_cta(int64_t block) {
     warp.runnable = ~0u;
     warp.epoch = 0;
     warp.arrived = 0;
-    warp.log.clear();
+    warp.log.assign(1, {});
     std::fill(warp.cursor, warp.cursor + kLanes, 0);
   }
   order_threads(block);
@@ -211,7 +211,7 @@ void complete(Warp& warp) {
 const char* name_of(Primitive primitive) {
   static const char* const names[] = {
       "load_shared",        "store_shared",       "load_matrices",      "copy_async",   "load_global", "store_global",
-      "multiply_add<bf16>", "multiply_add<fp16>", "multiply_add<tf32>", "warp_barrier", "barrier"};
+      "multiply_add<bf16>", "multiply_add<fp16>", "multiply_add<tf32>", "warp_barrier", "barrier",     "commit_copies"};
   return names[int(primitive)];
 }
 

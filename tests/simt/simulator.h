@@ -30,6 +30,7 @@ enum class Primitive : uint8_t {
   kMultiplyTf32,
   kWarpBarrier,
   kBarrier,
+  kCommitCopies,
   kCount
 };
 const char* name_of(Primitive primitive);
@@ -77,8 +78,9 @@ struct Fiber {
   int committed = 0, retired = 0;  // groups of copies
 };
 
-// One instruction of a warp: what its lanes accessed (counters.h).
+// One instruction of a warp: what its lanes accessed (counters.h). A list in the order of execution; 0 ends it.
 struct Instruction {
+  uint32_t next;
   Site site;
   Primitive primitive;
   uint8_t bytes;
@@ -105,8 +107,8 @@ struct Warp {
   alignas(64) uint32_t matrices[4][kLanes];
   const void* row[kLanes];
 
-  std::vector<Instruction> log;  // since the lanes last met
-  uint32_t cursor[kLanes] = {};  // each lane's place in it
+  std::vector<Instruction> log;  // since the lanes last met; the first is none, but the list's beginning
+  uint32_t cursor[kLanes] = {};  // each lane's last one in it
 };
 
 struct Machine {
