@@ -206,8 +206,9 @@ cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(unsigned(ctas)), dim3(unsigned(threads)), size_t(shared_bytes), stream> > >(params);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(ctas)), dim3(unsigned(threads)),
+                          arguments, size_t(shared_bytes), stream);
 }
 
 }  // namespace lowrank_ops
