@@ -32,7 +32,7 @@ template <Op op, typename Engine, Family family, int index>
 class Block {
   using Element = typename Engine::Element;
   using Sum = typename Engine::Sum;
-  static constexpr Config config = config_of(family, index);
+  static constexpr Config config = config_of(family, index, op != Op::kLinear);
   static constexpr int warps_m = config.warps_m, halo_tiles = config.halo_tiles, pixel_tiles = config.pixel_tiles,
                        rank_tiles = config.rank_tiles;
   static constexpr int element = int(sizeof(Element));
@@ -309,14 +309,15 @@ class Block {
 };
 
 template <Op op, typename Engine, Family family, int index>
-LOWRANK_OPS_KERNEL(config_of(family, index).threads(), config_of(family, index).threads() <= 128 ? 2 : 1)
+LOWRANK_OPS_KERNEL(config_of(family, index, op != Op::kLinear).threads(),
+                   config_of(family, index, op != Op::kLinear).threads() <= 128 ? 2 : 1)
 block_kernel(const KernelParams params) {
   Block<op, Engine, family, index>(params).run();
 }
 
 template <Op op, typename Engine, Family family, int index>
 cudaError_t launch_block(const BlockParams& params, cudaStream_t stream) {
-  constexpr Config config = config_of(family, index);
+  constexpr Config config = config_of(family, index, op != Op::kLinear);
   const SharedLayout layout =
       shared_layout(params.geometry, config, int(sizeof(typename Engine::Element)), op == Op::kTucker);
   return launch(block_kernel<op, Engine, family, index>, params.geometry.ctas(), config.threads(), layout.bytes, stream,

@@ -45,12 +45,13 @@ struct Config {
   LOWRANK_OPS_BOTH constexpr int columns() const { return 8 * warps_n * rank_tiles; }     // of a pass of any stage
 };
 
-// The configurations of each family of kernels. All have the same warp tile of 32 x 64 (32 x 32: ranks up to 32).
+// The configurations of each family of kernels. The warp tile is 32 pixels x 64 or 32 columns.
 constexpr Config kSm80Configs[] = {
     {4, 1, 3, 2, 4},  // 128 pixels, ranks up to 32 in one pass
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
     {4, 2, 3, 2, 8},  // 128 pixels, ranks up to 128
-    {2, 2, 4, 2, 8},  // 64 pixels, ranks up to 128: small problems, large hidden tiles
+    {2, 2, 4, 2, 8},  // 64 pixels, ranks up to 128: large hidden tiles
+    {2, 2, 4, 2, 4},  // 64 pixels, ranks up to 64: small problems
 };
 constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
@@ -60,8 +61,11 @@ constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
 constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
 
 enum class Family { kSimt, kSm80 };
-constexpr Config config_of(Family family, int index) {
-  return family == Family::kSimt ? kSimtConfigs[index] : kSm80Configs[index];
+// Linear layers have no halo: their first stage has as many rows as the others.
+constexpr Config config_of(Family family, int index, bool has_halo) {
+  Config config = family == Family::kSimt ? kSimtConfigs[index] : kSm80Configs[index];
+  if (!has_halo) config.halo_tiles = config.pixel_tiles;
+  return config;
 }
 
 // One axis (height or width), in the terms of the comment above.

@@ -7,6 +7,7 @@
 
 #include "plan/cost.h"
 #include "plan/gpu_cost.h"
+#include "plan/gpu_search.h"
 
 namespace lowrank_ops {
 namespace {
@@ -16,8 +17,7 @@ constexpr Op kOp_tucker = Op::kTucker, kOp_cp = Op::kCP, kOp_linear = Op::kLinea
 #define LOWRANK_OPS_NAME_tucker "tucker_conv2d"
 #define LOWRANK_OPS_NAME_cp "cp_conv2d"
 #define LOWRANK_OPS_NAME_linear "lowrank_linear"
-constexpr const Config* kConfigs_sm80 = kSm80Configs;
-constexpr const Config* kConfigs_simt = kSimtConfigs;
+constexpr Family kFamily_sm80 = Family::kSm80, kFamily_simt = Family::kSimt;
 constexpr int kFirst_sm80 = 80;  // mma.sync with bf16 and tf32, cp.async
 constexpr int kFirst_simt = 75;  // what nvcc 13 still compiles for
 
@@ -107,13 +107,13 @@ TileAxis axis_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_
 }  // namespace
 
 const std::vector<GpuKernel>& gpu_kernels() {
-#define GPU_KERNEL(op, family, config, shape, verified_on) \
-  {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,           \
-   kOp_##op,                                               \
-   #family,                                                \
-   config,                                                 \
-   kConfigs_##family[config],                              \
-   kFirst_##family,                                        \
+#define GPU_KERNEL(op, family, config, shape, verified_on)       \
+  {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,                 \
+   kOp_##op,                                                     \
+   #family,                                                      \
+   config,                                                       \
+   config_of(kFamily_##family, config, kOp_##op != Op::kLinear), \
+   kFirst_##family,                                              \
    verified_on},
   static const std::vector<GpuKernel> kernels = {
 #include "plan/kernel_table.inc"
@@ -173,37 +173,6 @@ CopyWidths copy_widths(const Problem& p) {
 
 namespace {
 
-// The tiles of an axis worth trying: powers of two, the whole axis, and what shares it out evenly; for the width also
-// rounded up to 8, where ldmatrix reads rows without bank conflicts.
-std::vector<int> tile_sizes(int outputs, int limit, int multiple) {
-  std::vector<int> sizes;
-  const auto add = [&](int64_t size) {
-    if (size >= 1 && size <= limit) sizes.push_back(int(size));
-  };
-  constexpr int kShares = 8;
-  for (int share = 1; share <= kShares; ++share) {
-    add(ceil_div(outputs, share));
-    add(round_up(ceil_div(outputs, share), multiple));
-  }
-  for (int size = 1; size <= limit && size < 2 * outputs; size *= 2) {
-    const int64_t even = ceil_div(outputs, ceil_div(outputs, size));
-    add(size < multiple ? even : round_up(even, multiple));
-  }
-  std::sort(sizes.begin(), sizes.end());
-  sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
-  return sizes;
-}
-
-// How many of `count` things in one of the given number of equal parts, for halves down to one.
-std::vector<int> halves(int64_t count, int64_t largest) {
-  std::vector<int> parts;
-  for (int64_t part = std::min(count, largest); part >= 1; part /= 2) {
-    const int even = int(ceil_div(count, ceil_div(count, part)));
-    if (parts.empty() || parts.back() != even) parts.push_back(even);
-  }
-  return parts;
-}
-
 std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const Plan& plan, const SharedLayout& l) {
   std::vector<std::string> notes;
   const Geometry& g = plan.geometry;
@@ -236,26 +205,6 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   return notes;
 }
 
-// Cuts whose predictions differ by less than this count as equally fast: the one of fewest operations (padding, halo
-// and repeated stages included) is taken, which leaves most to whatever else runs on the GPU.
-constexpr double kEquallyFast = 1.02;
-
-struct Cut {
-  Geometry geometry;
-  double seconds, flops;
-};
-const Cut* best_of(const std::vector<Cut>& cuts) {
-  const Cut* fastest = nullptr;
-  for (const Cut& cut : cuts)
-    if (!fastest || cut.seconds < fastest->seconds) fastest = &cut;
-  const Cut* best = fastest;
-  for (const Cut& cut : cuts)
-    if (cut.seconds <= fastest->seconds * kEquallyFast &&
-        (cut.flops < best->flops || (cut.flops == best->flops && cut.seconds < best->seconds)))
-      best = &cut;
-  return best;
-}
-
 }  // namespace
 
 GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
@@ -265,68 +214,22 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
     candidate.reason = reason;
     return candidate;
   }
-  const Config& config = kernel.shape;
-  const Geometry whole = geometry_of(p, 1, 1, 1, 2, 1);
-  // A hidden pixel alone above the limit: its multiples would not even fit into 32 bits.
-  const int64_t row_bytes = round_up(p.r1 * element_bytes(p.dtype), kStepBytes) + kVectorBytes;
-  const int64_t other_row = round_up(p.r2 * element_bytes(p.dtype), kStepBytes) + kVectorBytes;
-  const auto too_large = [&](const Geometry& g) {
-    return double(g.tile_n) * (double(g.rows.tile - 1) * g.rows.stride + g.rows.kernel) *
-                   (double(g.columns.tile - 1) * g.columns.stride + g.columns.kernel) * double(row_bytes) >
-               double(caps.shared_bytes_cta) ||
-           double(config.pixels()) * double(other_row) > INT_MAX / 2.0;
-  };
-  int64_t smallest = 0;
-  const int64_t out_passes = ceil_div(p.t, config.columns());
-  // Bytes that even the least cut needs, in the terms of `too_large`.
-  const auto least_bytes = [&] {
-    if (too_large(whole))
-      return std::max(int64_t(std::min(double(whole.rows.kernel) * whole.columns.kernel * double(row_bytes), 9e18)),
-                      p.op == Op::kTucker ? config.pixels() * other_row : 0);
-    return smallest;
-  };
-
-  Plan plan;
+  const FoundCut found = search_cut(p, kernel, caps);
+  if (found.geometry.stages == 0) {
+    candidate.reason = found.too_many_ctas
+                           ? "needs more than " + std::to_string(INT_MAX) + " CTAs"
+                           : "needs " + kib(found.least_shared_bytes) + " of shared memory, this GPU gives a CTA " +
+                                 kib(caps.shared_bytes_cta);
+    return candidate;
+  }
+  Plan& plan = candidate.plan;
   plan.path = "fused";
   plan.kernel = kernel.name;
   plan.gpu_kernel = gpu_kernel_index(kernel.name);
-  std::vector<Cut> cuts;
-  const int pixels = config.pixels();
-  for (const int tile_w : tile_sizes(whole.columns.class_outputs(), pixels, 8))
-    for (const int tile_h : tile_sizes(whole.rows.class_outputs(), pixels / tile_w, 1)) {
-      const bool whole_image = tile_w >= whole.columns.class_outputs() && tile_h >= whole.rows.class_outputs();
-      for (const int tile_n : halves(whole.n, whole_image ? pixels / (tile_w * tile_h) : 1)) {
-        Geometry& g = plan.geometry = geometry_of(p, tile_n, tile_h, tile_w, 2, 1);
-        if (too_large(g)) continue;
-        GpuWork work = gpu_work(p, kernel, g, layout_of(p, kernel, g));
-        for (; g.stages <= kMaxStages; ++g.stages) {
-          const SharedLayout layout = layout_of(p, kernel, g);
-          if (smallest == 0 || layout.bytes < smallest) smallest = layout.bytes;
-          if (layout.bytes > caps.shared_bytes_cta) break;
-          for (const int share : halves(out_passes, out_passes)) {
-            g.splits = int(ceil_div(out_passes, share));
-            if (g.ctas() > INT_MAX) break;
-            work.last = last_phase(p, kernel, g, layout);
-            cost_fused(plan, work, p, kernel, caps, layout);
-            cuts.push_back({g, plan.predicted_seconds, plan.flops});
-          }
-          g.splits = 1;
-        }
-      }
-    }
-  const Cut* best = best_of(cuts);
-  if (!best) {
-    candidate.reason =
-        smallest > 0 && smallest <= caps.shared_bytes_cta
-            ? "needs more than " + std::to_string(INT_MAX) + " CTAs"
-            : "needs " + kib(least_bytes()) + " of shared memory, this GPU gives a CTA " + kib(caps.shared_bytes_cta);
-    return candidate;
-  }
-  plan.geometry = best->geometry;
+  plan.geometry = found.geometry;
   const SharedLayout layout = layout_of(p, kernel, plan.geometry);
   cost_fused(plan, gpu_work(p, kernel, plan.geometry, layout), p, kernel, caps, layout);
   plan.notes = notes_of(p, kernel, plan, layout);
-  candidate.plan = std::move(plan);
   return candidate;
 }
 
