@@ -26,6 +26,9 @@ namespace lowrank_ops {
 struct KernelParams {
   BlockParams block;
   SharedLayout layout;
+  // What every thread would otherwise divide for: tiles of the two axes; passes of stage 3 that each split has, and how
+  // many splits have one more.
+  int row_tiles, column_tiles, split_passes, longer_splits;
 };
 
 template <Op op, typename Engine, Family family, int index>
@@ -41,7 +44,8 @@ class Block {
 
  public:
   LOWRANK_OPS_DEVICE explicit Block(const KernelParams& params)
-      : p(params.block),
+      : params(params),
+        p(params.block),
         g(params.block.geometry),
         l(params.layout),
         shared(shared_memory()),
@@ -52,9 +56,9 @@ class Block {
         s_bytes(g.s * element),
         r1_bytes(l.hidden_row - kVectorBytes),
         r2_bytes(l.second_row - kVectorBytes) {
-    const int passes = int(ceil_div(g.t, config.columns())), split = int(block_index() % g.splits);
-    first_pass = int(int64_t(passes) * split / g.splits);
-    last_pass = int(int64_t(passes) * (split + 1) / g.splits);
+    const int split = int(block_index()) % g.splits;
+    first_pass = split * params.split_passes + least(split, params.longer_splits);
+    last_pass = first_pass + params.split_passes + (split < params.longer_splits ? 1 : 0);
   }
 
   LOWRANK_OPS_DEVICE void run() {
@@ -71,6 +75,7 @@ class Block {
   }
 
  private:
+  const KernelParams& params;
   const BlockParams& p;
   const Geometry& g;
   const SharedLayout& l;
@@ -81,37 +86,43 @@ class Block {
 
   // Where the stream of chunks stands: the next to be copied, the next to be multiplied.
   struct Cursor {
-    int stage = 1, halo_pass = 0, pass = 0, tap = 0, byte = 0;  // pass over columns; byte of a row
+    int stage = 1, halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0, byte = 0;  // pass over columns; byte of a row
   } next;
   int copy_slot = 0, multiply_slot = 0;
 
   // Global offsets of the halo's positions and of the tile's pixels, and the hidden row where a pixel's window begins.
   LOWRANK_OPS_DEVICE void write_tables() {
     const TileAxis &rows = g.rows, &columns = g.columns;
-    int64_t tile = block_index() / g.splits;
-    const int column_tile = int(tile % columns.tiles());
-    tile /= columns.tiles();
-    const int row_tile = int(tile % rows.tiles());
-    const int first_image = int(tile / rows.tiles()) * g.tile_n;
-    const int halo_h = rows.halo(), halo_w = columns.halo();
+    int tile = int(block_index()) / g.splits;
+    const int column_tile = tile % params.column_tiles;
+    tile /= params.column_tiles;
+    const int row_tile = tile % params.row_tiles;
+    const int first_image = tile / params.row_tiles * g.tile_n;
+    const int halo_h = rows.halo(), halo_w = columns.halo(), halo = g.halo();
+    const int first_y = rows.input(row_tile, 0), first_x = columns.input(column_tile, 0);
     for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
-      const int image = first_image + i / halo_w / halo_h;
-      const int y = rows.input(row_tile, i / halo_w % halo_h), x = columns.input(column_tile, i % halo_w);
-      const bool inside = i < g.halo() && image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+      const int line = i / halo_w, image_in_tile = line / halo_h;
+      const int image = first_image + image_in_tile;
+      const int y = first_y + (line - image_in_tile * halo_h) * rows.unit;
+      const int x = first_x + (i - line * halo_w) * columns.unit;
+      const bool inside = i < halo && image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
       const int64_t offset = image * p.input_stride[0] + y * p.input_stride[2] + x * p.input_stride[3];
       store_shared<int64_t>(shared + l.halo_offset + i * 8, inside ? offset : -1);
     }
     // Stage 2 reads a core's windows where they lie in the halo; depthwise stages have moved their results together.
     const int row_stride = has_core ? rows.stride : 1, column_stride = has_core ? columns.stride : 1;
+    const int first_row = rows.output(row_tile, 0), first_column = columns.output(column_tile, 0);
+    const int pixels = g.pixels();
     for (int i = thread; i < config.pixels(); i += config.threads()) {
-      const int tile_y = i / columns.tile % rows.tile, tile_x = i % columns.tile, tile_n = i / columns.tile / rows.tile;
-      const int image = first_image + tile_n;
-      const int y = rows.output(row_tile, tile_y), x = columns.output(column_tile, tile_x);
-      const bool inside = i < g.pixels() && image < g.n && y < rows.out && x < columns.out;
+      const int line = i / columns.tile, image_in_tile = line / rows.tile;
+      const int tile_y = line - image_in_tile * rows.tile, tile_x = i - line * columns.tile;
+      const int image = first_image + image_in_tile;
+      const int y = first_row + tile_y * rows.lattice, x = first_column + tile_x * columns.lattice;
+      const bool inside = i < pixels && image < g.n && y < rows.out && x < columns.out;
       const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x * p.output_stride[3];
       store_shared<int64_t>(shared + l.pixel_offset + i * 8, inside ? offset : -1);
-      const int row = (tile_n * halo_h + tile_y * row_stride) * halo_w + tile_x * column_stride;
-      store_shared<int>(shared + l.pixel_row + i * 4, i < g.pixels() ? row : 0);
+      const int row = (image_in_tile * halo_h + tile_y * row_stride) * halo_w + tile_x * column_stride;
+      store_shared<int>(shared + l.pixel_row + i * 4, i < pixels ? row : 0);
     }
   }
 
@@ -125,9 +136,7 @@ class Block {
       const bool in = next.stage == 1, core = has_core && next.stage == 2;
       if (in) copy_input(slot);
       const Factor factor = in ? p.in_factor : core ? p.core : p.out_factor;
-      const int64_t tap_offset =
-          core ? next.tap / g.columns.kernel * factor.tap_stride[0] + next.tap % g.columns.kernel * factor.tap_stride[1]
-               : 0;
+      const int64_t tap_offset = core ? next.tap_y * factor.tap_stride[0] + next.tap_x * factor.tap_stride[1] : 0;
       const int row_bytes = in ? s_bytes : core ? r1_bytes : r2_bytes;
       const int chunk = in ? kInputChunkBytes : core ? l.core_chunk : l.out_chunk;
       copy_factor<Element>(slot + (in ? config.halo_rows() * input_stride : 0), factor, tap_offset,
@@ -150,8 +159,12 @@ class Block {
   // The cursor at the end of a row of chunks.
   LOWRANK_OPS_DEVICE void advance(bool in, bool core) {
     next.byte = 0;
-    if (core && ++next.tap < g.taps()) return;
-    next.tap = 0;
+    if (core) {
+      if (++next.tap_x < g.columns.kernel) return;
+      next.tap_x = 0;
+      if (++next.tap_y < g.rows.kernel) return;
+      next.tap_y = 0;
+    }
     ++next.pass;
     if (in && next.pass == l.r1_passes) {
       next.pass = 0;
@@ -320,8 +333,10 @@ cudaError_t launch_block(const BlockParams& params, cudaStream_t stream) {
   constexpr Config config = config_of(family, index, op != Op::kLinear);
   const SharedLayout layout =
       shared_layout(params.geometry, config, int(sizeof(typename Engine::Element)), op == Op::kTucker);
-  return launch(block_kernel<op, Engine, family, index>, params.geometry.ctas(), config.threads(), layout.bytes, stream,
-                KernelParams{params, layout});
+  const Geometry& g = params.geometry;
+  const int passes = int(ceil_div(g.t, config.columns()));
+  return launch(block_kernel<op, Engine, family, index>, g.ctas(), config.threads(), layout.bytes, stream,
+                KernelParams{params, layout, g.rows.tiles(), g.columns.tiles(), passes / g.splits, passes % g.splits});
 }
 
 }  // namespace lowrank_ops
