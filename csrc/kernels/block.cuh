@@ -100,6 +100,7 @@ class Block {
     const int first_image = tile / params.row_tiles * g.tile_n;
     const int halo_h = rows.halo(), halo_w = columns.halo(), halo = g.halo();
     const int first_y = rows.input(row_tile, 0), first_x = columns.input(column_tile, 0);
+#pragma unroll 1
     for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
       const int line = i / halo_w, image_in_tile = line / halo_h;
       const int image = first_image + image_in_tile;
@@ -113,6 +114,7 @@ class Block {
     const int row_stride = has_core ? rows.stride : 1, column_stride = has_core ? columns.stride : 1;
     const int first_row = rows.output(row_tile, 0), first_column = columns.output(column_tile, 0);
     const int pixels = g.pixels();
+#pragma unroll 1
     for (int i = thread; i < config.pixels(); i += config.threads()) {
       const int line = i / columns.tile, image_in_tile = line / rows.tile;
       const int tile_y = line - image_in_tile * rows.tile, tile_x = i - line * columns.tile;
