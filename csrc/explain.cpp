@@ -129,6 +129,8 @@ void apply_measurement(Decision& decision, const std::string& key) {
         rejection.reason = measured ? "measured to be slower" : "predicted to be slower; not measured yet";
 }
 
+constexpr int kNoDevice = -1;  // a named GPU: none of this machine's, but a kernel may be forced
+
 std::string in_words(const GpuCaps& caps) {
   return caps.name + " (sm_" + std::to_string(caps.architecture) + ", " + std::to_string(caps.multiprocessors) +
          " multiprocessors)";
@@ -144,7 +146,8 @@ Planned plan_for_device(Problem& p, const std::string& device) {
   if (device == "cpu") return plan_for_cpu(p);
   p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
   if (const GpuCaps* named = find_gpu(device))
-    return {plan_gpu(p, *named, policy()), in_words(*named) + "; predictions from public figures of this GPU", ""};
+    return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
+            in_words(*named) + "; predictions from public figures of this GPU", ""};
   std::optional<c10::Device> known;
   try {
     known.emplace(device);

@@ -31,9 +31,9 @@ constexpr double kChunkLatency = 600e-9;  // a chunk's way out of L2 or memory, 
 constexpr double kChunkBarrier = 50e-9;   // a barrier, and the products that wait for it
 constexpr double kCtaSeconds = 1e-6;      // tables of offsets, the first chunk, the last stores
 
-// Registers of a thread beside its sums: fragments, addresses, loop state. With 96 sums 168 in all, as ptxas reports
-// for kernels of this shape (the sketch in ../shared: 128 to 177).
-constexpr int kOtherRegisters = 72;
+// Registers of a thread beside its sums (fragments, addresses, loop state), as ptxas of CUDA 13.0 reports for sm_80 and
+// sm_90: 93 to 124 in the kernels of CP and linear, 110 to 132 in Tucker's.
+constexpr int kOtherRegisters = 104, kOtherTuckerRegisters = 120, kMostRegisters = 255;
 constexpr int kRegisters = 65536, kMaxCtas = 16;  // of a multiprocessor; the least of all architectures
 constexpr int64_t kReservedShared = 1024;         // the system's, of each CTA's shared memory
 
@@ -185,7 +185,9 @@ GpuWork gpu_work(const Problem& p, const GpuKernel& kernel, const Geometry& g, c
 int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, int64_t shared_bytes) {
   const Config& c = kernel.shape;
   const int words = p.dtype == DType::kDouble ? 2 : 1;
-  const int registers = 4 * std::max(c.halo_tiles, c.pixel_tiles) * c.rank_tiles * words + kOtherRegisters;
+  const int sums = 4 * std::max(c.halo_tiles, c.pixel_tiles) * c.rank_tiles * words;
+  const int registers =
+      std::min(sums + (p.op == Op::kTucker ? kOtherTuckerRegisters : kOtherRegisters), kMostRegisters);
   const int64_t by_registers = kRegisters / (int64_t(registers) * c.threads());
   const int64_t by_shared = caps.shared_bytes_multiprocessor / (shared_bytes + kReservedShared);
   return int(std::max<int64_t>(1, std::min({by_registers, by_shared, int64_t(kMaxCtas)})));
