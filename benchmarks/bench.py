@@ -36,6 +36,16 @@ class Timing:
     p90: float
     calls: int
 
+    def as_json(self) -> dict[str, Any]:
+        """In microseconds."""
+        return {"median_us": self.median * 1e6, "p10_us": self.p10 * 1e6, "p90_us": self.p90 * 1e6,
+                "calls": self.calls}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Timing:
+        median, p10, p90 = (content[key] * 1e-6 for key in ("median_us", "p10_us", "p90_us"))
+        return cls(median, p10, p90, content["calls"])
+
 
 def time_interleaved(
     functions: Mapping[str, Callable[[], object]],
@@ -77,7 +87,7 @@ def time_interleaved(
                 functions[name]()
             samples[name] += _call_for(functions[name], turn)
         order = order[1:] + order[:1]
-    return {name: _summary(taken) for name, taken in samples.items()}
+    return {name: summarize(taken) for name, taken in samples.items()}
 
 
 def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
@@ -92,7 +102,8 @@ def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
     return taken
 
 
-def _summary(samples: Sequence[float]) -> Timing:
+def summarize(samples: Sequence[float]) -> Timing:
+    """Median and percentiles of the seconds of some calls."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
@@ -203,5 +214,9 @@ class Table:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    """Writes a file whole or not at all: a run that is killed leaves what it wrote before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)

@@ -52,8 +52,14 @@ class Constants:
 
 
 def read(path: str | Path) -> list[Observation]:
-    """The cells of a results file that ran both paths."""
+    """The cells of a CPU's results file that ran both paths.
+
+    Raises:
+        ValueError: a GPU's file.
+    """
     content = json.loads(Path(path).read_text())
+    if "device" in content:
+        raise ValueError(f"fit_cost: {path} is of {content['device']['name']}; the constants are a CPU's")
     found = []
     for cell in content["cells"]:
         times = {name: contender["median_us"] * 1e3 for name, contender in cell["contenders"].items()}

@@ -1,5 +1,7 @@
 """The layers that the benchmark runs: a fixed `quick` list of some 40 cells, spread over the `full` grid.
 
+GPUs have lists of their own, with more of the large batches that it takes to fill them.
+
 The networks: VGG-16 (Simonyan and Zisserman, arXiv:1409.1556), the 3x3 layers of ResNet-18 and ResNet-50 (He
 et al., arXiv:1512.03385) at 224x224, the text recogniser english_g2 at 64x600 and the text detector CRAFT
 (Baek et al., arXiv:1904.01941) at 480x640, whose trained weights the demo uses.
@@ -217,18 +219,56 @@ _QUICK_LINEAR = [
 ]  # fmt: skip
 
 
+_QUICK_GPU_TUCKER = [
+    ("vgg16 conv1_2", 2, 1), ("vgg16 conv2_1", 4, 8), ("vgg16 conv2_2", 2, 8), ("vgg16 conv3_2", 4, 1),
+    ("vgg16 conv3_2", 4, 8), ("vgg16 conv3_2", 2, 32), ("vgg16 conv4_1", 4, 8), ("vgg16 conv4_2", 8, 32),
+    ("vgg16 conv5_1", 2, 8),
+    ("resnet layer1", 4, 1), ("resnet layer1", 2, 32), ("resnet layer2", 8, 32), ("resnet layer3", 4, 1),
+    ("resnet layer3", 4, 8), ("resnet layer4", 4, 1), ("resnet layer4", 2, 32),
+    ("resnet18 layer2.0", 4, 8), ("resnet50 layer3.0", 4, 32),
+    ("english_g2 conv3", 2, 1), ("english_g2 conv5", 4, 8), ("english_g2 conv7", 2, 1),
+    ("craft conv2_2", 4, 1), ("craft conv6", 4, 1), ("craft head3", 2, 1),
+]  # fmt: skip
+_QUICK_GPU_CP = [
+    ("resnet layer1", 1, 1), ("resnet layer1", 1, 32), ("resnet layer2", 4, 32), ("resnet layer3", 1, 1),
+    ("resnet layer3", 2, 32), ("resnet layer4", 1, 1), ("resnet50 layer2.0", 1, 8),
+    ("vgg16 conv2_2", 2, 1), ("vgg16 conv3_2", 1, 8), ("vgg16 conv4_2", 2, 32),
+    ("english_g2 conv6", 2, 1), ("craft conv4_1", 2, 1), ("craft upconv4", 4, 1),
+]  # fmt: skip
+_QUICK_GPU_LINEAR = [
+    ("mlp", 64, 1), ("mlp", 256, 64), ("mlp", 256, 4096), ("vgg16 fc6", 256, 8), ("craft upconv4 1x1", 16, 76800),
+]  # fmt: skip
+GPU_ROWS = 4096  # of the linear layers "mlp" and "vgg16 fc6", besides the rows in LINEAR
+
+QuickConvs = list[tuple[str, int, int]]
+
+
 def quick() -> list[Cell]:
-    """The fixed list that every speed target refers to."""
+    """The fixed list that every speed target on CPUs refers to."""
+    return _quick(_QUICK_TUCKER, _QUICK_CP, _QUICK_LINEAR)
+
+
+def quick_gpu() -> list[Cell]:
+    """The fixed list that every speed target on GPUs refers to."""
+    return _quick(_QUICK_GPU_TUCKER, _QUICK_GPU_CP, _QUICK_GPU_LINEAR)
+
+
+def _quick(tucker: QuickConvs, cp: QuickConvs, linears: QuickConvs) -> list[Cell]:
     return [
-        *(LAYERS[name].cell("tucker", divisor, batch) for name, divisor, batch in _QUICK_TUCKER),
-        *(LAYERS[name].cell("cp", divisor, batch) for name, divisor, batch in _QUICK_CP),
-        *(linear(name, rank, rows) for name, rank, rows in _QUICK_LINEAR),
+        *(LAYERS[name].cell("tucker", divisor, batch) for name, divisor, batch in tucker),
+        *(LAYERS[name].cell("cp", divisor, batch) for name, divisor, batch in cp),
+        *(linear(name, rank, rows) for name, rank, rows in linears),
     ]
 
 
 def full() -> list[Cell]:
     """Every layer, Tucker at S/8, S/4, S/2 and CP at S/4, S/2, S, batch 1, 8, 32 (CRAFT: 1); linears."""
     return list(_full())
+
+
+def full_gpu() -> list[Cell]:
+    """`full`, and the large linear layers with a GPU's number of rows."""
+    return [*_full(), *(linear(name, rank, GPU_ROWS) for name in ("mlp", "vgg16 fc6") for rank in LINEAR[name][2])]
 
 
 def _full() -> Iterator[Cell]:

@@ -17,19 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.graphs import Captured
 from benchmarks.layers import Cell
 from lowrank_ops import functional, reference
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 PEERS = ("chain", "merged", "compile", "dense", "forced")
 DEFAULT_PEERS = ("chain", "merged", "dense")
+GPU_PEERS = (*PEERS, "graph")
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run a cell. `kind` is fused, peer, dense or forced; `policy` is set before its turns."""
+    """One way to run a cell. `policy` is set before its turns.
+
+    `kind` is fused (the op under "auto"), ours (the same, captured in a CUDA graph), forced, peer or dense.
+    """
 
     name: str
     kind: str
@@ -49,6 +54,12 @@ class Problem:
     """Memory format of the fused op's input, nchw or channels_last; of no meaning for a linear layer."""
     options: dict[str, Any] = field(default_factory=dict)
     """stride, padding and dilation; empty for a linear layer."""
+    tf32: bool = False
+    """Whether products of a float32 problem may round to tf32; torch's own switches are the caller's to set."""
+
+    @property
+    def dtype(self) -> str:
+        return "tf32" if self.tf32 else str(self.input.dtype).removeprefix("torch.")
 
     @property
     def dense_weight(self) -> Tensor:
@@ -61,25 +72,32 @@ class Problem:
         return weights[self.cell.op](*(factor.double() for factor in self.factors)).to(self.input.dtype)
 
 
-def make_problem(cell: Cell, dtype: torch.dtype, layout: str = "channels_last", seed: int = 0) -> Problem:
-    """Random tensors for a cell; the same for the same arguments.
+def make_problem(
+    cell: Cell,
+    dtype: torch.dtype,
+    layout: str = "channels_last",
+    seed: int = 0,
+    device: str = "cpu",
+    tf32: bool = False,
+) -> Problem:
+    """Random tensors for a cell; the same for the same arguments. On "meta" they have no values.
 
     Raises:
         ValueError: an unknown layout.
     """
     if layout not in FORMATS:
         raise ValueError(f"make_problem: layout must be one of {', '.join(FORMATS)}, got {layout!r}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, fan_in: int = 1) -> Tensor:
-        return (torch.randn(shape, generator=generator) / math.sqrt(fan_in)).to(dtype)
+        return (torch.randn(shape, generator=generator, device=device) / math.sqrt(fan_in)).to(dtype)
 
     S, T, (KH, KW) = cell.S, cell.T, cell.kernel
     bias = random(T)
     if cell.is_linear:
         assert isinstance(cell.rank, int)
         factors: tuple[Tensor, ...] = (random(cell.rank, S, fan_in=S), random(T, cell.rank, fan_in=cell.rank))
-        return Problem(cell, random(cell.batch, S), factors, bias, layout)
+        return Problem(cell, random(cell.batch, S), factors, bias, layout, tf32=tf32)
     if isinstance(cell.rank, tuple):
         R1, R2 = cell.rank
         core = random(R2, R1, KH, KW, fan_in=R1 * KH * KW).to(memory_format=torch.channels_last)
@@ -90,35 +108,65 @@ def make_problem(cell: Cell, dtype: torch.dtype, layout: str = "channels_last", 
         factors = (random(R, S, fan_in=S), *depthwise, random(T, R, fan_in=R))
     input = random(cell.batch, S, *cell.size).to(memory_format=FORMATS[layout])
     options = {"stride": cell.stride, "padding": cell.padding, "dilation": cell.dilation}
-    return Problem(cell, input, factors, bias, layout, options)
+    return Problem(cell, input, factors, bias, layout, options, tf32)
 
 
 def contenders(problem: Problem, peers: Iterable[str] = DEFAULT_PEERS) -> list[Contender]:
-    """The fused op under policy "auto", then what `peers` (out of `PEERS`) asks for and the cell allows.
+    """The fused op under policy "auto", then what `peers` (out of `GPU_PEERS`) asks for and the cell allows.
+
+    Raises:
+        ValueError: an unknown name in `peers`.
+    """
+    return [Contender(way.name, way.kind, way.make(problem), way.policy) for way in ways(problem.cell, peers)]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A contender before it has tensors."""
+
+    name: str
+    kind: str
+    make: Callable[[Problem], Callable[[], Tensor]]
+    policy: str = "auto"
+
+
+def ways(cell: Cell, peers: Iterable[str]) -> list[Way]:
+    """The contenders of a cell, as `contenders` makes them.
 
     Raises:
         ValueError: an unknown name in `peers`.
     """
     chosen = set(peers)
-    if not chosen <= set(PEERS):
-        raise ValueError(f"contenders: peers must be among {PEERS}, got {sorted(chosen)}")
-    found = [Contender("fused", "fused", _fused(problem))]
+    if not chosen <= set(GPU_PEERS):
+        raise ValueError(f"contenders: peers must be among {GPU_PEERS}, got {sorted(chosen)}")
+    found = [Way("fused", "fused", _fused)]
+    if "graph" in chosen:
+        found.append(Way("fused graph", "ours", lambda problem: Captured(_fused(problem))))
     if "forced" in chosen:
-        found.append(Contender("fused (forced)", "forced", _fused(problem), policy="fused"))
-    formats = {"": torch.contiguous_format} if problem.cell.is_linear else FORMATS
+        found.append(Way("fused (forced)", "forced", _fused, policy="fused"))
+    formats = {"": torch.contiguous_format} if cell.is_linear else FORMATS
+    merges = {"chain": False, **({"merged": True} if cell.op == "cp_conv2d" else {})}
     for name, memory_format in formats.items():
         suffix = f" {name}" if name else ""
-        if "chain" in chosen:
-            chain = _eager(stages(problem), problem.input, memory_format)
-            found.append(Contender("chain" + suffix, "peer", chain))
-        if "merged" in chosen and problem.cell.op == "cp_conv2d":
-            merged = _eager(stages(problem, merged=True), problem.input, memory_format)
-            found.append(Contender("merged" + suffix, "peer", merged))
+        for kind, merged in merges.items():
+            if kind in chosen:
+                found.append(Way(kind + suffix, "peer", functools.partial(_chain, memory_format, merged)))
         if "dense" in chosen:
-            found.append(Contender("dense" + suffix, "dense", _dense(problem, memory_format)))
+            found.append(Way("dense" + suffix, "dense", functools.partial(_dense, memory_format)))
     if "compile" in chosen:
-        found.append(Contender("compile", "peer", _compiled(problem)))
+        found.append(Way("compile", "peer", _compiled))
+    if "graph" in chosen:
+        for kind, merged in merges.items():
+            found.append(Way(f"{kind} graph", "peer", functools.partial(_captured_chain, merged)))
     return found
+
+
+def _chain(memory_format: torch.memory_format, merged: bool, problem: Problem) -> Callable[[], Tensor]:
+    return _eager(stages(problem, merged), problem.input, memory_format)
+
+
+def _captured_chain(merged: bool, problem: Problem) -> Callable[[], Tensor]:
+    return Captured(_chain(torch.channels_last, merged, problem))
 
 
 def _fused(problem: Problem) -> Callable[[], Tensor]:
@@ -181,7 +229,7 @@ def _with_parameters(layer: LayerT, weight: Tensor, bias: Tensor | None) -> Laye
     return layer.eval()
 
 
-def _dense(problem: Problem, memory_format: torch.memory_format) -> Callable[[], Tensor]:
+def _dense(memory_format: torch.memory_format, problem: Problem) -> Callable[[], Tensor]:
     cell, weight = problem.cell, problem.dense_weight
     if cell.is_linear:
         layer: nn.Module = _linear(weight, problem.bias)
@@ -231,16 +279,21 @@ def _compiled(problem: Problem) -> Callable[[], Tensor]:
     if not problem.cell.is_linear:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         input = _formatted(input, torch.channels_last)
+    if input.is_cuda:
+        # max-autotune replays a CUDA graph; without this each call would first copy the input to where the graph reads.
+        torch._dynamo.mark_static_address(input)
     compiled = torch.compile(model, mode="max-autotune", dynamic=False)
     return lambda: compiled(input)
 
 
-def check(problem: Problem, output: Tensor) -> str:
+def check(problem: Problem, output: Tensor, lenient: bool = False) -> str:
     """Empty where `output` is right, else a sentence with the figures.
 
     Judged against the chain in fp64 on the first and last image (or all rows), Frobenius norm, u = eps / 2:
     fp32 and fp64 by ``2 u ||A||``, A the same chain on absolute values; bf16 and fp16 by twice the error of
-    PyTorch's chain in that dtype, PyTorch's share capped at 2 eps, plus one rounding of the output.
+    PyTorch's chain in that dtype, PyTorch's share capped at 2 eps, plus one rounding of the output; tf32 by twice the
+    error of the chain with operands rounded to tf32, plus one rounding. `lenient` allows a tf32 product to cut its
+    operands off instead of rounding them, as some libraries do: up to six times the error of rounding (bf16: eight).
     """
     cell, input = problem.cell, problem.input
     op = getattr(reference, cell.op)
@@ -255,7 +308,9 @@ def check(problem: Problem, output: Tensor) -> str:
         return f"shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
     unit = torch.finfo(input.dtype).eps / 2
     norm, error = expected.norm(), (got - expected).norm()
-    if input.dtype in (torch.float32, torch.float64):
+    if problem.tf32:
+        allowed = (6 if lenient else 2) * (_tf32_chain(problem, part) - expected).norm() + unit * norm
+    elif input.dtype in (torch.float32, torch.float64):
         allowed = 2 * unit * chain(lambda tensor: tensor.double().abs()).norm()
     else:
         library = (chain(lambda tensor: tensor).double() - expected).norm()
@@ -263,3 +318,19 @@ def check(problem: Problem, output: Tensor) -> str:
     if norm > 0 and error <= allowed:
         return ""
     return f"relative error {float(error / norm):.2e}, allowed {float(allowed / norm):.2e}"
+
+
+def round_to_tf32(values: Tensor) -> Tensor:
+    """Float32 values rounded to the 10 bits of mantissa that tf32 keeps, ties away from zero (cvt.rna.tf32)."""
+    bits = values.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def _tf32_chain(problem: Problem, input: Tensor) -> Tensor:
+    """The chain in fp64 on operands rounded to tf32, in every stage."""
+    hidden = input
+    for layer in stages(problem):
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        layer.weight = nn.Parameter(round_to_tf32(layer.weight), requires_grad=False)
+        hidden = layer.double()(round_to_tf32(hidden).double())
+    return hidden

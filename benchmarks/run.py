@@ -1,10 +1,13 @@
-"""`python -m benchmarks.run`: the fused ops against every other way to run the same block, on the CPU.
+"""`python -m benchmarks.run`: the fused ops against every other way to run the same block.
 
 Every cell runs the fused op under policy "auto", the chain of library layers in NCHW and in channels_last, for CP
 the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), and
 the dense layer in both formats; `--peers` leaves some out, or adds the fused kernel forced. Outputs are checked
 before anything is timed (`peers.check`): a contender that is wrong is reported and left out; with a wrong fused op
 the run goes on and ends with exit status 1.
+
+`--device cuda` does the same on a GPU (gpu_run.py), with CUDA graphs besides and other cells; `--dry-run` only lists
+them, on any machine.
 """
 
 from __future__ import annotations
@@ -14,20 +17,16 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
-import lowrank_ops
-from benchmarks import bench, layers, peers
-from benchmarks.bench import Column, Table, Timing, geometric_mean
+from benchmarks import bench, gpu_run, layers, peers
+from benchmarks.bench import Column, Table, geometric_mean
 from benchmarks.layers import Cell
-from lowrank_ops import functional
+from benchmarks.outcome import DTYPES, Result, check_all, explain, plan, use_policy
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT_OPS = {"tucker_conv2d": "tucker", "cp_conv2d": "cp", "lowrank_linear": "linear"}
 COLUMNS = [
     Column("op", 6, left=True),
     Column("layer", 17, left=True),
@@ -49,74 +48,6 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """A cell's medians and what follows from them; a ratio is None where there is nothing to compare with."""
-
-    cell: Cell
-    dtype: str
-    plan: str
-    timings: dict[str, Timing]
-    kinds: dict[str, str]
-    wrong: dict[str, str]
-    """Contenders left out, with what was wrong."""
-    features: dict[str, list[float]]
-    """What the planner's cost model counts, for the fused kernel and for the chain (see fit_cost.py)."""
-
-    @property
-    def seconds(self) -> float:
-        return self.timings["fused"].median
-
-    def fastest(self, kind: str) -> str | None:
-        """The name of the fastest contender of a kind."""
-        names = [name for name in self.timings if self.kinds[name] == kind]
-        return min(names, key=lambda name: self.timings[name].median, default=None)
-
-    def ratio(self, kind: str) -> float | None:
-        name = self.fastest(kind)
-        return None if name is None else self.timings[name].median / self.seconds
-
-    @property
-    def saving(self) -> float | None:
-        """Share of the FLOP saving that became time."""
-        over_dense = self.ratio("dense")
-        return None if over_dense is None else over_dense * self.cell.flops / self.cell.dense_flops
-
-    def row(self) -> list[str]:
-        def number(value: float | None) -> str:
-            return "-" if value is None else f"{value:.2f}"
-
-        cell, seconds = self.cell, self.seconds
-        moved = cell.bytes(DTYPES[self.dtype].itemsize)
-        return [
-            SHORT_OPS[cell.op], cell.layer, cell.shape, cell.ranks, self.plan, f"{seconds * 1e6:.1f}",
-            f"{cell.flops / seconds / 1e9:.1f}", f"{moved / seconds / 1e9:.1f}", number(self.ratio("peer")),
-            self.fastest("peer") or "-", number(self.ratio("dense")), number(self.saving),
-        ]  # fmt: skip
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self.cell),
-            "shape": self.cell.shape,
-            "dtype": self.dtype,
-            "plan": self.plan,
-            "flops": self.cell.flops,
-            "dense_flops": self.cell.dense_flops,
-            "bytes": self.cell.bytes(DTYPES[self.dtype].itemsize),
-            "over_fastest_peer": self.ratio("peer"),
-            "fastest_peer": self.fastest("peer"),
-            "over_dense": self.ratio("dense"),
-            "flop_saving_realised": self.saving,
-            "contenders": {
-                name: {"kind": self.kinds[name], "median_us": timing.median * 1e6, "p10_us": timing.p10 * 1e6,
-                       "p90_us": timing.p90 * 1e6, "calls": timing.calls}
-                for name, timing in self.timings.items()
-            },
-            "wrong": self.wrong,
-            "features": self.features,
-        }  # fmt: skip
-
-
 def measure(cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], seconds: float) -> Result:
     """Check and time all contenders of a cell; the fused op's output must be right.
 
@@ -126,49 +57,16 @@ def measure(cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], se
     problem = peers.make_problem(cell, DTYPES[dtype], layout)
     contenders = {contender.name: contender for contender in peers.contenders(problem, chosen_peers)}
     with torch.inference_mode():
-        wrong = {}
-        for name, contender in contenders.items():
-            complaint = _complaint(problem, contender)
-            if complaint and contender.kind in ("fused", "forced"):
-                raise RuntimeError(f"{cell} {dtype}: the output of {name} is wrong: {complaint}")
-            if complaint:
-                wrong[name] = complaint
+        wrong = check_all(problem, contenders.values(), fatal=("fused", "forced"))
         functions = {name: contender.run for name, contender in contenders.items() if name not in wrong}
         timings = bench.time_interleaved(
-            functions, seconds=seconds, before=lambda name: _set_policy(contenders[name].policy)
+            functions, seconds=seconds, before=lambda name: use_policy(contenders[name].policy)
         )
-    _set_policy("auto")
+    use_policy("auto")
     kinds = {name: contender.kind for name, contender in contenders.items()}
     explanation = explain(problem)
     features = {plan["path"]: plan["features"] for plan in (explanation.chosen, *explanation.others)}
     return Result(cell, dtype, plan(explanation), timings, kinds, wrong, features)
-
-
-def _complaint(problem: peers.Problem, contender: peers.Contender) -> str:
-    """What is wrong with a contender's output, empty where it is right; it may also be unable to run."""
-    _set_policy(contender.policy)
-    try:
-        return peers.check(problem, contender.run())
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-def explain(problem: peers.Problem) -> lowrank_ops.Explanation:
-    """What the planner decides for a problem under the policy in force."""
-    op = getattr(functional, problem.cell.op)
-    tensors = [problem.input, *problem.factors, problem.bias]
-    (explanation,) = lowrank_ops.explain(op, tensors, verbose=False, **problem.options)
-    return explanation
-
-
-def plan(explanation: lowrank_ops.Explanation) -> str:
-    """The path that is taken, and the tile of a fused one."""
-    sizes = [str(explanation.chosen[key]) for key in ("tile_rows", "tile_columns") if key in explanation.chosen]
-    return " ".join([explanation.path, "x".join(sizes)]).strip()
-
-
-def _set_policy(policy: str) -> None:
-    lowrank_ops.set_policy(policy)
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -217,45 +115,85 @@ def print_summary(results: Sequence[Result]) -> None:
             print(f"left out, output wrong: {name} of {result.cell} {result.dtype}: {complaint}")
 
 
-def select(use_full: bool, pattern: str | None, sample: int | None = None) -> list[Cell]:
+def select(
+    use_full: bool, pattern: str | None, sample: int | None = None, part: str | None = None, device: str = "cpu"
+) -> list[Cell]:
     """The quick or the full list, `sample` cells drawn from the full one, or the cells whose text matches a pattern.
 
+    `part` is a slice of that: "a:b".
+
     Raises:
-        ValueError: a pattern that matches nothing.
+        ValueError: a pattern that matches nothing, a slice that is none or is empty.
     """
+    quick, full = (layers.quick, layers.full) if device == "cpu" else (layers.quick_gpu, layers.full_gpu)
     if sample is not None:
-        return random.Random(0).sample(layers.full(), sample)
-    if pattern is None:
-        return layers.full() if use_full else layers.quick()
-    cells = dict.fromkeys(layers.quick() + layers.full())
-    found = [cell for cell in cells if re.search(pattern, str(cell))]
-    if not found:
-        raise ValueError(f"--layer: must match a cell (as {str(layers.quick()[0])!r}), got {pattern!r}")
+        found = random.Random(0).sample(full(), sample)
+    elif pattern is None:
+        found = full() if use_full else quick()
+    else:
+        cells = dict.fromkeys(quick() + full())
+        found = [cell for cell in cells if re.search(pattern, str(cell))]
+        if not found:
+            raise ValueError(f"--layer: must match a cell (as {str(quick()[0])!r}), got {pattern!r}")
+    if part is not None:
+        bounds = re.fullmatch(r"(\d*):(\d*)", part)
+        found = found[slice(*(int(text) if text else None for text in bounds.groups()))] if bounds else []
+        if not found:
+            raise ValueError(f"--cells: must be a slice a:b that holds a cell, got {part!r}")
     return found
+
+
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+GPU_ONLY = {"dry_run": False, "minutes": None, "resume": False}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="the fixed list of some 40 cells (the default)")
+    which.add_argument("--quick", action="store_true", help="the device's fixed list of some 40 cells (the default)")
     which.add_argument("--full", action="store_true", help="the whole grid, with every peer; takes hours")
     which.add_argument("--layer", metavar="PATTERN", help="cells that match a regular expression")
     which.add_argument(
         "--sample", type=int, metavar="N", help="N cells drawn from the whole grid, always the same ones"
     )
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cells", metavar="A:B", help="only these of the cells chosen, counted from 0")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    default = "default: float32 bfloat16; cuda: bfloat16 float16 tf32"
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), type=lambda name: ALIASES.get(name, name), help=default
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU's kernels (default: 1)")
     layout = "of the fused op's input (default: channels_last); peers run in both"
     parser.add_argument("--layout", choices=list(peers.FORMATS), default="channels_last", help=layout)
-    which_peers = "default: chain merged dense compile; with --full: all"
-    parser.add_argument("--peers", nargs="+", choices=[*peers.PEERS, "all", "none"], help=which_peers)
-    parser.add_argument("--seconds", type=float, default=0.25, help="measured per contender (default: 0.25)")
-    parser.add_argument("--json", metavar="FILE", help="write every contender's figures there")
+    which_peers = "default: chain merged dense compile; with --full or on cuda: all"
+    parser.add_argument("--peers", nargs="+", choices=[*peers.GPU_PEERS, "all", "none"], help=which_peers)
+    seconds = "measured per contender (default: 0.25); cuda: per cell, for all contenders (default: 2)"
+    parser.add_argument("--seconds", type=float, help=seconds)
+    file = "write every contender's figures there; cuda: a folder takes <device>_<dtype>.json"
+    parser.add_argument("--json", metavar="FILE", help=file)
+    of_gpus = parser.add_argument_group("with --device cuda")
+    of_gpus.add_argument("--dry-run", action="store_true", help="list cells, contenders, predictions; needs no GPU")
+    of_gpus.add_argument("--gpu", default="H100", help="that --dry-run predicts for (default: H100)")
+    of_gpus.add_argument("--minutes", type=float, help="stop in time, with what was measured written")
+    of_gpus.add_argument("--resume", action="store_true", help="measure what the --json file does not hold yet")
     options = parser.parse_args(arguments)
-    asked = options.peers or (["all"] if options.full else [*peers.DEFAULT_PEERS, "compile"])
-    options.peers = [name for name in peers.PEERS if "all" in asked or name in asked]
+    on_cpu = options.device == "cpu"
+    known = peers.PEERS if on_cpu else peers.GPU_PEERS
+    asked = options.peers or (["all"] if options.full or not on_cpu else [*peers.DEFAULT_PEERS, "compile"])
+    options.peers = [name for name in known if "all" in asked or name in asked]
+    options.dtype = options.dtype or (["float32", "bfloat16"] if on_cpu else ["bfloat16", "float16", "tf32"])
+    options.seconds = options.seconds or (0.25 if on_cpu else 2.0)
+    for name, default_value in GPU_ONLY.items():
+        if on_cpu and getattr(options, name) != default_value:
+            parser.error(f"--{name.replace('_', '-')}: needs --device cuda")
+    if on_cpu and ("tf32" in options.dtype or "graph" in asked):
+        parser.error("tf32 and graph: need --device cuda")
+    if options.resume and options.json is None:
+        parser.error("--resume: needs --json")
+    if not on_cpu and len(options.dtype) > 1 and (options.json or "").endswith(".json"):
+        parser.error("--json: for several dtypes must be a folder, got " + options.json)
     try:
-        options.cells = select(options.full, options.layer, options.sample)
+        options.cells = select(options.full, options.layer, options.sample, options.cells, options.device)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -263,6 +201,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.device == "cuda":
+        return gpu_run.main(options)
     torch.set_num_threads(options.threads)
     machine, versions = bench.machine(), bench.versions()
     print(", ".join(f"{key} {machine[key]}" for key in ("cpu", "cores", "torch_cpu_capability", "caches")))

@@ -90,7 +90,7 @@ def test_machine_and_versions_say_what_the_figures_depend_on() -> None:
     assert bench.versions()["torch"] == torch.__version__ and bench.versions()["git_sha"]
 
 
-@pytest.mark.parametrize("cell", [*SMALL, *layers.quick()], ids=str)
+@pytest.mark.parametrize("cell", [*SMALL, *dict.fromkeys(layers.quick() + layers.quick_gpu())], ids=str)
 def test_figures_of_a_cell_agree_with_torch(cell: Cell) -> None:
     """Output size, FLOPs and weights against PyTorch's own on meta tensors."""
     with torch.device("meta"):
