@@ -52,6 +52,8 @@ class GpuResult(Result):
     """`timings` are GPU times; `calls` the same contenders on an idle GPU. Seconds."""
 
     calls: dict[str, Timing]
+    launches: dict[str, float]
+    """Seconds until a call returns."""
     peaks: Peaks
     multiprocessors: int
     predicted: dict[str, float]
@@ -62,6 +64,7 @@ class GpuResult(Result):
         return cls(
             timings={name: timing.gpu for name, timing in timings.items()},
             calls={name: timing.call for name, timing in timings.items()},
+            launches={name: timing.launch for name, timing in timings.items()},
             **rest,
         )
 
@@ -106,6 +109,7 @@ class GpuResult(Result):
         content = super().as_json()
         for name, contender in content["contenders"].items():
             contender["call"] = self.calls[name].as_json()
+            contender["launch_us"] = self.launches[name] * 1e6
         return {
             **content,
             "flop_per_byte": self.intensity,
@@ -130,6 +134,7 @@ class GpuResult(Result):
             plan=content["plan"],
             timings={name: Timing.from_json(contender) for name, contender in contenders.items()},
             calls={name: Timing.from_json(contender["call"]) for name, contender in contenders.items()},
+            launches={name: contender["launch_us"] * 1e-6 for name, contender in contenders.items()},
             kinds={name: contender["kind"] for name, contender in contenders.items()},
             wrong=dict(content["wrong"]),
             features=dict(content["features"]),

@@ -32,13 +32,17 @@ CHECKED_CALLS = 3  # torch.compile records its CUDA graph in the second call and
 def settings(dtype: str) -> Iterator[None]:
     """torch's switches for a dtype: cuDNN searches its algorithms, float32 products are tf32 where that is asked."""
     backends = torch.backends
-    former = backends.cudnn.benchmark, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
-    backends.cudnn.benchmark = True
-    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    cudnn, matmul = backends.cudnn, backends.cuda.matmul
+    former = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, cudnn.fp32_precision
+    cudnn.benchmark = True
+    cudnn.allow_tf32 = matmul.allow_tf32 = dtype == "tf32"
+    if dtype == "tf32":
+        cudnn.fp32_precision = "tf32"  # inductor's convolution templates look here
     try:
         yield
     finally:
-        backends.cudnn.benchmark, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = former
+        cudnn.fp32_precision = former[3]
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = former[:3]
 
 
 class Bench:
@@ -299,7 +303,7 @@ DRY_COLUMNS = [
     Column("MB", 7),
     Column("FLOP/B", 6),
     Column("plan", 30, left=True),
-    Column("predicted us", 12),
+    Column("fused us", 8),
     Column("chain us", 9),
     Column("x chain", 7),
 ]
@@ -309,6 +313,7 @@ def dry_run(options: argparse.Namespace) -> int:
     """Lists cells, contenders and what the planner predicts for a named GPU. Nothing is computed; needs no GPU."""
     print(f"dry run: nothing is measured; times are what the planner predicts for {options.gpu}, no more than that")
     without: dict[str, None] = {}
+    over_chain: dict[tuple[str, str], list[float]] = {}
     for dtype in options.dtype:
         print(f"\n{dtype}: {len(options.cells)} cells")
         table = Table(DRY_COLUMNS)
@@ -322,6 +327,9 @@ def dry_run(options: argparse.Namespace) -> int:
                     print(f"--gpu: {error}", file=sys.stderr)
                     return 2
                 found = predictions(explanation)
+                if len(found) == 2:
+                    # "auto" takes the chain where that is predicted to be faster.
+                    over_chain.setdefault((dtype, cell.op), []).append(max(1.0, found["chain"] / found["fused"]))
                 if not found:
                     without.update(dict.fromkeys(reason for _, reason in explanation.rejections))
                 table.row(_dry_row(cell, dtype, explanation, found))
@@ -329,6 +337,9 @@ def dry_run(options: argparse.Namespace) -> int:
         cell = next(cell for cell in options.cells if cell.op == op)
         names = ", ".join(f"{way.name} ({way.kind})" for way in peers.ways(cell, options.peers))
         print(f"\ncontenders of {op}: {names}")
+    for (dtype, op), ratios in over_chain.items():
+        print(f"{dtype} {op}: predicted {bench.geometric_mean(ratios):.2f}x the eager chain, geometric mean of "
+              f"{len(ratios)} cells; no other peer is predicted")  # fmt: skip
     if without:
         print(f"\nno predictions: {'; '.join(without)}")
     return 0

@@ -287,11 +287,12 @@ def test_check_of_tf32_lets_tf32_pass_and_nothing_coarser(cell: Cell) -> None:
 def test_settings_are_put_back() -> None:
     backends = torch.backends
 
-    def state() -> tuple[bool, ...]:
-        return backends.cudnn.benchmark, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
+    def state() -> tuple[object, ...]:
+        cudnn, matmul = backends.cudnn, backends.cuda.matmul
+        return cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, cudnn.fp32_precision == "tf32"
 
     former = state()
     for dtype, tf32 in (("tf32", True), ("float32", False), ("bfloat16", False)):
         with gpu_run.settings(dtype):
-            assert state() == (True, tf32, tf32)
+            assert state() == (True, tf32, tf32, tf32)
         assert state() == former
