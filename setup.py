@@ -12,16 +12,17 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
-import re
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 
 import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = pathlib.Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip runs this file from elsewhere
+import build_cuda  # noqa: E402
+
 VERSION = "0.1.0"
 DEBUG = os.environ.get("DEBUG") == "1"
 OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
@@ -46,9 +47,6 @@ FLAGS_BY_SUFFIX = {
     "_avx512": AVX512,
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
-
-# The kernels of csrc/kernels know nothing of torch either: nvcc compiles them by the rule below, whatever torch is.
-CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
 
 
 def suffix_of(source: pathlib.Path) -> str | None:
@@ -79,46 +77,42 @@ def set_max_jobs() -> None:
     os.environ["MAX_JOBS"] = str(jobs)
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler to use, or None when no CUDA kernels are to be compiled."""
-    wanted = os.environ.get("LOWRANK_OPS_CUDA", "1" if torch.version.cuda else "0")
-    if wanted == "0" or not list(ROOT.glob("csrc/kernels/*.cu")):
+def cuda_toolkit() -> build_cuda.Toolkit | None:
+    """What compiles the CUDA kernels, or None when none are to be compiled."""
+    asked = os.environ.get("LOWRANK_OPS_CUDA")
+    if asked not in (None, "", "0", "1"):
+        raise RuntimeError(f"LOWRANK_OPS_CUDA must be 0 or 1, got {asked!r}")
+    if asked == "0" or (not asked and not torch.version.cuda):
         return None
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which(str(pathlib.Path(home, "bin", "nvcc")) if home else "nvcc")
-    if found is None and os.environ.get("LOWRANK_OPS_CUDA") == "1":
-        raise RuntimeError("LOWRANK_OPS_CUDA=1 asks for CUDA kernels, but there is no nvcc: set CUDA_HOME or PATH")
+    found = build_cuda.toolkit()
+    if found is None:
+        message = "there is no nvcc: set CUDA_HOME or PATH to a CUDA toolkit"
+        if asked == "1":
+            raise RuntimeError(f"LOWRANK_OPS_CUDA=1 asks for CUDA kernels, but {message}")
+        print(f"lowrank_ops: built WITHOUT CUDA kernels, torch has CUDA {torch.version.cuda} but {message}")
     return found
 
 
-def architecture_flags(source: pathlib.Path) -> list[str]:
-    """nvcc's -gencode flags: all architectures, or from its suffix on (`tucker_sm90a.cu`: that one alone)."""
-    suffix = re.search(r"_sm(\d+)([a-z]?)$", source.stem)
-    if suffix and suffix[2]:
-        return ["-gencode", f"arch=compute_{suffix[1]}{suffix[2]},code=sm_{suffix[1]}{suffix[2]}"]
-    flags = []
-    for name in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES):
-        number, _, ptx = name.partition("+")
-        number = number.replace(".", "")
-        if suffix and int(re.sub(r"\D", "", number)) < int(suffix[1]):
-            continue
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if ptx:
-            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-    return flags
-
-
-def compile_cuda(compiler: str, build: str) -> list[str]:
-    """Compiles csrc/kernels/*.cu, MAX_JOBS at a time, and returns the objects."""
-    commands = {}
-    for source in sorted(ROOT.glob("csrc/kernels/*.cu")):
-        made = pathlib.Path(build, "csrc", "kernels", source.name).with_suffix(".o")
-        made.parent.mkdir(parents=True, exist_ok=True)
-        options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-Werror", "all-warnings", f"-I{ROOT}/csrc"]
-        commands[str(made)] = [compiler, *options, *architecture_flags(source), "-c", str(source), "-o", str(made)]
-    with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
-        list(pool.map(lambda command: subprocess.run(command, check=True), commands.values()))
-    return list(commands)
+def add_cuda(extension: CppExtension) -> None:
+    """The CUDA kernels and the host code that launches them, where they are to be compiled."""
+    tools = cuda_toolkit()
+    if tools is None:
+        return
+    wanted = build_cuda.wanted_architectures(tools)
+    extension.extra_objects += map(str, build_cuda.compile_kernels(tools, wanted))
+    extension.sources += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cpp"))
+    numbers = ",".join(str(entry.number) for entry in wanted)
+    extension.define_macros += [
+        ("LOWRANK_OPS_WITH_CUDA", "1"),
+        ("LOWRANK_OPS_CUDA_TOOLKIT", f'"{tools.version}"'),
+        ("LOWRANK_OPS_CUDA_ARCHITECTURES", numbers),
+        ("LOWRANK_OPS_CUDA_PTX", str(max((entry.number for entry in wanted if entry.ptx), default=0))),
+    ]
+    extension.include_dirs.append(tools.include)
+    extension.library_dirs.append(tools.libraries)
+    # The static runtime, its names hidden: it neither needs torch's libcudart (a CPU build has none) nor mixes with it.
+    extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+    extension.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
 
 
 class Build(BuildExtension):
@@ -151,12 +145,7 @@ class Build(BuildExtension):
                     stamp.write_text(" ".join(flags))
                 extension.extra_objects.append(str(made))
             self.compiler.force = False
-            compiler = nvcc()
-            if compiler:
-                extension.extra_objects += compile_cuda(compiler, self.build_temp)
-                extension.libraries.append("cudart_static")
-                extension.library_dirs.append(str(pathlib.Path(compiler).resolve().parent.parent / "lib64"))
-                extension.define_macros.append(("LOWRANK_OPS_WITH_CUDA", "1"))
+            add_cuda(extension)
         super().build_extensions()
 
 

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
@@ -47,7 +48,15 @@ py::dict build_info() {
   info["git_sha"] = LOWRANK_OPS_GIT_SHA;
   info["torch"] = LOWRANK_OPS_TORCH_VERSION;
   info["compiler"] = __VERSION__;
+#ifdef LOWRANK_OPS_WITH_CUDA
+  py::dict cuda;
+  cuda["toolkit"] = LOWRANK_OPS_CUDA_TOOLKIT;
+  cuda["architectures"] = std::vector<int>{LOWRANK_OPS_CUDA_ARCHITECTURES};
+  cuda["ptx"] = LOWRANK_OPS_CUDA_PTX;  // 0: none
+  info["cuda"] = cuda;
+#else
   info["cuda"] = py::none();
+#endif
 #if defined(_OPENMP)
   info["parallel"] = "OpenMP";
 #else

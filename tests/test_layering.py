@@ -13,10 +13,18 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 CUDA = re.compile(r"^(cuda|cublas|cudnn|cute/|cutlass/|nvrtc)")
+DEVICE_CODE = re.compile(r".*\.cuh?$")
 PLAIN_CPP = re.compile(r"^[a-z_]+$")  # <vector>, <cstdint>: the standard library has no dots or slashes
 
 # folder -> what its files must not include
-FORBIDDEN = {"plan": (TORCH, CUDA), "kernels": (TORCH,), "cpu/kernels": (TORCH, CUDA), "cpu": (CUDA,)}
+FORBIDDEN = {
+    ".": (CUDA, DEVICE_CODE),
+    "plan": (TORCH, CUDA, DEVICE_CODE),
+    "kernels": (TORCH,),
+    "cuda": (DEVICE_CODE,),
+    "cpu/kernels": (TORCH, CUDA, DEVICE_CODE),
+    "cpu": (CUDA, DEVICE_CODE),
+}
 
 
 def includes(path: Path) -> list[str]:
@@ -69,10 +77,21 @@ def test_only_the_standard_library_and_the_project(folder: str) -> None:
             assert own or PLAIN_CPP.match(name) or name in intrinsics, f"{path.name} includes {name}"
 
 
-def test_no_kernel_launch_in_the_cuda_host_code() -> None:
-    for path in SOURCES:
-        if path.relative_to(CSRC).parts[0] == "cuda":
-            assert path.suffix in (".h", ".cpp") and "<<<" not in path.read_text()
+def test_the_cuda_host_code_holds_no_kernels() -> None:
+    """It is compiled by the C++ compiler, with torch's headers; kernels by nvcc, without."""
+    host = [path for path in SOURCES if path.relative_to(CSRC).parts[0] == "cuda"]
+    assert host
+    for path in host:
+        text = path.read_text()
+        assert path.suffix in (".h", ".cpp"), path
+        for word in ("<<<", "__global__", "__device__", "__CUDACC__"):
+            assert word not in text, f"{path.name} contains {word}"
+
+
+def test_kernels_are_launched_by_one_file_an_op_and_family() -> None:
+    launch = (CSRC / "kernels" / "launch.h").read_text()
+    declared = set(re.findall(r"cudaError_t launch_(\w+)\(", launch))
+    assert declared == {path.stem for path in (CSRC / "kernels").glob("*.cu")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))

@@ -1,0 +1,25 @@
+// The GPU that a call runs on: what the planner knows of it, its current stream, CUDA's errors in words.
+#pragma once
+
+#include <c10/core/Device.h>
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "gpu_device.h"
+
+namespace lowrank_ops {
+
+// Read from the driver at the first call for a device, never at import: that would cost every process a CUDA start-up.
+const GpuCaps& gpu_caps(c10::Device device);
+
+// Torch's current stream of a device. Through c10's virtual interface, so that this code needs no CUDA build of torch.
+cudaStream_t current_stream(c10::Device device);
+
+// Whether work put onto the stream is recorded into a CUDA graph, where nothing may be waited for.
+bool is_capturing(cudaStream_t stream);
+
+// "cudaErrorInvalidValue (invalid argument)"
+std::string describe(cudaError_t error);
+
+}  // namespace lowrank_ops

@@ -1,0 +1,171 @@
+#include "cuda/fused_call.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace lowrank_ops {
+namespace {
+
+using at::Tensor;
+
+// The widest copies, in bytes, of neighbouring elements along `axis` of a tensor: where they lie side by side, every
+// row of them starts at a multiple of that width and has a multiple of it. An element, where there is nothing wider.
+int64_t copy_width(const Tensor& tensor, int64_t axis) {
+  const int64_t element = tensor.element_size();
+  if (tensor.size(axis) > 1 && tensor.stride(axis) != 1) return element;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  for (const int64_t width : {kVectorBytes, 8, 4}) {
+    if (width <= element) break;
+    bool fits = address % uintptr_t(width) == 0 && tensor.size(axis) * element % width == 0;
+    for (int64_t other = 0; other < tensor.dim(); ++other)
+      fits = fits && (other == axis || tensor.size(other) == 1 || tensor.stride(other) * element % width == 0);
+    if (fits) return width;
+  }
+  return element;
+}
+
+// The kernels copy runs of R1 along a tap. Where they lie apart, as in a contiguous core, one small copy in front of
+// the kernel puts them side by side: gathering single elements in every CTA would take longer than all the rest.
+bool needs_packing(const Tensor& core) {
+  return core.size(1) > 1 && core.stride(1) != 1;
+}
+
+int64_t core_width(const Tensor& core) {
+  if (!needs_packing(core)) return copy_width(core, 1);
+  const int64_t bytes = core.size(1) * core.element_size();
+  for (const int64_t width : {kVectorBytes, 8, 4})
+    if (width > core.element_size() && bytes % width == 0) return width;
+  return core.element_size();
+}
+
+Factor factor_of(const Tensor& matrix) {
+  Factor factor;
+  factor.data = matrix.const_data_ptr();
+  factor.row_stride = matrix.stride(0);
+  factor.column_stride = matrix.stride(1);
+  factor.vector = int(copy_width(matrix, 1));
+  return factor;
+}
+
+// [R, taps] along one axis of the window.
+Factor depthwise_factor(const Tensor& matrix, int axis) {
+  Factor factor;
+  factor.data = matrix.const_data_ptr();
+  factor.row_stride = matrix.stride(0);
+  factor.tap_stride[axis] = matrix.stride(1);
+  factor.vector = int(matrix.element_size());
+  return factor;
+}
+
+Factor core_factor(const Tensor& core) {
+  Factor factor;
+  factor.data = core.const_data_ptr();
+  factor.row_stride = core.stride(0);
+  factor.column_stride = core.stride(1);
+  factor.tap_stride[0] = core.stride(2);
+  factor.tap_stride[1] = core.stride(3);
+  factor.vector = int(copy_width(core, 1));
+  return factor;
+}
+
+using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
+
+// Null: this build has no launcher of that family.
+Launcher launcher_of(const GpuKernel& kernel) {
+  const std::string family = kernel.family;
+  const bool sm80 = family == "sm80";
+  if (!sm80 && family != "simt") return nullptr;
+  switch (kernel.op) {
+    case Op::kTucker:
+      return sm80 ? launch_tucker_sm80 : launch_tucker_simt;
+    case Op::kCP:
+      return sm80 ? launch_cp_sm80 : launch_cp_simt;
+    case Op::kLinear:
+      return sm80 ? launch_linear_sm80 : launch_linear_simt;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
+    : op_(op), tensors_(std::move(tensors)), problem_(std::move(problem)) {
+  const BlockTensors& t = tensors_;
+  problem_.tf32 = problem_.dtype == DType::kFloat && tf32_allowed(problem_.op);
+  problem_.input_vector = copy_width(t.input, 1);
+  problem_.factor_vector = std::min(copy_width(t.in_factor, 1), copy_width(t.out_factor, 1));
+  if (t.core.defined()) problem_.factor_vector = std::min(problem_.factor_vector, core_width(t.core));
+  // Of a new tensor: dense, aligned beyond any vector.
+  const bool by_pixel = problem_.op == Op::kLinear || problem_.layout == Layout::kChannelsLast;
+  const int64_t bytes = problem_.t * t.input.element_size();
+  problem_.output_vector = by_pixel && bytes % kVectorBytes == 0 ? kVectorBytes : t.input.element_size();
+}
+
+Tensor FusedCall::empty_output() const {
+  const Tensor& input = tensors_.input;
+  if (problem_.op == Op::kLinear) return at::empty({problem_.n, problem_.t}, input.options());
+  return at::empty({problem_.n, problem_.t, problem_.oh, problem_.ow},
+                   input.options().memory_format(input.suggest_memory_format()));
+}
+
+cudaError_t FusedCall::launch(const Plan& plan, const Tensor& output, cudaStream_t stream) const {
+  const BlockTensors& t = tensors_;
+  const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
+  const Launcher launcher = launcher_of(kernel);
+  if (!launcher) return cudaErrorInvalidDeviceFunction;
+
+  BlockParams params;
+  params.geometry = plan.geometry;
+  params.input = t.input.const_data_ptr();
+  params.output = output.data_ptr();
+  // A linear layer is one image of one line, its rows side by side.
+  const bool linear = problem_.op == Op::kLinear;
+  for (int axis = linear ? 1 : 0; axis < (linear ? 2 : 4); ++axis) {
+    params.input_stride[axis] = t.input.stride(axis);
+    params.output_stride[axis] = output.stride(axis);
+  }
+  if (linear) {
+    params.input_stride[3] = t.input.stride(0);
+    params.output_stride[3] = output.stride(0);
+  }
+  params.input_vector = int(problem_.input_vector);
+  params.output_vector = int(problem_.output_vector);
+
+  const Tensor core =
+      t.core.defined() && needs_packing(t.core) ? t.core.contiguous(at::MemoryFormat::ChannelsLast) : t.core;
+  OptionalTensor bias = t.bias;
+  if (bias) bias = bias->contiguous();
+  params.in_factor = factor_of(t.in_factor);
+  params.out_factor = factor_of(t.out_factor);
+  if (core.defined()) params.core = core_factor(core);
+  if (t.height_factor.defined()) {
+    params.height_factor = depthwise_factor(t.height_factor, 0);
+    params.width_factor = depthwise_factor(t.width_factor, 1);
+  }
+  params.bias = bias ? bias->const_data_ptr() : nullptr;
+  params.activation = problem_.activation;
+
+  // Torch's guard has chosen the device for torch's CUDA runtime; this is the call for ours.
+  const cudaError_t error = cudaSetDevice(device().index());
+  return error == cudaSuccess ? launcher(params, problem_.dtype, kernel.config, stream) : error;
+}
+
+Tensor FusedCall::run(const Plan& plan) const {
+  const Tensor output = empty_output();
+  const cudaError_t error = launch(plan, output, current_stream(device()));
+  if (error == cudaSuccess) return output;
+  const Geometry& g = plan.geometry;
+  TORCH_CHECK(false, op_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (",
+              gpu_caps(device()).name, "): ", describe(error), ". input ", tensors_.input.sizes(), " of ",
+              tensors_.input.scalar_type(), ", strides ", tensors_.input.strides(), "; in_factor ",
+              tensors_.in_factor.sizes(), ", out_factor ", tensors_.out_factor.sizes(), ", kernel ", problem_.kh, "x",
+              problem_.kw, ". Plan: ", g.tile_n, " images x ", g.rows.tile, "x", g.columns.tile, " pixels a tile, ",
+              g.stages, " stages, ", g.splits, " splits, ", plan.ctas, " CTAs of ", plan.threads, " threads, ",
+              plan.shared_bytes,
+              " bytes of shared memory. An error of earlier work on this GPU can show here: CUDA_LAUNCH_BLOCKING=1 "
+              "finds where. set_policy('chain') runs without this kernel");
+}
+
+}  // namespace lowrank_ops

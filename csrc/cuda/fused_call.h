@@ -1,0 +1,38 @@
+// One call of an op on CUDA tensors: what the planner and the kernels are told of it.
+#pragma once
+
+#include "cuda/device.h"
+#include "kernels/launch.h"
+#include "ops.h"
+
+namespace lowrank_ops {
+
+// The tensors of a call; those that an op does not have stay undefined.
+struct BlockTensors {
+  at::Tensor input;  // [N, S, H, W]; of a linear layer its rows [N, S]
+  at::Tensor in_factor, core, height_factor, width_factor, out_factor;
+  OptionalTensor bias;
+};
+
+class FusedCall {
+ public:
+  // `problem` gets its copy widths and whether fp32 may be rounded to tf32. The tensors are on one GPU, and checked.
+  FusedCall(const char* op, BlockTensors tensors, Problem problem);
+
+  const char* op() const { return op_; }
+  const Problem& problem() const { return problem_; }
+  c10::Device device() const { return tensors_.input.device(); }
+
+  at::Tensor empty_output() const;
+  // Puts the planned kernel onto the stream of the current device. `output` is one of empty_output()'s.
+  cudaError_t launch(const Plan& plan, const at::Tensor& output, cudaStream_t stream) const;
+  // The same into a new output; an exception that says everything when the launch fails.
+  at::Tensor run(const Plan& plan) const;
+
+ private:
+  const char* op_;
+  BlockTensors tensors_;
+  Problem problem_;
+};
+
+}  // namespace lowrank_ops

@@ -1,0 +1,153 @@
+// The ops on CUDA tensors: check, plan, run.
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "checks.h"
+#include "cuda/fused_call.h"
+#include "cuda/measure.h"
+#include "cuda/verify.h"
+#include "policy.h"
+#include "problem_of.h"
+
+namespace lowrank_ops {
+namespace {
+
+using c10::IntArrayRef;
+using c10::string_view;
+using Chain = std::function<at::Tensor()>;
+
+bool is_fused(const Plan& plan) {
+  return plan.path == "fused";
+}
+
+// Under "measure": the plan that is fastest here. Candidates far beyond the best prediction are not tried.
+const Plan& measured_plan(const FusedCall& call, const Decision& decision, const Chain& chain, cudaStream_t stream) {
+  constexpr double kHopeless = 5;  // times the best prediction: further off than the cost model ever should be
+  double best = decision.chosen.predicted_seconds;
+  for (const Plan& plan : decision.others) best = std::min(best, plan.predicted_seconds);
+  std::vector<const Plan*> plans{&decision.chosen};
+  for (const Plan& plan : decision.others)
+    if (!is_fused(plan) || plan.predicted_seconds <= kHopeless * best) plans.push_back(&plan);
+  std::vector<Candidate> candidates;
+  for (const Plan* plan : plans)
+    candidates.push_back({plan->kernel, [&call, &chain, plan, stream] {
+                            return gpu_seconds(stream, [&] { is_fused(*plan) ? call.run(*plan) : chain(); });
+                          }});
+  const std::string key = measurement_key(call.problem(), gpu_caps(call.device()).name);
+  return *plans[measured_choice(key, candidates)];
+}
+
+// Verifies what the call could launch: the chosen plan's kernel, under "measure" every candidate's. Whether the planner
+// has to be asked again.
+bool verify_candidates(const FusedCall& call, const Decision& decision, bool all) {
+  const Problem& p = call.problem();
+  bool any = false;
+  const auto check = [&](const Plan& plan) {
+    if (!is_fused(plan) || is_verified(call.device(), plan.gpu_kernel, p.dtype, p.tf32)) return;
+    verify(call.device(), plan.gpu_kernel, p.dtype, p.tf32);
+    any = true;
+  };
+  check(decision.chosen);
+  if (all)
+    for (const Plan& plan : decision.others) check(plan);
+  return any;
+}
+
+bool all_verified(const FusedCall& call, const Decision& decision, bool all) {
+  const Problem& p = call.problem();
+  const auto verified = [&](const Plan& plan) {
+    return !is_fused(plan) || is_verified(call.device(), plan.gpu_kernel, p.dtype, p.tf32);
+  };
+  return verified(decision.chosen) && (!all || std::all_of(decision.others.begin(), decision.others.end(), verified));
+}
+
+// Policy "fused" on a GPU that this build has no code for: nothing else would ever run there, so say how to get it.
+// Where single shapes have no kernel, "fused" runs the chain, and explain() says why.
+void check_architecture(const FusedCall& call, const Decision& decision) {
+  const GpuCaps& caps = gpu_caps(call.device());
+  for (const Rejection& rejection : decision.rejections) {
+    TORCH_CHECK(rejection.reason.rfind("built for ", 0) != 0, call.op(), ": policy 'fused' finds no code for ",
+                call.device(), " (", caps.name, ") in this build of lowrank_ops: ", rejection.reason);
+  }
+}
+
+// Runs the fused kernel or the chain, as the plan says. A kernel that no GPU has run yet is checked first; while a CUDA
+// graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
+at::Tensor run(const FusedCall& call, const Chain& chain) {
+  const c10::DeviceGuard guard(call.device());
+  if (call.problem().n == 0) return call.empty_output();
+  const int index = call.device().index();
+  const GpuCaps& caps = gpu_caps(call.device());
+  const Policy chosen_policy = policy();
+  const bool measure = chosen_policy == Policy::kMeasure && forced_gpu_kernel().empty();
+  std::shared_ptr<const Decision> decision = cached_plan_gpu(call.problem(), caps, index, chosen_policy);
+  const cudaStream_t stream = current_stream(call.device());
+  const bool capturing = (measure || !all_verified(call, *decision, false)) && is_capturing(stream);
+  // Each round leaves one more kernel out, or is the last.
+  while (!capturing && !all_verified(call, *decision, measure)) {
+    verify_candidates(call, *decision, measure);
+    decision = cached_plan_gpu(call.problem(), caps, index, chosen_policy);
+  }
+  const Plan* plan = &decision->chosen;
+  if (measure && !capturing && !decision->others.empty()) plan = &measured_plan(call, *decision, chain, stream);
+  if (is_fused(*plan) &&
+      (!capturing || is_verified(call.device(), plan->gpu_kernel, call.problem().dtype, call.problem().tf32)))
+    return call.run(*plan);
+  if (chosen_policy == Policy::kFused && !is_fused(decision->chosen)) check_architecture(call, *decision);
+  return chain();
+}
+
+at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                         const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                         IntArrayRef padding, IntArrayRef dilation, string_view activation_name) {
+  constexpr const char* op = "tucker_conv2d";
+  const Window window{stride, padding, dilation};
+  check_tucker(input, in_factor, core, out_factor, bias, window);
+  const Activation activation = parse_activation(op, activation_name);
+  return run({op,
+              {input, in_factor, core, {}, {}, out_factor, bias},
+              tucker_problem(input, core, out_factor, window, activation)},
+             [&] { return tucker_chain(input, in_factor, core, out_factor, bias, window, activation); });
+}
+
+at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation_name) {
+  constexpr const char* op = "cp_conv2d";
+  const Window window{stride, padding, dilation};
+  check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+  const Activation activation = parse_activation(op, activation_name);
+  return run(
+      {op,
+       {input, in_factor, {}, height_factor, width_factor, out_factor, bias},
+       cp_problem(input, height_factor, width_factor, out_factor, window, activation)},
+      [&] { return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation); });
+}
+
+at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                          const OptionalTensor& bias, string_view activation_name) {
+  constexpr const char* op = "lowrank_linear";
+  check_linear(input, in_factor, out_factor, bias);
+  const Activation activation = parse_activation(op, activation_name);
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.back() = out_factor.size(0);
+  const at::Tensor rows = input.reshape({-1, in_factor.size(1)});  // a view, unless the leading axes do not merge
+  return run({op, {rows, in_factor, {}, {}, {}, out_factor, bias}, linear_problem(rows, out_factor, activation)},
+             [&] { return linear_chain(rows, in_factor, out_factor, bias, activation); })
+      .view(sizes);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
+  m.impl("tucker_conv2d", &tucker_conv2d);
+  m.impl("cp_conv2d", &cp_conv2d);
+  m.impl("lowrank_linear", &lowrank_linear);
+}
+
+}  // namespace lowrank_ops

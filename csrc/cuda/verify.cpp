@@ -1,0 +1,174 @@
+#include "cuda/verify.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <array>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <tuple>
+
+#include "cuda/fused_call.h"
+#include "problem_of.h"
+
+namespace lowrank_ops {
+namespace {
+
+using at::Tensor;
+
+using Key = std::tuple<int, int, DType, bool>;
+std::mutex mutex;  // also held during a check: a second thread waits for its result
+std::set<Key> passed, failed;
+
+Key key_of(c10::Device device, int kernel, DType dtype, bool tf32) {
+  return {device.index(), kernel, dtype, dtype == DType::kFloat && tf32};
+}
+
+at::ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kDouble:
+      return at::kDouble;
+    case DType::kBFloat16:
+      return at::kBFloat16;
+    case DType::kHalf:
+      return at::kHalf;
+    case DType::kFloat:
+      break;
+  }
+  return at::kFloat;
+}
+
+// How far the kernel's result may be from the fp64 one, in the Frobenius norm: `magnitude` is the same computed from
+// absolute values. An index off by one anywhere costs far more.
+double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
+  switch (dtype) {
+    case DType::kDouble:
+      return std::numeric_limits<double>::epsilon() * magnitude;
+    case DType::kBFloat16:
+      return 2 * 0x1p-7 * norm;
+    case DType::kHalf:
+      return 2 * 0x1p-10 * norm;
+    case DType::kFloat:
+      break;
+  }
+  return tf32 ? 4 * 0x1p-10 * norm : double(std::numeric_limits<float>::epsilon()) * magnitude;
+}
+
+// A small call with more than one tile, pass and chunk of everything, sizes that are no multiples of a tile, and
+// borders.
+struct Trial {
+  BlockTensors tensors;  // on the CPU, fp64, rounded to the dtype
+  Problem problem;
+
+  static constexpr int64_t kPadding[2] = {1, 0};
+  static Window window() {
+    static constexpr int64_t kOnes[2] = {1, 1};
+    return {kOnes, kPadding, kOnes};
+  }
+
+  Trial(Op op, DType dtype, at::MemoryFormat format, Activation activation) {
+    constexpr int64_t n = 3, s = 40, h = 9, w = 19, t = 144, r1 = 24, r2 = 40, kh = 3, kw = 2, rows = 150;
+    const at::Generator generator = at::detail::createCPUGenerator(1234);
+    const auto draw = [&](at::IntArrayRef sizes, int64_t summed) {
+      const Tensor values = at::randn(sizes, generator, at::dtype(at::kDouble)) / std::sqrt(double(summed));
+      return values.to(scalar_type(dtype)).to(at::kDouble);
+    };
+    const int64_t in_rank = op == Op::kTucker ? r1 : r2;
+    tensors.input = op == Op::kLinear ? draw({rows, s}, 1) : draw({n, s, h, w}, 1).contiguous(format);
+    tensors.in_factor = draw({in_rank, s}, s);
+    tensors.out_factor = draw({t, r2}, r2);
+    tensors.bias = draw({t}, 4);
+    if (op == Op::kTucker) tensors.core = draw({r2, r1, kh, kw}, r1 * kh * kw);
+    if (op == Op::kCP) {
+      tensors.height_factor = draw({r2, kh}, kh);
+      tensors.width_factor = draw({r2, kw}, kw);
+    }
+    problem = op == Op::kTucker ? tucker_problem(tensors.input, tensors.core, tensors.out_factor, window(), activation)
+              : op == Op::kCP   ? cp_problem(tensors.input, tensors.height_factor, tensors.width_factor,
+                                             tensors.out_factor, window(), activation)
+                                : linear_problem(tensors.input, tensors.out_factor, activation);
+    problem.dtype = dtype;
+  }
+
+  Tensor reference(bool absolute) const {
+    const auto value = [&](const Tensor& tensor) { return absolute ? tensor.abs() : tensor; };
+    const Activation activation = absolute ? Activation::kNone : problem.activation;
+    const Tensor input = value(tensors.input), in = value(tensors.in_factor), out = value(tensors.out_factor);
+    const OptionalTensor bias = value(*tensors.bias);
+    if (problem.op == Op::kTucker) return tucker_chain(input, in, value(tensors.core), out, bias, window(), activation);
+    if (problem.op == Op::kCP)
+      return cp_chain(input, in, value(tensors.height_factor), value(tensors.width_factor), out, bias, window(),
+                      activation);
+    return linear_chain(input, in, out, bias, activation);
+  }
+
+  BlockTensors on(c10::Device device) const {
+    const auto move = [&](const Tensor& tensor) {
+      return tensor.defined() ? tensor.to(tensor.options().device(device).dtype(scalar_type(problem.dtype))) : tensor;
+    };
+    return {move(tensors.input),        move(tensors.in_factor),  move(tensors.core), move(tensors.height_factor),
+            move(tensors.width_factor), move(tensors.out_factor), move(*tensors.bias)};
+  }
+};
+
+// What is wrong with the kernel's result; "" when nothing is.
+std::string find_error(c10::Device device, const GpuKernel& kernel, const Trial& trial, bool tf32) {
+  FusedCall call("verify", trial.on(device), trial.problem);
+  Problem problem = call.problem();
+  problem.tf32 = tf32;
+  const GpuCandidate candidate = plan_kernel(problem, kernel, gpu_caps(device));
+  if (!candidate.reason.empty()) return candidate.reason;
+  const Tensor output = call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
+  const cudaError_t error = call.launch(candidate.plan, output, current_stream(device));
+  if (error != cudaSuccess) return "its launch failed: " + describe(error);
+
+  const Tensor exact = trial.reference(/*absolute=*/false), found = output.cpu().to(at::kDouble);
+  const double norm = exact.norm().item<double>(), difference = (found - exact).norm().item<double>();
+  const double magnitude = trial.reference(/*absolute=*/true).norm().item<double>();
+  const double allowed = allowed_error(problem.dtype, tf32, norm, magnitude);
+  if (difference <= allowed) return "";  // false for NaN
+  std::ostringstream message;
+  message << "its result is off by " << difference / norm << " of the norm, allowed is " << allowed / norm;
+  return message.str();
+}
+
+}  // namespace
+
+bool is_verified(c10::Device device, int kernel, DType dtype, bool tf32) {
+  if (*gpu_kernels()[size_t(kernel)].verified_on != 0) return true;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return passed.count(key_of(device, kernel, dtype, tf32)) > 0;
+}
+
+void verify(c10::Device device, int index, DType dtype, bool tf32) {
+  const GpuKernel& kernel = gpu_kernels()[size_t(index)];
+  std::string reason;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const Key key = key_of(device, index, dtype, tf32);
+    if (passed.count(key) || failed.count(key)) return;
+    // The caller may be anywhere: under autocast, in grad mode.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const at::AutoDispatchBelowADInplaceOrView no_grad;
+    const c10::DeviceGuard guard(device);
+    const bool linear = kernel.op == Op::kLinear;
+    for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+      if (!reason.empty() || (linear && format == at::MemoryFormat::ChannelsLast)) continue;
+      const Activation activation = format == at::MemoryFormat::Contiguous ? Activation::kNone : Activation::kSilu;
+      reason = find_error(device, kernel, Trial(kernel.op, dtype, format, activation), tf32);
+    }
+    (reason.empty() ? passed : failed).insert(key);
+  }
+  if (reason.empty()) return;
+  const std::string name = dtype == DType::kFloat && tf32 ? "tf32" : name_of(dtype);
+  refuse_gpu_kernel(device.index(), index, "wrong on this GPU in " + name + ": " + reason);
+  TORCH_WARN("lowrank_ops: the kernel ", kernel.name, " failed its check before first use on ", device, " (",
+             gpu_caps(device).name, ", sm_", gpu_caps(device).architecture, ") in ", name, ": ", reason,
+             ". It is left out in this process. Please report this line.");
+}
+
+}  // namespace lowrank_ops
