@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdio>
 #include <cstring>
 #include <numeric>
 
@@ -25,6 +26,12 @@ constexpr int kSimtDoubleConfig = 1;  // the one whose fp64 sums fit into the re
 
 std::string kib(int64_t bytes) {
   return std::to_string((bytes + 1023) / 1024) + " KiB";
+}
+
+std::string whole_number(double value) {  // also beyond 64 bits
+  char digits[64];
+  std::snprintf(digits, sizeof digits, value < 1e18 ? "%.0f" : "%.3g", value);
+  return digits;
 }
 
 bool is_simt(const GpuKernel& kernel) {
@@ -69,9 +76,9 @@ std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
 std::string size_reason(const Problem& p) {
   constexpr int64_t kLargest = INT_MAX, kMargin = 1024;  // a tile beyond the last output
   const auto above = [&](const char* what, double value, double limit) {
-    return value <= limit ? std::string()
-                          : std::string(what) + " must be at most " + std::to_string(int64_t(limit)) + ", got " +
-                                std::to_string(int64_t(value));
+    return value <= limit
+               ? std::string()
+               : std::string(what) + " must be at most " + whole_number(limit) + ", got " + whole_number(value);
   };
   if (p.n == 0 || p.s == 0 || p.t == 0 || p.oh == 0 || p.ow == 0 || p.r1 == 0 || p.r2 == 0)
     return "there is nothing to compute";

@@ -31,7 +31,8 @@ struct GpuCaps {
 
 const std::vector<GpuCaps>& named_gpus();          // A100, RTX 3090, RTX 4090, H100, H200, B200
 const GpuCaps* find_gpu(const std::string& name);  // by name, case and spaces ignored; nullptr: unknown
-// Fills in the FLOP rates of a GPU read from the driver: those of its named kind, or by architecture and clock in Hz.
+// Fills in the FLOP rates of a GPU read from the driver: those of its named kind (and its bandwidth), or by
+// architecture and clock in Hz.
 void fill_rates(GpuCaps& caps, double clock);
 
 // One kernel that can be launched: a family's configuration for one op.

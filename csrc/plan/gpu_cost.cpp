@@ -39,8 +39,8 @@ constexpr int64_t kReservedShared = 1024;         // the system's, of each CTA's
 
 // The library's kernels: what they reach of the peak, their tiles, the start of one.
 constexpr double kLibraryShare = 0.75;
-constexpr int64_t kLibraryPixels = 128, kLibraryColumns = 64, kLibraryDepth = 256;  // depth: of a split of K
-constexpr int64_t kLibrarySplits = 8;
+constexpr double kLibraryPixels = 128, kLibraryColumns = 64, kLibraryDepth = 256;  // depth: of a split of K
+constexpr double kLibrarySplits = 8;
 constexpr double kLibraryKernelSeconds = 2e-6;
 constexpr double kDepthwiseMemoryShare =
     0.25;  // depthwise 3x1 and 1x3 convs are far from the bandwidth in every layout
@@ -274,11 +274,12 @@ double stage_seconds(const LibraryStage& s, const Problem& p, const GpuCaps& cap
   const double out = s.out_bytes / (resident && !s.last ? l2_bytes_per_second(caps) : memory);
   const double moved = in + out + s.weight_bytes / memory;
   if (s.depthwise) return kLibraryKernelSeconds + moved / kDepthwiseMemoryShare;
-  const int64_t tile_columns = s.columns <= kLibraryColumns / 2 ? kLibraryColumns / 2 : kLibraryColumns;
-  const int64_t ctas = ceil_div(int64_t(s.pixels), kLibraryPixels) * ceil_div(int64_t(s.columns), tile_columns);
-  const int64_t splits = std::clamp<int64_t>(int64_t(s.depth) / kLibraryDepth, 1, kLibrarySplits);
-  const double filled = std::min(1.0, double(ctas * splits) / caps.multiprocessors);
-  const double flops = 2.0 * double(ctas * kLibraryPixels * tile_columns) * s.depth;
+  // In doubles: a chain's sizes are bounded by nothing here.
+  const double tile_columns = s.columns <= kLibraryColumns / 2 ? kLibraryColumns / 2 : kLibraryColumns;
+  const double ctas = std::ceil(s.pixels / kLibraryPixels) * std::ceil(s.columns / tile_columns);
+  const double splits = std::clamp(std::floor(s.depth / kLibraryDepth), 1.0, kLibrarySplits);
+  const double filled = std::min(1.0, ctas * splits / caps.multiprocessors);
+  const double flops = 2.0 * ctas * kLibraryPixels * tile_columns * s.depth;
   return kLibraryKernelSeconds + std::max(moved, flops / (library_flops(p, caps) * kLibraryShare * filled));
 }
 

@@ -105,6 +105,11 @@ class Search {
       least_bytes_ = std::min(least_bytes_, hidden);
       return;
     }
+    // Also beyond what 64 bits hold.
+    if (double(ceil_div(g.n, g.tile_n)) * g.rows.tiles() * g.columns.tiles() > INT_MAX) {
+      too_many_ctas_ = true;
+      return;
+    }
     GpuWork work = gpu_work(p_, kernel_, g, layout_of(p_, kernel_, g));
     const int64_t out_passes = ceil_div(p_.t, kernel_.shape.columns());
     Plan plan;
@@ -114,10 +119,7 @@ class Search {
       if (layout.bytes > caps_.shared_bytes_cta) return;
       for (const int share : halves(out_passes, out_passes)) {
         g.splits = int(ceil_div(out_passes, share));
-        if (g.ctas() > INT_MAX) {
-          too_many_ctas_ = true;
-          break;
-        }
+        if (g.ctas() > INT_MAX) break;  // more splits only make more of them
         work.last = last_phase(p_, kernel_, g, layout);
         plan.geometry = g;
         cost_fused(plan, work, p_, kernel_, caps_, layout);

@@ -83,10 +83,15 @@ const GpuCaps* find_gpu(const std::string& name) {
 }
 
 void fill_rates(GpuCaps& caps, double clock) {
+  // What the driver does not tell (virtual GPUs) must not become a division by zero: figures of a middling GPU.
+  constexpr double kUnknownClock = 1.5e9, kUnknownBandwidth = 1e12;
+  if (clock <= 0) clock = kUnknownClock;
+  if (caps.memory_bytes_per_second <= 0) caps.memory_bytes_per_second = kUnknownBandwidth;
   for (const GpuCaps& known : named_gpus()) {
     if (plain(caps.name).find(plain(known.name)) == std::string::npos ||
         caps.multiprocessors != known.multiprocessors)  // another board of that name has another number
       continue;
+    caps.memory_bytes_per_second = known.memory_bytes_per_second;
     caps.fp32_flops = known.fp32_flops;
     caps.fp64_flops = known.fp64_flops;
     caps.tf32_flops = known.tf32_flops;
