@@ -325,7 +325,7 @@ class Block {
 
 template <Op op, typename Engine, Family family, int index>
 LOWRANK_OPS_KERNEL(config_of(family, index, op != Op::kLinear).threads(),
-                   config_of(family, index, op != Op::kLinear).threads() <= 128 ? 2 : 1)
+                   config_of(family, index, op != Op::kLinear).resident())
 block_kernel(const KernelParams params) {
   Block<op, Engine, family, index>(params).run();
 }
