@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from simt import harness
+from simt import building, harness
 from simt.harness import Result, Settings
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing() or "g++ is there")
+pytestmark = pytest.mark.skipif(bool(building.missing()), reason=building.missing() or "g++ is there")
 
 ORDERS = {
     "ascending": Settings(order=0),
@@ -354,12 +354,17 @@ def test_sectors(bytes_: int, stride: int, offset: int, lanes: int, sectors: int
     assert result.traffic("in", "written")["bytes"] == 0
 
 
-def test_instructions_of_lanes_that_skip_some() -> None:
+@pytest.mark.parametrize("order", (0, 1, 2))
+def test_instructions_of_lanes_that_skip_some(order: int) -> None:
     """Lane i loads i words: 31 load instructions, not 496, and the store that follows is one for all lanes."""
-    result = launch("divergent", threads=32)
+    result = launch("divergent", threads=32, order=order)
     assert result.traffic("in")["requests"] == 31
     assert result.traffic("in")["bytes"] == 4 * 496
     assert (result.traffic("out", "written")["requests"], result.traffic("out", "written")["sectors"]) == (1, 4)
+    # In each of 4 rounds one load by all lanes and three by every second one, each of 4 sectors.
+    result = launch("guarded", threads=32, order=order)
+    assert (result.traffic("in")["requests"], result.traffic("in")["sectors"]) == (16, 64)
+    assert (result.traffic("out", "written")["requests"], result.traffic("out", "written")["sectors"]) == (4, 16)
 
 
 def test_the_shifted_tensor_only() -> None:

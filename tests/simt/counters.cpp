@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+
+#include "instructions.h"
 
 namespace lowrank_ops::simulator {
 namespace {
 
 constexpr int kSectorBytes = 32, kBankBytes = 4, kBanks = 32;
-constexpr int kLookAhead = 64;  // instructions that a lane may skip
 
 struct Traffic {
   std::vector<uint16_t> times;  // for each two bytes
@@ -95,14 +95,14 @@ void count_sectors(Traffic& traffic, const Instruction& instruction) {
 
 // 32 lanes of up to 4 bytes are served together, 16 of 8 bytes, 8 of 16 bytes.
 void count_banks(const Instruction& instruction) {
-  const int together = std::min(kLanes, kBanks * kBankBytes / instruction.bytes);
+  const auto [site, primitive, bytes, buffer] = instruction.what;
+  const int together = std::min(kLanes, kBanks * kBankBytes / bytes);
   for (int first = 0; first < kLanes; first += together) {
     uintptr_t address[kLanes];
     int count = 0;
     for (int lane = first; lane < first + together; lane++)
       if (instruction.lanes >> lane & 1) address[count++] = instruction.address[lane];
-    if (count > 0)
-      count_conflict(instruction.primitive, instruction.site, conflict_ways(address, count, instruction.bytes));
+    if (count > 0) count_conflict(primitive, site, conflict_ways(address, count, bytes));
   }
 }
 
@@ -173,36 +173,17 @@ void* write_global(void* address, int bytes, Site site) {
   return address;
 }
 
-Instruction* find_instruction(Warp& warp, uint32_t& cursor, int lane, Primitive primitive, int bytes, int buffer,
-                              Site site) {
-  uint32_t at = warp.log[cursor].next;
-  for (int i = 0; i < kLookAhead && at != 0; i++, at = warp.log[at].next) {
-    if (!same_instruction(warp.log[at], lane, primitive, bytes, buffer, site)) continue;
-    cursor = at;
-    return &warp.log[at];
-  }
-  // No lane before this one has executed it: it comes after this lane's last one.
-  const uint32_t added = uint32_t(warp.log.size());
-  warp.log.push_back({warp.log[cursor].next, site, primitive, uint8_t(bytes), int16_t(buffer), 0, {}});
-  warp.log[cursor].next = added;
-  cursor = added;
-  return &warp.log[added];
-}
-
-void count_log(Warp& warp) {
-  for (size_t i = 1; i < warp.log.size(); i++) {
-    const Instruction& instruction = warp.log[i];
-    machine.instructions[int(instruction.primitive)]++;
-    if (instruction.primitive == Primitive::kLoadGlobal)
-      count_sectors(buffers[size_t(instruction.buffer)].read, instruction);
-    else if (instruction.primitive == Primitive::kStoreGlobal)
-      count_sectors(buffers[size_t(instruction.buffer)].written, instruction);
-    else if (instruction.primitive != Primitive::kCommitCopies)
+void count_instructions(Warp& warp) {
+  for (const Instruction& instruction : merge_traces(warp)) {
+    const auto [site, primitive, bytes, buffer] = instruction.what;
+    machine.instructions[int(primitive)]++;
+    if (primitive == Primitive::kLoadGlobal)
+      count_sectors(buffers[size_t(buffer)].read, instruction);
+    else if (primitive == Primitive::kStoreGlobal)
+      count_sectors(buffers[size_t(buffer)].written, instruction);
+    else if (primitive != Primitive::kCommitCopies)
       count_banks(instruction);
   }
-  warp.log.resize(1);
-  warp.log[0].next = 0;
-  std::fill(warp.cursor, warp.cursor + kLanes, 0);
 }
 
 int conflict_ways(uintptr_t* address, int count, int bytes) {

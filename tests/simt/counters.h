@@ -1,12 +1,7 @@
 // Global memory: bounds of each tensor, bytes and sectors. Shared memory: bank conflicts.
 //
 // Bytes are counted access by access, and for each two bytes of a tensor how often they were read and written.
-// Sectors and conflicts belong to an instruction of a warp, but here its lanes run one after the other. So each lane
-// leaves its accesses in a log of its warp, and until the lanes meet again (barrier, load_matrices, multiply_add) the
-// next accesses of the lanes from the same line of the source are taken for one instruction: what one lane did and
-// another skipped is passed over. Exact where the lanes take the same way; where a condition inside a loop differs
-// between lanes, an instruction may be taken apart or two mixed up (never fewer bytes; more sectors rather than
-// fewer). Tests that hold sectors and conflicts therefore use whole tiles.
+// Sectors and conflicts are counted by the instructions of warps, which instructions.h finds.
 #pragma once
 
 #include <cstdint>
@@ -25,35 +20,17 @@ std::string report();      // JSON
 const void* read_global(const void* address, int bytes, Primitive primitive, Site site);
 void* write_global(void* address, int bytes, Site site);
 
-// Whether a lane's access can be part of an instruction.
-inline bool same_instruction(const Instruction& instruction, int lane, Primitive primitive, int bytes, int buffer,
-                             Site site) {
-  return instruction.site == site && instruction.primitive == primitive && !(instruction.lanes >> lane & 1) &&
-         instruction.buffer == buffer && instruction.bytes == bytes;
-}
-
-// The slower half of `record`.
-Instruction* find_instruction(Warp& warp, uint32_t& cursor, int lane, Primitive primitive, int bytes, int buffer,
-                              Site site);
-
+// Adds to the lane's trace.
 inline void record(Fiber& fiber, Primitive primitive, int bytes, int buffer, uintptr_t address, Site site) {
   if (!machine.settings.count) return;
-  Warp& warp = *fiber.warp;
-  uint32_t& cursor = warp.cursor[fiber.lane];
-  const uint32_t next = warp.log[cursor].next;
-  Instruction* instruction = &warp.log[next];
-  if (next != 0 && same_instruction(*instruction, fiber.lane, primitive, bytes, buffer, site)) [[likely]]
-    cursor = next;
-  else
-    instruction = find_instruction(warp, cursor, fiber.lane, primitive, bytes, buffer, site);
-  instruction->lanes |= 1u << fiber.lane;
-  instruction->address[fiber.lane] = address;
+  fiber.warp->traced = true;
+  fiber.warp->trace[fiber.lane].push_back({{site, primitive, uint8_t(bytes), int16_t(buffer)}, address});
 }
 
-// The lanes have met: counts what is in the log.
-void count_log(Warp& warp);
-inline void flush_log(Warp& warp) {
-  if (warp.log.size() > 1) count_log(warp);
+// The lanes have met.
+void count_instructions(Warp& warp);
+inline void count_traces(Warp& warp) {
+  if (warp.traced) count_instructions(warp);
 }
 
 // Accesses of `count` lanes to units of `bytes` each that shared memory serves together: the most different words that

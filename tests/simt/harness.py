@@ -1,117 +1,31 @@
-"""Builds the CUDA kernels with g++ for the simulator, and runs them on torch tensors.
+"""Runs the CUDA kernels on the simulator with torch tensors.
 
-A library a set of flags and sources, kept in build/simt under the hash of both. `Kernel` names one of the kernels
-that the planner's table offers, `Cut` how it cuts a problem; `run` launches it and returns the output and the report:
-what was read and written, sectors, bank conflicts, barriers, and the error if there was one.
+`Kernel` names one of the kernels that the planner's table offers, `Cut` how it cuts a problem; `run` launches it and
+returns the output and the report: what was read and written, sectors, bank conflicts, barriers, and the error if there
+was one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import json
-import os
-import platform
 import re
-import shutil
+import struct
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from simt.building import REPOSITORY, build
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SOURCES = (
-    *sorted((REPOSITORY / "csrc/kernels").glob("*.cu")),
-    *(REPOSITORY / "csrc/plan" / name for name in ("gpu.cpp", "gpu_cost.cpp", "gpus.cpp", "plan.cpp", "cost.cpp")),
-    *sorted((REPOSITORY / "tests/simt").glob("*.cpp")),
-)
 OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
 FAMILIES = ("simt", "sm80")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
-
-
-# ---- Building
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def missing() -> str:
-    """Why nothing can be built here; empty: it can."""
-    if compiler() is None:
-        return "the simulated kernels are compiled by g++, which is not installed"
-    return ""
-
-
-def _flags(sanitize: bool) -> list[str]:
-    flags = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    flags += ["-Wno-unknown-pragmas"]  # nvcc's `unroll`
-    flags += ["-Icsrc", "-Itests/simt"]
-    if platform.machine() == "x86_64" and "avx2" in _cpu_flags() and "f16c" in _cpu_flags():
-        flags += ["-march=x86-64-v3"]
-    if sanitize:
-        flags += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
-    return flags
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    try:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return frozenset(found.group(1).split() if found else ())
-
-
-def _headers() -> bytes:
-    """What any of the sources may include."""
-    folders = (REPOSITORY / "csrc/kernels", REPOSITORY / "csrc/plan", REPOSITORY / "tests/simt")
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cuh", ".inc")]
-    return b"".join(path.name.encode() + path.read_bytes() for path in files)
-
-
-@functools.cache
-def build(sanitize: bool = False) -> Path:
-    """The library of all kernels; with ``sanitize`` a program that runs what `Replay` has written down."""
-    flags, command = _flags(sanitize), compiler()
-    assert command is not None, missing()
-    folder = REPOSITORY / "build/simt"
-    folder.mkdir(parents=True, exist_ok=True)
-    common = hashlib.sha256(repr((command, flags)).encode() + _headers())
-
-    def compile_one(source: Path) -> Path:
-        key = common.copy()
-        key.update(source.name.encode() + source.read_bytes())
-        target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
-        if not target.exists():
-            part = target.with_suffix(f".{os.getpid()}.part")  # others may be building the same
-            _call([command, *flags, "-c", str(source.relative_to(REPOSITORY)), "-o", str(part)])
-            os.replace(part, target)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
-    target = folder / (f"kernels_sanitized-{key}" if sanitize else f"kernels-{key}.so")
-    if not target.exists():
-        kind = ["-fsanitize=address,undefined"] if sanitize else ["-shared"]
-        part = target.with_suffix(f".{os.getpid()}.part")
-        _call([command, *kind, *map(str, objects), "-o", str(part)])
-        os.replace(part, target)
-    return target
-
-
-def _call(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
 
 
 # ---- What crosses the border (module.cpp)
@@ -140,7 +54,7 @@ _BLOCK = _struct(
     + [("input", _INT), ("input_bytes", _INT), ("input_stride", _INT * 4), ("input_vector", _INT)]
     + [("output", _INT), ("output_bytes", _INT), ("output_stride", _INT * 4), ("output_vector", _INT)]
     + [(name, _FACTOR) for name in _FACTORS]
-    + [("bias", _INT)],
+    + [("bias", _INT), ("bias_bytes", _INT)],
 )
 
 
@@ -287,7 +201,7 @@ def block_call(
         factor = _FACTOR(tensor.data_ptr(), *strides[:2], (_INT * 2)(*strides[2:]), width, span_bytes(tensor))
         setattr(call, name, factor)
     if tensors.get("bias") is not None:
-        call.bias = tensors["bias"].data_ptr()
+        call.bias, call.bias_bytes = tensors["bias"].data_ptr(), span_bytes(tensors["bias"])
     return call
 
 
@@ -326,6 +240,64 @@ def selftest(
     sizes = _INT(threads), _INT(shared_bytes)
     code = library().simt_selftest(name.encode(), *places, numbers, *sizes, ctypes.byref(_settings(settings)))
     return Result(output, code, json.loads(library().simt_report().decode()))
+
+
+def sanitized(launches: list[tuple[Kernel, Cut, dict[str, Tensor], dict[str, Any], Tensor]]) -> list[Result]:
+    """The launches in a program under AddressSanitizer and UndefinedBehaviorSanitizer: arguments of `run`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/launches", "wb") as file:
+            for kernel, cut, tensors, options, output in launches:
+                output.fill_(float("nan"))
+                file.write(bytes(block_call(kernel, cut, tensors, options, output, {})))
+                file.write(bytes(_settings(None)))
+                for name in ("input", "output", *_FACTORS, "bias"):
+                    tensor = output if name == "output" else tensors.get(name)
+                    if tensor is None:
+                        file.write(struct.pack("qq", 0, 0))
+                        continue
+                    file.write(struct.pack("qq", span_bytes(tensor), tensor.data_ptr() % 64))
+                    file.write(ctypes.string_at(tensor.data_ptr(), span_bytes(tensor)))
+        command = [str(build(sanitize=True)), f"{folder}/launches", f"{folder}/outputs"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the sanitizers stopped launch {done.stdout.count(chr(10))}:\n{done.stderr[-8000:]}")
+        outputs = Path(f"{folder}/outputs").read_bytes()
+    results, place = [], 0
+    for (_, _, _, _, output), report in zip(launches, done.stdout.splitlines(), strict=True):
+        ctypes.memmove(output.data_ptr(), outputs[place : place + span_bytes(output)], span_bytes(output))
+        place += span_bytes(output)
+        results.append(Result(output, 0, json.loads(report)))
+    return results
+
+
+# ---- The kernels that there are
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration (geometry.h) has of each."""
+
+    threads: int
+    halo_rows: int
+    pixels: int
+    columns: int
+
+
+@functools.cache
+def shape_of(kernel: Kernel) -> Shape:
+    numbers = (_INT * 4)()
+    places = _INT(FAMILIES.index(kernel.family)), _INT(kernel.config), _INT(kernel.op != "lowrank_linear")
+    library().simt_config(*places, numbers)
+    return Shape(*numbers)
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """The planner's table."""
+    text = (REPOSITORY / "csrc/plan/kernel_table.inc").read_text()
+    names = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
+    found = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+),", text, re.MULTILINE)
+    return tuple(Kernel(names[op], family, int(config)) for op, family, config in found)
 
 
 @functools.cache

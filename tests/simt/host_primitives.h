@@ -91,7 +91,7 @@ inline void copy_async(void* shared, const void* global, bool valid, LOWRANK_OPS
 inline void commit_copies(LOWRANK_OPS_SITE) {
   simulator::Fiber& fiber = *simulator::machine.current;
   fiber.committed++;
-  // Every lane comes by here, also one that skipped something before: the log's lanes fall into step again.
+  // Every lane comes by here, also one that skipped something before: the traces fall into step again.
   simulator::record(fiber, simulator::Primitive::kCommitCopies, 0, -1, 0, {file, line});
 }
 template <int pending>

@@ -26,10 +26,12 @@ typedef float Row __attribute__((vector_size(32)));  // of sums: 8 columns
 // One register of all lanes as 8 rows of 8 (16 bits) or 4 (tf32) numbers, `stride` apart.
 void unpack(Primitive kind, const uint32_t* words, float* rows, int stride) {
   if (kind == Primitive::kMultiplyBFloat16) {
-    for (int lane = 0; lane < kLanes; lane++) {
-      float* const to = rows + lane / 4 * stride + lane % 4 * 2;
-      to[0] = std::bit_cast<float>(words[lane] << 16);
-      to[1] = std::bit_cast<float>(words[lane] & 0xffff0000);
+    typedef uint32_t Words __attribute__((vector_size(32)));
+    for (int row = 0; row < 8; row++) {
+      Words pairs;
+      for (int i = 0; i < 8; i++) pairs[i] = words[4 * row + i / 2];
+      pairs = pairs << Words{16, 0, 16, 0, 16, 0, 16, 0} & 0xffff0000;
+      std::memcpy(rows + row * stride, &pairs, sizeof pairs);
     }
   } else if (kind == Primitive::kMultiplyHalf) {
     for (int row = 0; row < 8; row++) {
@@ -54,7 +56,9 @@ void multiply_rows(const float (&a)[16][16], const float (&b)[8][16], float (*su
   for (int half = 0; half < 2; half++) {
     Row rows[8];
     std::memcpy(rows, sum[half], sizeof rows);
+#pragma GCC unroll 16
     for (int k = 0; k < depth; k++)
+#pragma GCC unroll 8
       for (int i = 0; i < 8; i++) rows[i] += a[8 * half + i][k] * columns[k];
     std::memcpy(sum[half], rows, sizeof rows);
   }

@@ -1,29 +1,14 @@
-// What Python calls (harness.py): one kernel launch on the simulator. Every number is an int64, pointers too, so that
-// the struct can be written down twice without surprises.
+// The simulator as a library: module.h.
+#include "module.h"
+
 #include <algorithm>
 #include <string>
 
 #include "counters.h"
 #include "kernels/launch.h"
 #include "plan/gpu.h"
-#include "simulator.h"
 
 using namespace lowrank_ops;
-
-struct FactorCall {
-  int64_t data, row_stride, column_stride, tap_stride[2], vector, bytes;  // bytes: from the first to the last element
-};
-
-struct BlockCall {
-  int64_t op, family, config, dtype, activation;  // the numbers of the enums
-  int64_t n, s, h, w, t, oh, ow, r1, r2, kh, kw;  // as plan/problem.h
-  int64_t stride[2], padding[2], dilation[2];
-  int64_t tile_n, tile_h, tile_w, stages, splits;
-  int64_t input, input_bytes, input_stride[4], input_vector;
-  int64_t output, output_bytes, output_stride[4], output_vector;
-  FactorCall in_factor, core, height_factor, width_factor, out_factor;
-  int64_t bias;
-};
 
 namespace {
 
@@ -65,14 +50,12 @@ BlockParams params_of(const BlockCall& c) {
   p.width_factor = factor_of("width_factor", c.width_factor, element);
   p.out_factor = factor_of("out_factor", c.out_factor, element);
   p.bias = reinterpret_cast<const void*>(c.bias);
-  if (p.bias != nullptr) simulator::add_buffer("bias", p.bias, c.t * element, element);
+  if (p.bias != nullptr) simulator::add_buffer("bias", p.bias, c.bias_bytes, element);
   p.activation = Activation(c.activation);
   return p;
 }
 
 }  // namespace
-
-#define LOWRANK_OPS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // So that both sides agree about the structs.
 LOWRANK_OPS_EXPORT int64_t simt_sizes(int64_t which) {
@@ -80,6 +63,17 @@ LOWRANK_OPS_EXPORT int64_t simt_sizes(int64_t which) {
 }
 
 // Returns the launcher's error; simt_report says what happened.
+// Threads, halo positions of a pass, pixels and columns of a configuration; zeros: there is none of that number.
+LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_halo, int64_t* sizes) {
+  std::fill_n(sizes, 4, 0);
+  if (index >= (Family(family) == Family::kSimt ? kNumSimtConfigs : kNumSm80Configs)) return;
+  const Config config = config_of(Family(family), int(index), has_halo != 0);
+  sizes[0] = config.threads();
+  sizes[1] = config.halo_rows();
+  sizes[2] = config.pixels();
+  sizes[3] = config.columns();
+}
+
 LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings* settings) {
   using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
   static constexpr Launcher launchers[3][2] = {{launch_tucker_simt, launch_tucker_sm80},

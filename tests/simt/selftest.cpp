@@ -227,6 +227,18 @@ void divergent(const Params p) {
   warp_barrier<Barrier::kStagingWritten>();
 }
 
+// A loop in which half of the lanes skip some loads, the other half in the next round.
+void guarded(const Params p) {
+  const int lane = thread_index();
+  const uint32_t* const in = static_cast<const uint32_t*>(p.in);
+  for (int round = 0; round < 4; round++) {
+    uint32_t word = load_global<uint32_t>(in + 32 * round + lane);
+    if ((lane + round) % 2)
+      for (int i = 0; i < 3; i++) word += load_global<uint32_t>(in + 1024 + 128 * round + 32 * i + lane);
+    put_word(p.out, 32 * round + lane, word);
+  }
+}
+
 uint32_t started = 0;
 
 // out: the threads in the order in which they begin.
@@ -249,6 +261,7 @@ cudaError_t launch_selftest(const std::string& name, const Params& params, int t
                  {"strided_global", strided_by_size<true>},
                  {"matrix_rows", matrix_rows},
                  {"divergent", divergent},
+                 {"guarded", guarded},
                  {"order", order}};
   started = 0;
   for (const auto& entry : kernels)

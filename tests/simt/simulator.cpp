@@ -163,8 +163,8 @@ void begin_cta(int64_t block) {
     warp.runnable = ~0u;
     warp.epoch = 0;
     warp.arrived = 0;
-    warp.log.assign(1, {});
-    std::fill(warp.cursor, warp.cursor + kLanes, 0);
+    for (auto& trace : warp.trace) trace.clear();
+    warp.traced = false;
   }
   order_threads(block);
   begin_shared();
@@ -194,7 +194,7 @@ void describe_deadlock() {
 void complete(Warp& warp) {
   warp.arrived = 0;
   machine.instructions[int(warp.kind)]++;
-  flush_log(warp);
+  count_traces(warp);
   if (warp.kind == Primitive::kLoadMatrices) {
     load_matrices(warp);
   } else if (warp.kind == Primitive::kWarpBarrier) {
@@ -266,7 +266,7 @@ void cta_barrier(int id, Site site) {
     machine.barriers[id]++;
     for (int w = 0; w < machine.warps; w++) {
       Warp& warp = machine.warp[w];
-      flush_log(warp);
+      count_traces(warp);
       warp.runnable = ~0u;
       warp.epoch = 0;
     }
@@ -290,7 +290,7 @@ bool run(int64_t ctas, int threads, int64_t shared_bytes, void (*body)(const voi
     machine.current = machine.in_order[0]->in_order[0];
     switch_context(machine.host, machine.current->context);
     if (machine.error.empty() && machine.finished < threads) describe_deadlock();
-    for (int w = 0; w < machine.warps && machine.error.empty(); w++) flush_log(machine.warp[w]);
+    for (int w = 0; w < machine.warps && machine.error.empty(); w++) count_traces(machine.warp[w]);
     machine.ctas++;
   }
   release_shared();

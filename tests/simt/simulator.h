@@ -78,15 +78,17 @@ struct Fiber {
   int committed = 0, retired = 0;  // groups of copies
 };
 
-// One instruction of a warp: what its lanes accessed (counters.h). A list in the order of execution; 0 ends it.
-struct Instruction {
-  uint32_t next;
+// An access of one lane (instructions.h).
+struct What {
   Site site;
   Primitive primitive;
   uint8_t bytes;
   int16_t buffer;  // of global memory
-  uint32_t lanes;
-  uintptr_t address[kLanes];
+  bool operator==(const What&) const = default;
+};
+struct Access {
+  What what;
+  uintptr_t address;
 };
 
 struct Warp {
@@ -107,8 +109,8 @@ struct Warp {
   alignas(64) uint32_t matrices[4][kLanes];
   const void* row[kLanes];
 
-  std::vector<Instruction> log;  // since the lanes last met; the first is none, but the list's beginning
-  uint32_t cursor[kLanes] = {};  // each lane's last one in it
+  std::vector<Access> trace[kLanes];  // since the lanes last met
+  bool traced = false;                // whether there is anything in it
 };
 
 struct Machine {

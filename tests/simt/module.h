@@ -1,0 +1,28 @@
+// What Python passes to the simulator (harness.py): one kernel launch. Every number is an int64, pointers too, so that
+// the structs can be written down twice without surprises.
+#pragma once
+
+#include <cstdint>
+
+#include "simulator.h"
+
+struct FactorCall {
+  int64_t data, row_stride, column_stride, tap_stride[2], vector, bytes;  // bytes: from the first to the last element
+};
+
+struct BlockCall {
+  int64_t op, family, config, dtype, activation;  // the numbers of the enums
+  int64_t n, s, h, w, t, oh, ow, r1, r2, kh, kw;  // as plan/problem.h
+  int64_t stride[2], padding[2], dilation[2];
+  int64_t tile_n, tile_h, tile_w, stages, splits;
+  int64_t input, input_bytes, input_stride[4], input_vector;
+  int64_t output, output_bytes, output_stride[4], output_vector;
+  FactorCall in_factor, core, height_factor, width_factor, out_factor;
+  int64_t bias, bias_bytes;
+};
+
+#define LOWRANK_OPS_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Returns the launcher's error; simt_report says what happened.
+LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const lowrank_ops::simulator::Settings* settings);
+LOWRANK_OPS_EXPORT const char* simt_report();
