@@ -113,6 +113,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     set_cpu_isa(isa);
     forget_measurements();  // of other kernels
   });
+  m.def("set_cpu_winograd", [](const std::string& choice) {
+    set_cpu_winograd(choice);
+    forget_measurements();  // of another algorithm
+  });
   bind_explain(m);
   m.def("parallel_threads", &parallel_threads);
   m.def("cpu_isa", [] { return cpu_caps().isa; });

@@ -82,7 +82,8 @@ void run_conv(const ConvBlock& block, int64_t extra_bytes, const Middle& middle)
   const Problem& p = block.problem;
   const CpuTile& t = block.tile;
   const int64_t column_tiles = (p.ow + t.columns - 1) / t.columns;
-  const int64_t strip = (p.oh + t.strips - 1) / t.strips;
+  // Winograd's patches are two rows high, and the same ones for any number of strips.
+  const int64_t strip = round_up((p.oh + t.strips - 1) / t.strips, t.winograd ? 2 : 1);
   const int64_t strips = (p.oh + strip - 1) / strip;
   const int64_t tile_bytes = t.rows * t.columns * block.tile_columns() * element_bytes(block.engine.kernels->element);
   const int64_t staging_bytes = std::max(HiddenRows::staging_bytes(block), output_staging_bytes(block));

@@ -63,6 +63,24 @@ Choice& current() {
   return choice;
 }
 
+CpuCaps::Winograd parse_winograd(const std::string& choice) {
+  if (choice == "auto") return CpuCaps::kAuto;
+  if (choice == "always") return CpuCaps::kAlways;
+  if (choice == "never") return CpuCaps::kNever;
+  TORCH_CHECK_VALUE(false,
+                    "lowrank_ops: Winograd must be one of auto, always, never (LOWRANK_OPS_CPU_WINOGRAD or "
+                    "set_cpu_winograd), got '",
+                    choice, "'");
+}
+
+CpuCaps::Winograd& current_winograd() {
+  static CpuCaps::Winograd choice = [] {
+    const char* wanted = std::getenv("LOWRANK_OPS_CPU_WINOGRAD");
+    return parse_winograd(wanted ? wanted : "auto");
+  }();
+  return choice;
+}
+
 std::string cpu_name() {
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);)
@@ -108,7 +126,12 @@ CpuCaps cpu_caps() {
   caps.threads = at::get_num_threads();
   caps.amx = choice.brgemm_bfloat16;
   caps.bfloat16_dot = choice.brgemm_bfloat16 || choice.table->compute_bfloat16->gemm != nullptr;
+  caps.winograd = current_winograd();
   return caps;
+}
+
+void set_cpu_winograd(const std::string& choice) {
+  current_winograd() = parse_winograd(choice);
 }
 
 void set_cpu_isa(const std::string& isa) {

@@ -3,6 +3,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/cpu.h"
+#include "cpu/winograd.h"
 
 namespace lowrank_ops {
 
@@ -14,9 +15,16 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   // [R2, KH, KW, R1] in memory: the order that the modules store; anything else is copied here.
   const at::Tensor core_rows = core.contiguous(at::MemoryFormat::ChannelsLast);
   const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
-  const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
   const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
   const SumRows bias_sums(bias, p.dtype, engine);
+  if (tile.winograd) {
+    const WinogradCore winograd(core_rows, p, tile, engine);
+    const ConvBlock block{
+        engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->accumulator};
+    run_conv(block, winograd.scratch_bytes(), [&](const auto&... arguments) { winograd.run(block, arguments...); });
+    return output;
+  }
+  const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
   const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->element};
   const int64_t hidden_columns = block.hidden_columns();
   // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.

@@ -19,6 +19,14 @@ Stages multiply_adds(const Problem& p, double in_pixels) {
   return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
 }
 
+// An image's 2x2 groups of outputs by Winograd, and the additions of its transforms: 24 for a patch and channel each.
+double winograd_patches(const Problem& p) {
+  return double((p.oh + 1) / 2) * double((p.ow + 1) / 2);
+}
+double winograd_sums(const Problem& p) {
+  return 24 * winograd_patches(p) * double(p.r1 + p.r2);
+}
+
 double weights(const Problem& p) {
   const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw
                       : p.op == Op::kCP   ? double(p.r1) * (p.kh + p.kw)
@@ -45,7 +53,8 @@ double fused_flops(const Problem& p, const CpuTile& tile) {
     in_pixels = double(std::min(rows.span(strip), inside_rows)) * tile.strips *
                 std::min(columns.span(tile.columns), inside_columns) * parts;
   }
-  const Stages stages = multiply_adds(p, in_pixels);
+  Stages stages = multiply_adds(p, in_pixels);
+  if (tile.winograd) stages.middle = 16 * winograd_patches(p) * p.r1 * p.r2 + winograd_sums(p);
   return 2.0 * p.n * (stages.in + stages.middle + stages.out);
 }
 
@@ -87,7 +96,7 @@ double seconds(const Features& features, const Features& constants) {
 }  // namespace
 
 Features fused_features(const Problem& p, const CpuTile& tile) {
-  const double depthwise = p.n * depthwise_sums(p);
+  const double depthwise = p.n * (tile.winograd ? winograd_sums(p) : depthwise_sums(p));
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
   return {1,
           fused_flops(p, tile) / 2 - depthwise,

@@ -45,6 +45,25 @@ constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming
 constexpr int64_t kLinearRows = 112;
 constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked
 constexpr int64_t kFewestColumns = 28;
+constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
+
+// Whether Winograd's core pays. It saves 5 of 9 products an output, and costs transforms of hidden values and sums and
+// 16 / 9 of the weight to transform, pack and read.
+bool winograd_pays(const Problem& p, const CpuCaps& caps) {
+  const bool own_type = p.dtype == DType::kFloat || (p.dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
+  const bool fits = p.op == Op::kTucker && own_type && p.kh == 3 && p.kw == 3 && p.stride[0] == 1 && p.stride[1] == 1 &&
+                    p.dilation[0] == 1 && p.dilation[1] == 1;
+  if (!fits || caps.winograd == CpuCaps::kNever) return false;
+  if (caps.winograd == CpuCaps::kAlways) return true;
+  // In multiply-adds of the dtype: what a transform of one value costs an output, what one value of the weight costs.
+  const double transform = p.dtype == DType::kFloat ? 16 : 32, weight = p.dtype == DType::kFloat ? 24 : 48;
+  const double outputs = double(p.oh) * p.ow, patches = double(ceil_div(p.oh, 2)) * ceil_div(p.ow, 2);
+  const double values = double(p.r1) * p.r2;
+  const double direct = outputs * 9 * values;
+  const double winograd = patches * (16 * values + 4 * transform * double(p.r1 + p.r2)) +
+                          weight * 16 * values / double(std::max<int64_t>(p.n, 1));
+  return winograd < direct;
+}
 
 }  // namespace
 
@@ -68,20 +87,27 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   }
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
-  const int64_t hidden = p.op == Op::kCP ? sum : element;  // CP's depthwise stages read sums, Tucker's core elements
+  tile.winograd = winograd_pays(p, caps);
+  // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
+  const int64_t hidden = p.op == Op::kCP || tile.winograd ? sum : element;
   // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
   const bool staged = p.layout == Layout::kContiguous || converted;
   const auto scratch = [&](int64_t tile_rows, int64_t tile_columns) {
     const int64_t span = columns.span(tile_columns);
-    return rows.span(tile_rows) * span * r1 * hidden + tile_rows * tile_columns * r2 * element +
+    const int64_t patches = tile.winograd ? ceil_div(tile_rows, 2) * ceil_div(tile_columns, 2) : 0;
+    return 16 * patches * (r1 * element + std::min<int64_t>(r2, 64) * sum) + rows.span(tile_rows) * span * r1 * hidden +
+           tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
-  tile.rows = std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
+  const int64_t even = tile.winograd ? 2 : 1;
+  tile.rows = tile.winograd
+                  ? 2 * std::clamp<int64_t>(ceil_div(kPatchesPerStep, ceil_div(p.ow, 2)), 1, ceil_div(p.oh, 2))
+                  : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
   tile.columns = p.ow;
   // Half of L2 for the tiles; the other half for weights streaming by and the input.
   for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
        ++parts)
-    tile.columns = ceil_div(p.ow, parts);
+    tile.columns = round_up(ceil_div(p.ow, parts), even);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
   // than it takes to keep every thread busy. Sums do not depend on them.
@@ -89,8 +115,8 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   if (caps.threads > 1 && tasks < 4 * caps.threads && tasks % caps.threads != 0)
     tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
   if (tile.strips == 1 && tasks == 1 && caps.threads > 1) {  // few rows: strips of less than a step
-    tile.strips = std::min(p.oh, caps.threads);
-    tile.rows = std::min(tile.rows, ceil_div(p.oh, tile.strips));
+    tile.strips = std::min(ceil_div(p.oh, even), caps.threads);
+    tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
   }
   return tile;
 }
@@ -101,6 +127,7 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
   std::string kernel = std::string("cpu_") + name_of(p.op) + "_" + caps.isa;
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
   if (tile.unpacked) kernel += "_unpacked";
+  if (tile.winograd) kernel += "_winograd";
   return kernel;
 }
 

@@ -21,6 +21,7 @@ struct CpuCaps {
   int64_t threads = 1;          // at::get_num_threads() at the time of the call
   bool bfloat16_dot = false;    // bf16 products without conversion (avx512_bf16 or AMX)
   bool amx = false;
+  enum Winograd { kNever, kAuto, kAlways } winograd = kAuto;  // where it can be used
 };
 
 // How the fused kernel cuts a problem. Scratch is a thread's: intermediates live there and nowhere else.
@@ -29,6 +30,7 @@ struct CpuTile {
   int64_t columns = 1;    // output columns of a task
   int64_t strips = 1;     // tasks along the height of an image
   bool unpacked = false;  // linear: few rows, dot products with the weights where they lie
+  bool winograd = false;  // Tucker: the core by F(2x2, 3x3); rows and columns are even then
   int64_t scratch_bytes = 0;
 };
 

@@ -96,6 +96,32 @@ using DotFunction = void (*)(const DotCall&);
 // call). Sums and bias are readable up to whole vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
 
+// Winograd's transforms (winograd.h). Input: four rows [columns, channels] of hidden accumulators -> out [16 places,
+// out_patches, channels] of elements, patches 0 to `patches`, each two columns further. Channels: whole vectors.
+struct WinogradInputCall {
+  const void* rows[4];
+  int64_t columns;  // that can be read
+  int64_t channels;
+  int64_t patches, out_patches;
+  void* out;
+};
+using WinogradInputFunction = void (*)(const WinogradInputCall&);
+
+// sums [16 places, sums_patches, sums_stride] of accumulators -> two rows of `columns` output pixels, elements,
+// `out_stride` apart, `width` channels (whole vectors). The second row may be nullptr: beyond the image.
+struct WinogradOutputCall {
+  const void* sums;
+  int64_t sums_patches, sums_stride;
+  int64_t patches, columns;
+  int64_t width;
+  void* out[2];
+  int64_t out_stride;
+};
+using WinogradOutputFunction = void (*)(const WinogradOutputCall&);
+
+// [filters, 9, channels] -> [filters, 16, channels], both contiguous and of the tensor's own type.
+using WinogradWeightFunction = void (*)(const void* weight, void* out, int64_t filters, int64_t channels);
+
 // Kernels for one way to compute. `Element` is the type of tiles and packed weights, `Accumulator` that of sums.
 struct ComputeKernels {
   DType element;
@@ -111,6 +137,10 @@ struct ComputeKernels {
   PackFunction pack[4];
   DotFunction dot[4];
   FinishFunction finish;
+  // Of elements with fp32 sums, and of weights of that very type; nullptr otherwise.
+  WinogradInputFunction winograd_input = nullptr;
+  WinogradOutputFunction winograd_output = nullptr;
+  WinogradWeightFunction winograd_weight = nullptr;
 };
 
 struct KernelTable {

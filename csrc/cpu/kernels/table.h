@@ -4,6 +4,7 @@
 #include "cpu/kernels/dot.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/tile.h"
+#include "cpu/kernels/winograd.h"
 
 namespace lowrank_ops {
 namespace LOWRANK_ISA {
@@ -22,6 +23,9 @@ static const ComputeKernels kComputeFloat = {
     {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
     {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
     &finish_sums<float>,
+    &winograd_input<float, float>,
+    &winograd_output<float>,
+    &winograd_weight_call<float>,
 };
 
 static const ComputeKernels kComputeDouble = {
@@ -54,6 +58,9 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       {nullptr, nullptr, &pack_panel_pairs, nullptr},
       {nullptr, nullptr, dot, nullptr},
       &finish_sums<float>,
+      &winograd_input<float, BFloat16>,
+      &winograd_output<BFloat16>,
+      &winograd_weight_call<BFloat16>,
   };
 }
 

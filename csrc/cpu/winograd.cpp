@@ -1,0 +1,101 @@
+#include "cpu/winograd.h"
+
+#include <ATen/ops/empty.h>
+
+namespace lowrank_ops {
+namespace {
+
+constexpr int64_t kPlaces = 16;
+
+int64_t pairs(int64_t count) {
+  return (count + 1) / 2;
+}
+
+at::Tensor transformed(const at::Tensor& core, const Problem& p, const Engine& engine) {
+  const at::Tensor result =
+      at::empty({p.r2, kPlaces, p.r1}, core.options().memory_format(at::MemoryFormat::Contiguous));
+  const char* source = static_cast<const char*>(core.const_data_ptr());
+  char* target = static_cast<char*>(result.data_ptr());
+  const int64_t element = element_bytes(p.dtype), grain = std::max<int64_t>(1, (64 << 10) / (kPlaces * p.r1));
+  at::parallel_for(0, p.r2, grain, [&](int64_t begin, int64_t end) {
+    engine.kernels->winograd_weight(source + begin * 9 * p.r1 * element, target + begin * kPlaces * p.r1 * element,
+                                    end - begin, p.r1);
+  });
+  return result;
+}
+
+}  // namespace
+
+WinogradCore::WinogradCore(const at::Tensor& core, const Problem& p, const CpuTile& tile, const Engine& engine)
+    : engine_(engine),
+      weight_(transformed(core, p, engine), p.r2, kPlaces, p.r1, p.dtype, engine),
+      channels_(round_up(p.r1, engine.kernels->lanes)),
+      most_patches_(pairs(tile.rows) * pairs(tile.columns)) {}
+
+int64_t WinogradCore::scratch_bytes() const {
+  const ComputeKernels& kernels = *engine_.kernels;
+  return Scratch::padded(kPlaces * most_patches_ * channels_ * element_bytes(kernels.element)) +
+         kPlaces * most_patches_ * kernels.panel_width * element_bytes(kernels.accumulator);
+}
+
+void WinogradCore::run(const ConvBlock& block, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
+                       void* tile, void* scratch) const {
+  const ComputeKernels& kernels = *engine_.kernels;
+  const int64_t element = element_bytes(kernels.element);
+  const int64_t row_patches = pairs(columns), patches = pairs(rows) * row_patches;
+  char* inputs = static_cast<char*>(scratch);
+  char* sums = inputs + Scratch::padded(kPlaces * most_patches_ * channels_ * element);
+
+  WinogradInputCall input;
+  input.columns = hidden.span();
+  input.channels = channels_;
+  input.patches = row_patches;
+  input.out_patches = patches;
+  for (int64_t pair = 0; pair < pairs(rows); ++pair) {
+    // The fourth row below an odd last output: nothing reads what it would give.
+    for (int64_t i = 0; i < 4; ++i) input.rows[i] = hidden.row(row + std::min(2 * pair + i, rows + 1));
+    input.out = inputs + pair * row_patches * channels_ * element;
+    kernels.winograd_input(input);
+  }
+
+  GemmCall call;
+  call.num_taps = 1;
+  call.depth = weight_.padded_depth();
+  call.rows = patches;
+  call.row_stride = channels_;
+  call.out = sums;
+  call.out_type = kernels.accumulator;
+  call.bias = nullptr;
+  call.activation = Activation::kNone;
+  WinogradOutputCall output;
+  output.sums = sums;
+  output.sums_patches = patches;
+  output.patches = row_patches;
+  output.columns = columns;
+  output.out_stride = block.tile_columns();
+  const Panels& panels = weight_.panels();
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t width = panels.padded_width(panel);  // whole vectors: the output transform reads them
+    call.width = call.out_stride = width;
+    const char* weight = static_cast<const char*>(weight_.panel(panel));
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      const void* source = inputs + place * patches * channels_ * element;
+      call.taps = &source;
+      call.weight = weight + place * call.depth * width * element;
+      call.out = sums + place * patches * width * element_bytes(kernels.accumulator);
+      engine_.gemm(call);
+    }
+    output.width = output.sums_stride = width;
+    for (int64_t pair = 0; pair < pairs(rows); ++pair) {
+      output.sums = sums + pair * row_patches * width * element_bytes(kernels.accumulator);
+      for (int64_t i = 0; i < 2; ++i)
+        output.out[i] = 2 * pair + i < rows
+                            ? static_cast<char*>(tile) +
+                                  ((2 * pair + i) * columns * output.out_stride + panels.first(panel)) * element
+                            : nullptr;
+      kernels.winograd_output(output);
+    }
+  }
+}
+
+}  // namespace lowrank_ops
