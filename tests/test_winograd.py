@@ -1,0 +1,129 @@
+"""Tucker's 3x3 core by Winograd's transform on the CPU, wherever it can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ACTIVATIONS, Problem, assert_output
+from test_isa import KNOWN
+
+import lowrank_ops
+from lowrank_ops._ops import _C
+
+DTYPES = (torch.float32, torch.bfloat16)  # fp16 and fp64 take the direct core
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SIZES = [(1, 1), (2, 2), (3, 5), (4, 4), (7, 7), (8, 6), (13, 30), (14, 14), (5, 131), (6, 224)]
+
+
+@pytest.fixture
+def winograd(fused_policy: None) -> Iterator[None]:
+    _C.set_cpu_winograd("always")
+    yield
+    _C.set_cpu_winograd("auto")
+
+
+def problem(**sizes: object) -> Problem:
+    return Problem("tucker_conv2d", **{"kernel": (3, 3), "padding": (1, 1), **sizes})
+
+
+def kernel_of(call_problem: Problem) -> str:
+    call = call_problem.make()
+    found = lowrank_ops.explain(lowrank_ops.tucker_conv2d, dict(call.tensors), verbose=False, **call_problem.options())
+    return found[0].chosen["kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_image_sizes(winograd: None, size: tuple[int, int], layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """Odd and even, smaller than a patch, in several column tiles."""
+    for padding in ((1, 1), (2, 0), (0, 2)):
+        one = problem(
+            h=size[0] + 2, w=size[1] + 2, padding=padding, s=16, r1=16, r2=16, t=8, dtype=dtype, layout=layout
+        )
+        assert kernel_of(one).endswith("_winograd")
+        call = one.make()
+        assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(1, 1), (3, 5), (16, 64), (17, 49), (64, 65), (33, 130), (128, 32)], ids=str)
+def test_ranks(winograd: None, ranks: tuple[int, int], dtype: torch.dtype) -> None:
+    """Factors as trained ones are, so that sums lie where activations bend: relu6 of sums of a thousand is nearly all 0
+    or 6, and its error that of the few values in between."""
+    r1, r2 = ranks
+    for activation in ACTIVATIONS:
+        call = problem(h=9, w=10, s=24, r1=r1, r2=r2, t=17, activation=activation, dtype=dtype).make()
+        for name, fan_in in (("in_factor", 24), ("core", 9 * r1), ("out_factor", r2)):
+            call.tensors[name] /= fan_in**0.5
+        assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(winograd: None, isa: str, dtype: torch.dtype) -> None:
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError as error:
+        pytest.skip(f"not on this CPU: {error}")
+    try:
+        for seed in range(3):
+            call = problem(h=8 + seed, w=11, s=20, r1=15 + seed, r2=33, t=20, dtype=dtype, seed=seed).make()
+            assert_output(call, call.run())
+    finally:
+        _C.set_cpu_isa("")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (9, 58), (30, 31)], ids=str)
+def test_bitwise_equal_for_any_number_of_threads(winograd: None, size: tuple[int, int], dtype: torch.dtype) -> None:
+    call = problem(n=1, h=size[0], w=size[1], s=32, r1=32, r2=48, t=32, dtype=dtype).make()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(call.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_only_where_it_can_be_used(winograd: None) -> None:
+    fits = problem(h=20, w=20, s=32, r1=32, r2=32)
+    assert kernel_of(fits).endswith("_winograd")
+    changes = (
+        dict(stride=(2, 1)), dict(dilation=(1, 2), padding=(1, 2)), dict(kernel=(3, 5)), dict(kernel=(1, 1)),
+        dict(dtype=torch.float64), dict(dtype=torch.float16),
+    )  # fmt: skip
+    for change in changes:
+        other = replace(fits, **change)
+        assert "winograd" not in kernel_of(other), change
+        call = other.make()
+        assert_output(call, call.run())
+
+
+def test_auto_takes_it_for_large_images_and_not_for_a_few_pixels(fused_policy: None) -> None:
+    assert kernel_of(problem(n=1, h=56, w=56, s=256, r1=64, r2=64, t=256)).endswith("_winograd")
+    assert "winograd" not in kernel_of(problem(n=1, h=2, w=2, s=256, r1=64, r2=64, t=256))
+    _C.set_cpu_winograd("never")
+    try:
+        assert "winograd" not in kernel_of(problem(n=1, h=56, w=56, s=256, r1=64, r2=64, t=256))
+    finally:
+        _C.set_cpu_winograd("auto")
+
+
+def test_each_output_depends_on_its_own_window_only(winograd: None) -> None:
+    """The transforms mix 4x4 values, but a NaN stays inside the 3x3 windows that contain it."""
+    call = problem(n=1, h=8, w=8, s=16, r1=16, r2=16, t=4).make()
+    call.tensors["input"][0, 3, 4, 3] = float("nan")
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[3:6, 2:5] = True
+    assert torch.equal(call.run()[0].isnan().all(0), expected)
+
+
+def test_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be one of auto, always, never .* got 'sometimes'"):
+        _C.set_cpu_winograd("sometimes")
