@@ -4,6 +4,11 @@
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make wheel   build a wheel into dist/ and try it in a folder of its own
 #
+# make kernel-report     what nvcc makes of the CUDA kernels: docs/kernel_report.md (no GPU needed)
+# make check-cuda        build with CUDA kernels against .venv's torch (its CPU build will do), import and test that
+# make check-cuda-build  the same against a CUDA build of torch, in an environment of its own under build/ (5 GB)
+# make sanitize          every CUDA kernel under compute-sanitizer, on a machine with a GPU
+#
 # Everything is installed into .venv. Another torch: make TORCH=torch==2.11.0 test
 
 PYTHON ?= python3
@@ -12,10 +17,14 @@ DEMO ?= text
 ARGS ?=
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh') build_cuda.py
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench wheel clean
+# The part of the CPU suite that a build with CUDA kernels has to pass.
+CUDA_TORCH ?= torch==2.11.0
+CUDA_BUILD_TESTS := tests/test_ops.py tests/test_errors.py tests/test_planning.py tests/test_cuda.py
+
+.PHONY: demo test lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
@@ -43,12 +52,40 @@ wheel: .venv/packages
 	  assert 'installed' in lowrank_ops.__file__; \
 	  print(lowrank_ops.build_info(), lowrank_ops.TuckerConv2d(8, 8, 3, 4)(torch.randn(1, 8, 9, 9)).shape)"
 
+kernel-report: .venv/packages
+	$(VENV)/python -m benchmarks.kernel_report --output docs/kernel_report.md
+
+# Not into the source tree: the extension that lies there stays as it is.
+check-cuda: .venv/packages
+	LOWRANK_OPS_CUDA=1 $(VENV)/python setup.py -q build --build-lib build/with_cuda/lib --build-temp build/with_cuda/temp
+	cd build && PYTHONPATH=with_cuda/lib ../$(VENV)/python -c "import lowrank_ops; \
+	  assert 'with_cuda' in lowrank_ops.__file__; print(lowrank_ops.build_info()['cuda'] or exit('built without CUDA'))"
+	PYTHONPATH=build/with_cuda/lib:. $(VENV)/pytest -o pythonpath= $(CUDA_BUILD_TESTS)
+
+check-cuda-build:
+	test -d build/cuda_torch/venv || $(PYTHON) -m venv build/cuda_torch/venv
+	build/cuda_torch/venv/bin/pip install -q $(CUDA_TORCH) "setuptools>=77" wheel ninja pybind11 numpy "tensorly>=0.9" rich \
+	  tqdm pytest hypothesis expecttest pandas
+	mkdir -p build/cuda_torch/src && git ls-files -z | xargs -0 cp -p --parents -t build/cuda_torch/src
+	cd build/cuda_torch/src && LOWRANK_OPS_CUDA=1 TORCH_CUDA_ARCH_LIST=8.0+PTX ../venv/bin/python setup.py -q build_ext --inplace
+	cd build/cuda_torch/src && ../venv/bin/python -c "import torch, lowrank_ops; assert torch.version.cuda; \
+	  print(lowrank_ops.build_info()['cuda'] or exit('built without CUDA'))"
+	cd build/cuda_torch/src && ../venv/bin/python -m pytest $(CUDA_BUILD_TESTS)
+
+# initcheck looks at every kernel, torch's too: it has to see who wrote what ours read.
+OURS := --kernel-name kernel_substring=block_kernel
+sanitize: .venv/built
+	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $$tool \
+	    $(VENV)/python -m pytest tests/test_cuda.py -k sanitized -p no:cacheprovider || exit 1; done
+
 # torch first and alone: a plain `pip install torch` would fetch the newest build with gigabytes of CUDA packages.
 .venv/packages: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q $(TORCH) "setuptools>=77" wheel ninja pybind11
 	$(PIP) install -q numpy "tensorly>=0.9" rich tqdm pytest hypothesis expecttest pandas \
-	  matplotlib pillow scikit-learn "ruff==0.17.*" "clang-format==23.*" "mypy==2.4.*"
+	  matplotlib pillow scikit-learn "ruff==0.17.*" "clang-format==23.*" "mypy==2.4.*" \
+	  "nvidia-cuda-cuobjdump==13.5.*; sys_platform=='linux'" "nvidia-cuda-nvdisasm==13.5.*; sys_platform=='linux'"
 	touch $@
 
 .venv/built: .venv/packages setup.py $(SOURCES)

@@ -178,14 +178,15 @@ def compile_one(source: pathlib.Path, tools: Toolkit, wanted: list[Architecture]
         if known["key"] == key(command, tools.version, known["files"]):
             return 0.0
     record.unlink(missing_ok=True)
-    start = time.monotonic()
+    begun, start = time.time(), time.monotonic()
     done = subprocess.run(command, text=True, capture_output=True)
     seconds = time.monotonic() - start
     if done.returncode != 0:
         raise RuntimeError(f"lowrank_ops: nvcc failed on {source}\n{' '.join(command)}\n{done.stdout}{done.stderr}")
     (folder / f"{source.stem}.ptxas").write_text(done.stderr)
     files = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    record.write_text(json.dumps({"key": key(command, tools.version, files), "files": files, "seconds": seconds}))
+    if max(pathlib.Path(name).stat().st_mtime for name in files) < begun:  # else one changed meanwhile: no record
+        record.write_text(json.dumps({"key": key(command, tools.version, files), "files": files, "seconds": seconds}))
     return seconds
 
 

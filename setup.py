@@ -106,7 +106,7 @@ def add_cuda(extension: CppExtension) -> None:
         ("LOWRANK_OPS_WITH_CUDA", "1"),
         ("LOWRANK_OPS_CUDA_TOOLKIT", f'"{tools.version}"'),
         ("LOWRANK_OPS_CUDA_ARCHITECTURES", numbers),
-        ("LOWRANK_OPS_CUDA_PTX", str(max((entry.number for entry in wanted if entry.ptx), default=0))),
+        ("LOWRANK_OPS_CUDA_PTX", str(min((entry.number for entry in wanted if entry.ptx), default=0))),
     ]
     extension.include_dirs.append(tools.include)
     extension.library_dirs.append(tools.libraries)
@@ -121,6 +121,7 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for extension in self.extensions:
+            add_cuda(extension)
             special = [s for s in map(pathlib.Path, extension.sources) if suffix_of(s)]
             extension.sources = [s for s in extension.sources if not suffix_of(pathlib.Path(s))]
             for source in special:
@@ -145,7 +146,6 @@ class Build(BuildExtension):
                     stamp.write_text(" ".join(flags))
                 extension.extra_objects.append(str(made))
             self.compiler.force = False
-            add_cuda(extension)
         super().build_extensions()
 
 
