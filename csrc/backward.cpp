@@ -103,6 +103,8 @@ std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Ten
                                             const std::array<bool, count>& mask) {
   const at::ScalarType dtype = block.stages[0].weight.scalar_type();
   const auto format = input.suggest_memory_format();
+  // On GPUs the library's convolutions are fastest in channels_last, whatever the caller's format is.
+  const auto computed = input.is_cuda() && input.dim() == 4 ? at::MemoryFormat::ChannelsLast : format;
   const auto any = std::find(mask.begin(), mask.end(), true) != mask.end();
   std::array<Tensor, count> total;
   if (mask[0]) total[0] = at::empty(input.sizes(), input.options().memory_format(format));
@@ -110,7 +112,9 @@ std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Ten
   const int64_t end = any ? input.size(0) : 0, step = chunk_size(block.stages, input, grad_output);
   for (int64_t first = 0; first < end; first += step) {
     const int64_t size = std::min(step, end - first);
-    const auto chunk = [&](const Tensor& tensor) { return tensor.narrow(0, first, size).to(dtype).contiguous(format); };
+    const auto chunk = [&](const Tensor& tensor) {
+      return tensor.narrow(0, first, size).to(dtype).contiguous(computed);
+    };
     const std::vector<Tensor> parts = block_gradients(chunk(grad_output), chunk(input), block, mask);
     if (mask[0]) total[0].narrow(0, first, size).copy_(parts[0]);
     for (size_t i = 1; i < count; ++i) {
