@@ -4,6 +4,7 @@ on shapes at the edges of its tiles, against the fp64 reference."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,3 +123,50 @@ def test_too_much_shared_memory_is_an_error() -> None:
     kernel, dtype = CONVOLUTIONS[0]
     result = convolution_case("whole tiles", kernel, dtype).run(Settings(shared_limit=10_000))
     assert result.code == 1 and result.report["ctas"] == 0
+
+
+# Blocks of common networks: 14x14 and 7x7 at small batches, odd sizes, strides.
+PLANNED = {
+    "14x14": dict(n=1, h=14, w=14, s=64, t=96, r1=24, r2=32, kernel=(3, 3), padding=(1, 1)),
+    "7x7": dict(n=2, h=7, w=7, s=96, t=64, r1=48, r2=40, kernel=(3, 3), padding=(1, 1)),
+    "stride": dict(n=1, h=23, w=19, s=20, t=36, r1=12, r2=20, kernel=(5, 3), padding=(2, 1), stride=(2, 2)),
+    "dilation": dict(n=1, h=17, w=29, s=16, t=16, r1=16, r2=16, kernel=(3, 3), padding=(6, 6), dilation=(6, 6)),
+}
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, CHANNELS_LAST), ids=str)
+@pytest.mark.parametrize("gpu", ("A100", "RTX 3090"))
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("op", ("tucker_conv2d", "cp_conv2d"))
+def test_what_the_planner_chooses(op: str, name: str, gpu: str, layout: torch.memory_format) -> None:
+    """Every kernel in one of its dtypes, cut by the planner, with the shared memory of that GPU."""
+    for number, kernel in enumerate(kernel for kernel in harness.kernels() if kernel.op == op):
+        dtype = dtypes_of(kernel)[number % 3]
+        case = Case(kernel, Cut(), Problem(op, dtype=dtype, layout=layout, **PLANNED[name]).make())
+        _, _, *arguments = case.launch()
+        cut, shared_limit = harness.planned(kernel, *arguments, gpu)
+        found = replace(case, cut=cut)
+        found.assert_right(found.run(Settings(count=False, shared_limit=shared_limit)))
+
+
+def test_under_sanitizers() -> None:
+    """Every kernel in one dtype, on every case in turn: arrays, shifts, overflows, and the simulator's own memory."""
+    launches, cases = [], []
+    for number, (kernel, dtype) in enumerate(KERNELS):
+        if kernel.op == "lowrank_linear":
+            case = linear_case(LINEAR_CASES[number % len(LINEAR_CASES)], kernel, dtype)
+        else:
+            case = convolution_case(CONVOLUTION_CASES[number % len(CONVOLUTION_CASES)], kernel, dtype)
+        cases.append(case)
+        launches.append(case.launch())
+    for case, result in zip(cases, harness.sanitized(launches), strict=True):
+        case.assert_right(result)
+
+
+def test_the_sanitizers_see_more_than_the_simulator() -> None:
+    """A bias that is shorter than the simulator was told."""
+    kernel, cut, tensors, options, output = linear_case("whole tiles", *LINEAR[0]).launch()
+    bias = tensors["bias"]
+    short = {**tensors, "bias": bias[:-8].clone()}
+    with pytest.raises(RuntimeError, match="heap-buffer-overflow"):
+        harness.sanitized([(kernel, cut, short, options, output)], claimed_bias_bytes=harness.span_bytes(bias))

@@ -2,6 +2,10 @@
 // file in the toolkit's place.
 #pragma once
 
+#ifdef __CUDACC__
+#include_next <cuda_runtime_api.h>
+#else
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -10,3 +14,5 @@ enum cudaError_t {
 };
 
 using cudaStream_t = struct CUstream_st*;
+
+#endif

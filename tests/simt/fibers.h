@@ -1,10 +1,14 @@
 // Threads of a CTA as fibers: a stack each, and a switch that saves six registers. ucontext, which the C library
-// offers, makes two system calls a switch and takes 60 times as long; it serves where there is no assembly below.
+// offers, makes a system call a switch; it serves where there is no assembly below. A CTA of a Tucker block of 64
+// channels (128 threads, 4000 warp-wide instructions) takes 4.7 ms with the one, 36 ms with the other.
 #pragma once
 
 #include <cstddef>
 
-#ifndef __x86_64__
+#if defined(__x86_64__) && !defined(LOWRANK_OPS_UCONTEXT)
+#define LOWRANK_OPS_SWITCH_X86_64
+#endif
+#ifndef LOWRANK_OPS_SWITCH_X86_64
 #include <ucontext.h>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -16,7 +20,7 @@ namespace lowrank_ops::simulator {
 
 // Where a fiber (or the host's own thread) goes on when it is switched to.
 struct Context {
-#ifdef __x86_64__
+#ifdef LOWRANK_OPS_SWITCH_X86_64
   void* stack_pointer = nullptr;
 #else
   ucontext_t registers;
@@ -25,7 +29,7 @@ struct Context {
   size_t bytes = 0;
 };
 
-#ifdef __x86_64__
+#ifdef LOWRANK_OPS_SWITCH_X86_64
 extern "C" void lowrank_ops_switch_stack(void** save, void* next);
 #endif
 
@@ -36,7 +40,7 @@ inline void begin_context(Context& context, void* bottom, size_t bytes, void (*e
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(bottom, bytes);  // frames of the last CTA, if it was given up in the middle
 #endif
-#ifdef __x86_64__
+#ifdef LOWRANK_OPS_SWITCH_X86_64
   // Six registers, the address to return to, and one word of padding: functions expect the stack pointer 8 off 16.
   void** top = reinterpret_cast<void**>(static_cast<char*>(bottom) + bytes / 16 * 16);
   *--top = nullptr;
@@ -58,7 +62,7 @@ inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool las
   void* frames = nullptr;
   __sanitizer_start_switch_fiber(last ? nullptr : &frames, to.bottom, to.bytes);
 #endif
-#ifdef __x86_64__
+#ifdef LOWRANK_OPS_SWITCH_X86_64
   lowrank_ops_switch_stack(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.registers, &to.registers);

@@ -80,6 +80,7 @@ _SETTINGS = _struct("Settings", [(name, _INT) for name in Settings.__dataclass_f
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build()))
     loaded.simt_report.restype = ctypes.c_char_p
+    loaded.simt_plan.restype = ctypes.c_char_p
     loaded.simt_sizes.restype = _INT
     sizes = loaded.simt_sizes(0), loaded.simt_sizes(1)
     assert sizes == (ctypes.sizeof(_BLOCK), ctypes.sizeof(_SETTINGS)), f"structs differ from module.cpp: {sizes}"
@@ -242,13 +243,33 @@ def selftest(
     return Result(output, code, json.loads(library().simt_report().decode()))
 
 
-def sanitized(launches: list[tuple[Kernel, Cut, dict[str, Tensor], dict[str, Any], Tensor]]) -> list[Result]:
-    """The launches in a program under AddressSanitizer and UndefinedBehaviorSanitizer: arguments of `run`."""
+def planned(
+    kernel: Kernel, tensors: dict[str, Tensor], options: dict[str, Any], output: Tensor, gpu: str
+) -> tuple[Cut, int]:
+    """How the planner cuts the problem for a named GPU, and the shared memory that a CTA can have there."""
+    call = block_call(kernel, Cut(), tensors, options, output, {})
+    numbers = (_INT * 6)()
+    reason = library().simt_plan(ctypes.byref(call), gpu.encode(), numbers).decode()
+    assert reason == "", reason
+    *cut, shared_limit = numbers
+    return Cut(*cut), shared_limit
+
+
+def sanitized(
+    launches: list[tuple[Kernel, Cut, dict[str, Tensor], dict[str, Any], Tensor]], claimed_bias_bytes: int = 0
+) -> list[Result]:
+    """The launches in a program under AddressSanitizer and UndefinedBehaviorSanitizer: arguments of `run`.
+
+    ``claimed_bias_bytes``: what the simulator's own check of bounds is told about the bias, so that a test can get
+    past it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/launches", "wb") as file:
             for kernel, cut, tensors, options, output in launches:
                 output.fill_(float("nan"))
-                file.write(bytes(block_call(kernel, cut, tensors, options, output, {})))
+                call = block_call(kernel, cut, tensors, options, output, {})
+                call.bias_bytes = claimed_bias_bytes or call.bias_bytes
+                file.write(bytes(call))
                 file.write(bytes(_settings(None)))
                 for name in ("input", "output", *_FACTORS, "bias"):
                     tensor = output if name == "output" else tensors.get(name)

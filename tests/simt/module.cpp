@@ -21,8 +21,7 @@ Factor factor_of(const char* name, const FactorCall& call, int element) {
   return {data, call.row_stride, call.column_stride, {call.tap_stride[0], call.tap_stride[1]}, int(call.vector)};
 }
 
-BlockParams params_of(const BlockCall& c) {
-  const int element = int(element_bytes(DType(c.dtype)));
+Problem problem_of(const BlockCall& c) {
   Problem problem;
   problem.op = Op(c.op);
   problem.dtype = DType(c.dtype);
@@ -34,8 +33,16 @@ BlockParams params_of(const BlockCall& c) {
     problem.padding[i] = c.padding[i];
     problem.dilation[i] = c.dilation[i];
   }
+  problem.activation = Activation(c.activation);
+  if (c.input_stride[1] == 1) problem.layout = Layout::kChannelsLast;
+  problem.tf32 = problem.dtype == DType::kFloat && Family(c.family) == Family::kSm80;
+  return problem;
+}
+
+BlockParams params_of(const BlockCall& c) {
+  const int element = int(element_bytes(DType(c.dtype)));
   BlockParams p;
-  p.geometry = geometry_of(problem, int(c.tile_n), int(c.tile_h), int(c.tile_w), int(c.stages), int(c.splits));
+  p.geometry = geometry_of(problem_of(c), int(c.tile_n), int(c.tile_h), int(c.tile_w), int(c.stages), int(c.splits));
   p.input = reinterpret_cast<const void*>(c.input);
   p.output = reinterpret_cast<void*>(c.output);
   std::copy_n(c.input_stride, 4, p.input_stride);
@@ -83,6 +90,24 @@ LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings
   simulator::machine.settings = *settings;
   const BlockParams params = params_of(*call);
   return launchers[call->op][call->family](params, DType(call->dtype), int(call->config), nullptr);
+}
+
+LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut) {
+  static std::string reason;
+  const GpuCaps* const caps = find_gpu(gpu);
+  const std::string family = Family(call->family) == Family::kSimt ? "simt" : "sm80";
+  reason = caps == nullptr ? "no GPU of that name" : "no kernel of that number";
+  if (caps == nullptr) return reason.c_str();
+  for (const GpuKernel& kernel : gpu_kernels()) {
+    if (kernel.op != Op(call->op) || kernel.family != family || kernel.config != call->config) continue;
+    const GpuCandidate candidate = plan_kernel(problem_of(*call), kernel, *caps);
+    const Geometry& g = candidate.plan.geometry;
+    const int64_t numbers[6] = {g.tile_n, g.rows.tile, g.columns.tile, g.stages, g.splits, caps->shared_bytes_cta};
+    std::copy_n(numbers, 6, cut);
+    reason = candidate.reason;
+    break;
+  }
+  return reason.c_str();
 }
 
 LOWRANK_OPS_EXPORT const char* simt_report() {

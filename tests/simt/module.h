@@ -26,3 +26,6 @@ struct BlockCall {
 // Returns the launcher's error; simt_report says what happened.
 LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const lowrank_ops::simulator::Settings* settings);
 LOWRANK_OPS_EXPORT const char* simt_report();
+// How the planner cuts the call's problem for its kernel on a named GPU: tile_n, tile_h, tile_w, stages, splits, and
+// the shared memory that a CTA of that GPU can have. Returns why the kernel cannot take it there, or "".
+LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut);

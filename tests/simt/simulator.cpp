@@ -12,7 +12,7 @@
 #include "counters.h"
 #include "shared_checker.h"
 
-#ifdef __x86_64__
+#ifdef LOWRANK_OPS_SWITCH_X86_64
 // rdi: where to keep this stack's pointer, rsi: the next one's. The callee-saved registers lie on the stacks. `ret` and
 // not `jmp`: mostly the fibers have stopped at one and the same place, and the predictor of returns is right.
 asm(R"(
