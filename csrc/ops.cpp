@@ -10,6 +10,9 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#ifdef LOWRANK_OPS_WITH_CUDA
+#include "cuda/bind_cuda.h"
+#endif
 #include "explain.h"
 #include "policy.h"
 
@@ -118,6 +121,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     forget_measurements();  // of another algorithm
   });
   bind_explain(m);
+#ifdef LOWRANK_OPS_WITH_CUDA
+  bind_cuda(m);
+#endif
   m.def("parallel_threads", &parallel_threads);
   m.def("cpu_isa", [] { return cpu_caps().isa; });
 }

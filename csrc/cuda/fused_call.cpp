@@ -154,8 +154,13 @@ cudaError_t FusedCall::launch(const Plan& plan, const Tensor& output, cudaStream
 
 Tensor FusedCall::run(const Plan& plan) const {
   const Tensor output = empty_output();
+  run(plan, output);
+  return output;
+}
+
+void FusedCall::run(const Plan& plan, const Tensor& output) const {
   const cudaError_t error = launch(plan, output, current_stream(device()));
-  if (error == cudaSuccess) return output;
+  if (error == cudaSuccess) return;
   const Geometry& g = plan.geometry;
   TORCH_CHECK(false, op_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (",
               gpu_caps(device()).name, "): ", describe(error), ". input ", tensors_.input.sizes(), " of ",

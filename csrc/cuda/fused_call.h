@@ -26,7 +26,8 @@ class FusedCall {
   at::Tensor empty_output() const;
   // Puts the planned kernel onto the stream of the current device. `output` is one of empty_output()'s.
   cudaError_t launch(const Plan& plan, const at::Tensor& output, cudaStream_t stream) const;
-  // The same into a new output; an exception that says everything when the launch fails.
+  // The same on the current stream, with an exception that says everything when the launch fails.
+  void run(const Plan& plan, const at::Tensor& output) const;
   at::Tensor run(const Plan& plan) const;
 
  private:

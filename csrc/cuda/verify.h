@@ -2,16 +2,21 @@
 // their first use.
 #pragma once
 
+#include <string>
+
 #include "cuda/device.h"
 
 namespace lowrank_ops {
 
+// What is wrong with a kernel's results on small problems of random numbers, compared with an fp64 chain on the CPU; ""
+// when nothing is. `damaged`, for tests: with a result made wrong. Waits for the GPU.
+std::string find_error(c10::Device device, int kernel, DType dtype, bool tf32, bool damaged = false);
+
 // Whether a kernel may run on this GPU in this dtype as far as is known: it needs no check, or has passed it.
 bool is_verified(c10::Device device, int kernel, DType dtype, bool tf32);
 
-// Runs the kernel on small problems of random numbers against an fp64 chain on the CPU. Where they differ, the planner
-// is told to leave the kernel out on this GPU (refuse_gpu_kernel) and the user is warned. Waits for the GPU: never to
-// be called while a graph is captured.
+// find_error() once. A kernel that is wrong is left out of later plans for this GPU (refuse_gpu_kernel) and the user is
+// warned. Never to be called while a graph is captured.
 void verify(c10::Device device, int kernel, DType dtype, bool tf32);
 
 }  // namespace lowrank_ops

@@ -1,0 +1,78 @@
+#include "cuda/bind_cuda.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include <limits>
+
+#include "checks.h"
+#include "cuda/fused_call.h"
+#include "cuda/verify.h"
+#include "problem_of.h"
+
+namespace lowrank_ops {
+namespace {
+
+using Windows = std::array<std::vector<int64_t>, 3>;  // stride, padding, dilation
+
+// One kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), whatever the planner would take. The output is
+// full of NaN before.
+at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
+                             const at::Tensor& in_factor, const OptionalTensor& core,
+                             const OptionalTensor& height_factor, const OptionalTensor& width_factor,
+                             const at::Tensor& out_factor, const OptionalTensor& bias, const Windows& windows,
+                             const std::string& activation_name) {
+  constexpr const char* op = "launch_gpu_kernel";
+  Plan plan;
+  plan.path = "fused";
+  plan.kernel = name;
+  plan.gpu_kernel = gpu_kernel_index(name);
+  TORCH_CHECK_VALUE(plan.gpu_kernel >= 0, op, ": no kernel is called '", name, "'");
+  const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
+  const Window window{windows[0], windows[1], windows[2]};
+  const Activation activation = parse_activation(op, activation_name);
+  const at::Tensor rows = kernel.op == Op::kLinear ? input.flatten(0, -2) : input;
+  TORCH_CHECK_VALUE(kernel.op == Op::kTucker ? core.has_value() : kernel.op != Op::kCP || height_factor, op, ": ", name,
+                    " needs the factors of its op");
+  Problem problem;
+  if (kernel.op == Op::kTucker) {
+    check_tucker(input, in_factor, *core, out_factor, bias, window);
+    problem = tucker_problem(input, *core, out_factor, window, activation);
+  } else if (kernel.op == Op::kCP) {
+    check_cp(input, in_factor, *height_factor, *width_factor, out_factor, bias, window);
+    problem = cp_problem(input, *height_factor, *width_factor, out_factor, window, activation);
+  } else {
+    check_linear(input, in_factor, out_factor, bias);
+    problem = linear_problem(rows, out_factor, activation);
+  }
+  TORCH_CHECK_VALUE(input.is_cuda(), op, ": input must be on a GPU, got ", input.device());
+  const c10::DeviceGuard guard(input.device());
+  const auto given = [](const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); };
+  const FusedCall call(op, {rows, in_factor, given(core), given(height_factor), given(width_factor), out_factor, bias},
+                       problem);
+  plan.geometry = geometry_of(call.problem(), cut[0], cut[1], cut[2], cut[3], cut[4]);
+  plan.threads = kernel.shape.threads();
+  plan.ctas = plan.geometry.ctas();
+  plan.shared_bytes = layout_of(call.problem(), kernel, plan.geometry).bytes;
+  const at::Tensor output = call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
+  call.run(plan, output);
+  return output;
+}
+
+// The check before first use, on a result that is wrong in one channel of one image when `damaged`: what it finds.
+std::string check_gpu_kernel(const std::string& name, const std::string& dtype, bool tf32, int device, bool damaged) {
+  const int kernel = gpu_kernel_index(name);
+  TORCH_CHECK_VALUE(kernel >= 0, "check_gpu_kernel: no kernel is called '", name, "'");
+  for (const DType known : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf})
+    if (dtype == name_of(known))
+      return find_error({c10::DeviceType::CUDA, c10::DeviceIndex(device)}, kernel, known, tf32, damaged);
+  TORCH_CHECK_VALUE(false, "check_gpu_kernel: unknown dtype '", dtype, "'");
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.def("launch_gpu_kernel", &launch_gpu_kernel);
+  m.def("check_gpu_kernel", &check_gpu_kernel);
+}
+
+}  // namespace lowrank_ops
