@@ -323,9 +323,15 @@ class Block {
   }
 };
 
+// Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
 template <Op op, typename Engine, Family family, int index>
-LOWRANK_OPS_KERNEL(config_of(family, index, op != Op::kLinear).threads(),
-                   config_of(family, index, op != Op::kLinear).resident())
+constexpr int resident_ctas() {
+  const int ctas = config_of(family, index, op != Op::kLinear).resident();
+  return family == Family::kSimt && sizeof(typename Engine::Element) != 4 ? least(ctas, 2) : ctas;
+}
+
+template <Op op, typename Engine, Family family, int index>
+LOWRANK_OPS_KERNEL(config_of(family, index, op != Op::kLinear).threads(), (resident_ctas<op, Engine, family, index>()))
 block_kernel(const KernelParams params) {
   Block<op, Engine, family, index>(params).run();
 }

@@ -57,7 +57,7 @@ constexpr Config kSm80Configs[] = {
 };
 constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
-    {2, 2, 2, 2, 4},  // 64 pixels: small problems, large hidden tiles; the one for fp64
+    {2, 2, 4, 2, 4},  // 64 pixels: small problems, large hidden tiles; the one for fp64
 };
 constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
 constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
