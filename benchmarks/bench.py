@@ -3,7 +3,8 @@
 How a figure is taken: all contenders of a cell in one run, in turns. A turn of a contender is one call that
 is not timed, unless the call is longer than the turn (it brings the contender's own weights back into the
 caches, for everyone alike) and then timed calls for some milliseconds; the order rotates from round to
-round. The figure is the median of all timed calls.
+round. With several threads a turn begins when the former contender's have come to rest (`settle`). The
+figure is the median of all timed calls.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,21 @@ def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
     return taken
 
 
+def settle(limit: float = 0.2) -> bool:
+    """Waits until no other thread of this process computes, at most `limit` seconds; whether that was reached.
+
+    Threads of a pool go on spinning for a while after their work (libgomp's some 8 ms, ONNX Runtime's 30), on the cores
+    that the next contender's threads need.
+    """
+    start = time.perf_counter()
+    while time.perf_counter() - start < limit:
+        before, began = time.process_time(), time.perf_counter()
+        time.sleep(0.001)
+        if time.process_time() - before < 0.2 * (time.perf_counter() - began):
+            return True
+    return False
+
+
 def summarize(samples: Sequence[float]) -> Timing:
     """Median and percentiles of the seconds of some calls."""
     ordered = sorted(samples)
@@ -166,9 +183,17 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: found for name in ("onnxruntime", "openvino") if (found := _installed(name))},
         "lowrank_ops": lowrank_ops.__version__,
         "git_sha": git_sha(),
     }
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def git_sha() -> str:

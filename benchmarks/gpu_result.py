@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.bench import Column, Table, Timing, geometric_mean
 from benchmarks.gpu import GpuTiming, Peaks
-from benchmarks.layers import Cell
+from benchmarks.layers import cell_from_json
 from benchmarks.outcome import DTYPES, SHORT_OPS, Result, number
 
 RIDGE = 160  # FLOP a byte: from here on the targets ask for less of the bound
@@ -142,14 +142,6 @@ class GpuResult(Result):
             multiprocessors=content["multiprocessors"],
             predicted={path: us * 1e-6 for path, us in content["predicted_us"].items()},
         )
-
-
-def cell_from_json(content: Mapping[str, Any]) -> Cell:
-    """A cell whose fields JSON has made lists of."""
-    values: dict[str, Any] = {}
-    for name in (field.name for field in fields(Cell)):
-        values[name] = tuple(content[name]) if isinstance(content[name], list) else content[name]
-    return Cell(**values)
 
 
 def summary(results: Sequence[GpuResult]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ et al., arXiv:1512.03385) at 224x224, the text recogniser english_g2 at 64x600 a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 Pair = tuple[int, int]
 
@@ -35,6 +36,7 @@ class Cell:
     kernel: Pair = (3, 3)
     stride: int = 1
     padding: int = 1
+    """Of each axis that has more than one tap."""
     dilation: int = 1
 
     @property
@@ -46,11 +48,16 @@ class Cell:
         """(OH, OW)."""
         if self.is_linear:
             return 1, 1
-        (height, width), (KH, KW) = self.size, self.kernel
-        return self._output_length(height, KH), self._output_length(width, KW)
+        (height, width), (KH, KW), (PH, PW) = self.size, self.kernel, self.paddings
+        return self._output_length(height, KH, PH), self._output_length(width, KW, PW)
 
-    def _output_length(self, length: int, taps: int) -> int:
-        return (length + 2 * self.padding - self.dilation * (taps - 1) - 1) // self.stride + 1
+    def _output_length(self, length: int, taps: int, padding: int) -> int:
+        return (length + 2 * padding - self.dilation * (taps - 1) - 1) // self.stride + 1
+
+    @property
+    def paddings(self) -> Pair:
+        """Pixels of padding on either side, by axis."""
+        return self.padding if self.kernel[0] > 1 else 0, self.padding if self.kernel[1] > 1 else 0
 
     @property
     def dense_weights(self) -> int:
@@ -105,6 +112,14 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.op} {self.layer} {self.shape} R{self.ranks}"
+
+
+def cell_from_json(content: Mapping[str, Any]) -> Cell:
+    """A cell whose fields JSON has made lists of."""
+    values: dict[str, Any] = {}
+    for name in (field.name for field in fields(Cell)):
+        values[name] = tuple(content[name]) if isinstance(content[name], list) else content[name]
+    return Cell(**values)
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,12 @@ CRAFT = [
     Layer("craft head1", 32, 32, (240, 320)),
     Layer("craft head3", 32, 16, (240, 320)),
 ]
-LAYERS = {layer.name: layer for layer in VGG16 + RESNET + ENGLISH_G2 + CRAFT}
+# Long one-dimensional kernels, as images of one row: what a window costs where it is nearly as long as the signal.
+CONV1D = [
+    Layer("conv1d 128", 128, 128, (1, 64), kernel=(1, 64), padding=32),
+    Layer("conv1d 1024", 1024, 128, (1, 128), kernel=(1, 64), padding=32),
+]
+LAYERS = {layer.name: layer for layer in VGG16 + RESNET + ENGLISH_G2 + CRAFT + CONV1D}
 
 # The convolutions with a 1x1 kernel of the same networks run as matrices: a row a pixel.
 LINEAR = {
@@ -206,15 +226,18 @@ _QUICK_TUCKER = [
     ("resnet18 layer2.0", 4, 1), ("resnet50 layer3.0", 4, 8),
     ("english_g2 conv3", 2, 1), ("english_g2 conv5", 4, 1), ("english_g2 conv7", 2, 1),
     ("craft conv2_2", 4, 1), ("craft conv6", 4, 1), ("craft head3", 2, 1),
+    ("craft conv1_2", 4, 1), ("conv1d 128", 4, 1), ("conv1d 1024", 4, 8),
 ]  # fmt: skip
 _QUICK_CP = [
     ("resnet layer1", 1, 1), ("resnet layer3", 1, 1), ("resnet layer4", 1, 1), ("vgg16 conv3_2", 1, 1),
     ("vgg16 conv2_2", 2, 1), ("vgg16 conv4_2", 2, 1),
     ("resnet layer2", 4, 1), ("resnet layer3", 4, 8), ("resnet50 layer2.0", 1, 1), ("resnet layer1", 1, 32),
     ("english_g2 conv6", 2, 1), ("craft conv4_1", 2, 1), ("craft upconv4", 4, 1),
+    ("conv1d 128", 1, 1), ("craft conv1_2", 2, 1),
 ]  # fmt: skip
 _QUICK_LINEAR = [
-    ("mlp", 64, 1), ("mlp", 256, 64), ("vgg16 fc6", 256, 8), ("resnet18 fc", 8, 256),
+    ("mlp", 64, 1), ("mlp", 256, 64), ("mlp", 16, 256), ("vgg16 fc6", 256, 8), ("vgg16 fc6", 16, 1),
+    ("resnet18 fc", 8, 256),
     ("craft upconv1 1x1", 128, 1200),
 ]  # fmt: skip
 

@@ -60,15 +60,6 @@ class Result:
         over_dense = self.ratio("dense")
         return None if over_dense is None else over_dense * self.cell.flops / self.cell.dense_flops
 
-    def row(self) -> list[str]:
-        cell, seconds = self.cell, self.seconds
-        moved = cell.bytes(DTYPES[self.dtype].itemsize)
-        return [
-            SHORT_OPS[cell.op], cell.layer, cell.shape, cell.ranks, self.plan, f"{seconds * 1e6:.1f}",
-            f"{cell.flops / seconds / 1e9:.1f}", f"{moved / seconds / 1e9:.1f}", number(self.ratio("peer")),
-            self.fastest("peer") or "-", number(self.ratio("dense")), number(self.saving),
-        ]  # fmt: skip
-
     def as_json(self) -> dict[str, Any]:
         return {
             **asdict(self.cell),

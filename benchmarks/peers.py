@@ -2,7 +2,8 @@
 
 "Peer" means another way to run the same factorized block; the dense layer is a contender of its own. Weights
 and inputs stand in the memory format of their contender before anything is timed, which is as far as eager
-PyTorch lets its user prepare them; torch.compile runs frozen, so that inductor may prepack the weights.
+PyTorch lets its user prepare them; torch.compile runs frozen, so that inductor may prepack the weights, as ONNX Runtime
+and OpenVINO (engines.py) do when they compile their graph of the same factors.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import engines
+from benchmarks.engines import ENGINES
 from benchmarks.graphs import Captured
 from benchmarks.layers import Cell
 from lowrank_ops import functional, reference
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-PEERS = ("chain", "merged", "compile", "dense", "forced")
+EVERYWHERE = ("chain", "merged", "compile", "dense", "forced")
+PEERS = (*EVERYWHERE, *ENGINES)
+GPU_PEERS = (*EVERYWHERE, "graph")
+ALL_PEERS = (*EVERYWHERE, *ENGINES, "graph")
 DEFAULT_PEERS = ("chain", "merged", "dense")
-GPU_PEERS = (*PEERS, "graph")
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
@@ -40,6 +45,16 @@ class Contender:
     kind: str
     run: Callable[[], Tensor]
     policy: str = "auto"
+
+    @property
+    def precision(self) -> str:
+        """What an engine says that it multiplies in, "f32" or "bf16"; empty where nobody tells."""
+        return str(getattr(self.run, "precision", ""))
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that an engine says it runs."""
+        return tuple(getattr(self.run, "kernels", ()))
 
 
 @dataclass(frozen=True)
@@ -107,17 +122,19 @@ def make_problem(
         depthwise = random(R, KH, fan_in=KH), random(R, KW, fan_in=KW)
         factors = (random(R, S, fan_in=S), *depthwise, random(T, R, fan_in=R))
     input = random(cell.batch, S, *cell.size).to(memory_format=FORMATS[layout])
-    options = {"stride": cell.stride, "padding": cell.padding, "dilation": cell.dilation}
+    options = {"stride": cell.stride, "padding": cell.paddings, "dilation": cell.dilation}
     return Problem(cell, input, factors, bias, layout, options, tf32)
 
 
 def contenders(problem: Problem, peers: Iterable[str] = DEFAULT_PEERS) -> list[Contender]:
-    """The fused op under policy "auto", then what `peers` (out of `GPU_PEERS`) asks for and the cell allows.
+    """The fused op under policy "auto", then what `peers` (out of `ALL_PEERS`) asks for and cell and dtype allow.
 
     Raises:
         ValueError: an unknown name in `peers`.
     """
-    return [Contender(way.name, way.kind, way.make(problem), way.policy) for way in ways(problem.cell, peers)]
+    dtype = problem.input.dtype
+    asked = [name for name in peers if name not in ENGINES or not engines.unsupported(name, dtype)]
+    return [Contender(way.name, way.kind, way.make(problem), way.policy) for way in ways(problem.cell, asked)]
 
 
 @dataclass(frozen=True)
@@ -137,8 +154,8 @@ def ways(cell: Cell, peers: Iterable[str]) -> list[Way]:
         ValueError: an unknown name in `peers`.
     """
     chosen = set(peers)
-    if not chosen <= set(GPU_PEERS):
-        raise ValueError(f"contenders: peers must be among {GPU_PEERS}, got {sorted(chosen)}")
+    if not chosen <= set(ALL_PEERS):
+        raise ValueError(f"contenders: peers must be among {ALL_PEERS}, got {sorted(chosen)}")
     found = [Way("fused", "fused", _fused)]
     if "graph" in chosen:
         found.append(Way("fused graph", "ours", lambda problem: Captured(_fused(problem))))
@@ -155,10 +172,37 @@ def ways(cell: Cell, peers: Iterable[str]) -> list[Way]:
             found.append(Way("dense" + suffix, "dense", functools.partial(_dense, memory_format)))
     if "compile" in chosen:
         found.append(Way("compile", "peer", _compiled))
+    found += _engine_ways(cell, chosen)
     if "graph" in chosen:
         for kind, merged in merges.items():
             found.append(Way(f"{kind} graph", "peer", functools.partial(_captured_chain, merged)))
     return found
+
+
+def _engine_ways(cell: Cell, chosen: set[str]) -> list[Way]:
+    """Chain, merged chain and dense layer in ONNX Runtime (NCHW alone) and in OpenVINO (in both layouts)."""
+    found = []
+    for engine in ENGINES:
+        if engine not in chosen:
+            continue
+        kinds = {"": "peer"}
+        if cell.op == "cp_conv2d" and "merged" in chosen:
+            kinds["merged"] = "peer"
+        if "dense" in chosen:
+            kinds["dense"] = "dense"
+        formats = {"": torch.contiguous_format} if cell.is_linear or engine == "onnxruntime" else FORMATS
+        for name, memory_format in formats.items():
+            for what, kind in kinds.items():
+                make = functools.partial(_in_engine, engine, what, memory_format)
+                found.append(Way(" ".join(filter(None, (engine, what, name))), kind, make))
+    return found
+
+
+def _in_engine(engine: str, what: str, memory_format: torch.memory_format, problem: Problem) -> Callable[[], Tensor]:
+    layers = [dense_layer(problem)] if what == "dense" else stages(problem, what == "merged")
+    input = _formatted(problem.input, memory_format)
+    run = engines.onnxruntime_layers if engine == "onnxruntime" else engines.openvino_layers
+    return run(layers, input, torch.get_num_threads())
 
 
 def _chain(memory_format: torch.memory_format, merged: bool, problem: Problem) -> Callable[[], Tensor]:
@@ -185,18 +229,18 @@ def stages(problem: Problem, merged: bool = False) -> list[nn.Module]:
         return [_linear(factors[0]), _linear(factors[1], problem.bias)]
     first, *middle, last = factors
     pointwise = _conv(first[:, :, None, None]), _conv(last[:, :, None, None], problem.bias)
-    s, p, d = cell.stride, cell.padding, cell.dilation
+    s, (ph, pw), d = cell.stride, cell.paddings, cell.dilation
     if cell.op == "tucker_conv2d":
-        inner = [_conv(middle[0], stride=(s, s), padding=(p, p), dilation=(d, d))]
+        inner = [_conv(middle[0], stride=(s, s), padding=(ph, pw), dilation=(d, d))]
     elif merged:
         height, width = (factor.double() for factor in middle)
         weight = (height[:, None, :, None] * width[:, None, None, :]).to(first.dtype)
-        inner = [_conv(weight, stride=(s, s), padding=(p, p), dilation=(d, d), groups=len(first))]
+        inner = [_conv(weight, stride=(s, s), padding=(ph, pw), dilation=(d, d), groups=len(first))]
     else:
         height, width = middle[0][:, None, :, None], middle[1][:, None, None, :]
         inner = [
-            _conv(height, stride=(s, 1), padding=(p, 0), dilation=(d, 1), groups=len(first)),
-            _conv(width, stride=(1, s), padding=(0, p), dilation=(1, d), groups=len(first)),
+            _conv(height, stride=(s, 1), padding=(ph, 0), dilation=(d, 1), groups=len(first)),
+            _conv(width, stride=(1, s), padding=(0, pw), dilation=(1, d), groups=len(first)),
         ]
     return [pointwise[0], *inner, pointwise[1]]
 
@@ -229,14 +273,16 @@ def _with_parameters(layer: LayerT, weight: Tensor, bias: Tensor | None) -> Laye
     return layer.eval()
 
 
-def _dense(memory_format: torch.memory_format, problem: Problem) -> Callable[[], Tensor]:
+def dense_layer(problem: Problem) -> nn.Module:
+    """The layer before factorization."""
     cell, weight = problem.cell, problem.dense_weight
     if cell.is_linear:
-        layer: nn.Module = _linear(weight, problem.bias)
-    else:
-        s, p, d = cell.stride, cell.padding, cell.dilation
-        layer = _conv(weight, problem.bias, (s, s), (p, p), (d, d))
-    return _eager([layer], problem.input, memory_format)
+        return _linear(weight, problem.bias)
+    return _conv(weight, problem.bias, (cell.stride,) * 2, cell.paddings, (cell.dilation,) * 2)
+
+
+def _dense(memory_format: torch.memory_format, problem: Problem) -> Callable[[], Tensor]:
+    return _eager([dense_layer(problem)], problem.input, memory_format)
 
 
 def _eager(layers: Sequence[nn.Module], input: Tensor, memory_format: torch.memory_format) -> Callable[[], Tensor]:

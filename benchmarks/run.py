@@ -1,8 +1,9 @@
 """`python -m benchmarks.run`: the fused ops against every other way to run the same block.
 
 Every cell runs the fused op under policy "auto", the chain of library layers in NCHW and in channels_last, for CP
-the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), and
-the dense layer in both formats; `--peers` leaves some out, or adds the fused kernel forced. Outputs are checked
+the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), all
+these in ONNX Runtime and OpenVINO where they are installed (`pip install '.[bench]'`), and the dense layer in both
+formats and in the engines; `--peers` leaves some out, or adds the fused kernel forced. Outputs are checked
 before anything is timed (`peers.check`): a contender that is wrong is reported and left out; with a wrong fused op
 the run goes on and ends with exit status 1.
 
@@ -22,97 +23,53 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, gpu_run, layers, peers
-from benchmarks.bench import Column, Table, geometric_mean
+from benchmarks import bench, engines, gpu_run, layers, peers
+from benchmarks.bench import Table
+from benchmarks.cpu_result import COLUMNS, LEGEND, CpuResult, print_summary, summary
 from benchmarks.layers import Cell
-from benchmarks.outcome import DTYPES, Result, check_all, explain, plan, use_policy
-
-COLUMNS = [
-    Column("op", 6, left=True),
-    Column("layer", 17, left=True),
-    Column("shape", 26, left=True),
-    Column("ranks", 7, left=True),
-    Column("plan", 14, left=True),
-    Column("us", 8),
-    Column("GFLOP/s", 7),
-    Column("GB/s", 6),
-    Column("x fastest peer", 14),
-    Column("that peer", 21, left=True),
-    Column("x dense", 7),
-    Column("saving", 6),
-]
-LEGEND = (
-    "x fastest peer: time of the fastest other way to run the same block / time of the fused op\n"
-    "(above 1: fused is faster). x dense: the same for the dense layer in its faster layout.\n"
-    "saving: share of the FLOP saving realised, x dense / (dense FLOPs / factorized FLOPs)."
-)
+from benchmarks.limits import Limits, intermediate_bytes, measure_limits, scratch_bytes
+from benchmarks.outcome import DTYPES, check_all, explain, plan, use_policy
 
 
-def measure(cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], seconds: float) -> Result:
-    """Check and time all contenders of a cell; the fused op's output must be right.
+def measure(
+    cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], seconds: float, limits: Limits
+) -> CpuResult:
+    """Check and time all contenders of a cell on torch's number of threads; the fused op's output must be right.
 
     Raises:
         RuntimeError: the fused op's output is outside the error budget.
     """
     problem = peers.make_problem(cell, DTYPES[dtype], layout)
     contenders = {contender.name: contender for contender in peers.contenders(problem, chosen_peers)}
+    threads = torch.get_num_threads()
+
+    def before(name: str) -> None:
+        use_policy(contenders[name].policy)
+        if threads > 1:
+            bench.settle()
+
     with torch.inference_mode():
         wrong = check_all(problem, contenders.values(), fatal=("fused", "forced"))
         functions = {name: contender.run for name, contender in contenders.items() if name not in wrong}
-        timings = bench.time_interleaved(
-            functions, seconds=seconds, before=lambda name: use_policy(contenders[name].policy)
-        )
+        timings = bench.time_interleaved(functions, seconds=seconds, before=before)
     use_policy("auto")
-    kinds = {name: contender.kind for name, contender in contenders.items()}
     explanation = explain(problem)
-    features = {plan["path"]: plan["features"] for plan in (explanation.chosen, *explanation.others)}
-    return Result(cell, dtype, plan(explanation), timings, kinds, wrong, features)
-
-
-def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Geometric means and losing cells, one line per dtype and op and one over all ops."""
-    lines = []
-    for dtype in dict.fromkeys(result.dtype for result in results):
-        of_dtype = [result for result in results if result.dtype == dtype]
-        for op in [*dict.fromkeys(result.cell.op for result in of_dtype), "all"]:
-            chosen = [result for result in of_dtype if op in (result.cell.op, "all")]
-            over_peer = [ratio for result in chosen if (ratio := result.ratio("peer")) is not None]
-            over_dense = [ratio for result in chosen if (ratio := result.ratio("dense")) is not None]
-            savings = [saving for result in chosen if (saving := result.saving) is not None]
-            lines.append({
-                "dtype": dtype,
-                "op": op,
-                "cells": len(chosen),
-                "over_fastest_peer": geometric_mean(over_peer),
-                "over_dense": geometric_mean(over_dense),
-                "flop_saving_realised": geometric_mean(savings),
-                "worst": min(over_peer, default=float("nan")),
-                "below_1.0": sum(ratio < 1.0 for ratio in over_peer),
-                "below_0.9": sum(ratio < 0.9 for ratio in over_peer),
-            })  # fmt: skip
-    return lines
-
-
-def print_summary(results: Sequence[Result]) -> None:
-    titles = [
-        "dtype",
-        "op",
-        "cells",
-        "x fastest peer",
-        "x dense",
-        "saving",
-        "worst",
-        "below 1.0",
-        "below 0.9",
-    ]
-    table = Table([Column(title, 14, left=title in ("dtype", "op")) for title in titles])
-    print("\nGeometric means, and cells where the fused op is slower than the fastest peer:")
-    table.header()
-    for line in summary(results):
-        table.row([f"{value:.2f}" if isinstance(value, float) else str(value) for value in line.values()])
-    for result in results:
-        for name, complaint in result.wrong.items():
-            print(f"left out, output wrong: {name} of {result.cell} {result.dtype}: {complaint}")
+    told = {name: contenders[name] for name in timings if contenders[name].precision}
+    size = DTYPES[dtype].itemsize
+    return CpuResult(
+        cell,
+        dtype,
+        plan(explanation),
+        timings,
+        kinds={name: contender.kind for name, contender in contenders.items()},
+        wrong=wrong,
+        features={plan["path"]: plan["features"] for plan in (explanation.chosen, *explanation.others)},
+        limits=limits,
+        precisions={name: contender.precision for name, contender in told.items()},
+        kernels={name: contender.kernels for name, contender in told.items()},
+        scratch_bytes=scratch_bytes(explanation, cell, size, threads),
+        chain_bytes=intermediate_bytes(cell, size),
+    )
 
 
 def select(
@@ -165,8 +122,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's kernels (default: 1)")
     layout = "of the fused op's input (default: channels_last); peers run in both"
     parser.add_argument("--layout", choices=list(peers.FORMATS), default="channels_last", help=layout)
-    which_peers = "default: chain merged dense compile; with --full or on cuda: all"
-    parser.add_argument("--peers", nargs="+", choices=[*peers.GPU_PEERS, "all", "none"], help=which_peers)
+    which_peers = "default: all but forced, engines where installed; with --full or on cuda: all"
+    parser.add_argument("--peers", nargs="+", choices=[*peers.ALL_PEERS, "all", "none"], help=which_peers)
     seconds = "measured per contender (default: 0.25); cuda: per cell, for all contenders (default: 2)"
     parser.add_argument("--seconds", type=float, help=seconds)
     file = "write every contender's figures there; cuda: a folder takes <device>_<dtype>.json"
@@ -177,10 +134,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     of_gpus.add_argument("--minutes", type=float, help="stop in time, with what was measured written")
     of_gpus.add_argument("--resume", action="store_true", help="measure what the --json file does not hold yet")
     options = parser.parse_args(arguments)
+    options.peers_named = options.peers
     on_cpu = options.device == "cpu"
     known = peers.PEERS if on_cpu else peers.GPU_PEERS
-    asked = options.peers or (["all"] if options.full or not on_cpu else [*peers.DEFAULT_PEERS, "compile"])
+    default_peers = [name for name in peers.PEERS if name != "forced"]
+    asked = options.peers or (["all"] if options.full or not on_cpu else default_peers)
     options.peers = [name for name in known if "all" in asked or name in asked]
+    options.left_out = {
+        name: why for name in options.peers if name in engines.ENGINES and (why := engines.missing(name))
+    }
+    for name, why in options.left_out.items():
+        if name in (options.peers_named or ()):
+            parser.error(f"--peers {name}: {why}")
+    options.peers = [name for name in options.peers if name not in options.left_out]
     options.dtype = options.dtype or (["float32", "bfloat16"] if on_cpu else ["bfloat16", "float16", "tf32"])
     options.seconds = options.seconds or (0.25 if on_cpu else 2.0)
     for name, default_value in GPU_ONLY.items():
@@ -188,6 +154,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name.replace('_', '-')}: needs --device cuda")
     if on_cpu and ("tf32" in options.dtype or "graph" in asked):
         parser.error("tf32 and graph: need --device cuda")
+    if not on_cpu and set(engines.ENGINES) & set(asked):
+        parser.error(f"{' and '.join(engines.ENGINES)}: are peers on CPUs only")
     if options.resume and options.json is None:
         parser.error("--resume: needs --json")
     if not on_cpu and len(options.dtype) > 1 and (options.json or "").endswith(".json"):
@@ -212,32 +180,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"the fused op's input is {options.layout}; the others run in both layouts, the faster counts\n"
         f"{len(options.cells)} cells, medians over {options.seconds} s a contender, interleaved\n{LEGEND}"
     )
-    results: list[Result] = []
+    for name, why in options.left_out.items():
+        print(f"{name} is left out: {why}")
+    record = Record(options, machine, versions)
     failed = False
     for dtype in options.dtype:
-        print(f"\n{dtype}")
+        limits = measure_limits(DTYPES[dtype], **LIMIT_SIZES)
+        record.limits[dtype] = limits
+        print(f"\n{dtype}: gemm {limits.gemm / 1e9:.0f} GFLOP/s, copies {copies(limits)}")
+        for why in record.absences(dtype).values():
+            print(why)
         table = Table(COLUMNS, lambda line: print(line, flush=True))
         table.header()
         for cell in options.cells:
             try:
-                results.append(measure(cell, dtype, options.layout, options.peers, options.seconds))
+                result = measure(cell, dtype, options.layout, options.peers, options.seconds, limits)
             except RuntimeError as error:
                 failed = True
                 print(f"FAILED: {error}", file=sys.stderr)
                 continue
-            table.row(results[-1].row())
-    print_summary(results)
-    if options.json:
-        bench.write_json(options.json, {
+            record.results.append(result)
+            record.write()
+            table.row(result.row())
+    print_summary(record.results)
+    record.write()
+    return int(failed)
+
+
+def copies(limits: Limits) -> str:
+    """The rates of the copies in words, the largest last."""
+    return ", ".join(f"{rate / 1e9:.0f} GB/s of {moved / 2**20:g} MiB" for moved, rate in limits.copies.items())
+
+
+LIMIT_SIZES: dict[str, Any] = {}  # for `measure_limits`; the tests take smaller ones
+
+
+class Record:
+    """The results file: written after every cell, so that a run that is killed leaves what it has."""
+
+    def __init__(self, options: argparse.Namespace, machine: dict[str, Any], versions: dict[str, str]) -> None:
+        self.options = options
+        self.head = {
             "machine": machine,
             "versions": versions,
             "threads": torch.get_num_threads(),
             "layout": options.layout,
+            "peers": options.peers,
+            "seconds_a_contender": options.seconds,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "summary": summary(results),
-            "cells": [result.as_json() for result in results],
+        }
+        self.limits: dict[str, Limits] = {}
+        self.results: list[CpuResult] = []
+
+    def absences(self, dtype: str) -> dict[str, str]:
+        """Which of the peers asked for do not run in a dtype, and why."""
+        asked = [name for name in self.options.peers if name in engines.ENGINES]
+        return {name: why for name in asked if (why := engines.unsupported(name, DTYPES[dtype]))}
+
+    def write(self) -> None:
+        if self.options.json is None:
+            return
+        bench.write_json(self.options.json, {
+            **self.head,
+            "limits": {dtype: limits.as_json() for dtype, limits in self.limits.items()},
+            "no_peer": {
+                **{name: {"all": why} for name, why in self.options.left_out.items()},
+                **{dtype: self.absences(dtype) for dtype in self.limits},
+            },
+            "summary": summary(self.results),
+            "cells": [result.as_json() for result in self.results],
         })  # fmt: skip
-    return int(failed)
 
 
 if __name__ == "__main__":

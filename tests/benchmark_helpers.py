@@ -1,4 +1,4 @@
-"""What the two files that test the GPU benchmark share."""
+"""What the files that test the benchmarks share."""
 
 from __future__ import annotations
 
@@ -43,4 +43,6 @@ def same(a: object, b: object) -> bool:
     """Equal, numbers but for rounding."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
     return a == pytest.approx(b) if isinstance(a, float) else a == b

@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_helpers import same
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench, layers, peers, run
+from benchmarks import bench, cpu_result, engines, layers, peers, run
 from benchmarks.layers import Cell
+from benchmarks.limits import Limits
 from lowrank_ops import reference
 
 SMALL = [
@@ -100,7 +102,7 @@ def test_figures_of_a_cell_agree_with_torch(cell: Cell) -> None:
             factors = [torch.empty(cell.rank, cell.S), torch.empty(cell.T, cell.rank)]
         else:
             input, dense = torch.empty(cell.batch, cell.S, *cell.size), torch.empty(cell.T, cell.S, KH, KW)
-            options = {"stride": cell.stride, "padding": cell.padding, "dilation": cell.dilation}
+            options = {"stride": cell.stride, "padding": cell.paddings, "dilation": cell.dilation}
             if isinstance(cell.rank, tuple):
                 R1, R2 = cell.rank
                 shapes = [(R1, cell.S), (R2, R1, KH, KW), (cell.T, R2)]
@@ -128,13 +130,17 @@ def test_quick_list_is_spread_over_the_grid() -> None:
     assert {cell.batch for cell in quick if not cell.is_linear} == {1, 8, 32}
     assert {2} < {cell.stride for cell in quick}
     assert any(cell.dilation > 1 for cell in quick) and any(cell.kernel == (2, 2) for cell in quick)
-    for network in ("vgg16", "resnet", "english_g2", "craft"):
+    for network in ("vgg16", "resnet", "english_g2", "craft", "conv1d"):
         assert {cell.op for cell in quick if cell.layer.startswith(network)} >= {"tucker_conv2d", "cp_conv2d"}
     for op, divisors in (("tucker_conv2d", {8, 4, 2}), ("cp_conv2d", {4, 2, 1})):
         cells = [cell for cell in quick if cell.op == op]
         ranks = [cell.rank if isinstance(cell.rank, tuple) else (cell.rank,) for cell in cells]
         assert {cell.S // rank[0] for cell, rank in zip(cells, ranks, strict=True)} == divisors
     assert sum(cell.S != cell.T for cell in quick) >= 10
+    assert {cell.op for cell in quick if cell.size == (480, 640)} == {"tucker_conv2d", "cp_conv2d"}
+    long = {(cell.S, cell.T, cell.size, cell.kernel) for cell in quick if cell.layer.startswith("conv1d")}
+    assert long == {(128, 128, (1, 64), (1, 64)), (1024, 128, (1, 128), (1, 64))}
+    assert {cell.batch for cell in quick if cell.is_linear} >= {1, 8, 64, 256}
     assert all(cell.flops < cell.dense_flops for cell in full)
 
 
@@ -185,9 +191,10 @@ def test_unknown_names_are_refused() -> None:
         run.parse_arguments(["--layer", "no such layer"])
 
 
-def test_options_choose_cells_and_peers() -> None:
+def test_options_choose_cells_and_peers(monkeypatch) -> None:
     assert run.parse_arguments([]).cells == layers.quick()
-    assert run.parse_arguments([]).peers == ["chain", "merged", "compile", "dense"]
+    monkeypatch.setattr(engines, "missing", lambda engine: "")
+    assert run.parse_arguments([]).peers == ["chain", "merged", "compile", "dense", "onnxruntime", "openvino"]
     assert run.parse_arguments(["--full"]).cells == layers.full()
     assert run.parse_arguments(["--full"]).peers == list(peers.PEERS)
     assert run.parse_arguments(["--peers", "none"]).peers == []
@@ -195,7 +202,27 @@ def test_options_choose_cells_and_peers() -> None:
     assert chosen and all(cell.layer == "craft conv6" and "128" in cell.ranks for cell in chosen)
 
 
-def test_a_run_prints_a_table_and_writes_every_median(monkeypatch, tmp_path, capsys) -> None:
+def test_engines_that_are_missing_are_left_out_unless_named(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(engines, "NEEDED", {"onnxruntime": ("no_such_package",), "openvino": ("torch",)})
+    options = run.parse_arguments([])
+    assert options.peers == ["chain", "merged", "compile", "dense", "openvino"]
+    assert options.left_out == {"onnxruntime": "no_such_package not installed (pip install '.[bench]')"}
+    for arguments, message in (
+        (["--peers", "onnxruntime"], "--peers onnxruntime: no_such_package not installed"),
+        (["--device", "cuda", "--peers", "openvino"], "peers on CPUs only"),
+    ):
+        with pytest.raises(SystemExit):
+            run.parse_arguments(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"seconds": 0.001, "matrix_sizes": (32,), "copy_bytes": (4096, 8192)}
+    monkeypatch.setattr(run, "LIMIT_SIZES", sizes)
+
+
+def test_a_run_prints_a_table_and_writes_every_median(monkeypatch, small_limits, tmp_path, capsys) -> None:
     monkeypatch.setattr(layers, "quick", lambda: SMALL)
     threads = torch.get_num_threads()
     file = tmp_path / "results.json"
@@ -208,7 +235,11 @@ def test_a_run_prints_a_table_and_writes_every_median(monkeypatch, tmp_path, cap
     printed = capsys.readouterr().out
     assert "threads: 1" in printed and "the fused op's input is channels_last" in printed
     written = json.loads(file.read_text())
-    assert {"machine", "versions", "threads", "layout", "summary", "cells"} <= set(written)
+    assert {"machine", "versions", "threads", "layout", "peers", "limits", "no_peer", "summary", "cells"} <= set(
+        written
+    )
+    gemm, copies = written["limits"]["float32"].values()
+    assert gemm > 0 and list(copies) == ["4096", "8192"]
     assert [entry["op"] for entry in written["summary"]][-1] == "all"
     for cell, entry in zip(SMALL, written["cells"], strict=True):
         assert cell.shape in printed
@@ -220,9 +251,20 @@ def test_a_run_prints_a_table_and_writes_every_median(monkeypatch, tmp_path, cap
         assert entry["over_fastest_peer"] == pytest.approx(min(of_peers) / medians["fused"])
         saved = entry["over_dense"] * entry["flops"] / entry["dense_flops"]
         assert entry["flop_saving_realised"] == pytest.approx(saved)
+        assert entry["over"]["chain"] == pytest.approx(entry["over_fastest_peer"])
+        assert entry["over"]["dense"] == pytest.approx(entry["over_dense"])
+        assert entry["share_of_gemm"] == pytest.approx(entry["flops"] / medians["fused"] * 1e6 / gemm)
+        copy = copies["4096" if entry["bytes"] <= 4096 else "8192"]
+        assert entry["share_of_copy"] == pytest.approx(entry["bytes"] / medians["fused"] * 1e6 / copy)
+        bound = max(entry["flops"] / gemm, entry["bytes"] / copy)
+        assert entry["share_of_bound"] == pytest.approx(bound * 1e6 / medians["fused"])
+        assert entry["extra_bytes"]["fused"] > 0 and entry["extra_bytes"]["chain"] > 0
+    assert same(written["cells"], [result.as_json() for result in cpu_result.cells_of(written)])
+    with pytest.raises(ValueError, match="measure again"):
+        cpu_result.cells_of({"cells": []})
 
 
-def test_a_wrong_peer_is_left_out_and_a_wrong_fused_op_fails_the_run(monkeypatch, capsys) -> None:
+def test_a_wrong_peer_is_left_out_and_a_wrong_fused_op_fails_the_run(monkeypatch, small_limits, capsys) -> None:
     contenders = peers.contenders
 
     def spoiled(kind: str):
@@ -235,7 +277,8 @@ def test_a_wrong_peer_is_left_out_and_a_wrong_fused_op_fails_the_run(monkeypatch
         return make
 
     monkeypatch.setattr(peers, "contenders", spoiled("peer"))
-    result = run.measure(SMALL[0], "float32", "channels_last", ["chain", "dense"], 0.001)
+    limits = Limits(1e9, {4096: 1e9})
+    result = run.measure(SMALL[0], "float32", "channels_last", ["chain", "dense"], 0.001, limits)
     assert set(result.wrong) == {"chain nchw", "chain channels_last"}
     assert result.ratio("peer") is None and result.ratio("dense") is not None
 
