@@ -135,11 +135,13 @@ def test_limits_are_rates_of_what_was_timed(monkeypatch) -> None:
     def timed(functions, seconds):
         for function in functions.values():
             function()
-        return {name: Timing(made[name], 0.0, 0.0, 1) for name in functions}
+        return {name: Timing(made.get(name, 1.0), 0.0, 0.0, 1) for name in functions}
 
     monkeypatch.setattr(bench, "time_interleaved", timed)
     limits = measure_limits(torch.bfloat16, matrix_sizes=(8, 16), copy_bytes=(128, 64))
     assert limits.gemm == pytest.approx(2 * 16**3 / 1e-6)
+    made["packed 8"] = 1e-7
+    assert measure_limits(torch.float32, matrix_sizes=(8, 16), copy_bytes=(64,)).gemm == pytest.approx(1.024e10)
     assert limits.copies == pytest.approx({64: 6.4e9, 128: 1.28e9}) and limits.stream == pytest.approx(1.28e9)
 
 
