@@ -22,7 +22,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 
 # The part of the CPU suite that a build with CUDA kernels has to pass.
 CUDA_TORCH ?= torch==2.11.0
-CUDA_BUILD_TESTS := tests/test_ops.py tests/test_errors.py tests/test_planning.py tests/test_cuda.py
+CUDA_BUILD_TESTS := tests/test_ops.py tests/test_errors.py tests/test_planning.py tests/test_cuda.py tests/test_cuda_kernels.py
 
 .PHONY: demo test lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
@@ -77,7 +77,7 @@ OURS := --kernel-name kernel_substring=block_kernel
 sanitize: .venv/built
 	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $$tool \
-	    $(VENV)/python -m pytest tests/test_cuda.py -k sanitized -p no:cacheprovider || exit 1; done
+	    $(VENV)/python -m pytest tests/test_cuda_kernels.py -k test_sanitized -p no:cacheprovider || exit 1; done
 
 # torch first and alone: a plain `pip install torch` would fetch the newest build with gigabytes of CUDA packages.
 .venv/packages: pyproject.toml Makefile

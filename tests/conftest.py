@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,11 @@ from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import reference
+
+# cuBLAS is deterministic only with a workspace of its own, and asked for it before its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if torch.cuda.is_available():  # fp32 means fp32; tests of tf32 say so
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

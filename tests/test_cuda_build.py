@@ -106,6 +106,14 @@ def test_the_committed_report_lists_every_kernel() -> None:
         assert f"| {kernel} |" in text, f"{kernel}: run `make kernel-report`"
 
 
+def test_the_primitives_of_the_simulator_compile(tools: Toolkit, tmp_path: Path) -> None:
+    """For a GPU: test_cuda_kernels.py runs them there."""
+    tests = Path(__file__).parent
+    flags = [*build_cuda.FLAGS, f"-I{tests / 'simt'}", "-arch=sm_80", "-c", "-o", str(tmp_path / "primitives.o")]
+    done = subprocess.run([tools.compiler, *flags, str(tests / "cuda_primitives.cu")], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_up_to_date_object_is_not_made_again(tools: Toolkit, wanted: list[Architecture], folder: Path) -> None:
     assert set(build_cuda.compile_kernels(tools, wanted).values()) == {0.0}
 
