@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in stages of less than 10 minutes each that can be run one by one:
+#
+#   benchmarks/gpu.sh OUTDIR                      all of them
+#   benchmarks/gpu.sh OUTDIR info build kernels   these
+#
+# Each stage leaves OUTDIR/STAGE.log and its line in OUTDIR/stages.json; the benchmarks their own JSON too. A stage that
+# fails does not stop the next. Exit status: how many failed.
+#
+#   info         the GPU, its driver, torch
+#   build        the extension, in place, for this GPU's architecture
+#   primitives   tests: what the kernels use of the hardware, against the simulator of tests/simt
+#   kernels      tests: every kernel at the edges of its tiles, the check before first use
+#   ops          tests: the ops under every kernel, streams, graphs, memory, torch.compile
+#   suite        tests: the parts of the ordinary suite that run on every device
+#   memcheck, racecheck, synccheck, initcheck     every kernel once under that tool of compute-sanitizer
+#   bf16, fp16, tf32                              the quick list of benchmarks in that dtype; again: goes on
+#
+# PYTHON (python3) must have torch with CUDA, pytest and what pyproject.toml lists; nvcc comes from CUDA_HOME or PATH.
+set -uo pipefail
+
+STAGES=(info build primitives kernels ops suite memcheck racecheck synccheck initcheck bf16 fp16 tf32)
+if [ $# -eq 0 ]; then
+  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
+  exit 64
+fi
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+shift
+[ $# -gt 0 ] || set -- "${STAGES[@]}"
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+LIMIT=590 # seconds a stage
+export PYTHONUNBUFFERED=1
+
+run_info() {
+  nvidia-smi || return
+  "$PYTHON" - <<'PY'
+import torch
+print("torch", torch.__version__, "CUDA", torch.version.cuda)
+for index in range(torch.cuda.device_count()):
+    print(torch.cuda.get_device_properties(index))
+PY
+  "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --version
+}
+
+run_build() {
+  local architecture
+  architecture=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || return
+  LOWRANK_OPS_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$architecture} \
+    "$PYTHON" setup.py -q build_ext --inplace || return
+  "$PYTHON" -c 'import lowrank_ops; print(lowrank_ops.build_info())'
+}
+
+# Tests skip where there is nothing to run them on; here that is a failure.
+ready() {
+  "$PYTHON" - <<'PY'
+import torch, lowrank_ops
+assert torch.cuda.is_available(), "torch sees no GPU"
+assert lowrank_ops.build_info()["cuda"], "lowrank_ops was built without CUDA kernels: run the stage `build`"
+PY
+}
+
+tests() { ready && "$PYTHON" -m pytest -p no:cacheprovider -rfE --tb=short "$@"; }
+
+sanitizer() { # $1 the tool, then its options
+  # The allocator's cache would hide accesses beyond a tensor; pytest's capture would hide what the tool says.
+  ready && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$@" --error-exitcode 1 --print-limit 20 \
+    "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/test_cuda_kernels.py -k test_sanitized
+}
+OURS=(--kernel-name kernel_substring=block_kernel)
+
+benchmark() { ready && "$PYTHON" -m benchmarks.run --device cuda --dtype "$1" --minutes 9 --resume --json "$OUT/$1.json"; }
+
+run_stage() {
+  case $1 in
+    info) run_info ;;
+    build) run_build ;;
+    primitives) tests tests/test_cuda_kernels.py -k "multiply_add or load_matrices or copies or conversions" ;;
+    kernels) tests tests/test_cuda_kernels.py -k "not (multiply_add or load_matrices or copies or conversions)" ;;
+    ops) tests tests/test_cuda.py ;;
+    suite) tests tests/test_ops.py tests/test_autograd.py -k cuda ;;
+    # initcheck has to see every kernel, torch's too: who wrote what ours read?
+    initcheck) sanitizer initcheck ;;
+    memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" ;;
+    bf16) benchmark bfloat16 ;;
+    fp16) benchmark float16 ;;
+    tf32) benchmark tf32 ;;
+    *)
+      echo "benchmarks/gpu.sh: unknown stage '$1', known are: ${STAGES[*]}"
+      return 64
+      ;;
+  esac
+}
+
+# One line a stage, the latest run of each.
+record() {
+  "$PYTHON" - "$OUT" "$@" <<'PY'
+import json, pathlib, sys
+folder, stage, code, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+lines = (folder / f"{stage}.log").read_text(errors="replace").strip().splitlines()
+file = folder / "stages.json"
+stages = json.loads(file.read_text()) if file.exists() else {}
+stages[stage] = {"exit": code, "seconds": seconds, "last_line": lines[-1] if lines else ""}
+file.write_text(json.dumps(stages, indent=1) + "\n")
+PY
+}
+
+if [ "${1:-}" = --stage ]; then # one stage in a process of its own, so that `timeout` can end all of it
+  run_stage "$2"
+  exit
+fi
+failed=0
+for stage in "$@"; do
+  echo "== $stage"
+  start=$SECONDS
+  timeout --kill-after=5 "$LIMIT" bash "$0" "$OUT" --stage "$stage" 2>&1 | tee "$OUT/$stage.log"
+  code=${PIPESTATUS[0]}
+  record "$stage" "$code" $((SECONDS - start))
+  [ "$code" -eq 0 ] || failed=$((failed + 1))
+  echo "== $stage: exit $code after $((SECONDS - start)) s"
+done
+exit "$failed"
