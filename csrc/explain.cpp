@@ -166,6 +166,11 @@ Planned plan_for_device(Problem& p, const std::string& device) {
 #endif
     return planned;
   }
+  // As in a call with dense tensors: measurements are remembered by these too.
+  const CopyWidths widths = copy_widths(p);
+  p.input_vector = widths.input;
+  p.factor_vector = widths.factor;
+  p.output_vector = widths.output;
   Planned planned{plan_gpu(p, *present, policy(), gpu_restrictions(index)),
                   device + ": " + in_words(*present) + "; predictions from its figures",
                   measurement_key(p, present->name)};
