@@ -99,8 +99,9 @@ FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
   if (t.core.defined()) problem_.factor_vector = std::min(problem_.factor_vector, core_width(t.core));
   // Of a new tensor: dense, aligned beyond any vector.
   const bool by_pixel = problem_.op == Op::kLinear || problem_.layout == Layout::kChannelsLast;
+  const bool side_by_side = by_pixel || problem_.oh * problem_.ow == 1;
   const int64_t bytes = problem_.t * t.input.element_size();
-  problem_.output_vector = by_pixel && bytes % kVectorBytes == 0 ? kVectorBytes : t.input.element_size();
+  problem_.output_vector = side_by_side && bytes % kVectorBytes == 0 ? kVectorBytes : t.input.element_size();
 }
 
 Tensor FusedCall::empty_output() const {

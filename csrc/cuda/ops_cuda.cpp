@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -25,45 +27,33 @@ bool is_fused(const Plan& plan) {
   return plan.path == "fused";
 }
 
-// Under "measure": the plan that is fastest here. Candidates far beyond the best prediction are not tried.
-const Plan& measured_plan(const FusedCall& call, const Decision& decision, const Chain& chain, cudaStream_t stream) {
+bool may_run(const FusedCall& call, const Plan& plan) {
+  return !is_fused(plan) || is_verified(call.device(), plan.gpu_kernel, call.problem().dtype, call.problem().tf32);
+}
+
+// Under "measure": the plan that is fastest here, timed now unless it is known. Candidates far beyond the best
+// prediction are not tried. While a graph is captured nothing can be timed: what is known, or else the prediction.
+const Plan& measured_plan(const FusedCall& call, const Decision& decision, const Chain& chain, cudaStream_t stream,
+                          bool capturing) {
   constexpr double kHopeless = 5;  // times the best prediction: further off than the cost model ever should be
   double best = decision.chosen.predicted_seconds;
   for (const Plan& plan : decision.others) best = std::min(best, plan.predicted_seconds);
   std::vector<const Plan*> plans{&decision.chosen};
   for (const Plan& plan : decision.others)
     if (!is_fused(plan) || plan.predicted_seconds <= kHopeless * best) plans.push_back(&plan);
+  const std::string key = measurement_key(call.problem(), gpu_caps(call.device()).name);
+  if (capturing) {
+    const std::optional<std::string> fastest = measured_fastest(key);
+    const auto found =
+        std::find_if(plans.begin(), plans.end(), [&](const Plan* plan) { return plan->kernel == fastest; });
+    return found == plans.end() ? decision.chosen : **found;
+  }
   std::vector<Candidate> candidates;
   for (const Plan* plan : plans)
     candidates.push_back({plan->kernel, [&call, &chain, plan, stream] {
                             return gpu_seconds(stream, [&] { is_fused(*plan) ? call.run(*plan) : chain(); });
                           }});
-  const std::string key = measurement_key(call.problem(), gpu_caps(call.device()).name);
   return *plans[measured_choice(key, candidates)];
-}
-
-// Verifies what the call could launch: the chosen plan's kernel, under "measure" every candidate's. Whether the planner
-// has to be asked again.
-bool verify_candidates(const FusedCall& call, const Decision& decision, bool all) {
-  const Problem& p = call.problem();
-  bool any = false;
-  const auto check = [&](const Plan& plan) {
-    if (!is_fused(plan) || is_verified(call.device(), plan.gpu_kernel, p.dtype, p.tf32)) return;
-    verify(call.device(), plan.gpu_kernel, p.dtype, p.tf32);
-    any = true;
-  };
-  check(decision.chosen);
-  if (all)
-    for (const Plan& plan : decision.others) check(plan);
-  return any;
-}
-
-bool all_verified(const FusedCall& call, const Decision& decision, bool all) {
-  const Problem& p = call.problem();
-  const auto verified = [&](const Plan& plan) {
-    return !is_fused(plan) || is_verified(call.device(), plan.gpu_kernel, p.dtype, p.tf32);
-  };
-  return verified(decision.chosen) && (!all || std::all_of(decision.others.begin(), decision.others.end(), verified));
 }
 
 // Policy "fused" on a GPU that this build has no code for: nothing else would ever run there, so say how to get it.
@@ -80,25 +70,33 @@ void check_architecture(const FusedCall& call, const Decision& decision) {
 // graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
 at::Tensor run(const FusedCall& call, const Chain& chain) {
   const c10::DeviceGuard guard(call.device());
-  if (call.problem().n == 0) return call.empty_output();
+  const Problem& problem = call.problem();
+  if (problem.n == 0) return call.empty_output();
   const int index = call.device().index();
   const GpuCaps& caps = gpu_caps(call.device());
   const Policy chosen_policy = policy();
   const bool measure = chosen_policy == Policy::kMeasure && forced_gpu_kernel().empty();
-  std::shared_ptr<const Decision> decision = cached_plan_gpu(call.problem(), caps, index, chosen_policy);
+  std::shared_ptr<const Decision> decision = cached_plan_gpu(problem, caps, index, chosen_policy);
   const cudaStream_t stream = current_stream(call.device());
-  const bool capturing = (measure || !all_verified(call, *decision, false)) && is_capturing(stream);
-  // Each round leaves one more kernel out, or is the last.
-  while (!capturing && !all_verified(call, *decision, measure)) {
-    verify_candidates(call, *decision, measure);
-    decision = cached_plan_gpu(call.problem(), caps, index, chosen_policy);
+  const bool capturing = (measure || !may_run(call, decision->chosen)) && is_capturing(stream);
+
+  // Under "measure" every candidate has to be right. A kernel that is not leaves the next decision: this ends.
+  const auto unchecked = [&]() -> const Plan* {
+    if (!may_run(call, decision->chosen)) return &decision->chosen;
+    for (const Plan& plan : decision->others)
+      if (measure && !may_run(call, plan)) return &plan;
+    return nullptr;
+  };
+  while (!capturing) {
+    const Plan* plan = unchecked();
+    if (!plan) break;
+    verify(call.device(), plan->gpu_kernel, problem.dtype, problem.tf32);
+    decision = cached_plan_gpu(problem, caps, index, chosen_policy);
   }
-  const Plan* plan = &decision->chosen;
-  if (measure && !capturing && !decision->others.empty()) plan = &measured_plan(call, *decision, chain, stream);
-  if (is_fused(*plan) &&
-      (!capturing || is_verified(call.device(), plan->gpu_kernel, call.problem().dtype, call.problem().tf32)))
-    return call.run(*plan);
-  if (chosen_policy == Policy::kFused && !is_fused(decision->chosen)) check_architecture(call, *decision);
+
+  const Plan& plan = measure ? measured_plan(call, *decision, chain, stream, capturing) : decision->chosen;
+  if (is_fused(plan) && may_run(call, plan)) return call.run(plan);
+  if (chosen_policy == Policy::kFused && !is_fused(plan)) check_architecture(call, *decision);
   return chain();
 }
 
