@@ -513,3 +513,17 @@ print("done")
 """
     )
     assert said == "done"
+
+
+def test_explain_knows_what_was_measured() -> None:
+    for op in OPS:
+        call = large_call(op, dtype=torch.bfloat16, layout=torch.channels_last)
+        with lowrank_ops.set_policy("measure"):
+            call.run()
+            (found,) = lowrank_ops.explain(
+                getattr(lowrank_ops, op), list(call.tensors.values()), verbose=False, **call.problem.options()
+            )
+        ((_, fastest, _),) = _C.measurements()
+        assert found.chosen["kernel"] == fastest
+        assert "measured to be slower" in dict(found.rejections).values()
+        _C.forget_measurements()
