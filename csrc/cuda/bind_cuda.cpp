@@ -3,6 +3,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <limits>
+#include <utility>
 
 #include "checks.h"
 #include "cuda/fused_call.h"
@@ -14,14 +15,16 @@ namespace {
 
 using Windows = std::array<std::vector<int64_t>, 3>;  // stride, padding, dilation
 
-// One kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), whatever the planner would take. The output is
-// full of NaN before.
-at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
-                             const at::Tensor& in_factor, const OptionalTensor& core,
-                             const OptionalTensor& height_factor, const OptionalTensor& width_factor,
-                             const at::Tensor& out_factor, const OptionalTensor& bias, const Windows& windows,
-                             const std::string& activation_name) {
-  constexpr const char* op = "launch_gpu_kernel";
+// A call and one kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), whatever the planner would take.
+struct Chosen {
+  FusedCall call;
+  Plan plan;
+};
+
+Chosen choose(const char* op, const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
+              const at::Tensor& in_factor, const OptionalTensor& core, const OptionalTensor& height_factor,
+              const OptionalTensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+              const Windows& windows, const std::string& activation_name) {
   Plan plan;
   plan.path = "fused";
   plan.kernel = name;
@@ -31,8 +34,9 @@ at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, co
   const Window window{windows[0], windows[1], windows[2]};
   const Activation activation = parse_activation(op, activation_name);
   const at::Tensor rows = kernel.op == Op::kLinear ? input.flatten(0, -2) : input;
-  TORCH_CHECK_VALUE(kernel.op == Op::kTucker ? core.has_value() : kernel.op != Op::kCP || height_factor, op, ": ", name,
-                    " needs the factors of its op");
+  TORCH_CHECK_VALUE(
+      kernel.op == Op::kTucker ? core.has_value() : kernel.op != Op::kCP || (height_factor && width_factor), op, ": ",
+      name, " needs the factors of its op");
   Problem problem;
   if (kernel.op == Op::kTucker) {
     check_tucker(input, in_factor, *core, out_factor, bias, window);
@@ -44,18 +48,65 @@ at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, co
     check_linear(input, in_factor, out_factor, bias);
     problem = linear_problem(rows, out_factor, activation);
   }
-  TORCH_CHECK_VALUE(input.is_cuda(), op, ": input must be on a GPU, got ", input.device());
-  const c10::DeviceGuard guard(input.device());
   const auto given = [](const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); };
-  const FusedCall call(op, {rows, in_factor, given(core), given(height_factor), given(width_factor), out_factor, bias},
-                       problem);
+  FusedCall call(op, {rows, in_factor, given(core), given(height_factor), given(width_factor), out_factor, bias},
+                 problem);
   plan.geometry = geometry_of(call.problem(), cut[0], cut[1], cut[2], cut[3], cut[4]);
   plan.threads = kernel.shape.threads();
   plan.ctas = plan.geometry.ctas();
   plan.shared_bytes = layout_of(call.problem(), kernel, plan.geometry).bytes;
-  const at::Tensor output = call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
-  call.run(plan, output);
+  return {std::move(call), std::move(plan)};
+}
+
+// Launches it on the input's GPU, into an output that is full of NaN before.
+template <typename... Arguments>
+at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
+                             const Arguments&... arguments) {
+  constexpr const char* op = "launch_gpu_kernel";
+  TORCH_CHECK_VALUE(input.is_cuda(), op, ": input must be on a GPU, got ", input.device());
+  const c10::DeviceGuard guard(input.device());
+  const Chosen chosen = choose(op, name, cut, input, arguments...);
+  const at::Tensor output = chosen.call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
+  chosen.call.run(chosen.plan, output);
   return output;
+}
+
+py::dict describe(const Factor& factor) {
+  py::dict result;
+  result["data"] = reinterpret_cast<uintptr_t>(factor.data);
+  result["row_stride"] = factor.row_stride;
+  result["column_stride"] = factor.column_stride;
+  result["tap_stride"] = std::vector<int64_t>(factor.tap_stride, factor.tap_stride + 2);
+  result["vector"] = factor.vector;
+  return result;
+}
+
+// What the kernel would be told, on any device: for the simulator.
+template <typename... Arguments>
+py::dict describe_launch(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
+                         const Arguments&... arguments) {
+  const Chosen chosen = choose("describe_launch", name, cut, input, arguments...);
+  const Launch launch = chosen.call.prepare(chosen.plan.geometry, chosen.call.empty_output());
+  const BlockParams& p = launch.params;
+  const auto strides = [](const int64_t (&values)[4]) { return std::vector<int64_t>(values, values + 4); };
+  py::dict result;
+  result["input"] = reinterpret_cast<uintptr_t>(p.input);
+  result["input_stride"] = strides(p.input_stride);
+  result["input_vector"] = p.input_vector;
+  result["output_stride"] = strides(p.output_stride);
+  result["output_vector"] = p.output_vector;
+  result["in_factor"] = describe(p.in_factor);
+  result["core"] = describe(p.core);
+  result["height_factor"] = describe(p.height_factor);
+  result["width_factor"] = describe(p.width_factor);
+  result["out_factor"] = describe(p.out_factor);
+  result["bias"] = reinterpret_cast<uintptr_t>(p.bias);
+  const Problem& problem = chosen.call.problem();
+  result["planned_vectors"] = std::vector<int64_t>{problem.input_vector, problem.factor_vector, problem.output_vector};
+  result["output_tensor"] = launch.output;
+  // What the pointers point into has to live on.
+  result["kept"] = py::make_tuple(launch.core.defined() ? py::cast(launch.core) : py::none(), launch.bias);
+  return result;
 }
 
 // The check before first use, on a result that is wrong in one channel of one image when `damaged`: what it finds.
@@ -71,7 +122,11 @@ std::string check_gpu_kernel(const std::string& name, const std::string& dtype, 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("launch_gpu_kernel", &launch_gpu_kernel);
+  using Optional = OptionalTensor;
+  m.def("launch_gpu_kernel",
+        &launch_gpu_kernel<at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
+  m.def("describe_launch",
+        &describe_launch<at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
   m.def("check_gpu_kernel", &check_gpu_kernel);
 }
 

@@ -111,14 +111,16 @@ Tensor FusedCall::empty_output() const {
                    input.options().memory_format(input.suggest_memory_format()));
 }
 
-cudaError_t FusedCall::launch(const Plan& plan, const Tensor& output, cudaStream_t stream) const {
+Launch FusedCall::prepare(const Geometry& geometry, const Tensor& output) const {
   const BlockTensors& t = tensors_;
-  const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
-  const Launcher launcher = launcher_of(kernel);
-  if (!launcher) return cudaErrorInvalidDeviceFunction;
+  Launch result;
+  result.output = output;
+  result.core = t.core.defined() && needs_packing(t.core) ? t.core.contiguous(at::MemoryFormat::ChannelsLast) : t.core;
+  result.bias = t.bias;
+  if (result.bias) result.bias = result.bias->contiguous();
 
-  BlockParams params;
-  params.geometry = plan.geometry;
+  BlockParams& params = result.params;
+  params.geometry = geometry;
   params.input = t.input.const_data_ptr();
   params.output = output.data_ptr();
   // A linear layer is one image of one line, its rows side by side.
@@ -133,24 +135,26 @@ cudaError_t FusedCall::launch(const Plan& plan, const Tensor& output, cudaStream
   }
   params.input_vector = int(problem_.input_vector);
   params.output_vector = int(problem_.output_vector);
-
-  const Tensor core =
-      t.core.defined() && needs_packing(t.core) ? t.core.contiguous(at::MemoryFormat::ChannelsLast) : t.core;
-  OptionalTensor bias = t.bias;
-  if (bias) bias = bias->contiguous();
   params.in_factor = factor_of(t.in_factor);
   params.out_factor = factor_of(t.out_factor);
-  if (core.defined()) params.core = core_factor(core);
+  if (result.core.defined()) params.core = core_factor(result.core);
   if (t.height_factor.defined()) {
     params.height_factor = depthwise_factor(t.height_factor, 0);
     params.width_factor = depthwise_factor(t.width_factor, 1);
   }
-  params.bias = bias ? bias->const_data_ptr() : nullptr;
+  params.bias = result.bias ? result.bias->const_data_ptr() : nullptr;
   params.activation = problem_.activation;
+  return result;
+}
 
+cudaError_t FusedCall::launch(const Plan& plan, const Tensor& output, cudaStream_t stream) const {
+  const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
+  const Launcher launcher = launcher_of(kernel);
+  if (!launcher) return cudaErrorInvalidDeviceFunction;
+  const Launch prepared = prepare(plan.geometry, output);
   // Torch's guard has chosen the device for torch's CUDA runtime; this is the call for ours.
   const cudaError_t error = cudaSetDevice(device().index());
-  return error == cudaSuccess ? launcher(params, problem_.dtype, kernel.config, stream) : error;
+  return error == cudaSuccess ? launcher(prepared.params, problem_.dtype, kernel.config, stream) : error;
 }
 
 Tensor FusedCall::run(const Plan& plan) const {

@@ -14,6 +14,13 @@ struct BlockTensors {
   OptionalTensor bias;
 };
 
+// What a kernel is told, and the tensors that it points into besides the call's own.
+struct Launch {
+  BlockParams params;
+  at::Tensor output, core;
+  OptionalTensor bias;
+};
+
 class FusedCall {
  public:
   // `problem` gets its copy widths and whether fp32 may be rounded to tf32. The tensors are on one GPU, and checked.
@@ -24,7 +31,9 @@ class FusedCall {
   c10::Device device() const { return tensors_.input.device(); }
 
   at::Tensor empty_output() const;
-  // Puts the planned kernel onto the stream of the current device. `output` is one of empty_output()'s.
+  // `output` is one of empty_output()'s.
+  Launch prepare(const Geometry& geometry, const at::Tensor& output) const;
+  // Puts the planned kernel onto the stream of the current device.
   cudaError_t launch(const Plan& plan, const at::Tensor& output, cudaStream_t stream) const;
   // The same on the current stream, with an exception that says everything when the launch fails.
   void run(const Plan& plan, const at::Tensor& output) const;
