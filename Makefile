@@ -22,7 +22,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 
 # The part of the CPU suite that a build with CUDA kernels has to pass.
 CUDA_TORCH ?= torch==2.11.0
-CUDA_BUILD_TESTS := tests/test_ops.py tests/test_errors.py tests/test_planning.py tests/test_cuda*.py
+CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py cuda_kernels.py cuda_host.py)
 
 .PHONY: demo test lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights

@@ -49,7 +49,7 @@ def described(call: Call) -> dict[str, Any]:
 
 
 def simulate(call: Call, found: dict[str, Any]) -> Result:
-    """The kernel on exactly the numbers that csrc/cuda has given; `harness.block_call` adds the bounds of the memory."""
+    """The kernel on exactly the numbers that csrc/cuda has given; `block_call` adds the bounds of the memory."""
     kernel, _ = kernel_for(call.problem.op)
     output: Tensor = found["output_tensor"]
     core, bias = found["kept"]
