@@ -52,10 +52,8 @@ def simulate(call: Call, found: dict[str, Any]) -> Result:
     """The kernel on exactly the numbers that csrc/cuda has given; `block_call` adds the bounds of the memory."""
     kernel, _ = kernel_for(call.problem.op)
     output: Tensor = found["output_tensor"]
-    core, bias = found["kept"]
-    tensors = {**call.tensors, **({} if core is None else {"core": core}), **({} if bias is None else {"bias": bias})}
-    if kernel.op == "lowrank_linear":
-        tensors["input"] = tensors["input"].flatten(0, -2)
+    kept = zip(("input", "core", "bias"), found["kept"], strict=True)  # of a linear layer the rows
+    tensors = {**call.tensors, **{name: tensor for name, tensor in kept if tensor is not None}}
     block = harness.block_call(kernel, CUTS[kernel.op], tensors, call.problem.options(), output, {})
     for side in ("input", "output"):
         assert list(getattr(block, f"{side}_stride"))[1] == found[f"{side}_stride"][1]

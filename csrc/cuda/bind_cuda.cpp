@@ -105,7 +105,8 @@ py::dict describe_launch(const std::string& name, std::array<int, 5> cut, const 
   result["planned_vectors"] = std::vector<int64_t>{problem.input_vector, problem.factor_vector, problem.output_vector};
   result["output_tensor"] = launch.output;
   // What the pointers point into has to live on.
-  result["kept"] = py::make_tuple(launch.core.defined() ? py::cast(launch.core) : py::none(), launch.bias);
+  result["kept"] =
+      py::make_tuple(chosen.call.input(), launch.core.defined() ? py::cast(launch.core) : py::none(), launch.bias);
   return result;
 }
 

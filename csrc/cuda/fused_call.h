@@ -28,6 +28,7 @@ class FusedCall {
 
   const char* op() const { return op_; }
   const Problem& problem() const { return problem_; }
+  const at::Tensor& input() const { return tensors_.input; }
   c10::Device device() const { return tensors_.input.device(); }
 
   at::Tensor empty_output() const;
