@@ -110,7 +110,7 @@ py::dict describe_launch(const std::string& name, std::array<int, 5> cut, const 
   return result;
 }
 
-// The check before first use, on a result that is wrong in one channel of one image when `damaged`: what it finds.
+// The check before first use, on a result that is wrong in one channel when `damaged`: what it finds.
 std::string check_gpu_kernel(const std::string& name, const std::string& dtype, bool tf32, int device, bool damaged) {
   const int kernel = gpu_kernel_index(name);
   TORCH_CHECK_VALUE(kernel >= 0, "check_gpu_kernel: no kernel is called '", name, "'");

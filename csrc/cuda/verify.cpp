@@ -43,7 +43,8 @@ at::ScalarType scalar_type(DType dtype) {
 }
 
 // How far the kernel's result may be from the fp64 one, in the Frobenius norm: `magnitude` is the same computed from
-// absolute values. An index off by one anywhere costs far more.
+// absolute values. Of the simulated kernels (tests/simt) none needs more than a fifth of it on the problems below; one
+// channel of 144 that is missing is five times too much in bf16, the coarsest.
 double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
   switch (dtype) {
     case DType::kDouble:
@@ -125,7 +126,7 @@ std::string error_of(c10::Device device, const GpuKernel& kernel, const Trial& t
   const cudaError_t error = call.launch(candidate.plan, output, current_stream(device));
   if (error != cudaSuccess) return "its launch failed: " + describe(error);
 
-  if (damaged) output.select(0, 0).select(0, 0).zero_();
+  if (damaged) output.select(1, 0).zero_();
   const Tensor exact = trial.reference(/*absolute=*/false), found = output.cpu().to(at::kDouble);
   const double norm = exact.norm().item<double>(), difference = (found - exact).norm().item<double>();
   const double magnitude = trial.reference(/*absolute=*/true).norm().item<double>();
