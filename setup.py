@@ -3,6 +3,7 @@
 pip install --no-build-isolation .         into the environment that holds torch
 LOWRANK_OPS_CUDA=0|1                       leave the CUDA kernels out / compile them on a CPU build of torch too
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"         GPU architectures (default: 8.0 8.6 8.9 9.0 10.0 12.0, PTX of 8.0)
+CUDA_HOME=folder                           the CUDA toolkit (default: that of the nvcc on PATH); 12.0 or newer
 DEBUG=1                                    -O0 -g
 MAX_JOBS=n                                 compile jobs (default: cores, at most one for 2 GiB of free memory)
 """
