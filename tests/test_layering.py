@@ -12,7 +12,8 @@ SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
-CUDA = re.compile(r"^(cuda|cublas|cudnn|cute/|cutlass/|nvrtc)")
+# The toolkit's headers. The project's own csrc/cuda/*.h are judged by what they include.
+CUDA = re.compile(r"^(cuda\w*\.h$|cuda/std|cublas|cudnn|cute/|cutlass/|nvrtc)")
 DEVICE_CODE = re.compile(r".*\.cuh?$")
 PLAIN_CPP = re.compile(r"^[a-z_]+$")  # <vector>, <cstdint>: the standard library has no dots or slashes
 
@@ -50,6 +51,13 @@ def test_the_rules_are_applied_to_something() -> None:
     assert SOURCES
     assert list((CSRC / "plan").glob("*.h"))
     assert any(TORCH.match(name) for path in SOURCES for name in includes(path))
+
+
+def test_the_patterns_tell_the_toolkit_from_the_project() -> None:
+    for name in ("cuda.h", "cuda_runtime_api.h", "cuda_bf16.h", "cuda/std/array", "cublas_v2.h"):
+        assert CUDA.match(name), name
+    for name in ("cuda/bind_cuda.h", "cuda/device.h", "gpu_device.h"):
+        assert not CUDA.match(name), name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
