@@ -109,6 +109,11 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
        ++parts)
     tile.columns = round_up(ceil_div(p.ow, parts), even);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
+  if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
+    CpuCaps direct = caps;  // ranks too large for its sixteen planes even in the narrowest tile
+    direct.winograd = CpuCaps::kNever;
+    return cpu_tile(p, direct);
+  }
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
   // than it takes to keep every thread busy. Sums do not depend on them.
   const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
