@@ -84,12 +84,8 @@ def draw_speeds(groups: Groups, title: str, path: Path) -> None:
     figure, axes = _panels(groups)
     for axis, (group, results) in zip(axes, groups.items(), strict=True):
         for of, points in speeds(results).items():
-            label: str | None = f"{of}: {geometric_mean(ratio for _, ratio, _ in points):.2f} x"
-            for op, marker in MARKERS.items():
-                chosen = [(flops / 1e6, ratio) for flops, ratio, made in points if made == op]
-                if chosen:
-                    axis.scatter(*zip(*chosen, strict=True), s=22, marker=marker, color=COLOURS[of], label=label)
-                    label = None
+            label = f"{of}: {geometric_mean(ratio for _, ratio, _ in points):.2f} x"
+            _scatter(axis, [(made, flops / 1e6, ratio) for flops, ratio, made in points], COLOURS[of], label)
         axis.axhline(1.0, color="black", linewidth=1)
         axis.set(title=group, xscale="log", yscale="log", xlabel="MFLOP of the factorized layer")
         axis.legend(fontsize=8, title="geometric means", title_fontsize=8)
@@ -110,12 +106,8 @@ def draw_roofline(groups: Groups, title: str, path: Path) -> None:
             ("fastest peer", "tab:blue", [(p.op, p.least, p.peer) for p in points if p.peer is not None]),
         ):
             share = geometric_mean(least / time for _, least, time in taken)
-            label: str | None = f"{name}: {share:.0%} of the bound"
-            for op, marker in MARKERS.items():
-                chosen = [(least, time) for made, least, time in taken if made == op]
-                if chosen:
-                    axis.scatter(*zip(*chosen, strict=True), s=22, marker=marker, color=colour, label=label, alpha=0.7)
-                    label = None
+            label = f"{name}: {share:.0%} of the bound"
+            _scatter(axis, taken, colour, label, alpha=0.7)
         ends = [min(p.least for p in points), max(p.least for p in points)]
         axis.plot(ends, ends, color="black", linewidth=1)
         axis.set(title=group, xscale="log", yscale="log", xlabel="us at least, by the machine's limits")
@@ -124,6 +116,16 @@ def draw_roofline(groups: Groups, title: str, path: Path) -> None:
     figure.suptitle(f"{title}; circles: Tucker, triangles: CP, squares: linear")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _scatter(axis: Any, points: list[tuple[str, float, float]], colour: str, label: str, alpha: float = 1.0) -> None:
+    """Points (op, x, y), each op with its marker; one entry in the legend for all of them."""
+    entry: str | None = label
+    for op, marker in MARKERS.items():
+        chosen = [(x, y) for made, x, y in points if made == op]
+        if chosen:
+            axis.scatter(*zip(*chosen, strict=True), s=22, marker=marker, color=colour, label=entry, alpha=alpha)
+            entry = None
 
 
 def _panels(groups: Groups) -> tuple[Any, list[Any]]:
