@@ -2,6 +2,7 @@
 
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
+from lowrank_ops.budget import Budget
 from lowrank_ops.chains import NotOneOp
 from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
 from lowrank_ops.factorize import factorize_, fuse_
@@ -15,6 +16,7 @@ from lowrank_ops.report import LayerReport, Report
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "Budget",
     "CPConv1d",
     "CPConv2d",
     "Energy",

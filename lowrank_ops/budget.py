@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-# Steps in which the costs of an allocation are counted. Rounding up loses less than one step a layer.
+# Steps in which the costs of an allocation are counted.
 STEPS = 20_000
 
 
@@ -87,43 +87,53 @@ class Option:
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
     """One option per layer with the least sum of errors among all whose costs sum to at most the budget.
 
-    A multiple-choice knapsack, solved by dynamic programming over costs counted in `STEPS` steps of the budget (rounded
-    up, so the budget always holds), then each layer moves to a better option while what rounding left over allows it.
+    A multiple-choice knapsack, solved by dynamic programming over costs rounded to one of `STEPS` steps of the budget.
+    Of the solutions for each number of steps, the best one that really fits is taken; then layers move to better
+    options while what is left over allows it.
 
     Raises:
         ValueError: not even the cheapest options fit.
     """
-    pruned = [_efficient(layer) for layer in options]
-    least = sum(layer[0].cost for layer in pruned)
-    if least > budget:
+    menus = [_efficient(menu) for menu in options]
+    least = sum(menu[0].cost for menu in menus)
+    allowed = budget * (1 + 1e-12)  # sums of costs are rounded
+    if least > allowed:
         raise ValueError(f"the least possible is {least:.6g}, the budget {budget:.6g}")
-    step = budget / STEPS if budget else 1.0
-    best = np.zeros(STEPS + 1)
+    step = budget / STEPS or 1.0
+    shifts = [[round(option.cost / step) for option in menu] for menu in menus]
+    size = STEPS + len(menus) + 1  # sums of rounded costs may pass the budget where those of the costs do not
+    best = np.zeros(size)
     taken: list[np.ndarray] = []
-    for layer in pruned:
-        total = np.full(STEPS + 1, np.inf)
-        which = np.zeros(STEPS + 1, dtype=np.int32)
-        for index, option in enumerate(layer):
-            shift = int(np.ceil(option.cost / step - 1e-9))
-            if shift > STEPS:
-                continue
-            reached = np.full(STEPS + 1, np.inf)
-            reached[shift:] = best[: STEPS + 1 - shift] + option.error
-            better = reached < total
-            total[better], which[better] = reached[better], index
+    for menu, costs in zip(menus, shifts, strict=True):
+        total = np.full(size, np.inf)
+        which = np.zeros(size, dtype=np.int32)
+        for index, (option, shift) in enumerate(zip(menu, costs, strict=True)):
+            if shift < size:
+                reached = best[: size - shift] + option.error
+                better = reached < total[shift:]
+                total[shift:][better], which[shift:][better] = reached[better], index
         best = total
         taken.append(which)
-    chosen: list[int]
-    if np.isfinite(best[-1]):
-        chosen, at = [], STEPS
-        for layer, which in zip(reversed(pruned), reversed(taken), strict=True):
-            index = int(which[at])
-            chosen.insert(0, index)
-            at -= int(np.ceil(layer[index].cost / step - 1e-9))
-    else:  # the cheapest options fit, but not once their costs are rounded up
-        chosen = [0] * len(pruned)
-    _use_the_rest(pruned, chosen, budget)
-    return [layer[index] for layer, index in zip(pruned, chosen, strict=True)]
+    chosen = [0] * len(menus)
+    for capacity in range(size - 1, -1, -1):
+        if not np.isfinite(best[capacity]):
+            break
+        found = _followed_back(taken, shifts, capacity)
+        if sum(menu[index].cost for menu, index in zip(menus, found, strict=True)) <= allowed:
+            chosen = found
+            break
+    _use_the_rest(menus, chosen, allowed)
+    return [menu[index] for menu, index in zip(menus, chosen, strict=True)]
+
+
+def _followed_back(taken: Sequence[np.ndarray], shifts: Sequence[Sequence[int]], capacity: int) -> list[int]:
+    """The option of each layer on the way to the best sum within a number of steps."""
+    chosen: list[int] = []
+    for which, costs in zip(reversed(taken), reversed(shifts), strict=True):
+        index = int(which[capacity])
+        chosen.append(index)
+        capacity -= costs[index]
+    return chosen[::-1]
 
 
 def _efficient(options: Sequence[Option]) -> list[Option]:

@@ -195,6 +195,13 @@ class _Work:
                 f"{'it' if len(unreached) == 1 else 'them'} on these inputs; exclude such layers or give other data"
             )
 
+        for site in sites:
+            if not bool(torch.isfinite(self.moments[id(site.layer)].input).all()):
+                raise ValueError(
+                    f"factorize_: {site.names[0]} sees values that are not finite on the calibration data; leave out "
+                    "the samples that cause them, or exclude the layer"
+                )
+
     def whitened(self) -> dict[int, torch.Tensor]:
         """What a `Budget` weighs: whitened weights, or weights divided by their norms."""
         result = {}

@@ -189,7 +189,7 @@ def _cp_options(
     part = core[:_CP_CHANNELS, :_CP_CHANNELS]
     outside = float(core.square().sum() - part.square().sum())
     energy = float(part.square().sum())
-    limit = max(weight.shape[:2])
+    limit = min(max(weight.shape[:2]), weight.numel() // max(weight.shape))
     points: list[tuple[float, float]] = []
     for share in _CP_SHARES:
         rank = max(min(int(share * max(part.shape[:2])), part.numel() // max(part.shape)), 1)

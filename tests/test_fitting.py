@@ -100,7 +100,9 @@ def test_an_exact_map_is_found() -> None:
 @pytest.mark.parametrize("metric", [None, _moment(5, 4)], ids=["plain", "weighted"])
 def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
     features = _normal(300, 6) @ _normal(6, 6, seed=9)
-    regression = Regression(features, features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2), torch.zeros(5, 6), metric)
+    regression = Regression(
+        features, features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2), torch.zeros(5, 6), metric
+    )
     out, inner, bias = regression.solve(2)
     assert out.shape == (5, 2)
     torch.testing.assert_close(out.T @ out, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-12)

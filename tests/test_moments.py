@@ -39,7 +39,9 @@ def test_a_layer_is_its_weight_times_rows(layer: Layer) -> None:
     bias = 0 if layer.bias is None else layer.bias
     product = input_rows(layer, input, positions).flatten(1) @ layer.weight.flatten(1).T + bias
     # at most 15 products of numbers around 1 in fp64, summed in another order
-    torch.testing.assert_close(product, output_rows(layer, output), rtol=0, atol=64 * torch.finfo(torch.float64).eps * 15)
+    torch.testing.assert_close(
+        product, output_rows(layer, output), rtol=0, atol=64 * torch.finfo(torch.float64).eps * 15
+    )
     some = draw_positions(layer, output, 6, "some")
     assert len(some.unique()) == 6
     assert torch.equal(some, draw_positions(layer, output, 6, "some"))
