@@ -41,6 +41,8 @@ def frobenius_decay(model: nn.Module, weight: float) -> Tensor:
     `weight` in the sense of an optimizer's `weight_decay` on the dense layers. So the optimizer should have none
     on the factors:
 
+        from lowrank_ops.module_base import FactorizedModule
+
         factors = {id(f) for m in model.modules() if isinstance(m, FactorizedModule) for f in m.factors().values()}
         groups = [
             {"params": [p for p in model.parameters() if id(p) in factors], "weight_decay": 0.0},

@@ -76,7 +76,8 @@ def distill_(
     The loss of a batch is `|student - teacher|^2 / |teacher|^2` of the outputs (the mean over them, if the networks
     return several floating-point tensors) plus `layer_weight` times the mean of the same over the student's
     factorized layers, each against the teacher's layer of the same qualified name. Where an activation was folded
-    into a factorized layer it is applied to the teacher's convolution or linear layer first.
+    into a factorized layer it is applied to the teacher's convolution or linear layer first. A layer that a batch does
+    not reach, or to which the teacher gives only zeros, adds nothing in that step.
 
     Both networks run in eval mode (dropout off, the student's recurrent layers without dropout in training mode, as
     cuDNN's backward requires), the teacher without gradients. All parameters of the student that require gradients
@@ -87,8 +88,7 @@ def distill_(
     Under torch.distributed (`torchrun`) every process calls this with a loader of its own, and the result is that
     of one process on the union of the batches: squared errors are normalized over all processes, gradients
     averaged, the time limit is agreed on. A plain student starts from process 0's values. A student in
-    DistributedDataParallel or under FSDP2 (`fully_shard`) averages its gradients itself. For float32 parameters
-    gloo needs `set_force_sum_reduction_for_comms(True)` on FSDP2 modules.
+    DistributedDataParallel or under FSDP2 (`fully_shard`) averages its gradients itself.
 
     Args:
         student: the factorized network, best in float32 (small steps are lost in bfloat16 parameters).
@@ -102,12 +102,13 @@ def distill_(
             one from a list of them (`functools.partial(torch.optim.SGD, lr=0.01)`). Its learning rates are the
             peaks of the schedule: a linear rise over 20 steps (a tenth of `steps`, if that is less), then a cosine to
             zero over steps or minutes, whichever ends first.
-        learning_rate: of Adam, 1e-3 by default; not together with `optimizer`.
+        learning_rate: of Adam, 2e-3 by default; not together with `optimizer`. Small networks often
+            bear 1e-2; where the loss rises, take less.
         layer_weight: of the layers' errors; 0 leaves them out, and any two networks with the same outputs will do.
         temperature: None: squared errors, whatever the outputs mean. A number: the outputs are logits of classes
-            along the last axis, `[N, C]` or `[N, T, C]`, and their part of the loss is the cross entropy's
-            `KL(teacher / temperature, student / temperature) temperature^2`, the mean over rows (Hinton et al.,
-            arXiv:1503.02531).
+            along the last axis, `[N, C]` or `[N, T, C]`, and their part of the loss is `temperature^2 KL(p, q)`, the
+            mean over rows, with p and q the teacher's and the student's softmax of logits / temperature (Hinton et
+            al., arXiv:1503.02531).
         batchnorm: "frozen": BatchNorm normalizes with its running statistics, which stay as they are. "train": with
             those of the batch, and the running statistics move (plain students: averaged over the processes at the
             end). Its weight and bias are trained in either case.
@@ -237,7 +238,7 @@ def _optimizer(
     if not parameters:
         raise ValueError("distill_: student must have parameters that require gradients, it has none")
     if optimizer is None:
-        rate = 1e-3 if learning_rate is None else learning_rate
+        rate = 2e-3 if learning_rate is None else learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)):
             raise TypeError(f"distill_: learning_rate must be a number, got {rate!r}")
         if not (rate > 0 and math.isfinite(rate)):

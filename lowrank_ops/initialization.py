@@ -35,7 +35,8 @@ class Spectral:
     decomposed into its own kind of block: Tucker-2 by `tucker_decompose`, CP by `cp_decompose` of the
     `[T, S, KH, KW]` draw (the paper's own block, another one, comes from the draw as a `[T KH, S KW]` matrix). The
     product is the best, for Tucker and CP a good, approximation of the draw at that rank: its norm is below the
-    draw's by what was cut off. A CP decomposition takes seconds for 512x512x3x3, the others less.
+    draw's by what was cut off. A CP decomposition of a large layer can take a minute, a Tucker decomposition or
+    an SVD some seconds.
 
     Args:
         init: what the dense weight is drawn from: "default" (nn.Conv2d's and nn.Linear's own), the name of a

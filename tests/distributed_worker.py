@@ -80,7 +80,7 @@ def batches(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def learn(student: nn.Module, teacher: nn.Module, data: Any, **options: Any) -> list[float]:
-    optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    optimizer = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
     return distill_(student, teacher, data, optimizer=optimizer, progress=False, **{"steps": STEPS, **options}).losses
 
 

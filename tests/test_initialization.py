@@ -367,11 +367,11 @@ def test_frobenius_decay_over_a_model() -> None:
     model = nn.Sequential(TuckerConv2d(S, S, 3, 4), nn.ReLU(), nn.Sequential(shared, shared), nn.Linear(S, 2))
     penalty = lowrank_ops.frobenius_decay(model, 0.5)
     expected = 0.25 * (product(model[0]).square().sum() + product(shared).square().sum())
-    assert float(penalty) == pytest.approx(float(expected), rel=1e-5)
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-5)
     penalty.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {"0.in_factor", "0.core", "0.out_factor", "2.0.in_factor", "2.0.out_factor"}
-    assert float(lowrank_ops.frobenius_decay(model, 0)) == 0
+    assert lowrank_ops.frobenius_decay(model, 0).item() == 0
 
 
 def test_frobenius_decay_decays_the_product() -> None:
