@@ -2,6 +2,7 @@
 
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
+from lowrank_ops.budget import Budget
 from lowrank_ops.chains import NotOneOp
 from lowrank_ops.decay import frobenius_decay, frobenius_norm_squared
 from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
@@ -18,6 +19,7 @@ from lowrank_ops.report import LayerReport, Report
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "Budget",
     "CPConv1d",
     "CPConv2d",
     "DistillReport",

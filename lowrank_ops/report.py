@@ -36,6 +36,8 @@ class LayerReport:
         macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
             of the layer together), or per output pixel (per row for a linear layer) without one.
         weight_error: `||W - W_dense|| / ||W_dense||`.
+        output_error: relative error of the layer's output on the calibration data, with the inputs that the factorized
+            layers before it give it.
         reason: why the layer was left.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
@@ -51,6 +53,7 @@ class LayerReport:
     macs_before: int | None = None
     macs_after: int | None = None
     weight_error: float | None = None
+    output_error: float | None = None
     reason: str | None = None
     output_size: tuple[int, ...] | None = None
     milliseconds_before: float | None = None
@@ -149,7 +152,8 @@ class Report:
         table.add_column("parameters", justify="right", footer=_change(before, after))
         macs = _change(self.total("macs_before"), self.total("macs_after"))
         table.add_column(f"MACs{unit}", justify="right", footer=macs)
-        table.add_column("error", justify="right")
+        fitted = any(layer.output_error is not None for layer in self.layers)
+        table.add_column("output error" if fitted else "error", justify="right")
         timed = self.total("milliseconds_before") is not None
         if timed:
             times = (self.total("milliseconds_before"), self.total("milliseconds_after"))
@@ -163,7 +167,7 @@ class Report:
                 "" if layer.ranks is None else ", ".join(map(str, layer.ranks)),
                 _change(layer.parameters_before, layer.parameters_after),
                 _change(layer.macs_before, layer.macs_after),
-                "" if layer.weight_error is None else f"{layer.weight_error:.3f}",
+                _error(layer.output_error if fitted else layer.weight_error),
             ]
             if timed:
                 cells.append(_change(layer.milliseconds_before, layer.milliseconds_after))
@@ -261,6 +265,10 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None or before == after:
         return _number(before)
     return f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _number(value: float) -> str:
