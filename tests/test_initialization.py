@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
-from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, Spectral, TuckerConv1d, TuckerConv2d
-from lowrank_ops.decompose import cp_decompose
+from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, Spectral, TuckerConv1d, TuckerConv2d, cp_decompose
 from lowrank_ops.initialization import NAMED, product_norm_squared
 
 S, T = 10, 13
