@@ -2,8 +2,8 @@
 
 Two questions for each network, answered on data that no fit has seen:
 
-* at a given number of times fewer multiplications: the weights alone and one ratio everywhere; ranks for a `Budget`; the
-  same calibrated; the same distilled. With the minutes that each took and the 95 % interval (paired bootstrap over
+* at a given number of times fewer multiplications: the weights alone and one ratio everywhere; ranks for a `Budget`;
+  the same calibrated; the same distilled. With the minutes that each took and the 95 % interval (paired bootstrap over
   samples) of the difference to the dense network.
 * at equal latency, as measured: `Budget(latency=...)` against one ratio everywhere and against VBMF's ranks, all
   calibrated on the same data.
@@ -32,6 +32,8 @@ from benchmarks import bench
 from benchmarks.subjects import Subject, load
 from lowrank_ops import Budget
 from lowrank_ops.calls import recorded_calls
+from lowrank_ops.options import Choice, empty_module, is_matrix
+from lowrank_ops.ranks import linear_rank, tucker_ranks
 from lowrank_ops.report import count_macs, count_parameters
 
 RATIOS = (0.25, 0.35, 0.5, 0.65)
@@ -78,7 +80,9 @@ class Study:
         budget = Budget(macs=1 / subject.cut, example_input=subject.example_input)
         self._judge("cut", f"weights, ratio {ratio:.3f}", *self._compressed(rank=ratio))
         self._judge("cut", "weights, budget", *self._compressed(rank=budget))
-        self._judge("cut", f"calibrated, ratio {ratio:.3f}", *self._compressed(rank=ratio, calibration=subject.calibration))
+        self._judge(
+            "cut", f"calibrated, ratio {ratio:.3f}", *self._compressed(rank=ratio, calibration=subject.calibration)
+        )
         student, spent = self._compressed(rank=budget, calibration=subject.calibration)
         self._judge("cut", "calibrated, budget", student, spent)
         started = time.perf_counter()
@@ -129,33 +133,40 @@ class Study:
         )
         self.rows.append(row)
         print(
-            f"{row.network:8}{row.method:36} {row.metric:.4f} (dense {row.dense:.4f}, {row.low:+.4f} to {row.high:+.4f}) "
-            f"{row.macs:5.2f}x fewer MACs {row.speedup:5.2f}x faster {row.minutes:5.2f} min",
+            f"{row.network:8}{row.method:36} {row.metric:.4f} (dense {row.dense:.4f}, "
+            f"{row.low:+.4f} to {row.high:+.4f}) {row.macs:5.2f}x fewer MACs {row.speedup:5.2f}x faster "
+            f"{row.minutes:5.2f} min",
             flush=True,
         )
         return row
 
     def _ratio_for(self, cut: float) -> float:
-        """The fraction of the channels that cuts multiplications so many times everywhere, by bisection on ranks."""
-        low, high = 0.02, 1.0
+        """The fraction of the channels that cuts multiplications so many times when it is taken everywhere."""
+        dense = self.subject.dense
+        layers = [layer for layer in dense.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        calls = recorded_calls(dense, self.subject.example_input, layers)
+
+        def macs(ratio: float) -> float:
+            total = 0
+            for layer in layers:
+                module = _block(layer, ratio)
+                smaller = all(count(module) < count(layer) for count in (count_macs, count_parameters))  # type: ignore[operator]
+                chosen = module if smaller else layer
+                total += calls.of(layer).total(lambda shape, chosen=chosen: count_macs(chosen, shape)) or 0  # type: ignore[misc]
+            return total
+
+        low, high, target = 0.02, 1.0, macs_of(dense, self.subject.example_input) / cut
         for _ in range(10):
             middle = (low + high) / 2
-            model = copy.deepcopy(self.subject.dense)
-            for name, layer in list(model.named_modules()):
-                if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-                    parent, _, key = name.rpartition(".")
-                    rank = lowrank_ops.ranks.tucker_ranks(middle, layer.weight)
-                    if min(rank) * 2 > max(layer.weight.shape[:2]) * 2:
-                        continue
-                    empty = lowrank_ops.TuckerConv2d(
-                        layer.in_channels, layer.out_channels, layer.kernel_size, rank, layer.stride, layer.padding,
-                        layer.dilation,
-                    )  # fmt: skip
-                    if (count_macs(empty) or 0) < (count_macs(layer) or 0):
-                        setattr(model.get_submodule(parent), key, empty)
-            reached = macs_of(self.subject.dense, self.subject.example_input) / macs_of(model, self.subject.example_input)
-            low, high = (middle, high) if reached > cut else (low, middle)
-        return round(high, 3)
+            low, high = (low, middle) if macs(middle) > target else (middle, high)
+        return round(low, 3)
+
+
+def _block(layer: Any, ratio: float) -> nn.Module:
+    """What `factorize_(rank=ratio)` makes of a layer, without values."""
+    if is_matrix(layer):
+        return empty_module(layer, Choice("svd", linear_rank(ratio, layer.weight.flatten(1))))
+    return empty_module(layer, Choice("tucker", tucker_ranks(ratio, layer.weight)))
 
 
 def interval(differences: np.ndarray, weights: np.ndarray, draws: int = 2000) -> tuple[float, float]:
@@ -169,12 +180,25 @@ def macs_of(model: nn.Module, example_input: torch.Tensor) -> float:
     """Multiply-accumulates of the convolution, linear and factorized layers in a forward pass."""
     layers = [layer for layer in model.modules() if count_macs(layer) is not None]
     calls = recorded_calls(model, example_input, layers)
-    return float(sum(calls.of(layer).total(lambda shape, layer=layer: count_macs(layer, shape)) or 0 for layer in layers))
+    total = 0
+    for layer in layers:
+        total += calls.of(layer).total(lambda shape, layer=layer: count_macs(layer, shape)) or 0  # type: ignore[misc]
+    return float(total)
 
 
 def table_of(rows: Sequence[Row]) -> Table:
     table = Table(title="compressed networks, judged on data that no fit has seen")
-    for column in ("network", "method", "metric", "dense", "difference (95 %)", "MACs", "parameters", "faster", "minutes"):
+    for column in (
+        "network",
+        "method",
+        "metric",
+        "dense",
+        "difference (95 %)",
+        "MACs",
+        "parameters",
+        "faster",
+        "minutes",
+    ):
         table.add_column(column, justify="left" if column in ("network", "method") else "right")
     for row in rows:
         table.add_row(

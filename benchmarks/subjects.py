@@ -98,7 +98,7 @@ def text_subject(characters: int = 10_000, noise: float = 25.0, hard_noise: floa
         "character error rate",
         score,
         4.5,
-        f"{int(lengths.sum())} characters in {len(lines)} rendered lines, noise {noise:.0f} and {hard_noise:.0f} of 255",
+        f"{lengths.sum():.0f} characters in {len(lines)} rendered lines, noise {noise:.0f} and {hard_noise:.0f} of 255",
     )
 
 
@@ -137,7 +137,10 @@ def fashion_subject(data: Path | None, epochs: int = 6) -> Subject:
 
     @torch.inference_mode()
     def score(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        wrong = [model(part).argmax(1) != target for part, target in zip(test_inputs.split(500), truth.split(500), strict=True)]
+        wrong = [
+            model(part).argmax(1) != target
+            for part, target in zip(test_inputs.split(500), truth.split(500), strict=True)
+        ]
         return torch.cat(wrong).double().numpy(), np.ones(len(truth))
 
     return Subject(
@@ -162,8 +165,8 @@ def read_idx(folder: Path | None, name: str) -> np.ndarray:
         shape = np.frombuffer(raw, ">i4", axes, 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
     raise FileNotFoundError(
-        f"{name} of Fashion-MNIST is not in {folder}: --data FOLDER with the idx files, for example of Debian's package "
-        "(apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb FOLDER)"
+        f"{name} of Fashion-MNIST is not in {folder}: give --data FOLDER with the idx files, for example those of "
+        "Debian's package (apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb FOLDER)"
     )
 
 
