@@ -91,7 +91,9 @@ def _obstacle(pair: Pair) -> str | None:
     if pair.reason is not None:
         return pair.reason
     if pair.follower is None:
-        return f"it is called in the source of a forward, which stays as it is: make it an nn.Module there, or {_BY_HAND}"
+        return (
+            f"it is called in the source of a forward, which stays as it is: make it an nn.Module there, or {_BY_HAND}"
+        )
     if pair.layer.activation != "none":
         return f"the block has an activation already ({pair.layer.activation})"
     return None

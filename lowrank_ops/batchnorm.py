@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,7 @@ from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.calls import _eval_mode
 from lowrank_ops.module_base import FactorizedConv, FactorizedModule
 from lowrank_ops.modules import LowRankLinear
-from lowrank_ops.pairs import Fold, FoldReport, find_pairs, require_same, run_on
+from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
 from lowrank_ops.surgery import Owners, Site, find_sites
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
@@ -77,7 +78,7 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
                 continue
             pair = found[0]  # more than one has the reason that it is called more than once
             layers[id(norm)] = pair.layer_name
-            reason = pair.reason or _obstacle(pair.layer, norm, owners, axes)
+            reason = _obstacle(pair, norm, owners, axes)
             reasons[id(norm)] = reason or _fold(pair.layer, site, undo)
         if example_input is not None:
             require_same(before, run_on(model, example_input, "fold_batchnorm_"), "fold_batchnorm_")
@@ -164,7 +165,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _run_and_watch(
-    model: nn.Module, example_input: Any, matrices: list[nn.Module]
+    model: nn.Module, example_input: Any, matrices: Sequence[nn.Module]
 ) -> tuple[list[Tensor], dict[int, set[int]]]:
     """What the model gives on the example input, and how many axes the outputs of the linear layers have."""
     axes: dict[int, set[int]] = {}
@@ -182,14 +183,16 @@ def _run_and_watch(
             handle.remove()
 
 
-def _obstacle(layer: nn.Module, norm: nn.Module, owners: Owners, axes: dict[int, set[int]]) -> str | None:
-    """Why this BatchNorm cannot be folded into this layer, wherever they stand; None if it can."""
+def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[int]]) -> str | None:
+    """Why this BatchNorm cannot be folded into the layer before it; None if it can. What they are comes first."""
     assert isinstance(norm, _BatchNorm)
+    layer = pair.layer
     if isinstance(layer, _ConvTransposeNd):
         return "after a transposed convolution, which is not supported"
     plain = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     if plain is None or any(
-        getattr(type(layer), method, None) is not getattr(plain, method, None) for method in ("forward", "_conv_forward")
+        getattr(type(layer), method, None) is not getattr(plain, method, None)
+        for method in ("forward", "_conv_forward")
     ):
         return f"{type(layer).__name__} has a forward of its own, which may change the layer"
     if type(norm) not in _NORMS:
@@ -206,6 +209,8 @@ def _obstacle(layer: nn.Module, norm: nn.Module, owners: Owners, axes: dict[int,
         return "the layer's parameters have no values yet"
     if rows.shape[0] != norm.num_features:
         return f"it has {norm.num_features} features, the layer {rows.shape[0]} outputs: it normalizes another axis"
+    if pair.reason is not None:
+        return pair.reason
     shared = owners.sharing(layer)
     if shared is not None:
         return f"the layer shares a parameter with {shared}"

@@ -165,8 +165,8 @@ def require_same(before: list[Tensor], after: list[Tensor], where: str) -> None:
         norm = old[finite].double().norm().item()
         if error > math.sqrt(torch.finfo(old.dtype).eps) * norm:
             raise RuntimeError(
-                f"{where}: the output on example_input changes by {error:.2e} at a norm of {norm:.2e}, so the model was "
-                "left as it was. A forward may call, slice or read parts of the model in a way that torch.fx does not see"
+                f"{where}: the output on example_input changes by {error:.2e} at a norm of {norm:.2e}, so the model "
+                "was left as it was. A forward may call, slice or read parts of it in a way that torch.fx does not see"
             )
 
 
@@ -212,6 +212,8 @@ def _scopes(name: str, module: nn.Module, untraced: dict[str, str]) -> Iterator[
 
 def _traced(module: nn.Module) -> tuple[fx.Graph, ...]:
     """Graphs in eval and in train mode, of a copy that shares the tensors: a forward may keep what it is given."""
+    if "forward" in module.__dict__:  # torch.fx would trace that of the class
+        raise TypeError("its forward was replaced by one of the instance")
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     for part in module.modules():
         memo.update({id(getattr(part, hooks)): getattr(part, hooks) for hooks in _HOOKS})
@@ -270,6 +272,8 @@ class _Calls:
             called = type(module).__name__ if self._names[id(module)] == "" else self._names[id(module)]
             if has_hooks(module):
                 return f"{called} has hooks, which would see other values"
+            if "forward" in module.__dict__:
+                return f"{called} has a forward that was replaced"
             if type(module) is nn.Identity:
                 continue
             if self.calls[id(module)] > 1:

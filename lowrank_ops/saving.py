@@ -62,9 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if reason is not None:
             raise ValueError(f"save: {name} {reason}")
     structure = Structure.of(model)
-    stored = {
-        name: tensor.detach().contiguous() for name, tensor in tensors.items() if name not in structure.same
-    }
+    stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if name not in structure.same}
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -104,7 +102,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"load: {path} is no complete safetensors file: {error}") from error
     if KEY not in metadata:
@@ -145,12 +143,13 @@ def _unsavable(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_tensors(
-    model: nn.Module, new: Iterable[nn.Module], stored: dict[str, Tensor], structure: Structure
-) -> None:
+def _check_tensors(model: nn.Module, new: Iterable[nn.Module], stored: dict[str, Tensor], structure: Structure) -> None:
     """Names, ties, shapes, dtypes and strides. Raises ValueError."""
     tensors = named_tensors(model)
     without_values = {id(parameter) for block in new for parameter in block.parameters()}
+    for name, tensor in tensors.items():
+        if is_lazy(tensor) or (tensor.is_meta and id(tensor) not in without_values):
+            raise ValueError(f"{name} has no memory in the model (meta or lazy): build it on a device first")
     missing = [name for name in tensors if name not in stored and name not in structure.same]
     unexpected = [name for name in (*stored, *structure.same) if name not in tensors]
     if missing or unexpected:
@@ -168,12 +167,10 @@ def _check_tensors(
             )
     for name, tensor in stored.items():
         target = tensors[name]
-        if is_lazy(target) or (target.is_meta and id(target) not in without_values):
-            raise ValueError(f"{name} has no memory in the model (meta or lazy): build it on a device first")
         if tensor.shape != target.shape or tensor.dtype != target.dtype:
             raise ValueError(
-                f"{name} is {list(tensor.shape)} {tensor.dtype} in the file, {list(target.shape)} {target.dtype} in the "
-                f"model{'' if tensor.shape != target.shape else '; convert the model with model.to(dtype) first'}"
+                f"{name} is {list(tensor.shape)} {tensor.dtype} in the file, {list(target.shape)} {target.dtype} in "
+                f"the model{'' if tensor.shape != target.shape else '; convert the model with model.to(dtype) first'}"
             )
         structure.stride_of(name, tensor)
 

@@ -48,9 +48,7 @@ class Block:
     def build(self, bias: bool, dtype: torch.dtype) -> FactorizedModule:
         """The module on the meta device. Raises ValueError or TypeError for what no module can be."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in self.arguments.items()}
-        module = KINDS[self.type](
-            **values, rank=1, bias=bias, activation=self.activation, device="meta", dtype=dtype
-        )
+        module = KINDS[self.type](**values, rank=1, bias=bias, activation=self.activation, device="meta", dtype=dtype)
         pair = isinstance(self.rank, list)
         if pair != isinstance(module.rank, tuple) or (isinstance(self.rank, list) and len(self.rank) != 2):
             raise ValueError(f"{self.names[0]}: rank {self.rank} is no rank of a {self.type}")

@@ -265,7 +265,9 @@ def test_left_for_its_kind(layer: nn.Module, norm: nn.Module | None, reason: str
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
 def test_left_for_hooks(which: int, register: str) -> None:
     model = pair(nn.Conv2d(5, 6, 1))
     getattr(model[which], register)(lambda *_: None)
@@ -311,13 +313,24 @@ def test_dtype_layout_and_requires_grad_stay(dtype: torch.dtype) -> None:
 
 
 def test_an_alias_is_folded_once() -> None:
-    model = pair(nn.Conv2d(5, 6, 1))
-    model.first, model.second = model[0], model[1]
-    model.forward = lambda input: model[1](model[0](input))  # type: ignore[method-assign]
+    model = trained(Uses(lambda model, input: model.norm(model.conv(input))))
+    model.also = nn.ModuleList([model.conv, model.norm])
     expected = model(IMAGE)
     assert len(fold_batchnorm_(model).folded) == 1
-    assert model.second is model[1] and type(model[1]) is nn.Identity
+    assert model.also[1] is model.norm and type(model.norm) is nn.Identity
     torch.testing.assert_close(model(IMAGE), expected)
+
+
+def test_a_forward_of_the_instance_is_not_mistaken_for_that_of_its_class() -> None:
+    model = pair(nn.Conv2d(5, 6, 1))
+    model.forward = lambda input: model[1](F.relu(model[0](input)))  # type: ignore[method-assign]
+    expected = model(IMAGE)
+    report = fold_batchnorm_(model)
+    assert not report.folded and "replaced" in report.untraced[""]
+    assert torch.equal(model(IMAGE), expected)
+    model = pair(nn.Conv2d(5, 6, 1))
+    model[0].forward = F.relu  # type: ignore[method-assign]
+    assert_left(model, "0 has a forward that was replaced")
 
 
 class Tapped(nn.Module):
@@ -346,7 +359,7 @@ def test_example_input_shows_what_no_graph_does() -> None:
     with pytest.raises(ValueError, match="example_input: batch 0 holds 1 NaN"):
         fold_batchnorm_(model, torch.full((1, 1), float("nan")))
     assert torch.equal(model(IMAGE), expected)
-    with pytest.raises(TypeError, match="fold_batchnorm_: model must be an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"fold_batchnorm_: model must be an nn.Module, got int"):
         fold_batchnorm_(3)  # type: ignore[arg-type]
 
 
@@ -398,7 +411,12 @@ def test_everything_else_is_in_eval_mode() -> None:
 def test_data_of_every_kind_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     data = torch.randn(40, 4)
     expected = torch.stack([data[:32].mean(0), data[32:].mean(0)]).mean(0)
-    for calibration in (data, [data[:32], data[32:]], [(data[:32],), {"input": data[32:]}], [[data[:32], 1], data[32:]]):
+    for calibration in (
+        data,
+        [data[:32], data[32:]],
+        [(data[:32],), {"input": data[32:]}],
+        [[data[:32], 1], data[32:]],
+    ):
         model = nn.Sequential(nn.BatchNorm1d(4))
         reestimate_batchnorm_(model, calibration)
         torch.testing.assert_close(model[0].running_mean, expected)
@@ -446,7 +464,7 @@ def test_overflowing_statistics_are_refused() -> None:
 def test_nothing_to_estimate() -> None:
     model = pair(nn.Conv2d(5, 6, 1))
     fold_batchnorm_(model)
-    with pytest.raises(ValueError, match="Sequential has no BatchNorm with running statistics.*estimate first"):
+    with pytest.raises(ValueError, match=r"Sequential has no BatchNorm with running statistics.*estimate first"):
         reestimate_batchnorm_(model, IMAGE)
-    with pytest.raises(TypeError, match="model must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module"):
         reestimate_batchnorm_(None, IMAGE)  # type: ignore[arg-type]

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d, export_onnx, factorize_, fuse_, to_chain
+from lowrank_ops import (
+    CPConv1d,
+    CPConv2d,
+    LowRankLinear,
+    TuckerConv1d,
+    TuckerConv2d,
+    export_onnx,
+    factorize_,
+    fuse_,
+    to_chain,
+)
 from lowrank_ops.module_base import FactorizedModule
 
 IMAGE = torch.randn(2, 5, 12, 11, generator=torch.Generator().manual_seed(0))
@@ -28,7 +38,9 @@ BLOCKS = [
     (CPConv1d(5, 6, 3, 4, padding=2, dilation=2, padding_mode="reflect"), IMAGE[:, :, 0]),
     (LowRankLinear(11, 6, 4, activation="relu"), IMAGE),
 ]
-each_block = pytest.mark.parametrize(("block", "input"), BLOCKS, ids=lambda value: repr(value)[:60] if isinstance(value, nn.Module) else "")
+each_block = pytest.mark.parametrize(
+    ("block", "input"), BLOCKS, ids=lambda value: repr(value)[:60] if isinstance(value, nn.Module) else ""
+)
 
 
 @each_block
@@ -45,7 +57,7 @@ def test_chain_equals_the_block(block: FactorizedModule, input: Tensor) -> None:
 
 def test_the_model_is_not_touched_and_shares_nothing() -> None:
     shared = nn.Conv2d(16, 16, 3, padding=1)
-    model = nn.Sequential(shared, nn.BatchNorm2d(16), nn.ReLU(), shared)
+    model = nn.Sequential(shared, nn.BatchNorm2d(16), nn.ReLU(), shared).eval()
     factorize_(model, "tucker", 4, progress=False)
     model[3].register_forward_hook(lambda module, args, output: 2 * output)
     before = copy.deepcopy(model.state_dict())
@@ -58,7 +70,7 @@ def test_the_model_is_not_touched_and_shares_nothing() -> None:
         for tensor in chain.state_dict().values():
             tensor.zero_()
     assert all(torch.equal(value, before[name].to(value)) for name, value in model.float().state_dict().items())
-    with pytest.raises(TypeError, match="to_chain: model must be an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"to_chain: model must be an nn.Module, got int"):
         to_chain(1)  # type: ignore[arg-type]
 
 
@@ -80,7 +92,7 @@ def run(path: Path, *inputs: Tensor) -> Tensor:
 
 @each_block
 def test_onnx_runtime_agrees(block: FactorizedModule, input: Tensor, tmp_path: Path) -> None:
-    """Within the budget of tests/conftest.py for fp32, 2 u |A|; an activation's slope is at most 1.2 (silu, gelu)."""
+    """Within the budget of tests/conftest.py for fp32, 2 u |A|; an activation's slope is at most 1.5 (hardswish)."""
     pytest.importorskip("onnx", reason="onnx is not installed (pip install .[bench])")
     model = nn.Sequential(block).float()
     export_onnx(model, tmp_path / "model.onnx", input)
@@ -89,7 +101,7 @@ def test_onnx_runtime_agrees(block: FactorizedModule, input: Tensor, tmp_path: P
     exact = copy.deepcopy(model).double()(input.double())
     assert output.shape == exact.shape and exact.norm() > 0
     error = (output.double() - exact).norm()
-    assert error <= 1.2 * torch.finfo(torch.float32).eps * absolute(model, input).norm()
+    assert error <= 1.5 * torch.finfo(torch.float32).eps * absolute(model, input).norm()
 
 
 class TwoInputs(nn.Module):
@@ -116,6 +128,6 @@ def test_arguments_options_and_eval_mode(as_keywords: bool, tmp_path: Path) -> N
 
 
 def test_example_input_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="export_onnx: example_input must be a tensor, a tuple .*, got list"):
+    with pytest.raises(TypeError, match=r"export_onnx: example_input must be a tensor, a tuple .*, got list"):
         export_onnx(BLOCKS[0][0], tmp_path / "model.onnx", [IMAGE])
     assert not list(tmp_path.iterdir())
