@@ -37,7 +37,8 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
     tensor that is also kept for a skip connection stays), each of the two is called once, and neither has hooks. The
     pairs are found by torch.fx without running the model, in train and in eval mode. Where it cannot trace a module,
     its children are traced one by one (`report.untraced`); then, as in any nn.Sequential whose parts are also called
-    one by one, nothing but `example_input` can show that a forward uses what is between the two.
+    one by one, nothing but `example_input` can show that a forward uses what is between the two. Other methods of
+    the model than `forward` are not looked at.
 
     An activation that the source of a forward calls as a function or a tensor's method (`F.relu(x)`, `x.relu()`) cannot
     be taken out of that source: it is left, with an entry that says where it is.

@@ -40,7 +40,8 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
     Layers are nn.Conv1d, Conv2d, Conv3d (of any groups), nn.Linear and the factorized modules. The pairs are found by
     torch.fx without running the model. Where it cannot trace a module, its children are traced one by one
     (`report.untraced`); then, as in any nn.Sequential whose parts are also called one by one, nothing but
-    `example_input` can show that a forward uses what is between a layer and its BatchNorm.
+    `example_input` can show that a forward uses what is between a layer and its BatchNorm. Other methods of the model
+    than `forward` are not looked at.
 
     Args:
         model: the network.

@@ -4,7 +4,7 @@ The file's metadata entry "lowrank_ops" is a JSON object:
 
     version       of this format
     model         class name, for messages
-    blocks        qualified name -> the factorized module there: type, arguments, ranks, activation
+    blocks        the factorized modules: type, qualified names, arguments, ranks, activation
     identities    where nn.Identity stands (a BatchNorm or activation was folded)
     children      qualified name of an nn.Sequential with a block in it -> the keys of its children
     biases        plain convolutions and linear layers with a bias (folding a BatchNorm gives one)
@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: `model` is no nn.Module.
         ValueError: a tensor without values (meta, lazy) or that is no plain strided tensor (DTensor, sparse,
-            quantized), a module with extra state (`get_extra_state`), a subclass of a factorized module.
+            quantized) or of a dtype that safetensors lacks, a module with extra state (`get_extra_state`), a subclass of a factorized module.
         OSError: the file cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -68,6 +68,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         save_file(stored, partial, metadata={KEY: structure.to_json()})
         partial.replace(path)
+    except KeyError as error:
+        raise ValueError(f"save: safetensors has no dtype {error}: convert the tensors that are of it") from error
     except SafetensorError as error:  # what the writer makes of "no such folder", "no space left"
         raise OSError(f"save: {path} cannot be written: {error}") from error
     finally:

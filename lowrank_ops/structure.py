@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -120,7 +120,9 @@ class Structure:
         """Raises ValueError for another version, KeyError and TypeError for what is not this format."""
         data = json.loads(text)
         version = data.pop("version")
-        if not isinstance(version, int) or version > VERSION:
+        if not isinstance(version, int):
+            raise TypeError(f"version {version!r}")
+        if version > VERSION:
             raise ValueError(
                 f"the file has format {version}, this lowrank_ops reads up to {VERSION}: it was written by a later "
                 "version, update lowrank_ops"
@@ -129,7 +131,12 @@ class Structure:
         for block in blocks:
             if block.type not in KINDS or not block.names:
                 raise ValueError(f"{block.names} is a {block.type!r} in the file, which this lowrank_ops does not have")
-        return cls(blocks=blocks, **data)
+        structure = cls(blocks=blocks, **data)
+        for entry in fields(cls):
+            kind = {"model": str, "children": dict, "same": dict, "strides": dict}.get(entry.name, list)
+            if not isinstance(getattr(structure, entry.name), kind):
+                raise TypeError(f"{entry.name} is no {kind.__name__}")
+        return structure
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)})
@@ -196,7 +203,7 @@ def restructure(model: nn.Module, structure: Structure) -> dict[FactorizedModule
             move_hooks(old, module)
             for name in block.names:
                 _put(model, name, module.train(old.training))
-    folded = _put_identities(model, structure.identities)
+    folded = _put_identities(model, structure)
     _add_biases(model, structure.biases, folded)
     return new
 
@@ -271,18 +278,19 @@ def _mismatch(block: Block, layers: list[nn.Module]) -> str | None:
     return None
 
 
-def _put_identities(model: nn.Module, names: list[str]) -> int:
+def _put_identities(model: nn.Module, structure: Structure) -> int:
     """nn.Identity where BatchNorms and activations stand; how many BatchNorms those were."""
     identities: dict[int, nn.Module] = {}
+    activations = {block.activation for block in structure.blocks}
     folded = 0
-    for name in names:
+    for name in structure.identities:
         layer = _at(model, name)
         if type(layer) is nn.Identity:
             continue
-        if not isinstance(layer, _BatchNorm) and activation_name(layer) is None:
+        if not isinstance(layer, _BatchNorm) and activation_name(layer) not in activations:
             raise ValueError(
-                f"{name} is nn.Identity in the file, which stands for a folded BatchNorm or activation, but "
-                f"{layer} in the model"
+                f"{name} is nn.Identity in the file, where a BatchNorm or a block's activation was folded, but {layer} "
+                "in the model"
             )
         if id(layer) not in identities:
             identities[id(layer)] = nn.Identity().train(layer.training)

@@ -284,6 +284,7 @@ def edited_tensors(edit: Callable[[dict], None]) -> Callable[[Path], None]:
         (edited(lambda structure: structure.update(version=2)), "format 2, this lowrank_ops reads up to 1.*update"),
         (edited(lambda structure: structure.pop("version")), "the structure in it cannot be read"),
         (edited(lambda structure: structure.pop("same")), "the structure in it cannot be read"),
+        (edited(lambda structure: structure.update(children=[])), "the structure in it cannot be read"),
         (edited(lambda structure: structure["blocks"][0].update(type="Linear")), "'Linear' in the file, which this"),
         (edited(lambda structure: structure["blocks"][0].update(rank=3)), "rank 3 is no rank of a TuckerConv2d"),
         (
@@ -298,6 +299,7 @@ def edited_tensors(edit: Callable[[dict], None]) -> Callable[[Path], None]:
         (edited(lambda structure: structure["blocks"][0].update(names=["gone"])), "the model has no module 'gone'"),
         (edited(lambda structure: structure["blocks"].pop()), "the model has no"),
         (edited(lambda structure: structure["identities"].append("head")), "head is nn.Identity in the file"),
+        (edited(lambda structure: structure["identities"].append("line.2")), "folded, but GELU"),
         (
             edited(lambda structure: structure["biases"].append("tied")),
             "tied has a bias in the file, none in the model",
@@ -318,6 +320,18 @@ def test_files_that_are_refused(path: Path, damage: Callable[[Path], object], me
     model = network(1)
     check = unchanged(model)
     with pytest.raises(ValueError, match=f"load: (?s:.*){message}"):
+        load(path, model)
+    check()
+
+
+@pytest.mark.parametrize("target", [network, factorized])
+def test_what_was_folded_is_taken_back(path: Path, target: Callable[..., nn.Module]) -> None:
+    """The biases, identities and activations of a file whose last tensor then does not fit."""
+    save(factorized(fold=True), path)
+    edited_tensors(lambda tensors: tensors.update(offset=torch.zeros(3)))(path)
+    model = target(seed=1)
+    check = unchanged(model)
+    with pytest.raises(ValueError, match="offset is"):
         load(path, model)
     check()
 
@@ -435,11 +449,19 @@ def test_models_that_cannot_be_saved(path: Path, model: nn.Module, message: str)
     assert path.read_text() == "what was there" and list(path.parent.iterdir()) == [path]
 
 
-def test_sparse_tensors_are_refused(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.eye(3).to_sparse(), "table is no plain strided tensor"),
+        (torch.eye(3, dtype=torch.complex128), "safetensors has no dtype torch.complex128"),
+    ],
+)
+def test_tensors_that_are_refused(path: Path, table: Tensor, message: str) -> None:
     model = nn.Module()
-    model.register_buffer("table", torch.eye(3).to_sparse())
-    with pytest.raises(ValueError, match="save: table is no plain strided tensor"):
+    model.register_buffer("table", table)
+    with pytest.raises(ValueError, match=f"save: {message}"):
         save(model, path)
+    assert not list(path.parent.iterdir())
 
 
 def test_empty_and_scalar_tensors(path: Path) -> None:
