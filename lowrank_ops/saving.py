@@ -47,8 +47,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: a tensor without values (meta, lazy) or that is no plain strided tensor (DTensor, sparse,
-            quantized) or of a dtype that safetensors lacks, a module with extra state (`get_extra_state`), a subclass of a factorized module.
+        ValueError: a tensor without values (meta, lazy), that is no plain strided tensor (DTensor, sparse, quantized)
+            or of a dtype that safetensors lacks; a module with extra state (`get_extra_state`); a subclass of a
+            factorized module.
         OSError: the file cannot be written.
     """
     if not isinstance(model, nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lowrank_ops import (
     fold_batchnorm_,
     reestimate_batchnorm_,
 )
+from lowrank_ops.pairs import require_same
 
 IMAGE = torch.randn(3, 5, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -252,6 +254,7 @@ class OwnNorm(nn.BatchNorm2d):
         (TuckerConv2d(5, 6, 3, 4, activation="relu"), None, "activation (relu) comes between"),
         (torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(5, 6, 1)), None, "computed"),
         (OwnForward(5, 6, 1), None, "forward of its own"),
+        (nn.Conv2d(5, 6, 1), nn.BatchNorm2d(7), "it has 7 features, the layer 6 outputs"),
         (nn.Conv2d(5, 6, 1), OwnNorm(6), "subclass of BatchNorm"),
         (nn.Conv2d(5, 6, 1), nn.LazyBatchNorm2d(), "lazy"),
     ],
@@ -361,6 +364,23 @@ def test_example_input_shows_what_no_graph_does() -> None:
     assert torch.equal(model(IMAGE), expected)
     with pytest.raises(TypeError, match=r"fold_batchnorm_: model must be an nn.Module, got int"):
         fold_batchnorm_(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        ([1.0, 2.0, float("-inf")], True),
+        ([1.0, 2.0 + 1e-9, float("-inf")], True),
+        ([1.0, 2.0 + 1e-6, float("-inf")], False),
+        ([1.0, 2.0, 3.0], False),
+        ([1.0, 2.0, float("-inf"), 0.0], False),
+    ],
+)
+def test_what_counts_as_the_same_output(values: list[float], same: bool) -> None:
+    """sqrt(eps) of float64 is 1.5e-8, the norm sqrt(5); what is not finite must be so in the same places."""
+    before = torch.tensor([1.0, 2.0, float("-inf")], dtype=torch.float64)
+    with nullcontext() if same else pytest.raises(RuntimeError, match="here: the output"):
+        require_same([before], [torch.tensor(values, dtype=torch.float64)], "here")
 
 
 def test_tracing_leaves_no_mark() -> None:
