@@ -127,6 +127,15 @@ def test_arguments_options_and_eval_mode(as_keywords: bool, tmp_path: Path) -> N
     torch.testing.assert_close(output, model.eval()(more, arguments[1]))
 
 
+def test_the_exporter_of_torch_export(tmp_path: Path) -> None:
+    """It takes the mode that the model is in: eval, although this one is in train mode."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed, which dynamo=True needs")
+    model = TwoInputs().train()
+    arguments = (IMAGE, torch.full((1,), 3.0))
+    export_onnx(model, tmp_path / "model.onnx", arguments, dynamo=True, verbose=False)
+    torch.testing.assert_close(run(tmp_path / "model.onnx", *arguments), model.eval()(*arguments))
+
+
 def test_example_input_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"export_onnx: example_input must be a tensor, a tuple .*, got list"):
         export_onnx(BLOCKS[0][0], tmp_path / "model.onnx", [IMAGE])
