@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -86,6 +87,13 @@ def _activation_of(node: fx.Node, module: nn.Module | None) -> str | None:
     if node.op != "call_function" or node.kwargs.get("approximate", "none") != "none":
         return None
     return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+
+
+def rectified(model: nn.Module, layers: Collection[nn.Module]) -> set[int]:
+    """The ids of those layers whose output goes into a ReLU and nowhere else, as far as torch.fx can see."""
+    wanted = set(map(id, layers))
+    pairs, _ = find_pairs(model, lambda layer: id(layer) in wanted, _activation_of)
+    return {id(pair.layer) for pair in pairs if pair.step == "relu" and pair.reason is None}
 
 
 def _obstacle(pair: Pair) -> str | None:

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from lowrank_ops import ranks
+from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import Fit, fit_in_order_
@@ -242,10 +243,11 @@ class _Work:
             (site for site in self.sites if id(site.layer) in self.replacements),
             key=lambda site: order.index(id(site.layer)),
         )
+        relu = rectified(self.model, [site.layer for site in sites])
         fits = []
         for site in sites:
             key = id(site.layer)
-            fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key]))
+            fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key], key in relu))
         count = sum(1 for _ in batches)
         with _bar(None, "fit", self.progress, len(fits) * count) as bar, _failing("calibration"):
 
