@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
-from lowrank_ops.calls import _eval_mode
+from lowrank_ops.calls import eval_mode
 from lowrank_ops.module_base import FactorizedConv, FactorizedModule
 from lowrank_ops.modules import LowRankLinear
 from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
@@ -132,7 +132,7 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
             "fold_batchnorm_ folded is gone: estimate first, then fold"
         )
     momenta = [norm.momentum for norm in norms.values()]
-    with ExitStack() as undo, _eval_mode(model):
+    with ExitStack() as undo, eval_mode(model):
         for norm in norms.values():
             undo.callback(_restore, norm, {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
         try:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.batches import Batches, device_of, outputs_of
-from lowrank_ops.calls import _eval_mode
+from lowrank_ops.calls import eval_mode
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.surgery import _HOOKS, has_hooks
 
@@ -142,7 +142,7 @@ def find_pairs(model: nn.Module, is_layer: IsLayer, step_of: StepOf) -> tuple[li
 def run_on(model: nn.Module, example_input: Any, where: str) -> list[Tensor]:
     """What the model gives in eval mode, as a list of tensors. Raises RuntimeError if it fails."""
     results: list[Tensor] = []
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for batch in Batches(example_input, f"{where}: example_input", device_of(model)):
             try:
                 output = batch.run(model)
