@@ -42,7 +42,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: any model; its factorized modules, and what `fold_batchnorm_`, `fold_activations_` and `fuse_` did, are
-            restored by `load`. Dtypes and memory formats are kept, hooks, requires_grad and train/eval mode are not.
+            restored by `load`. Dtypes and memory formats are kept; hooks, requires_grad, train/eval mode and the
+            `init` of blocks are not.
         path: of the file, by convention ending in ".safetensors". An existing one is replaced.
 
     Raises:
