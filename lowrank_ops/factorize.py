@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,10 @@ from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.module_base import FactorizedModule, refusal
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.moments import Moments, gather_moments
 from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
+from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
 from lowrank_ops.selection import Selectors, select
 from lowrank_ops.spending import spend
@@ -53,6 +52,7 @@ def factorize_(
     example_input: Any = None,
     multiple: int = 8,
     seed: int = 0,
+    n_jobs: int | None = None,
     progress: bool = True,
 ) -> Report:
     """Replaces the convolution and linear layers of `model`, in place, by factorized modules.
@@ -91,6 +91,8 @@ def factorize_(
         multiple: ranks from fractions and energies are rounded to a multiple of it (see `lowrank_ops.ranks`), and those
             for a budget are multiples of it.
         seed: of the decompositions.
+        n_jobs: decompose in so many processes of one thread each (joblib; -1: one a core); the same bits for every
+            number. None: one layer after the other, with torch's threads.
         progress: a progress bar on stderr.
 
     Layers are left as they are, with the reason in the report, where a block would have no fewer parameters
@@ -113,7 +115,7 @@ def factorize_(
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
-    work = _Work(model, method, rank, linear, multiple, seed, progress)
+    work = _Work(model, method, rank, linear, multiple, seed, n_jobs, progress)
     chosen = select(model, work.sites, include, exclude)
     before = count_parameters(model)
     batches = None if calibration is None else Batches(calibration, "factorize_: calibration", device_of(model))
@@ -151,6 +153,7 @@ class _Work:
     linear: Rank | Literal[False] | None
     multiple: int
     seed: int
+    n_jobs: int | None
     progress: bool
     sites: list[Site] = field(init=False)
     reasons: dict[int, str] = field(default_factory=dict)
@@ -177,7 +180,7 @@ class _Work:
             if reason is not None:
                 self.reasons[id(site.layer)] = reason
             else:
-                ranks.require_finite(_weight(site.layer), site.names[0])
+                ranks.require_finite(weight_of(site.layer), site.names[0])
 
     def gather(self, batches: Batches) -> None:
         """The moments of all layers that may be replaced."""
@@ -207,7 +210,7 @@ class _Work:
         """What a `Budget` weighs: whitened weights, or weights divided by their norms."""
         result = {}
         for site in self.open_sites():
-            weight = _weight(site.layer)
+            weight = weight_of(site.layer)
             moments = self.moments.get(id(site.layer))
             if moments is not None:
                 result[id(site.layer)] = Whitening.of(moments).apply(weight)
@@ -218,16 +221,23 @@ class _Work:
 
     def decompose(self) -> None:
         """Makes the modules, or notes why a layer is left."""
-        tried = 0
-        with _bar(self.open_sites(), "decompose", self.progress) as bar:
-            for site in bar:
+        tried = len(self.open_sites())
+        tasks: list[tuple[Site, Task]] = []
+        for site in self.open_sites():
+            task = self._task(site)
+            if isinstance(task, str):
+                self.reasons[id(site.layer)] = task
+            else:
+                tasks.append((site, task))
+        modules = run_tasks([task for _, task in tasks], self.n_jobs)
+        with _bar([site for site, _ in tasks], "decompose", self.progress) as bar:
+            for site, module in zip(bar, modules, strict=True):
                 bar.set_postfix_str(site.names[0])
-                tried += 1
-                outcome = self._replacement(site)
-                if isinstance(outcome, str):
-                    self.reasons[id(site.layer)] = outcome
+                reason = _too_large(site.layer, module)
+                if reason is None:
+                    self.replacements[id(site.layer)] = module
                 else:
-                    self.replacements[id(site.layer)] = outcome
+                    self.reasons[id(site.layer)] = reason
         above = [reason for reason in self.reasons.values() if isinstance(reason, _AboveLimit)]
         if above and len(above) == tried:
             shown = self.rank if self.linear in (None, False) else (self.rank, self.linear)
@@ -258,7 +268,7 @@ class _Work:
             self.output_errors = fit_in_order_(self.model, fits, batches, count, step)
         for site in sites:
             module = self.replacements[id(site.layer)]
-            module.relative_error = _weight_error(site.layer, module)
+            module.relative_error = weight_error(site.layer, module)
 
     def measure(self, calls: Calls) -> dict[int, tuple[float, float]]:
         """Milliseconds before and after of the layers that are replaced."""
@@ -272,8 +282,8 @@ class _Work:
                     found[id(site.layer)] = pair
         return found
 
-    def _replacement(self, site: Site) -> FactorizedModule | str:
-        """The factorized module for a layer, or the reason why the layer is left."""
+    def _task(self, site: Site) -> Task | str:
+        """How to decompose a layer, or the reason why it is left."""
         layer: Any = site.layer
         choice = self.choices.get(id(layer))
         method = self.method if choice is None else choice.kind
@@ -284,19 +294,20 @@ class _Work:
         else:
             rank = self.linear if isinstance(layer, nn.Linear) and self.linear is not None else self.rank
             try:  # arguments and values were checked: what is left is a rank above this layer's limit
-                own_rank = _layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
+                own_rank = layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
             except ValueError as error:
                 return _AboveLimit(error)
-        moments = self.moments.get(id(layer))
-        module = _factorized(
-            layer, own_rank, tucker, None if moments is None else Whitening.of(moments), {**options, "seed": self.seed}
-        )
-        for what, count in (("parameters", count_parameters), ("multiplications per output pixel", count_macs)):
-            dense, factorized = count(layer), count(module)
-            assert dense is not None and factorized is not None
-            if factorized >= dense:
-                return f"would not shrink: rank {module.rank} has {factorized} {what}, the dense layer {dense}"
-        return module
+        return Task(layer, own_rank, tucker, self.moments.get(id(layer)), {**options, "seed": self.seed})
+
+
+def _too_large(layer: Any, module: FactorizedModule) -> str | None:
+    """Why a module is no gain over its layer."""
+    for what, count in (("parameters", count_parameters), ("multiplications per output pixel", count_macs)):
+        dense, factorized = count(layer), count(module)
+        assert dense is not None and factorized is not None
+        if factorized >= dense:
+            return f"would not shrink: rank {module.rank} has {factorized} {what}, the dense layer {dense}"
+    return None
 
 
 def _check_arguments(
@@ -361,56 +372,6 @@ def _unsafe(site: Site, owners: Owners) -> str | None:
 
 class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
-
-
-def _factorized(
-    layer: Any, rank: int | tuple[int, int], tucker: bool, whitening: Whitening | None, options: Mapping[str, Any]
-) -> FactorizedModule:
-    """The module of a layer; with a whitening, of the layer whose weight is whitened, which is then undone."""
-    source = layer
-    if whitening is not None:
-        source = copy.copy(layer)  # shares everything but the weight
-        weight = whitening.apply(layer.weight).to(torch.promote_types(layer.weight.dtype, torch.float32))
-        source._parameters = {**layer._parameters, "weight": nn.Parameter(weight, layer.weight.requires_grad)}
-    module: FactorizedModule
-    if isinstance(layer, nn.Linear):
-        module = LowRankLinear.from_linear(source, rank, **options)  # type: ignore[arg-type]
-    elif isinstance(layer, nn.Conv2d):
-        module = (TuckerConv2d if tucker else CPConv2d).from_conv2d(source, rank, **options)
-    else:
-        module = (TuckerConv1d if tucker else CPConv1d).from_conv1d(source, rank, **options)
-    if whitening is None:
-        return module
-    factors = whitening.undo(module.factors())
-    module = module.to(layer.weight.device, layer.weight.dtype)
-    with torch.no_grad():
-        for name, factor in module.factors().items():
-            factor.copy_(factors[name])
-    module.relative_error = _weight_error(layer, module)
-    return module
-
-
-def _weight(layer: Any) -> torch.Tensor:
-    weight: torch.Tensor = layer.weight
-    return weight.detach()
-
-
-def _weight_error(layer: Any, module: FactorizedModule) -> float:
-    dense: Any = module.to_dense()  # type: ignore[operator]
-    before, after = _weight(layer).double(), _weight(dense).double()
-    norm = float(before.norm())
-    return float((after - before).norm()) / norm if norm else 0.0
-
-
-def _layer_rank(
-    layer: nn.Conv1d | nn.Conv2d | nn.Linear, rank: Rank, tucker: bool, options: Mapping[str, Any]
-) -> int | tuple[int, int]:
-    weight = layer.weight.detach()
-    if is_matrix(layer):
-        pair = rank if isinstance(rank, tuple) else (rank,)
-        return min(ranks.linear_rank(entry, weight.flatten(1), **options) for entry in pair)
-    image = weight if weight.dim() == 4 else weight.unsqueeze(2)
-    return (ranks.tucker_ranks if tucker else ranks.cp_rank)(rank, image, **options)
 
 
 def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any) -> None:

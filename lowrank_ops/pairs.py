@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_ops.batches import Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.surgery import _HOOKS, has_hooks
+from lowrank_ops.surgery import HOOKS, has_hooks
 
 IsLayer = Callable[[nn.Module], bool]
 # What a call does that may follow a layer ("batchnorm", "relu"), or None; the module is None for a function call.
@@ -216,7 +216,7 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, ...]:
         raise TypeError("its forward was replaced by one of the instance")
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     for part in module.modules():
-        memo.update({id(getattr(part, hooks)): getattr(part, hooks) for hooks in _HOOKS})
+        memo.update({id(getattr(part, hooks)): getattr(part, hooks) for hooks in HOOKS})
     duplicate = copy.deepcopy(module, memo)
     graphs = []
     for training in (False, True):

@@ -185,3 +185,19 @@ def test_hooks_do_not_see_the_calibration_twice_and_handles_work(model: Network)
     handle.remove()
     model(_images(2, 2))
     assert calls == [1]
+
+
+def test_other_processes_give_the_same_modules(model: Network) -> None:
+    """Bit for bit, with hooks that could not be sent to them; and those of this process up to rounding."""
+    torch.manual_seed(0)
+    handle = model.stem.register_forward_hook(lambda *_: None)
+    models = {}
+    for n_jobs in (None, 1, 2):
+        models[n_jobs] = copy.deepcopy(model)
+        factorize_(models[n_jobs], "cp", 0.4, calibration=_images(8, 1), n_jobs=n_jobs, progress=False)
+    handle.remove()
+    serial, spread = models[1].state_dict(), models[2].state_dict()
+    assert all(torch.equal(value, spread[name]) for name, value in serial.items())
+    images = _images(4, 2)
+    # fp64 decompositions and fits of fp32 layers, in another order of summation at most
+    assert _error(models[None], models[1], images) < 1e-3
