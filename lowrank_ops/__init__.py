@@ -10,7 +10,7 @@ from lowrank_ops.measurements import load_measurements, save_measurements
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
 from lowrank_ops.ranks import Energy
-from lowrank_ops.report import LayerReport, Report
+from lowrank_ops.report import LayerReport, Report, count_layer_weights
 
 __version__: str = build_info()["version"]
 
@@ -26,6 +26,7 @@ __all__ = [
     "TuckerConv1d",
     "TuckerConv2d",
     "build_info",
+    "count_layer_weights",
     "cp_conv2d",
     "cp_decompose",
     "explain",
