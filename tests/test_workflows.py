@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gzip
+import itertools
 import math
 import os
 import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
+from examples.digits import load_digits_split
 from examples.workflows import course_exercise, data, many_settings, rank_sweep, small_networks, training, vgg19
 from examples.workflows.networks import VGG19, AlexNet, LeNet, ResNet50, relative_error
 
@@ -39,7 +42,7 @@ def digits() -> data.Dataset:
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
     """Writes bytes and text as Python 2 wrote its strings, as in the published CIFAR files."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_string(self, value: str | bytes) -> None:
         content = value.encode("latin1") if isinstance(value, str) else value
@@ -149,7 +152,7 @@ def test_stl10(tmp_path: Path) -> None:
     assert found.name == "STL-10" and found.train.labels.tolist() == [9, 0]
     assert torch.equal(found.train.images, torch.from_numpy(images))
     (tmp_path / "test_y.bin").write_bytes(bytes([10]))
-    with pytest.raises(ValueError, match="test_X.bin must hold 3x96x96 bytes for each label"):
+    with pytest.raises(ValueError, match=r"test_X\.bin must hold 3x96x96 bytes for each label"):
         data.load(tmp_path)
 
 
@@ -183,9 +186,9 @@ def test_folders_without_a_data_set_or_with_several(tmp_path: Path) -> None:
 def test_digits_keep_their_sixteen_grey_levels(digits: data.Dataset) -> None:
     images, labels = digits.train[:]
     assert images.shape == (1438, 1, 8, 8) and len(digits.test) == 359
-    levels = (images + 1) * 8
-    # uint8 has steps of 1/127.5; the 17 levels of the digits lie 16 times as far apart.
-    assert (levels - levels.round()).abs().max() <= 8 / 127.5 / 2 * (1 + 1e-5)
+    exact = load_digits_split()[0][0]
+    assert (images - exact).abs().max() <= 0.5 / 127.5 + 1e-6  # half a step of uint8, and float32's rounding
+    assert torch.equal(((images + 1) * 8).round(), (exact + 1) * 8)
     assert labels.unique().tolist() == list(range(10))
     assert digits.with_coarse_labels().classes == 5
 
@@ -201,7 +204,9 @@ def test_fitted_repeats_grey_and_averages_colours() -> None:
 def test_batches_shuffle_anew_and_cover_everything(digits: data.Dataset) -> None:
     split = data.Split(digits.train.images[:20], torch.arange(20))
     loader = data.batches(split, 6)
-    assert [labels.tolist() for _, labels in loader] == [list(range(start, min(start + 6, 20))) for start in (0, 6, 12, 18)]
+    assert [labels.tolist() for _, labels in loader] == [
+        list(range(start, min(start + 6, 20))) for start in (0, 6, 12, 18)
+    ]
     shuffled = data.batches(split, 6, shuffle=True)
     first, second = (torch.cat([labels for _, labels in shuffled]) for _ in range(2))
     assert len(shuffled) == 3 and len(first.unique()) == len(second.unique()) == 18 and not torch.equal(first, second)
@@ -258,11 +263,11 @@ def test_count_layer_weights_agrees_with_the_report() -> None:
 
 
 def test_count_layer_weights_refuses_what_it_cannot_count() -> None:
-    with pytest.raises(KeyError, match="layer of LeNet, got 'dense3'; it has .*'dense1'"):
+    with pytest.raises(KeyError, match=r"layer of LeNet, got 'dense3'; it has .*'dense1'"):
         lowrank_ops.count_layer_weights(LeNet(), "dense3")
     with pytest.raises(KeyError, match="got 'nothing like it'; it has 'conv1'"):
         lowrank_ops.count_layer_weights(LeNet(), "nothing like it")
-    with pytest.raises(TypeError, match="must be an nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got str"):
         lowrank_ops.count_layer_weights("LeNet", "conv1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'0' is lazy: run the model once"):
         lowrank_ops.count_layer_weights(nn.Sequential(nn.LazyLinear(3)), "0")
@@ -274,7 +279,7 @@ def test_count_layer_weights_refuses_what_it_cannot_count() -> None:
 def vgg_widths(width: int) -> list[tuple[int, int]]:
     """(in, out) channels of its convolutions but the first."""
     counts = [width * times for times in (1, 1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8)]
-    return list(zip(counts, counts[1:], strict=False))
+    return list(itertools.pairwise(counts))
 
 
 def test_networks_are_the_published_ones() -> None:
@@ -298,13 +303,13 @@ def test_networks_are_the_published_ones() -> None:
 @pytest.fixture(scope="module")
 def vgg() -> VGG19:
     torch.manual_seed(0)
-    return VGG19(classes=7, width=8, hidden=16).eval()
+    return VGG19(classes=7, width=4, hidden=16).eval()
 
 
 def test_vgg19_table(vgg: VGG19, digits: data.Dataset) -> None:
     images, _ = digits.test.first(2).fitted(3, 32)[:]
     table = vgg19.run(vgg, images, cp_rank=4, seconds=0.001, progress=False).set_index("network")
-    first, layers = 27 * 8 + 8, vgg_widths(8)
+    first, layers = 27 * 4 + 4, vgg_widths(4)
     dense = first + sum(9 * S * T + T for S, T in layers)
     tucker = first + sum(S * S // 2 + 9 * S * T // 4 + T * T // 2 + T for S, T in layers)
     cp = first + sum(4 * (S + 3 + 3 + T) + T for S, T in layers)
@@ -363,13 +368,13 @@ def test_tensorlys_chains_are_taken_over_unchanged(vgg: VGG19, kind: str) -> Non
 
 def test_vgg19_reads_weights_and_no_other_pickle(vgg: VGG19, tmp_path: Path) -> None:
     torch.save(vgg.state_dict(), tmp_path / "weights.pth")
-    other = VGG19(classes=7, width=8, hidden=16)
+    other = VGG19(classes=7, width=4, hidden=16)
     vgg19.load_weights(other, tmp_path / "weights.pth")
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), vgg.parameters(), strict=True))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        vgg19.load_weights(VGG19(classes=7, width=16, hidden=16), tmp_path / "weights.pth")
+        vgg19.load_weights(VGG19(classes=7, width=8, hidden=16), tmp_path / "weights.pth")
     torch.save({"features.0.weight": Malicious(tmp_path / "harm")}, tmp_path / "harmful.pth")
-    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         vgg19.load_weights(other, tmp_path / "harmful.pth")
     assert not (tmp_path / "harm").exists()
 
@@ -384,17 +389,19 @@ def test_course_exercise(digits: data.Dataset) -> None:
     assert [conv.out_channels for conv in convs] == [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3
     assert lowrank_ops.count_layer_weights(original, "dense1") == (32 * 4 * 4) * 500 + 500
 
-    dataset = digits.first(320, 160).fitted(3, 32)
+    dataset = digits.first(320, 160).fitted(3, 16)
     with training.seeded():
-        model = course_exercise.course_network(filters=32, hidden=30)
+        model = course_exercise.course_network(filters=32, hidden=30, size=16)
         ranks = {"conv12": (2, 1), "dense1": 6, "dense2": 5}
-        table, reason = course_exercise.run(dataset, model, ranks, epochs=4, progress=False)
+        table, reason = course_exercise.run(
+            dataset, model, ranks, epochs=4, fine_tune=0, learning_rate=3e-3, batch=16, progress=False
+        )
     assert list(table.columns) == [
         "model", "matrix/Tucker rank", "uncompressed_layer_size", "compressed_layer_size",
         "compressed_layer_size/uncompressed_layer_size", "accuracy",
     ]  # fmt: skip
-    dense = {"conv12": 9 * 4 * 4 + 4, "dense1": 64 * 30 + 30, "dense2": 30 * 10 + 10}
-    small = {"conv12": 4 * 2 + 9 * 2 * 1 + 4 * 1 + 4, "dense1": 6 * (64 + 30) + 30, "dense2": 5 * (30 + 10) + 10}
+    dense = {"conv12": 9 * 4 * 4 + 4, "dense1": 16 * 30 + 30, "dense2": 30 * 10 + 10}
+    small = {"conv12": 4 * 2 + 9 * 2 * 1 + 4 * 1 + 4, "dense1": 6 * (16 + 30) + 30, "dense2": 5 * (30 + 10) + 10}
     expected = [("baseline", "-", sum(dense.values()), sum(dense.values()))]
     for name, layers in list(course_exercise.VARIANTS.items())[1:]:
         shown = ", ".join(str(ranks[layer]) for layer in layers)
@@ -404,7 +411,9 @@ def test_course_exercise(digits: data.Dataset) -> None:
     for row in table.itertuples(index=False):
         assert row[4] == row[3] / row[2]
     accuracies = table.set_index("model")["accuracy"]
-    assert accuracies["baseline"] > 0.5 and accuracies["last dense"] > 0.5  # guessing: 0.1
+    # Guessing is right in 0.1 of 160 images, with a standard deviation of 0.024.
+    assert accuracies["baseline"] == training.accuracy(model, data.batches(dataset.test, 64)) > 0.3
+    assert accuracies["baseline"] > accuracies["last conv and both dense"]
     assert "ReLU between the stages" in reason
 
 
@@ -427,22 +436,22 @@ def test_the_exercises_own_tucker_function_stays_three_convolutions() -> None:
 
 
 def test_rank_sweep(digits: data.Dataset, tmp_path: Path) -> None:
-    dataset = digits.first(320, 160).fitted(3, 32)
-    dense = (30, 20, 20, 15)
+    dataset = digits.first(640, 160).fitted(3, 16)
+    dense = (60, 40, 40, 30)
     with training.seeded():
         model = rank_sweep.sweep_network(dense, channels=4)
         table = rank_sweep.run(
-            dataset, model, tmp_path / "plots", fractions=(1.0, 0.5, 0.1), epochs=16, images=2, seconds=0.001,
-            progress=False,
+            dataset, model, tmp_path / "plots", fractions=(1.0, 0.5, 0.1), epochs=8, learning_rate=5e-3,
+            images=2, seconds=0.001, progress=False,
         )  # fmt: skip
     accuracy = table.pivot(index="rank fraction", columns="form", values="accuracy")
     reached = training.accuracy(model, data.batches(dataset.test, 64))
-    assert reached > 0.5  # guessing: 0.1
+    assert reached > 0.3  # guessing: 0.1
     truncated, factorized = rank_sweep.FORMS
     assert accuracy[truncated][1.0] == accuracy[factorized][1.0] == reached
     assert accuracy[factorized].to_list() == accuracy[truncated].to_list()
     assert accuracy[factorized][0.1] < reached
-    sizes = [(128, 30), (30, 20), (20, 20), (20, 15), (15, 10)]
+    sizes = [(128, 60), (60, 40), (40, 40), (40, 30), (30, 10)]
     for fraction in (1.0, 0.5, 0.1):
         rows = table[table["rank fraction"] == fraction].set_index("form")["parameters"]
         assert rows[truncated] == sum(S * T + T for S, T in sizes)
@@ -461,11 +470,13 @@ def test_both_forms_of_a_rank_compute_the_same() -> None:
     for fraction in (1.0, 0.5):
         forms = rank_sweep.at_rank(model, full, fraction)
         truncated, factorized = (forms[form](image) for form in rank_sweep.FORMS)
-        layers = {kind: sum(type(layer) is kind for layer in forms["factorized space"]) for kind in (nn.Linear, nn.ReLU)}
+        layers = {
+            kind: sum(type(layer) is kind for layer in forms["factorized space"]) for kind in (nn.Linear, nn.ReLU)
+        }
         assert layers == {nn.Linear: 0, nn.ReLU: 2}, "the ReLUs of the dense layers belong to the ops"
         assert (truncated - factorized).norm() < 1e-12 * exact.norm()
         errors[fraction] = (truncated - exact).norm() / exact.norm()
-    assert errors[1.0] < 1e-12 and 1e-3 < errors[0.5]
+    assert errors[1.0] < 1e-12 and errors[0.5] > 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------- small networks
@@ -499,18 +510,18 @@ def test_factorizing_leaves_the_pieces_in_place(case: small_networks.Case) -> No
 
 def test_small_networks(digits: data.Dataset) -> None:
     with training.seeded():
-        table = small_networks.run(digits.first(320, 160).fitted(3, 32), width=8, epochs=6, progress=False)
+        table = small_networks.run(digits.first(320, 160).fitted(3, 16), width=8, epochs=4, batch=16, progress=False)
     assert list(table.columns) == small_networks.COLUMNS and len(table) == 4
 
     def sizes(classes: int) -> tuple[int, int]:
-        dense = 9 * (3 * 8 + 8 * 16 + 16 * 32) + 8 + 16 + 32 + 512 * classes + classes
+        dense = 9 * (3 * 8 + 8 * 16 + 16 * 32) + 8 + 16 + 32 + 128 * classes + classes
         tucker = (3 * 2 + 9 * 2 * 4 + 4 * 8) + (8 * 4 + 9 * 4 * 8 + 8 * 16) + (16 * 8 + 9 * 8 * 16 + 16 * 32)
         rank = math.floor(classes / 2 + 0.5)
-        return dense, tucker + 8 + 16 + 32 + rank * (512 + classes) + classes
+        return dense, tucker + 8 + 16 + 32 + rank * (128 + classes) + classes
 
     for row in table.itertuples(index=False):
         assert tuple(row[1:3]) == sizes(5 if row[0] == "coarse labels" else 10)
-        assert row[3] > 0.5 and row[5] > 0.5, row[0]  # guessing: 0.1, and 0.2 of the coarse labels
+        assert row[3] > 0.4 and row[5] > 0.3, row[0]  # guessing: 0.1, and 0.2 of the coarse labels
 
 
 # ------------------------------------------------------------------------------------------------------ many settings
@@ -521,7 +532,7 @@ def test_initializers_and_decays(digits: data.Dataset) -> None:
     dataset = digits.first(64, 32).fitted(3, 32)
     options = {"width": 6, "epochs": 2, "batch": 32, "progress": False}
     table = many_settings.initializers(dataset, decay=0.05, **options)
-    assert table["initializer"].to_list()[::2] == ["default", *many_settings.INITIALIZERS[1:]]
+    assert table["initializer"].to_list()[::2] == list(many_settings.INITIALIZERS)
     assert table["decay"].to_list() == ["weight", "frobenius"] * 10
     assert np.isfinite(table[["first loss", "last loss"]]).all(None)
     first = table[table["decay"] == "weight"]["first loss"]
@@ -544,15 +555,15 @@ def test_optimizers(digits: data.Dataset) -> None:
 
 
 def test_transfer(digits: data.Dataset) -> None:
-    source, target = digits.first(512, 128).fitted(1, 28), data.gratings(512, 128)
-    table = many_settings.transfer(source, target, epochs=6, progress=False).set_index("network")
+    source, target = digits.first(320, 128).fitted(1, 28), data.gratings(320, 128)
+    table = many_settings.transfer(source, target, epochs=3, batch=16, progress=False).set_index("network")
     dense, tail = 61_706, 84 * 10 + 10 + 6 * 25 + 6
     small = (6 * 3 + 25 * 3 * 8 + 8 * 16 + 16) + (60 * 520 + 120) + (42 * 204 + 84) + tail
     assert table["parameters"].to_list() == [dense, small, small, small]
     reached = table["accuracy on gratings"]
-    assert (table["accuracy on digits"][:2] > 0.5).all() and table["accuracy on digits"][2:].isna().all()
-    assert reached["dense"] > 0.4 and reached["factorized before training"] > 0.4  # guessing: 0.1
-    assert reached["and one more epoch"] > 0.4
+    assert (table["accuracy on digits"][:2] > 0.3).all() and table["accuracy on digits"][2:].isna().all()
+    assert reached["dense"] > 0.25 and reached["factorized before training"] > 0.25  # guessing: 0.1
+    assert reached["and one more epoch"] > 0.25
 
 
 # ------------------------------------------------------------------------------------------------------ command lines

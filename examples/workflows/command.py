@@ -32,4 +32,6 @@ def dataset(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
 
 def show(table: pandas.DataFrame, title: str) -> None:
     """Prints a table, three decimals a number."""
-    print(f"\n{title}\n{table.to_string(index=False, float_format=lambda value: f'{value:.3f}', na_rep='')}", flush=True)
+    print(
+        f"\n{title}\n{table.to_string(index=False, float_format=lambda value: f'{value:.3f}', na_rep='')}", flush=True
+    )

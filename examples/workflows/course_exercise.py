@@ -41,8 +41,11 @@ SIZES = ["uncompressed_layer_size", "compressed_layer_size"]
 COLUMNS = ["model", "matrix/Tucker rank", *SIZES, f"{SIZES[1]}/{SIZES[0]}", "accuracy"]
 
 
-def course_network(filters: int = 256, hidden: int = 500, classes: int = 10) -> nn.Sequential:
-    """The exercise's CNN: input `[N, 3, 32, 32]`, output `[N, classes]`; layers conv1 ... conv12, dense1, dense2."""
+def course_network(filters: int = 256, hidden: int = 500, classes: int = 10, size: int = 32) -> nn.Sequential:
+    """The exercise's CNN: input `[N, 3, size, size]`, output `[N, classes]`.
+
+    Its layers are conv1 ... conv12, dense1 and dense2, with relu1 ..., pool4 ... between them.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = 3
     for number in range(1, 13):
@@ -53,7 +56,7 @@ def course_network(filters: int = 256, hidden: int = 500, classes: int = 10) -> 
         if number % 4 == 0:
             layers[f"pool{number}"] = nn.MaxPool2d(2)
     layers["flatten"] = nn.Flatten()
-    layers["dense1"] = nn.Linear(channels * 16, hidden)
+    layers["dense1"] = nn.Linear(channels * (size // 8) ** 2, hidden)
     layers["relu13"] = nn.ReLU()
     layers["dense2"] = nn.Linear(hidden, classes)
     for layer in layers.values():  # without normalization, PyTorch's default start would fade out in 12 layers
@@ -82,8 +85,8 @@ def run(
     """Trains `model` and its variants.
 
     Args:
-        dataset: images of 3x32x32.
-        model: `course_network()`; it is trained in place.
+        dataset: its images.
+        model: `course_network()` for images of that size; it is trained in place.
         ranks: of each of `LAYERS`.
         epochs, fine_tune: of the network, and of each variant after it.
 
@@ -125,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     dataset = command.dataset(parser, options).fitted(3, 32)
     filters, hidden = (32, 60) if options.small else (256, 500)
-    ranks = {"conv12": (filters // 16, filters // 16), "dense1": hidden // 10, "dense2": 5}
+    ranks: dict[str, Rank] = {"conv12": (filters // 16, filters // 16), "dense1": hidden // 10, "dense2": 5}
     with seeded():
         model = course_network(filters, hidden, dataset.classes)
         table, reason = run(dataset, model, ranks, epochs=options.epochs)

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -122,7 +122,10 @@ def gratings(train: int = 2000, test: int = 500, size: int = 28, seed: int = 0) 
     def split(count: int) -> Split:
         labels = torch.randint(10, (count,), generator=generator)
         angle = labels[:, None, None] * (torch.pi / 10)
-        waves, phase = 2 + 3 * torch.rand(count, 1, 1, generator=generator), torch.rand(count, 1, 1, generator=generator)
+        waves, phase = (
+            2 + 3 * torch.rand(count, 1, 1, generator=generator),
+            torch.rand(count, 1, 1, generator=generator),
+        )
         along = angle.cos() * position + angle.sin() * position[:, None]
         stripes = torch.sin(2 * torch.pi * (waves * along + phase))
         noise = torch.randn(count, size, size, generator=generator)
@@ -167,7 +170,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, strings and numpy arrays, and refuses the rest: a pickle can run any code."""
 
     _RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module's name depends on numpy's version
-    _ADMITTED = {
+    _ADMITTED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
@@ -192,7 +195,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
 def _cifar_split(paths: Sequence[Path], key: str) -> tuple[Split, list[dict[str, Any]]]:
     contents = [_unpickled(path) for path in paths]
     for path, content in zip(paths, contents, strict=True):
-        pixels, labels = content.get("data"), content.get(key)
+        pixels: Any = content.get("data")
+        labels = content.get(key)
         right = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,)
         if not right or not isinstance(labels, list) or len(labels) != len(pixels):
             raise ValueError(f"--data: {path} must hold uint8 'data' [N, 3072] and as many {key!r}")

@@ -10,6 +10,7 @@ transfer: LeNet, trained on the digits, moved to another data set; factorized be
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,32 +26,32 @@ from examples.workflows.training import accuracy, seeded, train
 from lowrank_ops.report import count_parameters
 
 INITIALIZERS = (
-    None, "spectral", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal",
+    "default", "spectral", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal",
     "trunc_normal", "normal", "uniform",
 )  # fmt: skip
+FACTORIZED = (lowrank_ops.TuckerConv2d, lowrank_ops.LowRankLinear)
 DECAYS = ("weight", "frobenius")
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-4),
     "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
 }
-Table = pandas.DataFrame
 
 
 def initializers(
     dataset: data.Dataset,
     *,
-    names: Sequence[str | None] = INITIALIZERS,
+    names: Sequence[str] = INITIALIZERS,
     width: int = 96,
     rank: int | float = 0.25,
     decay: float = 1e-4,
     epochs: int = 10,
     batch: int = 64,
     progress: bool = True,
-) -> Table:
+) -> pandas.DataFrame:
     """Trains a factorized AlexNet on 3x32x32 images once for each initializer and decay.
 
     Returns:
-        A row each: initializer (None is the modules' default), decay, cross entropy of the first and of the last
+        A row each: initializer, decay, cross entropy of the first and of the last
         epoch, accuracy on the test images.
     """
     test = data.batches(dataset.test, 256)
@@ -59,16 +60,26 @@ def initializers(
         for kind in DECAYS:
             with seeded():
                 model = AlexNet(dataset.classes, rank, name, width)
-                optimizer = torch.optim.SGD(
-                    model.parameters(), lr=0.02, momentum=0.9, weight_decay=decay if kind == "weight" else 0.0
-                )
+                optimizer = torch.optim.SGD(decayed(model, decay, kind), lr=0.02, momentum=0.9)
                 penalty: Callable[[nn.Module], Tensor] | None = None
                 if kind == "frobenius":
-                    penalty = lambda model: lowrank_ops.frobenius_decay(model, decay)  # noqa: E731
+                    penalty = functools.partial(lowrank_ops.frobenius_decay, weight=decay)
                 loader = data.batches(dataset.train, batch, shuffle=True)
                 losses = train(model, loader, optimizer, epochs, penalty=penalty, progress=progress)
-            rows.append([name or "default", kind, losses[0], losses[-1], accuracy(model, test)])
-    return Table(rows, columns=["initializer", "decay", "first loss", "last loss", "accuracy"])
+            rows.append([name, kind, losses[0], losses[-1], accuracy(model, test)])
+    return pandas.DataFrame(rows, columns=["initializer", "decay", "first loss", "last loss", "accuracy"])
+
+
+def decayed(model: nn.Module, decay: float, kind: str) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer; under Frobenius decay the factors have no weight decay of their own."""
+    layers = [layer for layer in model.modules() if isinstance(layer, FACTORIZED)]
+    factors = [factor for layer in layers for factor in layer.factors().values()]
+    known = set(map(id, factors))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [
+        {"params": factors, "weight_decay": decay if kind == "weight" else 0.0},
+        {"params": others, "weight_decay": decay},
+    ]
 
 
 def optimizers(
@@ -79,7 +90,7 @@ def optimizers(
     epochs: int = 10,
     batch: int = 64,
     progress: bool = True,
-) -> Table:
+) -> pandas.DataFrame:
     """Trains a ResNet-50 on 3x32x32 images under each optimizer, factorizes it, and trains it on.
 
     Returns:
@@ -89,7 +100,7 @@ def optimizers(
     rows = []
     for name, make in OPTIMIZERS.items():
 
-        def trained(model: nn.Module, epochs: int, make=make) -> None:
+        def trained(model: nn.Module, epochs: int, make: Callable[..., torch.optim.Optimizer] = make) -> None:
             loader = data.batches(dataset.train, batch, shuffle=True)
             train(model, loader, make(model.parameters()), epochs, progress=progress)
 
@@ -101,7 +112,7 @@ def optimizers(
             rows.append([name, "factorized", count_parameters(model), accuracy(model, test)])
             trained(model, -(-epochs // 2))
             rows.append([name, "and trained", count_parameters(model), accuracy(model, test)])
-    return Table(rows, columns=["optimizer", "network", "parameters", "accuracy"])
+    return pandas.DataFrame(rows, columns=["optimizer", "network", "parameters", "accuracy"])
 
 
 def transfer(
@@ -110,8 +121,9 @@ def transfer(
     *,
     rank: float = 0.5,
     epochs: int = 10,
+    batch: int = 64,
     progress: bool = True,
-) -> Table:
+) -> pandas.DataFrame:
     """Trains a LeNet on the 1x28x28 images of `source`, then with a new last layer on those of `target`.
 
     Returns:
@@ -121,7 +133,7 @@ def transfer(
     """
 
     def trained(model: nn.Module, dataset: data.Dataset, epochs: int) -> float:
-        loader = data.batches(dataset.train, 64, shuffle=True)
+        loader = data.batches(dataset.train, batch, shuffle=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         train(model, loader, optimizer, epochs, progress=progress)
         return accuracy(model, data.batches(dataset.test, 256))
@@ -148,7 +160,9 @@ def transfer(
         found = accuracy(after, data.batches(target.test, 256))
         rows.append(row("factorized after training", after, [None, found]))
         rows.append(row("and one more epoch", after, [None, trained(after, target, 1)]))
-    return Table(rows, columns=["network", "parameters", f"accuracy on {source.name}", f"accuracy on {target.name}"])
+    return pandas.DataFrame(
+        rows, columns=["network", "parameters", f"accuracy on {source.name}", f"accuracy on {target.name}"]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

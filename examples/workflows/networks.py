@@ -6,6 +6,7 @@ VGG-19 and ResNet-50 have torchvision's layout and parameter names at their defa
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -108,13 +109,11 @@ class AlexNet(nn.Sequential):
 
     Args:
         rank: of the factorized layers, an int or a fraction.
-        init: how their factors start, as `TuckerConv2d` takes it; None for its default. The two dense layers keep
-            PyTorch's default.
+        init: how their factors start, as `TuckerConv2d` takes it. The two dense layers keep PyTorch's default.
         width: divides into all channels and features: 96 is AlexNet's.
     """
 
-    def __init__(self, classes: int = 10, rank: int | float = 0.25, init: str | None = None, width: int = 96) -> None:
-        options = {} if init is None else {"init": init}
+    def __init__(self, classes: int = 10, rank: int | float = 0.25, init: str = "default", width: int = 96) -> None:
         channels = [round(width * count / 96) for count in (96, 256, 384, 384, 256)]
         features = [channels[-1] * 4, *(round(width * count / 96) for count in (4096, 4096, 1000))]
 
@@ -123,15 +122,15 @@ class AlexNet(nn.Sequential):
 
         def conv(index: int, size: int) -> list[nn.Module]:
             S, T = channels[index - 1], channels[index]
-            block = lowrank_ops.TuckerConv2d(S, T, size, rank, padding=size // 2, bias=False, **options)
+            block = lowrank_ops.TuckerConv2d(S, T, size, rank, padding=size // 2, bias=False, init=init)
             return [block, *after(T)]
 
         def pool() -> nn.Module:
             return nn.MaxPool2d(3, stride=2, padding=1)
 
         dense: list[nn.Module] = []
-        for S, T in zip(features, features[1:], strict=False):
-            dense += [lowrank_ops.LowRankLinear(S, T, rank, activation="relu", **options)]
+        for S, T in itertools.pairwise(features):
+            dense += [lowrank_ops.LowRankLinear(S, T, rank, activation="relu", init=init)]
         super().__init__(
             nn.Conv2d(3, channels[0], 11, stride=4, padding=5, bias=False), *after(channels[0]), pool(),
             *conv(1, 5), pool(), *conv(2, 3), *conv(3, 3), *conv(4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(),

@@ -28,7 +28,7 @@ FORMS = ("truncated dense weights", "factorized space")
 
 
 def sweep_network(dense: Sequence[int] = DENSE, channels: int = 32, classes: int = 10) -> nn.Sequential:
-    """Two convolutions and the dense layers: input `[N, 3, 32, 32]`, output `[N, classes]`."""
+    """Two convolutions and the dense layers: input `[N, 3, H, W]`, output `[N, classes]`."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -79,24 +79,23 @@ def run(
     *,
     fractions: Sequence[float] = FRACTIONS,
     epochs: int = 10,
+    learning_rate: float = 3e-4,
     images: int = 32,
     seconds: float = 0.2,
     progress: bool = True,
 ) -> pandas.DataFrame:
-    """Trains `model` in place on 3x32x32 images and sweeps its ranks.
+    """Trains `model` in place on images of 3 channels and sweeps its ranks.
 
     Returns:
         A row for each fraction and form: the fraction, the form, the parameters of the dense layers, accuracy on the
         test images, milliseconds a forward pass of `images` of them.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     train(model, data.batches(dataset.train, 64, shuffle=True), optimizer, epochs, progress=progress)
     test = data.batches(dataset.test, 256)
     input, _ = dataset.test.first(images)[:]
     full = full_rank(model)
-    swept = {
-        (fraction, form): made for fraction in fractions for form, made in at_rank(model, full, fraction).items()
-    }
+    swept = {(fraction, form): made for fraction in fractions for form, made in at_rank(model, full, fraction).items()}
     times = milliseconds({f"{fraction} {form}": made for (fraction, form), made in swept.items()}, input, seconds)
     kinds = (nn.Linear, lowrank_ops.LowRankLinear)
     rows = []
@@ -140,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dense, channels = ([count // 10 for count in DENSE], 8) if options.small else (DENSE, 32)
     with seeded():
         model = sweep_network(dense, channels, dataset.classes)
-        table = run(dataset, model, options.output, epochs=options.epochs)
+        seconds = 0.02 if options.small else 0.2
+        table = run(dataset, model, options.output, epochs=options.epochs, seconds=seconds)
     command.show(table, f"Ranks of dense layers {'-'.join(map(str, dense))}-{dataset.classes} on {dataset.name}")
     print(f"\nWritten to {options.output}/: accuracy.png, latency.png, ranks.csv")
     return 0

@@ -13,6 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas
 import torch
@@ -62,8 +63,11 @@ CASES = (
 )
 
 
-def small_network(case: Case, width: int = 32, classes: int = 10) -> nn.Sequential:
-    """Three convolutions and a dense layer with the case's pieces: input `[N, 3, 32, 32]`, output `[N, classes]`."""
+def small_network(case: Case, width: int = 32, classes: int = 10, size: int = 32) -> nn.Sequential:
+    """Three convolutions and a dense layer with the case's pieces.
+
+    Input `[N, 3, size, size]`, output `[N, classes]`.
+    """
     layers: list[nn.Module] = [] if case.before is None else [case.before()]
     channels = [3, width, 2 * width, 4 * width]
     for index in range(3):
@@ -71,13 +75,19 @@ def small_network(case: Case, width: int = 32, classes: int = 10) -> nn.Sequenti
         if case.between is not None and index < 2:
             layers.append(case.between())
         layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[3] * 16, classes))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[3] * (size // 8) ** 2, classes))
 
 
 def run(
-    dataset: data.Dataset, *, width: int = 32, epochs: int = 10, rank: float = 0.5, progress: bool = True
+    dataset: data.Dataset,
+    *,
+    width: int = 32,
+    epochs: int = 10,
+    rank: float = 0.5,
+    batch: int = 64,
+    progress: bool = True,
 ) -> pandas.DataFrame:
-    """Trains each case on 3x32x32 images, factorizes it, and trains it for half as long again.
+    """Trains each case on square images of 3 channels, factorizes it, and trains it for half as long again.
 
     Returns:
         A row a case: parameters of the dense and of the factorized network, accuracy of the dense one, of the
@@ -88,21 +98,19 @@ def run(
         if case.coarse and dataset.coarse is None:
             continue
         labelled = dataset.with_coarse_labels() if case.coarse else dataset
-        augment = functools.partial(data.mixup, classes=labelled.classes) if case.mixup else None
-        test = data.batches(labelled.test, 256)
+        loader, test = data.batches(labelled.train, batch, shuffle=True), data.batches(labelled.test, 256)
+        options: dict[str, Any] = {"progress": progress}
+        if case.mixup:
+            options["augment"] = functools.partial(data.mixup, classes=labelled.classes)
 
-        def trained(model: nn.Module, epochs: int, labelled=labelled, augment=augment, test=test) -> float:
-            loader = data.batches(labelled.train, 64, shuffle=True)
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-            train(model, loader, optimizer, epochs, augment=augment, progress=progress)
-            return accuracy(model, test)
-
-        dense = small_network(case, width, labelled.classes)
-        reached = trained(dense, epochs)
+        dense = small_network(case, width, labelled.classes, dataset.train.images.shape[-1])
+        train(dense, loader, torch.optim.Adam(dense.parameters()), epochs, **options)
         model = copy.deepcopy(dense)
         lowrank_ops.factorize_(model, rank=rank, multiple=1, progress=progress)
+        as_it_is = accuracy(model, test)
+        train(model, loader, torch.optim.Adam(model.parameters()), -(-epochs // 2), **options)
         sizes = [count_parameters(dense), count_parameters(model)]
-        rows.append([case.name, *sizes, reached, accuracy(model, test), trained(model, -(-epochs // 2))])
+        rows.append([case.name, *sizes, accuracy(dense, test), as_it_is, accuracy(model, test)])
     return pandas.DataFrame(rows, columns=COLUMNS)
 
 

@@ -40,7 +40,9 @@ def train(
     """
     losses = []
     model.train()
-    with tqdm(total=epochs * len(loader), desc="train", unit="batch", file=sys.stderr, disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=epochs * len(loader), desc="train", unit="batch", file=sys.stderr, disable=not progress, leave=False
+    ) as bar:
         for _ in range(epochs):
             total = 0.0
             for images, labels in loader:

@@ -16,6 +16,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
 import tensorly
@@ -38,9 +39,10 @@ def tucker_chain(conv: nn.Conv2d, ranks: Sequence[int]) -> nn.Sequential:
     """A convolution as the notebook replaces it: 1x1, KxK, 1x1 with TensorLy's factors; `ranks` output first."""
     with tensorly.backend_context("pytorch"):
         (core, (last, first)), _ = partial_tucker(conv.weight.detach(), rank=list(ranks), modes=[0, 1], init="svd")
+    window: Any = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")}
     chain = nn.Sequential(
         nn.Conv2d(first.shape[0], first.shape[1], 1, bias=False),
-        nn.Conv2d(core.shape[1], core.shape[0], conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False),
+        nn.Conv2d(core.shape[1], core.shape[0], bias=False, **window),
         nn.Conv2d(last.shape[1], last.shape[0], 1, bias=conv.bias is not None),
     )
     weights = (first.T[:, :, None, None], core, last[:, :, None, None])
@@ -58,7 +60,7 @@ def cp_chain(conv: nn.Conv2d, rank: int) -> nn.Sequential:
             conv.weight.detach(), rank=rank, init="random", n_iter_max=20, random_state=0
         )
     (KH, KW), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    ph, pw = conv.padding
+    ph, pw = conv.padding  # type: ignore[str-unpack]
     chain = nn.Sequential(
         nn.Conv2d(first.shape[0], rank, 1, bias=False),
         nn.Conv2d(rank, rank, (KH, 1), (sh, 1), (ph, 0), (dh, 1), groups=rank, bias=False),  # type: ignore[arg-type]
@@ -117,7 +119,9 @@ def networks(model: VGG19, cp_rank: int, progress: bool = True) -> dict[str, nn.
     return found
 
 
-def run(model: VGG19, images: Tensor, cp_rank: int = 64, seconds: float = 0.2, progress: bool = True) -> pandas.DataFrame:
+def run(
+    model: VGG19, images: Tensor, cp_rank: int = 64, seconds: float = 0.2, progress: bool = True
+) -> pandas.DataFrame:
     """The notebook on a network and some images `[N, 3, H, W]`.
 
     Returns:
@@ -158,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--small has another layout than the weights")
     dataset = command.dataset(parser, options)
     with seeded():
-        model = VGG19(width=8, hidden=64) if options.small else VGG19()
+        model = VGG19(width=4, hidden=64) if options.small else VGG19()
     if options.weights:
         load_weights(model, options.weights)
     images, _ = dataset.test.first(options.images).fitted(3, 32 if options.small else 224)[:]
@@ -169,12 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _filled(chain: nn.Sequential, weights: Sequence[Tensor], bias: Tensor | None) -> nn.Sequential:
-    with torch.no_grad():
-        for layer, weight in zip(chain, weights, strict=True):
-            layer.weight.copy_(weight)
-        if bias is not None:
-            chain[-1].bias.copy_(bias)
-    return chain.to(weights[0].dtype)
+    state = {f"{index}.weight": weight for index, weight in enumerate(weights)}
+    if bias is not None:
+        state[f"{len(weights) - 1}.bias"] = bias.detach()
+    chain.to(weights[0].dtype).load_state_dict(state)
+    return chain
 
 
 if __name__ == "__main__":
