@@ -3,9 +3,12 @@
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
 from lowrank_ops.chains import NotOneOp
+from lowrank_ops.decay import frobenius_decay, frobenius_norm_squared
 from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
+from lowrank_ops.distill import DistillReport, distill_
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.initialization import Spectral
 from lowrank_ops.measurements import load_measurements, save_measurements
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
@@ -17,20 +20,25 @@ __version__: str = build_info()["version"]
 __all__ = [
     "CPConv1d",
     "CPConv2d",
+    "DistillReport",
     "Energy",
     "Explanation",
     "LayerReport",
     "LowRankLinear",
     "NotOneOp",
     "Report",
+    "Spectral",
     "TuckerConv1d",
     "TuckerConv2d",
     "build_info",
     "count_layer_weights",
     "cp_conv2d",
     "cp_decompose",
+    "distill_",
     "explain",
     "factorize_",
+    "frobenius_decay",
+    "frobenius_norm_squared",
     "fuse_",
     "load_measurements",
     "lowrank_linear",

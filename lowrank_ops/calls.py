@@ -69,7 +69,7 @@ class Calls:
 def run_example(model: nn.Module, example_input: Any) -> None:
     """Runs the model on a tensor, a tuple or list of arguments or a dict of keyword arguments; without
     gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if isinstance(example_input, dict):
             model(**example_input)
         elif isinstance(example_input, (tuple, list)):
@@ -135,7 +135,8 @@ def _seconds(module: nn.Module, input: Tensor) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards the training flags of all its modules are as they were."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

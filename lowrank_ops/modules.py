@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_ops import chains, ranks, reference
 from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.initialization import Init
 from lowrank_ops.module_base import (
     FactorizedConv,
     FactorizedModule,
@@ -102,6 +103,9 @@ class TuckerConv2d(_TuckerConv):
         groups: only 1.
         activation: applied to the output: none, relu, relu6, hardswish, silu or gelu (exact).
         device, dtype: of the parameters.
+        init: what the values are drawn from, as it would be for the dense layer: "default", "spectral", a name of
+            torch.nn.init without the underscore, a callable, `Spectral(...)`; see `reset_parameters`. A callable is
+            kept, and pickled, with the module (a lambda cannot be).
 
     Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]`, `out_factor [T, R2]`, `bias [T]` or None. Input
     `[N, S, H, W]` or `[S, H, W]`, output `[N, T, OH, OW]` or `[T, OH, OW]`.
@@ -111,7 +115,8 @@ class TuckerConv2d(_TuckerConv):
     torch.contiguous_format)` first, the result is the same.
 
     Raises:
-        ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit.
+        ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit, an `init` that
+            is unknown or cannot fill the factors.
         TypeError: a dtype or a kind of rank that is not supported.
     """
 
@@ -298,6 +303,7 @@ class LowRankLinear(FactorizedModule):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         rank: an int or a fraction of min(S, T).
         activation: none, relu, relu6, hardswish, silu or gelu (exact).
+        init: as `TuckerConv2d`.
 
     Parameters: `in_factor [R, S]`, `out_factor [T, R]`, `bias [T]` or None. Input `[..., S]`, output `[...,
     T]`. Errors as `TuckerConv2d`.
@@ -314,6 +320,7 @@ class LowRankLinear(FactorizedModule):
         activation: str = "none",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        init: Init = "default",
     ) -> None:
         super().__init__()
         self.in_features = at_least(self._name, "in_features", in_features, 1)
@@ -321,7 +328,7 @@ class LowRankLinear(FactorizedModule):
         self.activation = check_activation(self._name, activation)
         refuse_energy(self._name, rank)
         self.rank = ranks.linear_rank(rank, torch.empty(out_features, in_features, device="meta"), name=self._name)
-        self._create(bias, out_features, device, dtype)
+        self._create(bias, out_features, device, dtype, init)
 
     @classmethod
     def from_linear(
@@ -340,11 +347,10 @@ class LowRankLinear(FactorizedModule):
         """
         check_replaceable(cls.__name__, linear, nn.Linear, name)
         check_activation(cls.__name__, activation)
-        found = svd_decompose(linear.weight.detach(), rank, multiple=multiple, name=name)
-        factors = {"in_factor": found.in_factor, "out_factor": found.out_factor}
+        factors, error = cls._decompose(linear.weight.detach(), rank, multiple, seed, name)
         module = cls._empty(factors, linear.bias is not None, activation)
         module._adopt(factors, linear.bias, linear, frozen=not linear.weight.requires_grad)
-        module.relative_error = found.relative_error
+        module.relative_error = error
         return module
 
     @classmethod
@@ -385,6 +391,13 @@ class LowRankLinear(FactorizedModule):
     def _empty(cls, factors: Mapping[str, Tensor], bias: bool, activation: str) -> Self:
         in_factor, out_factor = factors["in_factor"], factors["out_factor"]
         return cls(in_factor.shape[1], out_factor.shape[0], 1, bias, activation, "meta", in_factor.dtype)
+
+    @classmethod
+    def _decompose(
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+    ) -> tuple[dict[str, Tensor], float]:
+        found = svd_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
+        return {"in_factor": found.in_factor, "out_factor": found.out_factor}, found.relative_error
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"in_factor": (self.rank, self.in_features), "out_factor": (self.out_features, self.rank)}
