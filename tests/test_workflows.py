@@ -534,13 +534,13 @@ def test_initializers_and_decays(digits: data.Dataset) -> None:
     table = many_settings.initializers(dataset, decay=0.05, **options)
     assert table["initializer"].to_list()[::2] == list(many_settings.INITIALIZERS)
     assert table["decay"].to_list() == ["weight", "frobenius"] * 10
-    assert np.isfinite(table[["first loss", "last loss"]]).all(None)
+    assert np.isfinite(table[["first loss", "last loss"]].to_numpy()).all()
     first = table[table["decay"] == "weight"]["first loss"]
     assert first.nunique() == 10, "each initializer starts elsewhere"
     by_decay = table.pivot(index="initializer", columns="decay", values="last loss")
     assert (by_decay["weight"] != by_decay["frobenius"]).all()
     # Without decay the two columns are the same training.
-    without = many_settings.initializers(dataset, names=("orthogonal",), decay=0.0, **options)
+    without = many_settings.initializers(dataset, inits={"orthogonal": "orthogonal"}, decay=0.0, **options)
     rows = without.drop(columns="decay").to_numpy().tolist()
     assert rows[0] == rows[1]
 

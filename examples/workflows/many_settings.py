@@ -23,12 +23,17 @@ import lowrank_ops
 from examples.workflows import command, data
 from examples.workflows.networks import AlexNet, LeNet, ResNet50
 from examples.workflows.training import accuracy, seeded, train
+from lowrank_ops.initialization import Init
 from lowrank_ops.report import count_parameters
 
-INITIALIZERS = (
-    "default", "spectral", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal",
-    "trunc_normal", "normal", "uniform",
-)  # fmt: skip
+INITIALIZERS: Mapping[str, Init] = {
+    **{name: name for name in ("default", "spectral", "xavier_uniform", "xavier_normal", "kaiming_uniform",
+                               "kaiming_normal", "orthogonal")},
+    # torch.nn.init's own N(0, 1) and U(0, 1) are far too large for three dense layers without normalization.
+    "normal, 0.02": functools.partial(nn.init.normal_, std=0.02),
+    "trunc_normal, 0.02": functools.partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04),
+    "uniform, 0.05": functools.partial(nn.init.uniform_, a=-0.05, b=0.05),
+}  # fmt: skip
 FACTORIZED = (lowrank_ops.TuckerConv2d, lowrank_ops.LowRankLinear)
 DECAYS = ("weight", "frobenius")
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -40,7 +45,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 def initializers(
     dataset: data.Dataset,
     *,
-    names: Sequence[str] = INITIALIZERS,
+    inits: Mapping[str, Init] = INITIALIZERS,
     width: int = 96,
     rank: int | float = 0.25,
     decay: float = 1e-4,
@@ -56,10 +61,10 @@ def initializers(
     """
     test = data.batches(dataset.test, 256)
     rows = []
-    for name in names:
+    for name, init in inits.items():
         for kind in DECAYS:
             with seeded():
-                model = AlexNet(dataset.classes, rank, name, width)
+                model = AlexNet(dataset.classes, rank, init, width)
                 optimizer = torch.optim.SGD(decayed(model, decay, kind), lr=0.02, momentum=0.9)
                 penalty: Callable[[nn.Module], Tensor] | None = None
                 if kind == "frobenius":

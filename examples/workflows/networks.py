@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
+from lowrank_ops.initialization import Init
 
 _VGG19 = (1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0)  # times the width; 0: max pooling
 
@@ -113,7 +114,7 @@ class AlexNet(nn.Sequential):
         width: divides into all channels and features: 96 is AlexNet's.
     """
 
-    def __init__(self, classes: int = 10, rank: int | float = 0.25, init: str = "default", width: int = 96) -> None:
+    def __init__(self, classes: int = 10, rank: int | float = 0.25, init: Init = "default", width: int = 96) -> None:
         channels = [round(width * count / 96) for count in (96, 256, 384, 384, 256)]
         features = [channels[-1] * 4, *(round(width * count / 96) for count in (4096, 4096, 1000))]
 
