@@ -320,7 +320,8 @@ def test_vgg19_table(vgg: VGG19, digits: data.Dataset) -> None:
     }  # fmt: skip
     assert table["after"].to_dict() == after
     assert table["ratio"].to_dict() == {name: dense / count for name, count in after.items()}
-    assert table["output error"]["dense"] == 0 < table["output error"]["Tucker, half ranks"] < 1
+    errors = table["output error"]
+    assert errors["dense"] == 0 and (errors.drop("dense") > 0).all()
     assert (table["ms"] > 0).all() and list(table.columns)[-1] == "ms"
 
 

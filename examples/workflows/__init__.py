@@ -8,5 +8,6 @@
 
 Each runs offline, on scikit-learn's digits, or on the data set that lies in `--data FOLDER`: CIFAR-10 or
 CIFAR-100 (python version), STL-10 (binary version), MNIST or Fashion-MNIST (idx files). `--small` takes narrow
-networks and few images, to see the whole workflow in seconds.
+networks and few images, to see a whole workflow in a minute or two; without it the networks have their full size, which
+wants the real data set and hours on a CPU for some.
 """

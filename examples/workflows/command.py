@@ -13,7 +13,7 @@ def parser(description: str | None, epochs: int | None = None) -> argparse.Argum
     """A parser with `--data` and `--small`, and `--epochs` for what trains."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FOLDER", help="a data set to use instead of scikit-learn's digits")
-    parser.add_argument("--small", action="store_true", help="narrow networks and few images: done in seconds")
+    parser.add_argument("--small", action="store_true", help="narrow networks and few images: a minute or two")
     if epochs is not None:
         parser.add_argument("--epochs", type=int, default=epochs, help=f"of training (default {epochs})")
     return parser

@@ -126,11 +126,11 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser(__doc__, epochs=20)
     options = parser.parse_args(arguments)
-    dataset = command.dataset(parser, options).fitted(3, 32)
-    filters, hidden = (32, 60) if options.small else (256, 500)
+    filters, hidden, size = (32, 60, 16) if options.small else (256, 500, 32)
+    dataset = command.dataset(parser, options).fitted(3, size)
     ranks: dict[str, Rank] = {"conv12": (filters // 16, filters // 16), "dense1": hidden // 10, "dense2": 5}
     with seeded():
-        model = course_network(filters, hidden, dataset.classes)
+        model = course_network(filters, hidden, dataset.classes, size)
         table, reason = run(dataset, model, ranks, epochs=options.epochs)
     command.show(table, f"A CNN of 12 convolutions on {dataset.name}")
     print(f"\nfuse_ leaves the convolution with ReLUs between its stages: {reason}")

@@ -22,7 +22,8 @@ _VGG19 = (1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0)  # time
 class VGG19(nn.Module):
     """VGG-19 (Simonyan & Zisserman, arXiv:1409.1556): 16 convolutions, 3 linear layers, 143.7 M parameters.
 
-    Input `[N, 3, H, W]`, H and W at least 32, output `[N, classes]`.
+    Random weights are drawn as torchvision draws them. Input `[N, 3, H, W]`, H and W at least 32, output `[N,
+    classes]`.
     """
 
     def __init__(self, classes: int = 1000, width: int = 64, hidden: int = 4096) -> None:
@@ -42,6 +43,13 @@ class VGG19(nn.Module):
             nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(),
             nn.Linear(hidden, classes),
         )  # fmt: skip
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, 0, 0.01)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.classifier(self.avgpool(self.features(image)).flatten(1))
