@@ -7,7 +7,8 @@ on some images, and the time of a forward pass. Last come the nn.Sequential chai
 with TensorLy, and the same chains taken over by `fuse_`.
 
 Weights are random unless `--weights FILE` names a state_dict in torchvision's layout (vgg19-dcbb9e9d.pth). Random
-weights are the hardest to approximate: half the ranks lose nearly all of the output. Trained ones are nearer to low rank.
+weights are the hardest to approximate: half the ranks lose nearly all of the output. Trained ones are nearer to low
+rank.
 """
 
 from __future__ import annotations
