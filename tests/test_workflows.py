@@ -108,6 +108,21 @@ def test_vgg19_table(vgg: VGG19, digits: data.Dataset) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tucker", "cp"])
+def test_the_notebooks_chains_are_the_convolution_where_the_rank_is_enough(kind: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)).double()
+    if kind == "tucker":
+        chain = vgg19.tucker_chain(conv, [6, 4])
+    else:  # of a weight of rank one: alternating least squares finds it in a sweep or two
+        vectors = [torch.randn(size, dtype=torch.float64) for size in conv.weight.shape]
+        conv.weight.data = torch.einsum("t,s,i,j->tsij", *vectors)
+        chain = vgg19.cp_chain(conv, 1)
+    image = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert (chain(image) - conv(image)).norm() < 1e-9 * conv(image).norm()
+
+
+@pytest.mark.parametrize("kind", ["tucker", "cp"])
 def test_tensorlys_chains_are_taken_over_unchanged(vgg: VGG19, kind: str) -> None:
     """Block by block in fp64, each on the input that it gets in the network."""
     model = copy.deepcopy(vgg).double()
@@ -244,6 +259,18 @@ def test_rank_sweep(digits: data.Dataset, tmp_path: Path) -> None:
     assert len((tmp_path / "plots" / "ranks.csv").read_text().splitlines()) == 1 + 6
 
 
+def test_a_cut_layer_is_the_best_of_its_rank() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 8).double()
+    full = rank_sweep.full_rank(nn.Sequential(linear))["0"]
+    values = torch.linalg.svdvals(linear.weight)
+    for rank in (1, 4, 7):
+        layer = rank_sweep.cut(full, rank / 8)
+        assert layer.rank == rank and torch.equal(layer.bias, linear.bias)
+        error = (layer.to_dense().weight - linear.weight).norm()
+        torch.testing.assert_close(error, values[rank:].norm())  # Eckart and Young
+
+
 def test_both_forms_of_a_rank_compute_the_same() -> None:
     torch.manual_seed(0)
     model = rank_sweep.sweep_network((12, 9, 9, 11), channels=2).double()
@@ -322,6 +349,13 @@ def test_initializers_and_decays(digits: data.Dataset) -> None:
     assert first.nunique() == 10, "each initializer starts elsewhere"
     by_decay = table.pivot(index="initializer", columns="decay", values="last loss")
     assert (by_decay["weight"] != by_decay["frobenius"]).all()
+    model = AlexNet(width=6)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    for kind, of_factors in (("weight", 0.3), ("frobenius", 0.0)):
+        factors, others = many_settings.decayed(model, 0.3, kind)
+        assert (factors["weight_decay"], others["weight_decay"]) == (of_factors, 0.3)
+        assert len(factors["params"]) == 4 * 3 + 3 * 2
+        assert sum(parameter.numel() for group in (factors, others) for parameter in group["params"]) == whole
     # Without decay the two columns are the same training.
     without = many_settings.initializers(dataset, inits={"orthogonal": "orthogonal"}, decay=0.0, **options)
     rows = without.drop(columns="decay").to_numpy().tolist()
