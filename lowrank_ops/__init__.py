@@ -18,7 +18,7 @@ from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d,
 from lowrank_ops.pairs import Fold, FoldReport
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
 from lowrank_ops.ranks import Energy
-from lowrank_ops.report import LayerReport, Report
+from lowrank_ops.report import LayerReport, Report, count_layer_weights
 from lowrank_ops.saving import load, save
 
 __version__: str = build_info()["version"]
@@ -40,6 +40,7 @@ __all__ = [
     "TuckerConv1d",
     "TuckerConv2d",
     "build_info",
+    "count_layer_weights",
     "cp_conv2d",
     "cp_decompose",
     "distill_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import math
 import shutil
@@ -191,6 +192,35 @@ _SIZES = (
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, bias included; shared ones once, those of lazy layers not yet."""
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+
+
+def count_layer_weights(model: nn.Module, layer_name: str) -> int:
+    """Number of weights of one layer of a model, dense or factorized, its bias included.
+
+    It is what `Report.to_pandas` has as `uncompressed_layer_size` of the dense layer and `compressed_layer_size` of
+    the factorized one. Weights that the layer uses twice count once.
+
+    Args:
+        model: the network.
+        layer_name: the qualified name of a layer in it ("features.3"); of a container all that is inside counts.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        KeyError: no layer of that name; the message has names that come close.
+        ValueError: the layer is lazy: its size is unknown until the model has run once.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"count_layer_weights: model must be an nn.Module, got {type(model).__name__}")
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if layer_name not in layers:
+        near = difflib.get_close_matches(layer_name, layers, 3) or [name for name in layers if name][:3]
+        raise KeyError(
+            f"count_layer_weights: layer_name must be the qualified name of a layer of {type(model).__name__}, got "
+            f"{layer_name!r}; it has {', '.join(map(repr, near))}, see model.named_modules()"
+        )
+    if any(map(is_lazy, layers[layer_name].parameters())):
+        raise ValueError(f"count_layer_weights: {layer_name!r} is lazy: run the model once, its size is unknown before")
+    return count_parameters(layers[layer_name])
 
 
 def count_macs(layer: nn.Module, input_shape: Sequence[int] | None = None) -> int | None:
