@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lowrank_ops import ranks
 from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
+from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
@@ -25,6 +26,8 @@ __all__ = ["factorize_", "fuse_"]
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector] | None
+
+_CP = (CPConv1d, CPConv2d)
 
 # Layers whose parent reads their weight itself instead of calling them.
 _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -71,7 +74,7 @@ def factorize_(
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, and the
             factorized model is run once to see that it works. The model is in eval mode for these runs.
-        multiple: ranks from fractions and energies are rounded to a multiple of it (see `lowrank_ops.ranks`).
+        multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`).
         seed: of the decompositions.
         progress: a progress bar on stderr.
 
@@ -336,6 +339,7 @@ def _entry(
         macs_before=macs(layer),
         macs_after=macs(made_of),
         weight_error=getattr(made_of, "relative_error", None),
+        sensitivity=sensitivity(list(made_of.factors().values())) if isinstance(made_of, _CP) else None,
         reason=reason,
         output_size=None if seen is None else seen.output_size,
         milliseconds_before=None if times is None else times[0],

@@ -36,6 +36,8 @@ class LayerReport:
         macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
             of the layer together), or per output pixel (per row for a linear layer) without one.
         weight_error: `||W - W_dense|| / ||W_dense||`.
+        sensitivity: of a CP convolution: what noise in its factors does to its weight, see
+            `lowrank_ops.cp.sensitivity`.
         reason: why the layer was left.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
@@ -51,6 +53,7 @@ class LayerReport:
     macs_before: int | None = None
     macs_after: int | None = None
     weight_error: float | None = None
+    sensitivity: float | None = None
     reason: str | None = None
     output_size: tuple[int, ...] | None = None
     milliseconds_before: float | None = None
