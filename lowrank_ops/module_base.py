@@ -276,14 +276,7 @@ class FactorizedConv(FactorizedModule):
 
     @classmethod
     def _from_conv(
-        cls,
-        conv: nn.Module,
-        rank: Rank,
-        multiple: int,
-        seed: int,
-        activation: str,
-        name: str,
-        progress: bool = False,
+        cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str, progress: bool = False
     ) -> Self:
         kind = nn.Conv2d if cls.axes == 2 else nn.Conv1d
         check_replaceable(cls.__name__, conv, kind, name)

@@ -15,10 +15,9 @@ decomposition of that rank: one term a column of the longest mode's unfolding). 
 (and Tucker's also to what the other rank supports, R1 <= R2 KH KW and R2 <= R1 KH KW), an int outside is an
 error.
 
-All but ints are rounded up to a multiple (8 by default, the block in which the kernels process
-ranks, so that the added columns cost no time and lower the error) unless that would cost: ranks below the
-multiple stay, since there it could double the layer, and so do ranks whose next multiple reaches the limit,
-where nothing is saved.
+All but ints are rounded up to a multiple (8 by default, the block in which the kernels process ranks, so that the
+added columns cost no time and lower the error) unless that would cost: ranks below the multiple stay, since there
+it could double the layer, and so do ranks whose next multiple reaches the limit, where nothing is saved.
 """
 
 from __future__ import annotations

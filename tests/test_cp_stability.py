@@ -11,7 +11,7 @@ from tensorly.cp_tensor import CPTensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_ops import correction, cp, factorize_, reference
+from lowrank_ops import CPConv2d, correction, cp, factorize_, reference
 from lowrank_ops.correction import MARGIN, approximation_error, balanced, correct, expected_change, strengths
 from lowrank_ops.cp import cp_decompose, sensitivity
 
@@ -270,3 +270,8 @@ def test_the_bar_counts_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert 1 + 7 < bars[0].n <= 1 + 7 + 3
     cp_decompose(randn(*SHAPE), 12, progress=False)
     assert capsys.readouterr().err == ""
+    conv = nn.Conv2d(10, 12, 3)
+    CPConv2d.from_conv2d(conv, 4, name="features.3")
+    assert capsys.readouterr().err == ""
+    CPConv2d.from_conv2d(conv, 4, name="features.3", progress=True)
+    assert "features.3: CP, run 1" in capsys.readouterr().err
