@@ -19,9 +19,10 @@ from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import Fit, fit_in_order_
 from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
-from lowrank_ops.fitting import Whitening
+from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.module_base import FactorizedModule, refusal
+from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moments import Moments, gather_moments
 from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
@@ -32,6 +33,8 @@ from lowrank_ops.spending import spend
 from lowrank_ops.surgery import Owners, Site, find_sites, move_hooks
 
 __all__ = ["factorize_", "fuse_"]
+
+_CP = (CPConv1d, CPConv2d)
 
 # Layers whose parent reads their weight itself instead of calling them.
 _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -88,8 +91,8 @@ def factorize_(
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, and the
             factorized model is run once to see that it works. The model is in eval mode for these runs.
-        multiple: ranks from fractions and energies are rounded to a multiple of it (see `lowrank_ops.ranks`), and those
-            for a budget are multiples of it.
+        multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
+            budget are multiples of it.
         seed: of the decompositions.
         n_jobs: decompose in so many processes of one thread each (joblib; -1: one a core); the same bits for every
             number. None: one layer after the other, with torch's threads.
@@ -416,6 +419,7 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
         macs_after=macs(made_of),
         weight_error=getattr(made_of, "relative_error", None),
         output_error=work.output_errors.get(id(layer)),
+        sensitivity=sensitivity(list(made_of.factors().values())) if isinstance(made_of, _CP) else None,
         reason=work.reasons.get(id(layer)),
         output_size=None if seen is None else seen.output_size,
         milliseconds_before=None if times is None else times[0],

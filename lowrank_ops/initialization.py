@@ -68,7 +68,7 @@ def draw_factors(module: FactorizedModule, init: Init) -> None:
             source = init.init if isinstance(init, Spectral) else "default"
             weight = _draw(name, source, dense_shape, factors["in_factor"])
             image = weight.unsqueeze(2) if weight.dim() == 3 else weight
-            values, _ = module._decompose(image, module.rank, 1, 0, name)
+            values, _ = module._decompose(image, module.rank, 1, 0, name, False)
         elif init in ("eye", "dirac"):
             values = {key: _identity(key, torch.zeros_like(factor)) for key, factor in factors.items()}
         else:

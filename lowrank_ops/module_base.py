@@ -16,7 +16,7 @@ from lowrank_ops import chains
 from lowrank_ops._ops import ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
 from lowrank_ops.initialization import Init, check_init, draw_factors
-from lowrank_ops.ranks import Energy, Rank
+from lowrank_ops.ranks import VBMF, Energy, Rank
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,7 +105,7 @@ class FactorizedModule(nn.Module):
 
     @classmethod
     def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         """The factors of a dense weight, a 1-D convolution's with height 1, and their relative error."""
         raise NotImplementedError
@@ -314,13 +314,16 @@ class FactorizedConv(FactorizedModule):
         )
 
     @classmethod
-    def _from_conv(cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str) -> Self:
+    def _from_conv(
+        cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str, progress: bool = False
+    ) -> Self:
         kind = nn.Conv2d if cls.axes == 2 else nn.Conv1d
         check_replaceable(cls.__name__, conv, kind, name)
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
         check_activation(cls.__name__, activation)
         weight = conv.weight.detach()
-        factors, error = cls._decompose(weight if cls.axes == 2 else weight.unsqueeze(2), rank, multiple, seed, name)
+        image = weight if cls.axes == 2 else weight.unsqueeze(2)
+        factors, error = cls._decompose(image, rank, multiple, seed, name, progress)
         module = cls._empty_like(conv, weight, activation, conv.bias is not None)
         module._adopt(factors, conv.bias, conv, frozen=not conv.weight.requires_grad)
         module.relative_error = error
@@ -393,10 +396,10 @@ def groups_reason(groups: int) -> str:
 
 
 def refuse_energy(name: str, rank: Rank) -> None:
-    if any(isinstance(entry, Energy) for entry in (rank if isinstance(rank, (tuple, list)) else (rank,))):
+    if any(isinstance(entry, (Energy, VBMF)) for entry in (rank if isinstance(rank, (tuple, list)) else (rank,))):
         raise TypeError(
             f"{name}: rank must be an int, a fraction or a pair, got {rank}: a new layer has no weight whose "
-            "energy could be measured; use from_conv2d, from_conv1d or from_linear"
+            "singular values could be measured; use from_conv2d, from_conv1d or from_linear"
         )
 
 

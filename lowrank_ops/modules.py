@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import chains, ranks, reference
-from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
+from lowrank_ops.cp import cp_decompose
+from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.initialization import Init
 from lowrank_ops.module_base import (
@@ -80,7 +81,7 @@ class _TuckerConv(FactorizedConv):
 
     @classmethod
     def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         found = tucker_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
         core = found.core if cls.axes == 2 else found.core.squeeze(2)
@@ -230,7 +231,7 @@ class _CPConv(FactorizedConv):
 
     @classmethod
     def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         if weight.shape[2:] == (1, 1):  # a matrix: its SVD is the best CP decomposition of any rank
             matrix = svd_decompose(weight.flatten(1), rank, multiple=multiple, name=name)
@@ -238,7 +239,7 @@ class _CPConv(FactorizedConv):
             in_factor, out_factor, height, width = matrix.in_factor, matrix.out_factor, ones, ones
             error = matrix.relative_error
         else:
-            found = cp_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
+            found = cp_decompose(weight, rank, multiple=multiple, seed=seed, name=name, progress=progress)
             in_factor, out_factor = found.in_factor, found.out_factor
             height, width, error = found.height_factor, found.width_factor, found.relative_error
         if cls.axes == 2:
@@ -267,9 +268,11 @@ class CPConv2d(_CPConv):
         seed: int = 0,
         activation: str = "none",
         name: str = "conv",
+        progress: bool = False,
     ) -> Self:
-        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`."""
-        return cls._from_conv(conv, rank, multiple, seed, activation, name)
+        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`. With
+        `progress`, a bar on stderr where that takes more than two seconds."""
+        return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class CPConv1d(_CPConv):
@@ -291,9 +294,10 @@ class CPConv1d(_CPConv):
         seed: int = 0,
         activation: str = "none",
         name: str = "conv",
+        progress: bool = False,
     ) -> Self:
         """As `CPConv2d.from_conv2d`, from an nn.Conv1d."""
-        return cls._from_conv(conv, rank, multiple, seed, activation, name)
+        return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class LowRankLinear(FactorizedModule):
@@ -347,7 +351,7 @@ class LowRankLinear(FactorizedModule):
         """
         check_replaceable(cls.__name__, linear, nn.Linear, name)
         check_activation(cls.__name__, activation)
-        factors, error = cls._decompose(linear.weight.detach(), rank, multiple, seed, name)
+        factors, error = cls._decompose(linear.weight.detach(), rank, multiple, seed, name, False)
         module = cls._empty(factors, linear.bias is not None, activation)
         module._adopt(factors, linear.bias, linear, frozen=not linear.weight.requires_grad)
         module.relative_error = error
@@ -394,7 +398,7 @@ class LowRankLinear(FactorizedModule):
 
     @classmethod
     def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         found = svd_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
         return {"in_factor": found.in_factor, "out_factor": found.out_factor}, found.relative_error

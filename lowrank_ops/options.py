@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_ops import ranks
 from lowrank_ops.budget import Option
 from lowrank_ops.calls import LayerCalls, times
-from lowrank_ops.decompose import cp_decompose
+from lowrank_ops.cp import cp_decompose
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.moments import Layer
 from lowrank_ops.report import count_macs, count_parameters
@@ -195,7 +195,7 @@ def _cp_options(
         rank = max(min(int(share * max(part.shape[:2])), part.numel() // max(part.shape)), 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = cp_decompose(part, rank, iterations=_CP_SWEEPS, seed=seed, name=name)
+            found = cp_decompose(part, rank, iterations=_CP_SWEEPS, corrections=0, seed=seed, name=name, progress=False)
         points.append((math.log(rank), math.log(max(found.relative_error**2 * energy, 1e-300))))
     price = _linear(lambda rank: cost(empty_module(layer, Choice("cp", rank))), limit)
     return [

@@ -39,6 +39,8 @@ class LayerReport:
         weight_error: `||W - W_dense|| / ||W_dense||`.
         output_error: relative error of the layer's output on the calibration data, with the inputs that the factorized
             layers before it give it.
+        sensitivity: of a CP convolution: what noise in its factors does to its weight, see
+            `lowrank_ops.cp.sensitivity`.
         reason: why the layer was left.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
@@ -55,6 +57,7 @@ class LayerReport:
     macs_after: int | None = None
     weight_error: float | None = None
     output_error: float | None = None
+    sensitivity: float | None = None
     reason: str | None = None
     output_size: tuple[int, ...] | None = None
     milliseconds_before: float | None = None
