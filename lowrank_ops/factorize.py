@@ -20,6 +20,7 @@ from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import Fit, fit_in_order_
 from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
 from lowrank_ops.cp import sensitivity
+from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
