@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ from lowrank_ops.ranks import linear_rank, tucker_ranks
 from lowrank_ops.report import count_macs, count_parameters
 
 RATIOS = (0.25, 0.35, 0.5, 0.65)
+KINDS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+    ("one ratio everywhere", "o", lambda method: method.startswith("ratio")),
+    ("VBMF", "s", lambda method: method == "VBMF"),
+    ("Budget(latency)", "^", lambda method: method.startswith("budget")),
+)
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,36 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def main() -> None:
+def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path) -> None:
+    """Metric against measured speed-up of the rows at equal latency: a panel for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.question == "latency"]
+    networks = list(dict.fromkeys(row.network for row in shown))
+    figure, axes = pyplot.subplots(
+        1, len(networks), figsize=(5 * len(networks), 4), layout="constrained", squeeze=False
+    )
+    for axis, network in zip(axes[0], networks, strict=True):
+        for label, marker, chosen in KINDS:
+            points = sorted((row.speedup, row.metric) for row in shown if row.network == network and chosen(row.method))
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=marker, label=label)
+        dense = next(row.dense for row in shown if row.network == network)
+        axis.axhline(dense, color="black", linewidth=1, label="dense")
+        axis.set(
+            title=f"{network}: {samples[network]}", xlabel="times as fast as the dense network", ylabel="low is good"
+        )
+        axis.title.set_fontsize(7)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compression", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -220,7 +254,8 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--seconds", type=float, default=1.0, help="measured per network")
     parser.add_argument("--json", type=Path, help="write the rows there")
-    arguments = parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="draw the metric against the speed-up there (PNG)")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rows: list[Row] = []
     samples: dict[str, str] = {}
@@ -239,6 +274,9 @@ def main() -> None:
                        "samples": samples, "rows": [asdict(row) for row in rows]}  # fmt: skip
             bench.write_json(arguments.json, content)
     Console(width=150).print(table_of(rows))
+    if arguments.plot is not None and any(row.question == "latency" for row in rows):
+        title = f"{bench.machine()['cpu']}, {arguments.threads} thread(s), torch {torch.__version__}"
+        draw(rows, samples, title, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def text_subject(characters: int = 10_000, noise: float = 25.0, hard_noise: float = 70.0) -> Subject:
+def text_subject(characters: int = 10_000, noise: float = 25.0, hard_noise: float = 150.0) -> Subject:
     """english_g2 on rendered lines, half of them with so much noise that the dense network errs too."""
     dense = _folded(load_recogniser())
     lines = text.lines_of_text(characters, seed=1)
