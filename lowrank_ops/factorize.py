@@ -120,6 +120,11 @@ def factorize_(
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
     work = _Work(model, method, rank, linear, multiple, seed, n_jobs, progress)
+    if work.sites and all(isinstance(site.layer, FactorizedModule) for site in work.sites):
+        raise ValueError(
+            f"factorize_: model is already factorized, all {len(work.sites)} of its layers; "
+            "to_dense() of a layer undoes it"
+        )
     chosen = select(model, work.sites, include, exclude)
     before = count_parameters(model)
     batches = None if calibration is None else Batches(calibration, "factorize_: calibration", device_of(model))

@@ -167,6 +167,15 @@ def test_a_budget_that_cannot_be_met_says_the_closest(model: Network) -> None:
     assert count_parameters(model) <= closest
 
 
+def test_a_model_of_factorized_layers_only(model: Network) -> None:
+    factorize_(model, rank=Budget(params=0.3), exclude=["0", "4"], progress=False)
+    again = nn.Sequential(*(layer for layer in model if isinstance(layer, FactorizedModule)))
+    with pytest.raises(ValueError, match=r"model is already factorized, all \d of its layers; to_dense"):
+        factorize_(again, rank=Budget(params=0.5), progress=False)
+    with pytest.raises(ValueError, match="cannot be met; the closest is"):  # what is left dense is not enough
+        factorize_(model, rank=Budget(params=0.05), progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
