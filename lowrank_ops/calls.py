@@ -117,9 +117,13 @@ def compare_times(before: nn.Module, after: nn.Module, calls: LayerCalls) -> tup
 
 
 def times(
-    modules: Sequence[nn.Module], dtype: torch.dtype, calls: LayerCalls, seconds: float = _SECONDS_PER_SHAPE
+    modules: Sequence[nn.Module],
+    dtype: torch.dtype,
+    calls: LayerCalls,
+    seconds: float = _SECONDS_PER_SHAPE,
+    typical: Callable[[Sequence[float]], float] = statistics.median,
 ) -> list[float]:
-    """Milliseconds of the recorded calls through each module: medians of interleaved runs, without hooks.
+    """Milliseconds of the recorded calls through each module: typical ones of interleaved runs, without hooks.
 
     Under autocast a layer may see another dtype than its own: the inputs have `dtype`. Each kind of input takes about
     `seconds`, or five rounds.
@@ -138,7 +142,7 @@ def times(
                 for module, samples in zip(modules, measured, strict=True):
                     samples.append(_seconds(module, input))
             for index, samples in enumerate(measured):
-                totals[index] += 1e3 * count * statistics.median(samples)
+                totals[index] += 1e3 * count * typical(samples)
     return totals
 
 
