@@ -43,7 +43,9 @@ namespace {
 constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
-constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked
+constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked,
+constexpr int64_t kStreamedRows = 512;     // up to here a block of them is packed while all rows use it
+constexpr int64_t kStreamedBytes = 2048;   // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
 
@@ -80,8 +82,17 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
       tile.scratch_bytes = p.n * ((r1 + p.s) * element + (r1 + p.t) * sum);
       return tile;
     }
+    if (p.n <= kStreamedRows) {
+      tile.rows = p.n;
+      const int64_t fitting = caps.l2_bytes / 4 / (p.n * element);
+      tile.depth = std::clamp<int64_t>(fitting / 64 * 64, 64, kStreamedBytes / element);
+      const int64_t summed = std::max<int64_t>(p.s > tile.depth ? r1 : 0, p.r1 > tile.depth ? 64 : 0);
+      tile.scratch_bytes = (p.n * (streamed_stride(tile.depth) + streamed_stride(p.r1)) + tile.depth * 64) * element +
+                           p.n * summed * sum;
+      return tile;
+    }
     const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
-    tile.rows = std::clamp<int64_t>(share, 1, kLinearRows);
+    tile.rows = ceil_div(share, ceil_div(share, kLinearRows));
     tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
     return tile;
   }
@@ -132,6 +143,7 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
   std::string kernel = std::string("cpu_") + name_of(p.op) + "_" + caps.isa;
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
   if (tile.unpacked) kernel += "_unpacked";
+  if (tile.depth > 0) kernel += "_streamed";
   if (tile.winograd) kernel += "_winograd";
   return kernel;
 }

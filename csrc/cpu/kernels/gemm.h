@@ -121,10 +121,19 @@ static void multiply_block(const GemmCall& call, int64_t first_row) {
   constexpr int kGroup = Multiply::kGroup;
   constexpr int kBases = (kRows + 2) / 3;  // one pointer for three rows: x86 addresses reach base + {0, 1, 2} * stride
   V acc[kRows][kVectors];
+  if (call.initial) {
+    const auto* initial = static_cast<const typename Multiply::Accumulator*>(call.initial);
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
+    for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[row][v] = V{};
+      for (int v = 0; v < kVectors; ++v)
+        acc[row][v] = load(initial + (first_row + row) * call.initial_stride + v * kLanes);
+  } else {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[row][v] = V{};
+  }
   const Element* b = static_cast<const Element*>(call.weight);
   const int64_t stride = call.row_stride;
   for (int64_t tap = 0; tap < call.num_taps; ++tap) {
