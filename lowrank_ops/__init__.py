@@ -9,6 +9,7 @@ from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.measurements import load_measurements, save_measurements
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
+from lowrank_ops.prepare import Preparation, PreparedLayer, prepare_for_inference_, unprepare_
 from lowrank_ops.ranks import Energy
 from lowrank_ops.report import LayerReport, Report
 
@@ -22,6 +23,8 @@ __all__ = [
     "LayerReport",
     "LowRankLinear",
     "NotOneOp",
+    "Preparation",
+    "PreparedLayer",
     "Report",
     "TuckerConv1d",
     "TuckerConv2d",
@@ -34,10 +37,12 @@ __all__ = [
     "load_measurements",
     "lowrank_linear",
     "policy",
+    "prepare_for_inference_",
     "reference",
     "save_measurements",
     "set_policy",
     "svd_decompose",
     "tucker_conv2d",
     "tucker_decompose",
+    "unprepare_",
 ]

@@ -58,8 +58,20 @@ class _TuckerConv(FactorizedConv):
         return chains.with_activation([first, core, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
-        core = self.core if self.axes == 2 else self.core.unsqueeze(2)
-        return tucker_conv2d(image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
+        call = (image, self.in_factor, self._core(), self.out_factor, self.bias, *self._window, self.activation)
+        if self._packing is None or torch.compiler.is_compiling():
+            return tucker_conv2d(*call)
+        return torch.ops.lowrank_ops.tucker_conv2d_prepared(*call, self._packing.panels)
+
+    def _core(self) -> Tensor:
+        return self.core if self.axes == 2 else self.core.unsqueeze(2)
+
+    def _op_factors(self) -> dict[str, Tensor]:
+        return {**super()._op_factors(), "core": self._core().detach()}
+
+    def _is_winograd(self) -> bool:
+        stride, _, dilation = self._window
+        return self._core().shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1)
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         r1, r2 = self.rank
@@ -201,7 +213,10 @@ class _CPConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
-        return cp_conv2d(image, *factors, self.bias, *self._window, self.activation)
+        call = (image, *factors, self.bias, *self._window, self.activation)
+        if self._packing is None or torch.compiler.is_compiling():
+            return cp_conv2d(*call)
+        return torch.ops.lowrank_ops.cp_conv2d_prepared(*call, self._packing.panels)
 
     def _height_factor(self) -> Tensor:
         return self.height_factor if self.axes == 2 else self.width_factor.new_ones(self.rank, 1)
@@ -360,7 +375,10 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
-        return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)
+        call = (input, self.in_factor, self.out_factor, self.bias, self.activation)
+        if self._packing is None or torch.compiler.is_compiling():
+            return lowrank_linear(*call)
+        return torch.ops.lowrank_ops.lowrank_linear_prepared(*call, self._packing.panels)
 
     def to_dense(self) -> nn.Module:
         """A plain nn.Linear with the product of the factors, formed in float32 at least; with an activation,

@@ -33,8 +33,8 @@ void brgemm_call(const GemmCall& call, FinishFunction finish) {
                   size_t(width) * sizeof(float));
   for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth * width)
     at::native::cpublas::brgemm(call.rows, width, call.depth, call.row_stride, width, width,
-                                /*add_C=*/tap > 0 || call.initial,
-                                static_cast<const Element*>(call.taps[tap]), weight, sums.data(), kVnni);
+                                /*add_C=*/tap > 0 || call.initial, static_cast<const Element*>(call.taps[tap]), weight,
+                                sums.data(), kVnni);
   finish(sums.data(), width, call);
 }
 

@@ -1,5 +1,5 @@
-// The CPU kernels of the three ops. Arguments are checked; `Plan`s come from csrc/plan. What is `prepared` is not packed
-// again; results do not depend on it.
+// The CPU kernels of the three ops. Arguments are checked; `Plan`s come from csrc/plan. What is `prepared` is not
+// packed again; results do not depend on it.
 #pragma once
 
 #include "cpu/prepared.h"

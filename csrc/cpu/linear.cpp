@@ -26,7 +26,8 @@ void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const 
   const int64_t rank_stride = round_up(p.r1, 16), out_stride = round_up(p.t, 16);
   const bool direct = p.n == 1 && p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1);
   const int64_t staging_bytes = direct ? 0 : p.n * round_up(p.s, kernels.dot_depth) * element;
-  const int64_t hidden_staging_bytes = p.r1 <= kernels.dot_depth ? 0 : p.n * round_up(p.r1, kernels.dot_depth) * element;
+  const int64_t hidden_staging_bytes =
+      p.r1 <= kernels.dot_depth ? 0 : p.n * round_up(p.r1, kernels.dot_depth) * element;
   Scratch scratch(Scratch::padded(staging_bytes) + Scratch::padded(p.n * rank_stride * sum) +
                   Scratch::padded(p.n * rank_stride * element) + Scratch::padded(hidden_staging_bytes) +
                   Scratch::padded(p.n * out_stride * sum));
@@ -101,8 +102,8 @@ class StreamedWeight {
   const void* panel(int64_t index, int64_t k, int64_t count, void* buffer) const {
     const int64_t element = element_bytes(kernels_.element);
     if (prepared_)
-      return prepared_ + (panels_.first(index) * round_up(depth_, kernels_.group) + k * panels_.padded_width(index)) *
-                             element;
+      return prepared_ +
+             (panels_.first(index) * round_up(depth_, kernels_.group) + k * panels_.padded_width(index)) * element;
     PackCall call;
     call.weight = static_cast<const char*>(factor_.const_data_ptr()) +
                   (panels_.first(index) * depth_ + k) * element_bytes(dtype_);
@@ -139,8 +140,8 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
   const int64_t in_width = in_panels.padded_columns(), out_width = kernels.panel_width;
   const int64_t staged_bytes = Scratch::padded(p.n * staged_stride * element);
   const int64_t buffer_bytes = Scratch::padded(tile.depth * kernels.panel_width * element);
-  const int64_t sums_bytes = Scratch::padded(p.n * std::max(p.s > tile.depth ? in_width : 0,
-                                                            p.r1 > tile.depth ? out_width : 0) * sum);
+  const int64_t sums_bytes =
+      Scratch::padded(p.n * std::max(p.s > tile.depth ? in_width : 0, p.r1 > tile.depth ? out_width : 0) * sum);
   const int64_t thread_bytes = staged_bytes + buffer_bytes + sums_bytes;
   const int64_t hidden_bytes = Scratch::padded(p.n * hidden_stride * element);
   const int64_t threads = at::get_num_threads();

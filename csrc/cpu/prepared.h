@@ -20,8 +20,8 @@ struct Prepared {
 };
 
 // Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `winograd` says whether its window (3x3 of
-// stride and dilation 1) may be run by that transform too. Factors: on the CPU, of one dtype, no inference tensors (they
-// have no version).
+// stride and dilation 1) may be run by that transform too. Factors: on the CPU, of one dtype, no inference tensors
+// (they have no version).
 at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
                    bool winograd);
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
 #include <c10/util/FunctionRef.h>
 
 #include <algorithm>

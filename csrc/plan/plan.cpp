@@ -43,9 +43,9 @@ namespace {
 constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
-constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked,
-constexpr int64_t kStreamedRows = 512;     // up to here a block of them is packed while all rows use it
-constexpr int64_t kStreamedBytes = 2048;   // of a row, at most, for such a block
+constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its weights unpacked,
+constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
+constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
 
