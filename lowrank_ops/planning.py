@@ -328,8 +328,9 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
             f"{list(x.shape)} to {t} channels, {kh}x{kw}, {ranks}, stride {pairs[0]}, padding {pairs[1]}, "
             f"dilation {pairs[2]}, {dtype}, {layout}"
         )
-    found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device)
-    if "packed" in call and device == "cpu" and found["chosen"]["path"] == "fused":
+    prepared = "packed" in call
+    found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device, prepared)
+    if prepared and device == "cpu" and found["chosen"]["path"] == "fused":
         found["chosen"]["notes"].append(_PREPARED)
     if found["tf32"]:
         words += " (as tf32)"

@@ -47,8 +47,9 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     """Packs the weights of every factorized module once, in place, so that calls on the CPU need not.
 
     Without it each call packs the weights anew, which takes 2 to 10 % of most calls and a quarter of those on a few
-    pixels (7x7). Results are the same bit for bit. Call it last: in evaluation mode, with the final dtype, layout and
-    values.
+    pixels (7x7). A kernel computes the same bits either way; the planner, which knows that packing is done, takes the
+    fused kernel and Winograd's transform for some more shapes. Call it last: in evaluation mode, with the final dtype
+    and values.
 
     Packed weights are used where no gradient is wanted, outside of autocast and torch.compile, by a call whose factors
     have the memory and version counters that they had when packed; otherwise the call packs its weights as ever.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DTYPES, OPS, Call, Problem
+from conftest import DTYPES, OPS, Call, Problem, assert_output
 from test_isa import KNOWN
 from test_registration import WINDOW, schema_options
 from torch import Tensor, nn
@@ -100,11 +100,11 @@ def test_bitwise_the_ordinary_op(
     layout: torch.memory_format,
     dtype: torch.dtype,
 ) -> None:
-    """With Winograd's core wherever it can be, nowhere, and where it pays; on one thread and on three."""
+    """With Winograd's core wherever it can be and nowhere, on one thread and on three."""
     call = Problem(op, dtype=dtype, layout=layout, activation="silu", **PROBLEMS[sizes]).make()
     packed = packed_for(call)
     try:
-        for choice in ("always", "never", "auto"):
+        for choice in ("always", "never"):
             _C.set_cpu_winograd(choice)
             for count in (1, 3):
                 threads(count)
@@ -112,6 +112,36 @@ def test_bitwise_the_ordinary_op(
                 assert_used(call, packed)
     finally:
         _C.set_cpu_winograd("auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_winograd_pays_sooner_where_its_weights_are_there(fused_policy: None, dtype: torch.dtype) -> None:
+    call = Problem(
+        "tucker_conv2d", n=1, h=7, w=7, s=64, r1=128, r2=128, t=64, kernel=(3, 3), padding=(1, 1), dtype=dtype
+    ).make()
+    sizes = [1, 64, 7, 7, 64, 128, 128, 3, 3]
+    name = str(dtype).removeprefix("torch.")
+    plain, prepared = (
+        _C.explain("tucker_conv2d", name, False, sizes, [1, 1, 1, 1, 1, 1], "none", "cpu", ready)["chosen"]["kernel"]
+        for ready in (False, True)
+    )
+    assert "winograd" not in plain
+    if _C.explain("tucker_conv2d", name, False, [9, *sizes[1:]], [1] * 6, "none", "cpu")["chosen"]["kernel"] != plain:
+        assert prepared.endswith("_winograd")  # the CPU can: it does so for nine images
+    assert_output(call, run_prepared(call, packed_for(call)))
+
+
+def test_the_planner_knows_that_packing_costs_nothing() -> None:
+    sizes = [64, 256, 1, 1, 256, 64, 64, 1, 1]
+    plain, prepared = (
+        _C.explain("lowrank_linear", "float32", False, sizes, [1, 1, 0, 0, 1, 1], "none", "cpu", ready)
+        for ready in (False, True)
+    )
+    seconds = [
+        min(plan["predicted_seconds"] for plan in (found["chosen"], *found["others"]) if plan["path"] == "fused")
+        for found in (plain, prepared)
+    ]
+    assert seconds[1] < seconds[0]
 
 
 @pytest.mark.parametrize("isa", KNOWN)
@@ -133,10 +163,10 @@ def test_kernels_of_another_instruction_set(fused_policy: None, isa: str, op: st
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_policy_chain_and_auto(op: str) -> None:
+def test_policies(op: str) -> None:
     call = Problem(op, n=20, s=40, r1=8, r2=8, t=70).make()
     packed = packed_for(call)
-    for policy in ("chain", "auto"):
+    for policy in ("chain", "fused"):
         with lowrank_ops.set_policy(policy):
             assert torch.equal(run_prepared(call, packed), call.run())
 
@@ -310,7 +340,7 @@ def test_explain_says_it(module: nn.Module) -> None:
         prepare_for_inference_(module)
         (after,) = lowrank_ops.explain(module, x, verbose=False)
     assert "prepare_for_inference_" in str(after) and "prepare_for_inference_" not in str(before)
-    assert after.op == before.op and after.chosen["kernel"] == before.chosen["kernel"]
+    assert after.op == before.op and after.path == before.path == "fused"
 
 
 def test_a_model(fused_policy: None) -> None:

@@ -149,6 +149,10 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
   char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
   char* own = static_cast<char*>(scratch.take(threads * thread_bytes));
   if (p.r1 % kernels.group != 0) std::memset(hidden, 0, size_t(hidden_bytes));  // the odd rank's partner
+  // Rows whole pages apart would meet in the same few lines of L1: they are copied, as are those of other types.
+  constexpr int64_t kPage = 4096;
+  const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0 &&
+                      rows.stride(0) * element % kPage != 0;
 
   // Runs `stage(first row, end row, first panel, end panel, memory)` for all of them.
   const auto for_all = [&](const Panels& panels, const auto& stage) {
@@ -170,27 +174,31 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
     char* staged = memory;
     char* buffer = staged + staged_bytes;
     char* sums = buffer + buffer_bytes;
-    const void* source = staged;
+    const void* source;
     GemmCall call;
     call.taps = &source;
     call.num_taps = 1;
     call.rows = last_row - row;
-    call.row_stride = staged_stride;
+    call.row_stride = direct ? rows.stride(0) : staged_stride;
     call.bias = nullptr;
     call.activation = Activation::kNone;
     call.initial_stride = in_width;
     for (int64_t k = 0; k < p.s; k += tile.depth) {
       const int64_t count = std::min(tile.depth, p.s - k);
-      LoadCall load;
-      load.in = static_cast<const char*>(rows.const_data_ptr()) +
-                (row * rows.stride(0) + k * rows.stride(1)) * element_bytes(p.dtype);
-      load.pixel_stride = rows.stride(0);
-      load.channel_stride = p.s == 1 ? 1 : rows.stride(1);
-      load.pixels = call.rows;
-      load.channels = count;
-      load.tile = staged;
-      load.tile_stride = staged_stride;
-      kernels.load[int(p.dtype)](load);
+      source = static_cast<const char*>(rows.const_data_ptr()) +
+               (row * rows.stride(0) + k * rows.stride(1)) * element_bytes(p.dtype);
+      if (!direct) {
+        LoadCall load;
+        load.in = source;
+        load.pixel_stride = rows.stride(0);
+        load.channel_stride = p.s == 1 ? 1 : rows.stride(1);
+        load.pixels = call.rows;
+        load.channels = count;
+        load.tile = staged;
+        load.tile_stride = staged_stride;
+        kernels.load[int(p.dtype)](load);
+        source = staged;
+      }
       const bool last = k + count == p.s;
       call.depth = round_up(count, kernels.group);
       for (int64_t i = panel; i < last_panel; ++i) {

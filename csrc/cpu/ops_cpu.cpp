@@ -15,9 +15,9 @@ using c10::string_view;
 
 // Runs the fused kernel or the chain, as the plan says.
 template <typename Fused, typename Chain>
-at::Tensor run(const Problem& problem, const Fused& fused, const Chain& chain) {
+at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
-  const Decision decision = plan_cpu(problem, caps, policy());
+  const Decision decision = plan_cpu(problem, caps, policy(), prepared.in_factor != nullptr);
   bool take_chain = decision.chosen.path == "chain";
   const CpuTile& tile = (take_chain ? decision.others.front() : decision.chosen).tile;  // the fused plan's
   if (policy() == Policy::kMeasure && decision.others.size() == 1)
@@ -34,7 +34,7 @@ at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at
   const Problem problem = tucker_problem(input, core, out_factor, window, activation);
   const Prepared prepared = packed ? prepared_for(*packed, in_factor, &core, out_factor) : Prepared{};
   return run(
-      problem,
+      problem, prepared,
       [&](const CpuTile& tile) {
         return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile, prepared);
       },
@@ -51,7 +51,7 @@ at::Tensor cp(const at::Tensor& input, const at::Tensor& in_factor, const at::Te
   const Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, activation);
   const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
   return run(
-      problem,
+      problem, prepared,
       [&](const CpuTile& tile) {
         return cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile, prepared);
       },
@@ -65,7 +65,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& in_factor, const at
   const Problem problem = linear_problem(input, out_factor, activation);
   const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
   return run(
-      problem,
+      problem, prepared,
       [&](const CpuTile& tile) { return linear_cpu(input, in_factor, out_factor, bias, problem, tile, prepared); },
       [&] { return linear_chain(input, in_factor, out_factor, bias, activation); });
 }

@@ -25,12 +25,11 @@ constexpr int kDotRows = 2;
 #endif
 constexpr int kDotBlockBytes = 2048;  // of a row: eight of them are half of an L1 of 32 KB
 constexpr int kDotColumns = 48;       // whose accumulators are kept between blocks
-constexpr int kDotAhead = 1024;       // bytes that a long row is asked for ahead of its use
 
 // Columns of a block of so many rows: accumulators, a vector a column and one of the input fit the registers.
 constexpr int dot_columns(int rows) {
 #if defined(__AVX512F__)
-  return rows == 1 ? 16 : rows == 2 ? 8 : rows <= 6 ? 4 : 3;
+  return rows <= 2 ? 8 : rows <= 6 ? 4 : 3;
 #else
   return rows == 1 ? 8 : 4;
 #endif
@@ -87,6 +86,15 @@ static inline V add_lanes(V (&block)[kLanes]) {
   return block[0];
 }
 
+// Loaded once: left alone, the compiler reads it from memory again for every column, and loads become the bottleneck.
+template <typename V>
+static inline V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // A part of the depth of a block of columns, [begin, end): the accumulators come from `partial` unless it is the first
 // part, and go there unless it is the last. `input` points to the part of the block's first row.
 struct DotPart {
@@ -94,7 +102,6 @@ struct DotPart {
   int64_t begin, end;
   void* partial;
   bool first, last;
-  int64_t ahead;  // weights to ask for, in elements from those in use
 };
 
 template <typename Dot, int kRows, int kColumns>
@@ -120,13 +127,10 @@ static void dot_block(const DotCall& call, const DotPart& part, int64_t row, int
   for (; k + Dot::kStep <= part.end; k += Dot::kStep) {
     V w[kColumns];
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) {
-      w[c] = Dot::weight(weight + c * call.depth + k);
-      __builtin_prefetch(weight + c * call.depth + k + part.ahead, 0, 3);
-    }
+    for (int c = 0; c < kColumns; ++c) w[c] = Dot::weight(weight + c * call.depth + k);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V a = Dot::input(input + r * call.input_stride + k);
+      const V a = in_register(Dot::input(input + r * call.input_stride + k));
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; ++c) acc[r][c] = Dot::multiply_add(a, w[c], acc[r][c]);
     }
@@ -158,8 +162,13 @@ static void dot_block(const DotCall& call, const DotPart& part, int64_t row, int
       block[i] = first + i < kRows * kColumns ? acc[(first + i) / kColumns % kRows][(first + i) % kColumns] : V{};
     store(total + first, add_lanes(block));
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kColumns; ++c) sums[r * call.sums_stride + c] = total[r * kColumns + c];
+  for (int r = 0; r < kRows; ++r) memcpy(sums + r * call.sums_stride, total + r * kColumns, kColumns * sizeof(T));
+}
+
+// Of short columns little but the adding of lanes is left: it wants whole vectors of sums, 1 x 16 or 4 x 4 (AVX-512).
+template <typename Dot>
+static inline bool is_short(const DotCall& call) {
+  return call.depth <= 16 * Dot::kStep;
 }
 
 // Columns [column, end) for kRows rows from `row`.
@@ -167,9 +176,11 @@ template <typename Dot, int kRows>
 static void dot_columns_of(const DotCall& call, DotPart part, int64_t row, int64_t column, int64_t end) {
   using V = typename Dot::V;
   constexpr int kColumns = dot_columns(kRows);
-  // Of a cut or short row the next columns are used next, of a long one its own continuation.
-  constexpr int64_t kAhead = kDotAhead / int64_t(sizeof(typename Dot::Weight));
-  part.ahead = part.end - part.begin < call.depth || call.depth <= 2 * kAhead ? kColumns * call.depth : kAhead;
+  if constexpr (kRows == 1) {  // more columns are more streams from memory than its prefetching can follow
+    constexpr int kLanes = Vector<typename Dot::Accumulator>::kLanes;
+    for (; is_short<Dot>(call) && column + kLanes <= end; column += kLanes)
+      dot_block<Dot, 1, kLanes>(call, part, row, column);
+  }
   for (; column + kColumns <= end; column += kColumns) {
     dot_block<Dot, kRows, kColumns>(call, part, row, column);
     part.partial = static_cast<V*>(part.partial) + kRows * kColumns;
@@ -194,6 +205,7 @@ static void dot(const DotCall& call) {
   using V = typename Dot::V;
   const auto* input = static_cast<const typename Dot::Input*>(call.input);
   const int64_t block = call.rows > 1 && call.depth > Dot::kBlock ? Dot::kBlock : call.depth;
+  const int64_t most = kDotRows > 4 && is_short<Dot>(call) ? 4 : kDotRows;
   V partial[kMostDotRows * kDotColumns];
   for (int64_t column = 0; column < call.columns; column += kDotColumns) {
     const int64_t end = call.columns - column < kDotColumns ? call.columns : column + kDotColumns;
@@ -202,7 +214,7 @@ static void dot(const DotCall& call) {
       part.end = call.depth - part.begin < block ? call.depth : part.begin + block;
       part.first = part.begin == 0;
       part.last = part.end == call.depth;
-      int64_t blocks = (call.rows + kDotRows - 1) / kDotRows;
+      int64_t blocks = (call.rows + most - 1) / most;
       for (int64_t row = 0; row < call.rows; --blocks) {
         const int64_t rows = (call.rows - row + blocks - 1) / blocks;
         part.input = input + part.begin * call.rows + row * call.input_stride;
