@@ -215,12 +215,21 @@ static void finish_sums(const void* sums, int64_t sums_stride, const GemmCall& c
   GemmCall part = call;
   for (int64_t row = 0; row < call.rows; ++row) {
     const T* source = static_cast<const T*>(sums) + row * sums_stride;
-    for (int64_t column = 0; column < call.width; column += kLanes) {
-      part.width = call.width - column < kLanes ? call.width - column : kLanes;
+    for (int64_t column = 0; column < call.width; column += part.width) {
+      const int64_t left = call.width - column;
       part.out = static_cast<char*>(call.out) + column * bytes;
       part.bias = call.bias ? static_cast<const T*>(call.bias) + column : nullptr;
-      V acc[1][1] = {{load(source + column)}};
-      finish<Multiply<T>, 1, 1>(acc, part, row);
+      if (left >= 4 * kLanes) {
+        part.width = 4 * kLanes;
+        V acc[1][4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) acc[0][v] = load(source + column + v * kLanes);
+        finish<Multiply<T>, 1, 4>(acc, part, row);
+      } else {
+        part.width = left < kLanes ? left : kLanes;
+        V acc[1][1] = {{load(source + column)}};
+        finish<Multiply<T>, 1, 1>(acc, part, row);
+      }
     }
   }
 }
