@@ -122,6 +122,8 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
        ++parts)
     tile.columns = round_up(ceil_div(p.ow, parts), even);
+  while (tile.winograd && scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.rows > 2)
+    tile.rows = round_up(tile.rows / 2, even);  // large ranks: fewer patches for each reading of the weights
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
     CpuCaps direct = caps;  // ranks too large for its sixteen planes even in the narrowest tile
