@@ -227,7 +227,27 @@ static void depthwise_taps(const DepthwiseCall& call) {
     if constexpr (kTaps > 0)
       for (int i = 0; i < kTaps; ++i) weight[i] = load(width + i * call.channels);
     Out* out = static_cast<Out*>(call.out) + channel;
-    for (int64_t o = 0; o < call.out_pixels; ++o) {
+    int64_t o = 0;
+    if constexpr (kTaps == 0) {
+      // Many taps: eight sums side by side, or each waits for its own last addition. The last eight may overlap.
+      constexpr int kSums = 8;
+      while (o < call.out_pixels && call.out_pixels >= kSums) {
+        o = o + kSums <= call.out_pixels ? o : call.out_pixels - kSums;
+        V sums[kSums];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSums; ++j) sums[j] = V{};
+        const T* first = column + o * call.stride * kLanes;
+        for (int64_t i = 0; i < kw; ++i, first += call.dilation * kLanes) {
+          const V w = load(width + i * call.channels);
+#pragma GCC unroll 8
+          for (int j = 0; j < kSums; ++j) sums[j] += load(first + j * call.stride * kLanes) * w;
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kSums; ++j) store(out + (o + j) * call.channels, sums[j]);
+        o += kSums;
+      }
+    }
+    for (; o < call.out_pixels; ++o) {
       V sum = V{};
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kw; ++i) {
