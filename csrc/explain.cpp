@@ -102,7 +102,7 @@ Planned plan_for_cpu(const Problem& p, bool prepared) {
                   ""};
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
-    const std::optional<bool> chain_faster = measured_chain_faster(p, caps);
+    const std::optional<bool> chain_faster = measured_chain_faster(p, measured_caps(caps, prepared));
     if (chain_faster && *chain_faster != (decision.chosen.path == "chain"))
       std::swap(decision.chosen, decision.others.front());
     decision.rejections = {{decision.others.front().kernel,

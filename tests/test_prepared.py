@@ -131,6 +131,20 @@ def test_winograd_pays_sooner_where_its_weights_are_there(fused_policy: None, dt
     assert_output(call, run_prepared(call, packed_for(call)))
 
 
+def test_measured_apart_from_the_ordinary_op() -> None:
+    call = Problem("lowrank_linear", n=20, s=40, r1=8, t=70).make()
+    packed = packed_for(call)
+    _C.forget_measurements()
+    with lowrank_ops.set_policy("measure"):
+        call.run()
+        (problem,) = [problem for problem, *_ in _C.measurements()]
+        run_prepared(call, packed)
+    found = {problem for problem, *_ in _C.measurements()}
+    _C.forget_measurements()
+    assert problem in found and len(found) == 2 and "prepared weights" not in problem
+    assert "prepared weights" in next(iter(found - {problem}))
+
+
 def test_the_planner_knows_that_packing_costs_nothing() -> None:
     sizes = [64, 256, 1, 1, 256, 64, 64, 1, 1]
     plain, prepared = (

@@ -17,11 +17,13 @@ using c10::string_view;
 template <typename Fused, typename Chain>
 at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
-  const Decision decision = plan_cpu(problem, caps, policy(), prepared.in_factor != nullptr);
+  const bool is_prepared = prepared.in_factor != nullptr;
+  const Decision decision = plan_cpu(problem, caps, policy(), is_prepared);
   bool take_chain = decision.chosen.path == "chain";
   const CpuTile& tile = (take_chain ? decision.others.front() : decision.chosen).tile;  // the fused plan's
   if (policy() == Policy::kMeasure && decision.others.size() == 1)
-    take_chain = chain_measures_faster(problem, caps, [&] { fused(tile); }, [&] { chain(); });
+    take_chain =
+        chain_measures_faster(problem, measured_caps(caps, is_prepared), [&] { fused(tile); }, [&] { chain(); });
   return take_chain ? chain() : fused(tile);
 }
 
