@@ -58,10 +58,11 @@ class _TuckerConv(FactorizedConv):
         return chains.with_activation([first, core, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
-        call = (image, self.in_factor, self._core(), self.out_factor, self.bias, *self._window, self.activation)
-        if self._packing is None or torch.compiler.is_compiling():
-            return tucker_conv2d(*call)
-        return torch.ops.lowrank_ops.tucker_conv2d_prepared(*call, self._packing.panels)
+        core = self.core if self.axes == 2 else self.core.unsqueeze(2)
+        if self._packing is not None and not torch.compiler.is_compiling():
+            call = (image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
+            return torch.ops.lowrank_ops.tucker_conv2d_prepared(*call, self._packing.panels)
+        return tucker_conv2d(image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
 
     def _core(self) -> Tensor:
         return self.core if self.axes == 2 else self.core.unsqueeze(2)
@@ -213,10 +214,10 @@ class _CPConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
-        call = (image, *factors, self.bias, *self._window, self.activation)
-        if self._packing is None or torch.compiler.is_compiling():
-            return cp_conv2d(*call)
-        return torch.ops.lowrank_ops.cp_conv2d_prepared(*call, self._packing.panels)
+        if self._packing is not None and not torch.compiler.is_compiling():
+            call = (image, *factors, self.bias, *self._window, self.activation)
+            return torch.ops.lowrank_ops.cp_conv2d_prepared(*call, self._packing.panels)
+        return cp_conv2d(image, *factors, self.bias, *self._window, self.activation)
 
     def _height_factor(self) -> Tensor:
         return self.height_factor if self.axes == 2 else self.width_factor.new_ones(self.rank, 1)
@@ -375,10 +376,10 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
-        call = (input, self.in_factor, self.out_factor, self.bias, self.activation)
-        if self._packing is None or torch.compiler.is_compiling():
-            return lowrank_linear(*call)
-        return torch.ops.lowrank_ops.lowrank_linear_prepared(*call, self._packing.panels)
+        if self._packing is not None and not torch.compiler.is_compiling():
+            call = (input, self.in_factor, self.out_factor, self.bias, self.activation)
+            return torch.ops.lowrank_ops.lowrank_linear_prepared(*call, self._packing.panels)
+        return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)
 
     def to_dense(self) -> nn.Module:
         """A plain nn.Linear with the product of the factors, formed in float32 at least; with an activation,
