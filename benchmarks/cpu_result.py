@@ -23,6 +23,7 @@ COLUMNS = [
     Column("GB/s", 6),
     Column("% copy", 6),
     Column("x fastest peer", 14),
+    Column("prepared", 8),
     Column("that peer", 29, left=True),
     Column("x dense", 7),
     Column("saving", 6),
@@ -31,7 +32,8 @@ COLUMNS = [
 ]
 LEGEND = (
     "x fastest peer: time of the fastest other way to run the same block / time of the fused op\n"
-    "(above 1: fused is faster). x dense: the same for the dense layer, the fastest way to run that.\n"
+    "(above 1: fused is faster). prepared: the same for the op with weights packed before, as engines have them (with\n"
+    "--peers ... prepared). x dense: the same for the dense layer, the fastest way to run that.\n"
     "saving: share of the FLOP saving realised, x dense / (dense FLOPs / factorized FLOPs).\n"
     "% gemm: of the FLOP/s of a large matrix product; % copy: of the bytes/s of a copy that moves as much (so that it\n"
     "is in the same cache); both measured in this run. KiB: memory of a call besides input, output and weights, tiles\n"
@@ -80,6 +82,12 @@ class CpuResult(Result):
         medians = [t.median for name, t in self.timings.items() if family(name, self.kinds[name]) == of]
         return min(medians) / self.seconds if medians else None
 
+    @property
+    def prepared(self) -> float | None:
+        """Time of the fastest peer / time of the op with prepared weights."""
+        own, peer = self.over("prepared"), self.ratio("peer")
+        return None if own is None or peer is None else peer / own
+
     def named(self, name: str | None) -> str:
         """A contender's name for the table, with the precision that it took where that is not what was asked."""
         ran = self.precisions.get(name or "", "")
@@ -91,7 +99,7 @@ class CpuResult(Result):
             SHORT_OPS[cell.op], cell.layer, cell.shape, cell.ranks, self.plan, f"{seconds * 1e6:.1f}",
             f"{cell.flops / seconds / 1e9:.1f}", f"{100 * self.share_of_gemm:.0f}",
             f"{self.moved / seconds / 1e9:.1f}", f"{100 * self.share_of_copy:.0f}", number(self.ratio("peer")),
-            self.named(self.fastest("peer")), number(self.ratio("dense")), number(self.saving),
+            number(self.prepared), self.named(self.fastest("peer")), number(self.ratio("dense")), number(self.saving),
             f"{self.scratch_bytes / 1024:.0f}", f"{self.chain_bytes / 1024:.0f}",
         ]  # fmt: skip
 
@@ -103,6 +111,7 @@ class CpuResult(Result):
             **content,
             "fastest_dense": self.fastest("dense"),
             "over": {of: self.over(of) for of in self.families()},
+            "prepared_over_fastest_peer": self.prepared,
             "flops_per_second": self.cell.flops / self.seconds,
             "bytes_per_second": self.moved / self.seconds,
             "share_of_gemm": self.share_of_gemm,
@@ -160,6 +169,7 @@ def summary(results: Sequence[CpuResult]) -> list[dict[str, Any]]:
                 "op": op,
                 "cells": len(chosen),
                 "over_fastest_peer": _mean(over_peer),
+                "prepared_over_fastest_peer": _mean(result.prepared for result in chosen),
                 "over_dense": _mean(result.ratio("dense") for result in chosen),
                 "flop_saving_realised": _mean(result.saving for result in chosen),
                 "flop_saving_realised_large": _mean(result.saving for result in large),
@@ -184,7 +194,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 _SUMMARY = {
-    "dtype": "dtype", "op": "op", "cells": "cells", "over_fastest_peer": "x fastest peer", "over_dense": "x dense",
+    "dtype": "dtype", "op": "op", "cells": "cells", "over_fastest_peer": "x fastest peer",
+    "prepared_over_fastest_peer": "prepared", "over_dense": "x dense",
     "flop_saving_realised": "saving", "flop_saving_realised_large": "saving >= 28x28", "share_of_bound": "of bound",
     "worst": "worst", "below_1.0": "below 1.0", "below_0.95": "below 0.95", "below_0.85": "below 0.85",
 }  # fmt: skip

@@ -23,12 +23,13 @@ from benchmarks.engines import ENGINES
 from benchmarks.graphs import Captured
 from benchmarks.layers import Cell
 from lowrank_ops import functional, reference
+from lowrank_ops._ops import _C
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 EVERYWHERE = ("chain", "merged", "compile", "dense", "forced")
-PEERS = (*EVERYWHERE, *ENGINES)
+PEERS = (*EVERYWHERE, *ENGINES, "prepared")
 GPU_PEERS = (*EVERYWHERE, "graph")
-ALL_PEERS = (*EVERYWHERE, *ENGINES, "graph")
+ALL_PEERS = (*EVERYWHERE, *ENGINES, "prepared", "graph")
 DEFAULT_PEERS = ("chain", "merged", "dense")
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -38,7 +39,8 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 class Contender:
     """One way to run a cell. `policy` is set before its turns.
 
-    `kind` is fused (the op under "auto"), ours (the same, captured in a CUDA graph), forced, peer or dense.
+    `kind` is fused (the op under "auto"), ours (the same, captured in a CUDA graph), forced, prepared (with weights
+    packed before, as engines have them), peer or dense.
     """
 
     name: str
@@ -159,6 +161,8 @@ def ways(cell: Cell, peers: Iterable[str]) -> list[Way]:
     found = [Way("fused", "fused", _fused)]
     if "graph" in chosen:
         found.append(Way("fused graph", "ours", lambda problem: Captured(_fused(problem))))
+    if "prepared" in chosen:
+        found.append(Way("prepared", "prepared", _prepared))
     if "forced" in chosen:
         found.append(Way("fused (forced)", "forced", _fused, policy="fused"))
     formats = {"": torch.contiguous_format} if cell.is_linear else FORMATS
@@ -217,6 +221,18 @@ def _fused(problem: Problem) -> Callable[[], Tensor]:
     op = getattr(functional, problem.cell.op)
     input, factors, bias, options = problem.input, problem.factors, problem.bias, problem.options
     return lambda: op(input, *factors, bias, **options)
+
+
+def _prepared(problem: Problem) -> Callable[[], Tensor]:
+    """The op as a module of `prepare_for_inference_` calls it, without nn.Module's own share of the call."""
+    cell, (first, *middle, last) = problem.cell, problem.factors
+    core = middle[0] if cell.op == "tucker_conv2d" else None
+    winograd = cell.kernel == (3, 3) and cell.stride == cell.dilation == 1
+    packed = _C.prepare(first, core, last, winograd)
+    window = () if cell.is_linear else ([cell.stride] * 2, cell.paddings, [cell.dilation] * 2)
+    call = (problem.input, *problem.factors, problem.bias, *window, "none", packed)
+    op = getattr(torch.ops.lowrank_ops, f"{cell.op}_prepared")
+    return lambda: op(*call)
 
 
 def stages(problem: Problem, merged: bool = False) -> list[nn.Module]:

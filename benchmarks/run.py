@@ -49,7 +49,7 @@ def measure(
             bench.settle()
 
     with torch.inference_mode():
-        wrong = check_all(problem, contenders.values(), fatal=("fused", "forced"))
+        wrong = check_all(problem, contenders.values(), fatal=("fused", "forced", "prepared"))
         functions = {name: contender.run for name, contender in contenders.items() if name not in wrong}
         timings = bench.time_interleaved(functions, seconds=seconds, before=before)
     use_policy("auto")
@@ -122,7 +122,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's kernels (default: 1)")
     layout = "of the fused op's input (default: channels_last); peers run in both"
     parser.add_argument("--layout", choices=list(peers.FORMATS), default="channels_last", help=layout)
-    which_peers = "default: all but forced, engines where installed; with --full or on cuda: all"
+    which_peers = (
+        "default: all but forced and prepared (the op with weights packed before, as engines have them), engines where "
+        "installed; with --full or on cuda: all"
+    )
     parser.add_argument("--peers", nargs="+", choices=[*peers.ALL_PEERS, "all", "none"], help=which_peers)
     seconds = "measured per contender (default: 0.25); cuda: per cell, for all contenders (default: 2)"
     parser.add_argument("--seconds", type=float, help=seconds)
@@ -137,7 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.peers_named = options.peers
     on_cpu = options.device == "cpu"
     known = peers.PEERS if on_cpu else peers.GPU_PEERS
-    default_peers = [name for name in peers.PEERS if name != "forced"]
+    default_peers = [name for name in peers.PEERS if name not in ("forced", "prepared")]
     asked = options.peers or (["all"] if options.full or not on_cpu else default_peers)
     options.peers = [name for name in known if "all" in asked or name in asked]
     options.left_out = {

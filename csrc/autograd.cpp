@@ -30,6 +30,16 @@ using TuckerForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const 
 using CPForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                          const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, string_view);
 using LinearForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, string_view);
+// The same with the packed weights behind.
+template <typename Signature>
+struct WithPacked;
+template <typename... Arguments>
+struct WithPacked<Tensor(Arguments...)> {
+  using Type = Tensor(Arguments..., const Tensor&);
+};
+using TuckerPrepared = WithPacked<TuckerForward>::Type;
+using CPPrepared = WithPacked<CPForward>::Type;
+using LinearPrepared = WithPacked<LinearForward>::Type;
 using TuckerBackward = decltype(tucker_conv2d_backward);
 using CPBackward = decltype(cp_conv2d_backward);
 using LinearBackward = decltype(lowrank_linear_backward);
@@ -44,11 +54,18 @@ using LinearBackward = decltype(lowrank_linear_backward);
 LOWRANK_OPS_HANDLE(tucker_conv2d, TuckerForward)
 LOWRANK_OPS_HANDLE(cp_conv2d, CPForward)
 LOWRANK_OPS_HANDLE(lowrank_linear, LinearForward)
+LOWRANK_OPS_HANDLE(tucker_conv2d_prepared, TuckerPrepared)
+LOWRANK_OPS_HANDLE(cp_conv2d_prepared, CPPrepared)
+LOWRANK_OPS_HANDLE(lowrank_linear_prepared, LinearPrepared)
 LOWRANK_OPS_HANDLE(tucker_conv2d_backward, TuckerBackward)
 LOWRANK_OPS_HANDLE(cp_conv2d_backward, CPBackward)
 LOWRANK_OPS_HANDLE(lowrank_linear_backward, LinearBackward)
 #undef LOWRANK_OPS_HANDLE
 
+template <typename T>
+bool requires_grad(const T&) {  // no tensor
+  return false;
+}
 bool requires_grad(const Tensor& tensor) {
   return tensor.requires_grad();
 }
@@ -61,6 +78,10 @@ bool needs_graph(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 
+template <typename T>
+bool has_tangent(const T&) {
+  return false;
+}
 bool has_tangent(const Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }
@@ -229,6 +250,31 @@ Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
                                         activation);
 }
 
+// ---- Ops with packed weights: where these cannot be used, the ordinary op runs
+
+template <auto plain, auto prepared, typename Signature>
+struct PreparedOp;
+template <auto plain, auto prepared, typename... Arguments>
+struct PreparedOp<plain, prepared, Tensor(Arguments...)> {
+  // Under autocast the factors are cast to other ones; devices other than the CPU have no packed weights.
+  static Tensor ordinary(Arguments... arguments, const Tensor&) { return plain().call(arguments...); }
+
+  static Tensor autograd(c10::DispatchKeySet keys, Arguments... arguments, const Tensor& packed) {
+    if (needs_tangent(arguments...) || needs_graph(arguments...)) return plain().call(arguments...);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return prepared().redispatch(keys & c10::after_ADInplaceOrView_keyset, arguments..., packed);
+  }
+};
+using PreparedTucker = PreparedOp<&tucker_conv2d_op, &tucker_conv2d_prepared_op, TuckerForward>;
+using PreparedCP = PreparedOp<&cp_conv2d_op, &cp_conv2d_prepared_op, CPForward>;
+using PreparedLinear = PreparedOp<&lowrank_linear_op, &lowrank_linear_prepared_op, LinearForward>;
+
+void register_ordinary(torch::Library& m) {
+  m.impl("tucker_conv2d_prepared", &PreparedTucker::ordinary);
+  m.impl("cp_conv2d_prepared", &PreparedCP::ordinary);
+  m.impl("lowrank_linear_prepared", &PreparedLinear::ordinary);
+}
+
 // ---- Autograd kernels of the backward ops: the gradients themselves, differentiable
 // --------------------------------
 
@@ -355,6 +401,9 @@ TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
   m.impl("tucker_conv2d", &tucker_autograd);
   m.impl("cp_conv2d", &cp_autograd);
   m.impl("lowrank_linear", &linear_autograd);
+  m.impl("tucker_conv2d_prepared", &PreparedTucker::autograd);
+  m.impl("cp_conv2d_prepared", &PreparedCP::autograd);
+  m.impl("lowrank_linear_prepared", &PreparedLinear::autograd);
   m.impl("tucker_conv2d_backward", &tucker_backward_autograd);
   m.impl("cp_conv2d_backward", &cp_backward_autograd);
   m.impl("lowrank_linear_backward", &linear_backward_autograd);
@@ -362,9 +411,14 @@ TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
 
 TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCPU, m) {
   register_autocast<at::kCPU>(m);
+  register_ordinary(m);
 }
 TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCUDA, m) {
   register_autocast<at::kCUDA>(m);
+  register_ordinary(m);
+}
+TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
+  register_ordinary(m);
 }
 
 }  // namespace lowrank_ops

@@ -94,15 +94,15 @@ struct Planned {
   std::string device, key;  // key: of its measurements
 };
 
-Planned plan_for_cpu(const Problem& p) {
+Planned plan_for_cpu(const Problem& p, bool prepared) {
   const CpuCaps caps = cpu_caps();
-  Planned planned{plan_cpu(p, caps, policy()),
+  Planned planned{plan_cpu(p, caps, policy(), prepared),
                   caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
                       (caps.threads == 1 ? " thread" : " threads"),
                   ""};
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
-    const std::optional<bool> chain_faster = measured_chain_faster(p, caps);
+    const std::optional<bool> chain_faster = measured_chain_faster(p, measured_caps(caps, prepared));
     if (chain_faster && *chain_faster != (decision.chosen.path == "chain"))
       std::swap(decision.chosen, decision.others.front());
     decision.rejections = {{decision.others.front().kernel,
@@ -142,8 +142,8 @@ std::string known_gpus() {
   return names;
 }
 
-Planned plan_for_device(Problem& p, const std::string& device) {
-  if (device == "cpu") return plan_for_cpu(p);
+Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
+  if (device == "cpu") return plan_for_cpu(p, prepared);
   p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
   if (const GpuCaps* named = find_gpu(device))
     return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
@@ -179,9 +179,10 @@ Planned plan_for_device(Problem& p, const std::string& device) {
 }
 
 py::dict explain(const std::string& op, const std::string& dtype, bool channels_last, std::array<int64_t, 9> sizes,
-                 std::array<int64_t, 6> window, const std::string& activation, const std::string& device) {
+                 std::array<int64_t, 6> window, const std::string& activation, const std::string& device,
+                 bool prepared) {
   Problem p = described_problem(op, dtype, channels_last, sizes, window, activation);
-  const Planned planned = plan_for_device(p, device);
+  const Planned planned = plan_for_device(p, device, prepared);
   py::dict result;
   result["policy"] = std::string(name_of(policy()));
   result["device"] = planned.device;
@@ -199,7 +200,8 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
 }  // namespace
 
 void bind_explain(py::module_& m) {
-  m.def("explain", &explain);
+  m.def("explain", &explain, py::arg("op"), py::arg("dtype"), py::arg("channels_last"), py::arg("sizes"),
+        py::arg("window"), py::arg("activation"), py::arg("device"), py::arg("prepared") = false);
   m.attr("feature_names") = std::vector<std::string>(std::begin(kFeatureNames), std::end(kFeatureNames));
   m.def("measurements", [] {
     py::list result;

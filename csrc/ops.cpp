@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/prepared.h"
 #ifdef LOWRANK_OPS_WITH_CUDA
 #include "cuda/bind_cuda.h"
 #endif
@@ -87,6 +88,18 @@ TORCH_LIBRARY(lowrank_ops, m) {
   m.def(
       "lowrank_linear(Tensor input, Tensor in_factor, Tensor out_factor, Tensor? bias=None, "
       "str activation=\"none\") -> Tensor");
+  // The same with weights packed before (cpu/prepared.h). Where `packed` does not fit the factors, the device, autocast
+  // or gradients, these are the ops above.
+  m.def(
+      "tucker_conv2d_prepared(Tensor input, Tensor in_factor, Tensor core, Tensor out_factor, Tensor? bias, "
+      "int[2] stride, int[2] padding, int[2] dilation, str activation, Tensor packed) -> Tensor");
+  m.def(
+      "cp_conv2d_prepared(Tensor input, Tensor in_factor, Tensor height_factor, Tensor width_factor, "
+      "Tensor out_factor, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, str activation, "
+      "Tensor packed) -> Tensor");
+  m.def(
+      "lowrank_linear_prepared(Tensor input, Tensor in_factor, Tensor out_factor, Tensor? bias, str activation, "
+      "Tensor packed) -> Tensor");
   // Gradients in the order of the arguments, undefined (None) where output_mask is false; see backward.h.
   m.def(
       "tucker_conv2d_backward(Tensor grad_output, Tensor input, Tensor in_factor, Tensor core, Tensor out_factor, "
@@ -126,6 +139,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   m.def("parallel_threads", &parallel_threads);
   m.def("cpu_isa", [] { return cpu_caps().isa; });
+  m.def("prepare", &prepare);
 }
 
 }  // namespace lowrank_ops

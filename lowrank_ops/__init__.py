@@ -18,6 +18,7 @@ from lowrank_ops.measurements import load_measurements, save_measurements
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.pairs import Fold, FoldReport
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
+from lowrank_ops.prepare import Preparation, PreparedLayer, prepare_for_inference_, unprepare_
 from lowrank_ops.ranks import VBMF, Energy
 from lowrank_ops.report import LayerReport, Report, count_layer_weights
 from lowrank_ops.saving import load, save
@@ -37,6 +38,8 @@ __all__ = [
     "LayerReport",
     "LowRankLinear",
     "NotOneOp",
+    "Preparation",
+    "PreparedLayer",
     "Report",
     "Spectral",
     "TuckerConv1d",
@@ -58,6 +61,7 @@ __all__ = [
     "load_measurements",
     "lowrank_linear",
     "policy",
+    "prepare_for_inference_",
     "reestimate_batchnorm_",
     "reference",
     "save",
@@ -67,4 +71,5 @@ __all__ = [
     "to_chain",
     "tucker_conv2d",
     "tucker_decompose",
+    "unprepare_",
 ]

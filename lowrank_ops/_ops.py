@@ -254,6 +254,21 @@ def _lowrank_linear(
     return input.new_empty([*input.shape[:-1], out_factor.shape[0]])
 
 
+@_fake("tucker_conv2d_prepared")
+def _tucker_conv2d_prepared(*arguments: Any) -> Tensor:
+    return _tucker_conv2d(*arguments[:-1])  # without what was packed
+
+
+@_fake("cp_conv2d_prepared")
+def _cp_conv2d_prepared(*arguments: Any) -> Tensor:
+    return _cp_conv2d(*arguments[:-1])  # without what was packed
+
+
+@_fake("lowrank_linear_prepared")
+def _lowrank_linear_prepared(*arguments: Any) -> Tensor:
+    return _lowrank_linear(*arguments[:-1])  # without what was packed
+
+
 @_fake("tucker_conv2d_backward")
 def _tucker_conv2d_backward(
     grad_output: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from lowrank_ops import chains
-from lowrank_ops._ops import ACTIVATIONS, DTYPES
+from lowrank_ops._ops import _C, ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
 from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 Size = int | tuple[int, ...]
+
+
+class Packing(NamedTuple):
+    """A module's weights as `prepare_for_inference_` has packed them."""
+
+    panels: Tensor
+    """What the op takes; it knows what it was made from."""
+    factors: tuple[Tensor, ...]
+    """What it was made from: while these live, their memory cannot become another tensor's."""
 
 
 class FactorizedModule(nn.Module):
@@ -40,6 +49,7 @@ class FactorizedModule(nn.Module):
     activation: str
     relative_error: float | None = None
     init: Init = "default"
+    _packing: Packing | None = None
     in_factor: nn.Parameter
     out_factor: nn.Parameter
     bias: nn.Parameter | None
@@ -47,6 +57,34 @@ class FactorizedModule(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """The factors by parameter name, in the op's order; without the bias."""
         return {name: getattr(self, name) for name in self._factor_shapes()}
+
+    def _pack(self) -> None:
+        """Packs the factors for the CPU kernels; what changes the parameters through the module drops it again."""
+        factors = self._op_factors()
+        core, winograd = factors.get("core"), self._is_winograd()
+        panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], winograd)
+        self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
+
+    def _unpack(self) -> None:
+        """Drops what `_pack` has made."""
+        self.__dict__.pop("_packing", None)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no packed weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "_packing"}
 
     def reset_parameters(self, init: Init | None = None) -> None:
         """Draws new values for the factors and the bias.
@@ -95,6 +133,14 @@ class FactorizedModule(nn.Module):
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         raise NotImplementedError
+
+    def _op_factors(self) -> dict[str, Tensor]:
+        """The factors of which the op packs panels, as it takes them."""
+        return {"in_factor": self.in_factor.detach(), "out_factor": self.out_factor.detach()}
+
+    def _is_winograd(self) -> bool:
+        """Whether the block's window is one of Winograd's F(2x2, 3x3)."""
+        return False
 
     @classmethod
     def _rank_of(cls, factors: Mapping[str, Tensor]) -> Any:

@@ -61,7 +61,20 @@ class _TuckerConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         core = self.core if self.axes == 2 else self.core.unsqueeze(2)
+        if self._packing is not None and not torch.compiler.is_compiling():
+            call = (image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
+            return torch.ops.lowrank_ops.tucker_conv2d_prepared(*call, self._packing.panels)
         return tucker_conv2d(image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
+
+    def _core(self) -> Tensor:
+        return self.core if self.axes == 2 else self.core.unsqueeze(2)
+
+    def _op_factors(self) -> dict[str, Tensor]:
+        return {**super()._op_factors(), "core": self._core().detach()}
+
+    def _is_winograd(self) -> bool:
+        stride, _, dilation = self._window
+        return self._core().shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1)
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         r1, r2 = self.rank
@@ -207,6 +220,9 @@ class _CPConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
+        if self._packing is not None and not torch.compiler.is_compiling():
+            call = (image, *factors, self.bias, *self._window, self.activation)
+            return torch.ops.lowrank_ops.cp_conv2d_prepared(*call, self._packing.panels)
         return cp_conv2d(image, *factors, self.bias, *self._window, self.activation)
 
     def _height_factor(self) -> Tensor:
@@ -370,6 +386,9 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
+        if self._packing is not None and not torch.compiler.is_compiling():
+            call = (input, self.in_factor, self.out_factor, self.bias, self.activation)
+            return torch.ops.lowrank_ops.lowrank_linear_prepared(*call, self._packing.panels)
         return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)
 
     def to_dense(self) -> nn.Module:

@@ -145,6 +145,9 @@ _GPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+_PREPARED = "its weights were packed by prepare_for_inference_; packed anew in each call where they have changed since"
+
+
 class Explanations(tuple[Explanation, ...]):
     """One `Explanation` for each call of an op of ours, in order; prints as tables."""
 
@@ -167,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         if namespace == "lowrank_ops" and not name.endswith("_backward"):
             arguments = {a.name: a.default_value for a in schema.arguments}
             arguments.update(zip((a.name for a in schema.arguments), args, strict=False), **(kwargs or {}))
-            self.calls.append((name, arguments))
+            self.calls.append((name.removesuffix("_prepared"), arguments))
         return func(*args, **(kwargs or {}))
 
 
@@ -325,7 +328,10 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
             f"{list(x.shape)} to {t} channels, {kh}x{kw}, {ranks}, stride {pairs[0]}, padding {pairs[1]}, "
             f"dilation {pairs[2]}, {dtype}, {layout}"
         )
-    found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device)
+    prepared = "packed" in call
+    found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device, prepared)
+    if prepared and device == "cpu" and found["chosen"]["path"] == "fused":
+        found["chosen"]["notes"].append(_PREPARED)
     if found["tf32"]:
         words += " (as tf32)"
     return Explanation(

@@ -162,9 +162,9 @@ def test_quick_list_holds_the_blocks_of_the_prototype(op: str, channels: int, si
 @pytest.mark.parametrize("cell", SMALL, ids=str)
 def test_all_contenders_compute_the_same(cell: Cell, dtype: torch.dtype, layout: str) -> None:
     problem = peers.make_problem(cell, dtype, layout)
-    found = peers.contenders(problem, ["chain", "merged", "dense"])
+    found = peers.contenders(problem, ["chain", "merged", "dense", "prepared"])
     names = {contender.name.split()[0] for contender in found}
-    assert names == {"fused", "chain", "dense"} | ({"merged"} if cell.op == "cp_conv2d" else set())
+    assert names == {"fused", "prepared", "chain", "dense"} | ({"merged"} if cell.op == "cp_conv2d" else set())
     with torch.inference_mode():
         for contender in found:
             assert peers.check(problem, contender.run()) == "", contender.name

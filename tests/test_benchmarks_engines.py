@@ -167,7 +167,8 @@ def test_memory_of_a_chain_and_of_our_tiles() -> None:
 def result(cell: Cell, dtype: str = "bfloat16", **microseconds: float) -> CpuResult:
     """A result with contenders of these medians; an underscore stands for a space."""
     timings = {name.replace("_", " "): Timing(us * 1e-6, 0.0, 0.0, 1) for name, us in microseconds.items()}
-    kinds = {name: "fused" if name == "fused" else "dense" if "dense" in name else "peer" for name in timings}
+    own = {"fused": "fused", "prepared": "prepared"}
+    kinds = {name: own.get(name, "dense" if "dense" in name else "peer") for name in timings}
     told = {name: "f32" for name in timings if name.startswith("o")}
     kernels = {name: ("brgconv_f32",) for name in told}
     return CpuResult(cell, dtype, "fused 1x8", timings, kinds, {}, {}, LIMITS, told, kernels, 1024, 4096)
@@ -184,6 +185,18 @@ def test_families_take_the_fastest_of_their_variants() -> None:
     assert "openvino merged nchw (ran f32)" in made.row()
     assert len(made.row()) == len(cpu_result.COLUMNS)
     assert result(SMALL[1], "float32", fused=1, openvino=2).named("openvino") == "openvino"
+
+
+def test_prepared_weights_are_held_against_the_same_peer() -> None:
+    with_prepared = result(SMALL[0], fused=10, prepared=8, chain=20, openvino=16, dense=40)
+    without = result(SMALL[1], fused=10, chain=20)
+    assert with_prepared.prepared == pytest.approx(2.0) and without.prepared is None
+    assert with_prepared.ratio("peer") == pytest.approx(1.6) and with_prepared.fastest("peer") == "openvino"
+    assert with_prepared.as_json()["prepared_over_fastest_peer"] == pytest.approx(2.0)
+    place = [column.title for column in cpu_result.COLUMNS].index("prepared")
+    assert (with_prepared.row()[place], without.row()[place]) == ("2.00", "-")
+    *_, line = cpu_result.summary([with_prepared, without])
+    assert line["prepared_over_fastest_peer"] == pytest.approx(2.0)
 
 
 def test_summary_counts_losing_cells_and_leaves_out_what_was_not_run(capsys) -> None:

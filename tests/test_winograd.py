@@ -115,6 +115,23 @@ def test_auto_takes_it_for_large_images_and_not_for_a_few_pixels(fused_policy: N
         _C.set_cpu_winograd("auto")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_ranks_take_fewer_rows_of_patches(fused_policy: None, dtype: torch.dtype) -> None:
+    """Rather than none: their sixteen planes fit half of L2 in lower tiles."""
+    large = problem(n=1, h=14, w=14, s=16, r1=256, r2=256, t=16, dtype=dtype, layout=torch.channels_last)
+    small = replace(large, r1=64, r2=64)
+    if not kernel_of(replace(small, h=56, w=56)).endswith("_winograd"):
+        pytest.skip(f"not on this CPU in {dtype}")
+    plans = []
+    for one in (large, small):
+        call = one.make()
+        (found,) = lowrank_ops.explain(lowrank_ops.tucker_conv2d, dict(call.tensors), padding=1, verbose=False)
+        plans.append(found.chosen)
+        assert_output(call, call.run())
+    assert all(plan["kernel"].endswith("_winograd") and plan["scratch_bytes"] <= 1 << 19 for plan in plans)
+    assert plans[0]["tile_rows"] < plans[1]["tile_rows"]
+
+
 def test_each_output_depends_on_its_own_window_only(winograd: None) -> None:
     """The transforms mix 4x4 values, but a NaN stays inside the 3x3 windows that contain it."""
     call = problem(n=1, h=8, w=8, s=16, r1=16, r2=16, t=4).make()

@@ -8,13 +8,13 @@ namespace lowrank_ops {
 
 at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                   const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                  const Problem& p, const CpuTile& tile) {
+                  const Problem& p, const CpuTile& tile, const Prepared& prepared) {
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
   const ComputeKernels& kernels = *engine.kernels;
-  const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
-  const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
+  const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
+  const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
   const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);

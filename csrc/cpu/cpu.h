@@ -1,6 +1,8 @@
-// The CPU kernels of the three ops. Arguments are checked; `Plan`s come from csrc/plan.
+// The CPU kernels of the three ops. Arguments are checked; `Plan`s come from csrc/plan. What is `prepared` is not
+// packed again; results do not depend on it.
 #pragma once
 
+#include "cpu/prepared.h"
 #include "ops.h"
 #include "plan/plan.h"
 
@@ -8,11 +10,12 @@ namespace lowrank_ops {
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                       const at::Tensor& out_factor, const OptionalTensor& bias, const Problem& problem,
-                      const CpuTile& tile);
+                      const CpuTile& tile, const Prepared& prepared);
 at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                   const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                  const Problem& problem, const CpuTile& tile);
+                  const Problem& problem, const CpuTile& tile, const Prepared& prepared);
 at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                      const OptionalTensor& bias, const Problem& problem, const CpuTile& tile);
+                      const OptionalTensor& bias, const Problem& problem, const CpuTile& tile,
+                      const Prepared& prepared);
 
 }  // namespace lowrank_ops

@@ -21,6 +21,12 @@ Engine engine_for(DType dtype);
 // What the planner may know of this CPU; `threads` is at::get_num_threads().
 CpuCaps cpu_caps();
 
+// The same as "measure" is to remember it: with prepared weights something else may be faster.
+inline CpuCaps measured_caps(CpuCaps caps, bool prepared) {
+  if (prepared) caps.name += ", prepared weights";
+  return caps;
+}
+
 // Caps the instruction set: "generic", "avx2", "avx512", "avx512bf16", "amx", or "" for the best that the CPU has. The
 // environment variable LOWRANK_OPS_CPU_ISA does the same at start. For tests: not to be called while an op runs. Asking
 // for more than the CPU has is an error. "brgemm" runs fp32 through oneDNN's kernels, to test on any machine the code

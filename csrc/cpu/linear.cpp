@@ -13,9 +13,9 @@ namespace lowrank_ops {
 
 namespace {
 
-// How many columns of a weight a task takes at least: enough bytes to be worth a thread.
+// Columns of a weight that a task takes at least: enough bytes to be worth a thread.
 int64_t column_grain(int64_t depth, int64_t bytes) {
-  return std::max<int64_t>(16, (64 << 10) / (depth * bytes));
+  return std::max<int64_t>(1, (64 << 10) / (depth * bytes));
 }
 
 // Few rows: both products as dot products with the factors where they lie, in parallel over their columns.
@@ -23,50 +23,232 @@ void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const 
                      const SumRows& bias, const Problem& p, at::Tensor& output) {
   const ComputeKernels& kernels = *engine_for(p.dtype).kernels;
   const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
-  const int64_t staged_stride = round_up(p.s, 16), rank_stride = round_up(p.r1, 16), out_stride = round_up(p.t, 16);
-  const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1);
-  const int64_t staging_bytes = direct ? 0 : p.n * staged_stride * element;
+  const int64_t rank_stride = round_up(p.r1, 16), out_stride = round_up(p.t, 16);
+  const bool direct = p.n == 1 && p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1);
+  const int64_t staging_bytes = direct ? 0 : p.n * round_up(p.s, kernels.dot_depth) * element;
+  const int64_t hidden_staging_bytes =
+      p.r1 <= kernels.dot_depth ? 0 : p.n * round_up(p.r1, kernels.dot_depth) * element;
   Scratch scratch(Scratch::padded(staging_bytes) + Scratch::padded(p.n * rank_stride * sum) +
-                  Scratch::padded(p.n * rank_stride * element) + Scratch::padded(p.n * out_stride * sum));
+                  Scratch::padded(p.n * rank_stride * element) + Scratch::padded(hidden_staging_bytes) +
+                  Scratch::padded(p.n * out_stride * sum));
   void* staging = scratch.take(staging_bytes);
   char* rank_sums = static_cast<char*>(scratch.take(p.n * rank_stride * sum));
   char* hidden = static_cast<char*>(scratch.take(p.n * rank_stride * element));
+  void* hidden_staging = scratch.take(hidden_staging_bytes);
   char* out_sums = static_cast<char*>(scratch.take(p.n * out_stride * sum));
-  const void* source = rows.const_data_ptr();
-  if (!direct) {
-    const LoadCall load{source, rows.stride(0), rows.stride(1), p.n, p.s, staging, staged_stride};
-    kernels.load[int(p.dtype)](load);
-    source = staging;
-  }
+
+  // Block after block of the depth, as DotCall wants it.
+  const auto stage = [&](const void* source, int64_t row_stride, int64_t stride, DType type, int64_t depth, void* to) {
+    for (int64_t k = 0; k < depth; k += kernels.dot_depth) {
+      LoadCall load;
+      load.in = static_cast<const char*>(source) + k * stride * element_bytes(type);
+      load.pixel_stride = row_stride;
+      load.channel_stride = stride;
+      load.pixels = p.n;
+      load.channels = std::min(kernels.dot_depth, depth - k);
+      load.tile = static_cast<char*>(to) + k * p.n * element;
+      load.tile_stride = kernels.dot_depth;
+      kernels.load[int(type)](load);
+    }
+  };
   const auto multiply = [&](const void* input, int64_t input_stride, const at::Tensor& weight, char* sums,
                             int64_t sums_stride, char* out, int64_t out_row, DType out_type, bool last) {
-    const int64_t depth = weight.size(1), weight_bytes = element_bytes(p.dtype), lanes = kernels.lanes;
-    const int64_t blocks = (weight.size(0) + lanes - 1) / lanes;  // whole vectors, so that tasks share none
-    at::parallel_for(0, blocks, column_grain(depth, weight_bytes) / lanes + 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * lanes, columns = std::min(end * lanes, weight.size(0)) - first;
+    const int64_t depth = weight.size(1), weight_bytes = element_bytes(p.dtype), columns = weight.size(0);
+    // Tasks of four columns: their sums do not depend on who computes them.
+    const int64_t grain = ceil_div(column_grain(depth, weight_bytes), int64_t(4));
+    at::parallel_for(0, ceil_div(columns, int64_t(4)), grain, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * 4, count = std::min(end * 4, columns) - first;
       const char* part = static_cast<const char*>(weight.const_data_ptr()) + first * depth * weight_bytes;
-      kernels.dot[int(p.dtype)]({input, input_stride, p.n, part, columns, depth, sums + first * sum, sums_stride});
-      GemmCall call{};
-      call.rows = p.n;
-      call.width = columns;
-      call.out = out + first * element_bytes(out_type);
-      call.out_stride = out_row;
-      call.out_type = out_type;
-      call.bias = last ? bias.data(first) : nullptr;
-      call.activation = last ? p.activation : Activation::kNone;
-      kernels.finish(sums + first * sum, sums_stride, call);
+      kernels.dot[int(p.dtype)]({input, input_stride, p.n, part, count, depth, sums + first * sum, sums_stride});
+    });
+    GemmCall call{};
+    call.rows = p.n;
+    call.width = columns;
+    call.out = out;
+    call.out_stride = out_row;
+    call.out_type = out_type;
+    call.bias = last ? bias.data() : nullptr;
+    call.activation = last ? p.activation : Activation::kNone;
+    kernels.finish(sums, sums_stride, call);
+  };
+  const void* source = rows.const_data_ptr();
+  if (!direct) {
+    stage(source, rows.stride(0), rows.stride(1), p.dtype, p.s, staging);
+    source = staging;
+  }
+  multiply(source, kernels.dot_depth, in_factor, rank_sums, rank_stride, hidden, rank_stride, kernels.element, false);
+  const void* between = hidden;
+  if (hidden_staging_bytes > 0) {
+    stage(hidden, rank_stride, 1, kernels.element, p.r1, hidden_staging);
+    between = hidden_staging;
+  }
+  multiply(between, hidden_staging_bytes > 0 ? kernels.dot_depth : rank_stride, out_factor, out_sums, out_stride,
+           static_cast<char*>(output.data_ptr()), p.t, p.dtype, true);
+}
+
+// The panels of a factor [columns, depth], some of the depth at a time: packed here into `buffer`, or before.
+class StreamedWeight {
+ public:
+  StreamedWeight(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared)
+      : kernels_(*engine.kernels),
+        dtype_(dtype),
+        factor_(prepared ? factor : factor.contiguous()),
+        depth_(factor.size(1)),
+        panels_(factor.size(0), kernels_),
+        prepared_(prepared) {}
+
+  const Panels& panels() const { return panels_; }
+  // As PackedWeight has it, for `count` of the depth from `k`, which is a multiple of 16.
+  const void* panel(int64_t index, int64_t k, int64_t count, void* buffer) const {
+    const int64_t element = element_bytes(kernels_.element);
+    if (prepared_)
+      return prepared_ +
+             (panels_.first(index) * round_up(depth_, kernels_.group) + k * panels_.padded_width(index)) * element;
+    PackCall call;
+    call.weight = static_cast<const char*>(factor_.const_data_ptr()) +
+                  (panels_.first(index) * depth_ + k) * element_bytes(dtype_);
+    call.row_stride = depth_;
+    call.num_taps = 1;
+    call.depth = count;
+    call.padded_depth = round_up(count, kernels_.group);
+    call.width = panels_.width(index);
+    call.padded_width = panels_.padded_width(index);
+    call.panel = buffer;
+    kernels_.pack[int(dtype_)](call);
+    return buffer;
+  }
+
+ private:
+  const ComputeKernels& kernels_;
+  DType dtype_;
+  at::Tensor factor_;
+  int64_t depth_;
+  Panels panels_;
+  const char* prepared_;
+};
+
+// Some hundred rows: all of them meet a block of packed weights while it is in L2, so that the packed weight is never
+// written to memory. In parallel over panels, and over rows where there are fewer panels than threads.
+void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, const StreamedWeight& out_weight,
+                     const SumRows& bias, const Problem& p, const CpuTile& tile, const Engine& engine,
+                     at::Tensor& output) {
+  const ComputeKernels& kernels = *engine.kernels;
+  const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
+  const Panels &in_panels = in_weight.panels(), &out_panels = out_weight.panels();
+  const int64_t hidden_stride = streamed_stride(in_panels.padded_columns());
+  const int64_t staged_stride = streamed_stride(tile.depth);
+  const int64_t in_width = in_panels.padded_columns(), out_width = kernels.panel_width;
+  const int64_t staged_bytes = Scratch::padded(p.n * staged_stride * element);
+  const int64_t buffer_bytes = Scratch::padded(tile.depth * kernels.panel_width * element);
+  const int64_t sums_bytes =
+      Scratch::padded(p.n * std::max(p.s > tile.depth ? in_width : 0, p.r1 > tile.depth ? out_width : 0) * sum);
+  const int64_t thread_bytes = staged_bytes + buffer_bytes + sums_bytes;
+  const int64_t hidden_bytes = Scratch::padded(p.n * hidden_stride * element);
+  const int64_t threads = at::get_num_threads();
+  Scratch scratch(hidden_bytes + threads * thread_bytes);
+  char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
+  char* own = static_cast<char*>(scratch.take(threads * thread_bytes));
+  if (p.r1 % kernels.group != 0) std::memset(hidden, 0, size_t(hidden_bytes));  // the odd rank's partner
+  // Rows whole pages apart would meet in the same few lines of L1: they are copied, as are those of other types.
+  constexpr int64_t kPage = 4096;
+  const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0 &&
+                      rows.stride(0) * element % kPage != 0;
+
+  // Runs `stage(first row, end row, first panel, end panel, memory)` for all of them.
+  const auto for_all = [&](const Panels& panels, const auto& stage) {
+    const int64_t parts = std::min(ceil_div(threads, panels.count), p.n), part_rows = ceil_div(p.n, parts);
+    at::parallel_for(0, parts * panels.count, 1, [&](int64_t begin, int64_t end) {
+      char* memory = own + at::get_thread_num() * thread_bytes;
+      while (begin < end) {
+        const int64_t part = begin / panels.count, panel = begin % panels.count;
+        const int64_t last_panel = std::min(panels.count, panel + end - begin);
+        const int64_t row = std::min(part * part_rows, p.n), last_row = std::min(row + part_rows, p.n);
+        if (row < last_row) stage(row, last_row, panel, last_panel, memory);
+        begin += last_panel - panel;
+      }
+      brgemm_release();
     });
   };
-  multiply(source, direct ? rows.stride(0) : staged_stride, in_factor, rank_sums, rank_stride, hidden, rank_stride,
-           kernels.element, false);
-  multiply(hidden, rank_stride, out_factor, out_sums, out_stride, static_cast<char*>(output.data_ptr()), p.t, p.dtype,
-           true);
+
+  for_all(in_panels, [&](int64_t row, int64_t last_row, int64_t panel, int64_t last_panel, char* memory) {
+    char* staged = memory;
+    char* buffer = staged + staged_bytes;
+    char* sums = buffer + buffer_bytes;
+    const void* source;
+    GemmCall call;
+    call.taps = &source;
+    call.num_taps = 1;
+    call.rows = last_row - row;
+    call.row_stride = direct ? rows.stride(0) : staged_stride;
+    call.bias = nullptr;
+    call.activation = Activation::kNone;
+    call.initial_stride = in_width;
+    for (int64_t k = 0; k < p.s; k += tile.depth) {
+      const int64_t count = std::min(tile.depth, p.s - k);
+      source = static_cast<const char*>(rows.const_data_ptr()) +
+               (row * rows.stride(0) + k * rows.stride(1)) * element_bytes(p.dtype);
+      if (!direct) {
+        LoadCall load;
+        load.in = source;
+        load.pixel_stride = rows.stride(0);
+        load.channel_stride = p.s == 1 ? 1 : rows.stride(1);
+        load.pixels = call.rows;
+        load.channels = count;
+        load.tile = staged;
+        load.tile_stride = staged_stride;
+        kernels.load[int(p.dtype)](load);
+        source = staged;
+      }
+      const bool last = k + count == p.s;
+      call.depth = round_up(count, kernels.group);
+      for (int64_t i = panel; i < last_panel; ++i) {
+        char* own_sums = sums + in_panels.first(i) * sum;
+        call.weight = in_weight.panel(i, k, count, buffer);
+        call.initial = k > 0 ? own_sums : nullptr;
+        call.width = last ? in_panels.width(i) : in_panels.padded_width(i);
+        call.out = last ? hidden + (row * hidden_stride + in_panels.first(i)) * element : own_sums;
+        call.out_stride = last ? hidden_stride : in_width;
+        call.out_type = last ? kernels.element : kernels.accumulator;
+        engine.gemm(call);
+      }
+    }
+  });
+  for_all(out_panels, [&](int64_t row, int64_t last_row, int64_t panel, int64_t last_panel, char* memory) {
+    char* buffer = memory + staged_bytes;
+    char* sums = buffer + buffer_bytes;
+    const void* source;
+    GemmCall call;
+    call.taps = &source;
+    call.num_taps = 1;
+    call.rows = last_row - row;
+    call.row_stride = hidden_stride;
+    call.initial_stride = out_width;
+    for (int64_t i = panel; i < last_panel; ++i) {
+      const int64_t column = out_panels.first(i);
+      for (int64_t k = 0; k < p.r1; k += tile.depth) {
+        const int64_t count = std::min(tile.depth, p.r1 - k);
+        const bool last = k + count == p.r1;
+        source = hidden + (row * hidden_stride + k) * element;
+        call.depth = round_up(count, kernels.group);
+        call.weight = out_weight.panel(i, k, count, buffer);
+        call.initial = k > 0 ? sums : nullptr;
+        call.width = last ? out_panels.width(i) : out_panels.padded_width(i);
+        call.out = last ? static_cast<char*>(output.data_ptr()) + (row * p.t + column) * element_bytes(p.dtype) : sums;
+        call.out_stride = last ? p.t : out_width;
+        call.out_type = last ? p.dtype : kernels.accumulator;
+        call.bias = last ? bias.data(column) : nullptr;
+        call.activation = last ? p.activation : Activation::kNone;
+        call.far_output = last;
+        engine.gemm(call);
+      }
+    }
+  });
 }
 
 }  // namespace
 
 at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                      const OptionalTensor& bias, const Problem& p, const CpuTile& tile) {
+                      const OptionalTensor& bias, const Problem& p, const CpuTile& tile, const Prepared& prepared) {
   c10::SmallVector<int64_t, 8> sizes(input.sizes());
   sizes.back() = p.t;
   at::Tensor output = at::empty(sizes, input.options());
@@ -79,8 +261,14 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
     linear_unpacked(rows, in_factor.contiguous(), out_factor.contiguous(), bias_sums, p, output);
     return output;
   }
-  const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
-  const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r1, p.dtype, engine);
+  if (tile.depth > 0) {
+    const StreamedWeight in_weight(in_factor, p.dtype, engine, prepared.in_factor);
+    const StreamedWeight out_weight(out_factor, p.dtype, engine, prepared.out_factor);
+    linear_streamed(rows, in_weight, out_weight, bias_sums, p, tile, engine, output);
+    return output;
+  }
+  const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
+  const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0;
   const int64_t element = element_bytes(kernels.element);
   const int64_t hidden_columns = in_weight.panels().padded_columns();

@@ -15,51 +15,99 @@ using c10::string_view;
 
 // Runs the fused kernel or the chain, as the plan says.
 template <typename Fused, typename Chain>
-at::Tensor run(const Problem& problem, const Fused& fused, const Chain& chain) {
+at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
-  const Decision decision = plan_cpu(problem, caps, policy());
+  const bool is_prepared = prepared.in_factor != nullptr;
+  const Decision decision = plan_cpu(problem, caps, policy(), is_prepared);
   bool take_chain = decision.chosen.path == "chain";
   const CpuTile& tile = (take_chain ? decision.others.front() : decision.chosen).tile;  // the fused plan's
   if (policy() == Policy::kMeasure && decision.others.size() == 1)
-    take_chain = chain_measures_faster(problem, caps, [&] { fused(tile); }, [&] { chain(); });
+    take_chain =
+        chain_measures_faster(problem, measured_caps(caps, is_prepared), [&] { fused(tile); }, [&] { chain(); });
   return take_chain ? chain() : fused(tile);
 }
 
-at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                         const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                         IntArrayRef padding, IntArrayRef dilation, string_view activation_name) {
+at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                  const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                  IntArrayRef dilation, string_view activation_name, const at::Tensor* packed) {
   const Window window{stride, padding, dilation};
   check_tucker(input, in_factor, core, out_factor, bias, window);
   const Activation activation = parse_activation("tucker_conv2d", activation_name);
   const Problem problem = tucker_problem(input, core, out_factor, window, activation);
+  const Prepared prepared = packed ? prepared_for(*packed, in_factor, &core, out_factor) : Prepared{};
   return run(
-      problem, [&](const CpuTile& tile) { return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile); },
+      problem, prepared,
+      [&](const CpuTile& tile) {
+        return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile, prepared);
+      },
       [&] { return tucker_chain(input, in_factor, core, out_factor, bias, window, activation); });
 }
 
-at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation_name) {
+at::Tensor cp(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+              const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation_name,
+              const at::Tensor* packed) {
   const Window window{stride, padding, dilation};
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
   const Activation activation = parse_activation("cp_conv2d", activation_name);
   const Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, activation);
+  const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
   return run(
-      problem,
+      problem, prepared,
       [&](const CpuTile& tile) {
-        return cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile);
+        return cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile, prepared);
       },
       [&] { return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation); });
 }
 
-at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                          const OptionalTensor& bias, string_view activation_name) {
+at::Tensor linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                  const OptionalTensor& bias, string_view activation_name, const at::Tensor* packed) {
   check_linear(input, in_factor, out_factor, bias);
   const Activation activation = parse_activation("lowrank_linear", activation_name);
   const Problem problem = linear_problem(input, out_factor, activation);
+  const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
   return run(
-      problem, [&](const CpuTile& tile) { return linear_cpu(input, in_factor, out_factor, bias, problem, tile); },
+      problem, prepared,
+      [&](const CpuTile& tile) { return linear_cpu(input, in_factor, out_factor, bias, problem, tile, prepared); },
       [&] { return linear_chain(input, in_factor, out_factor, bias, activation); });
+}
+
+at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                         const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                         IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+  return tucker(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation, nullptr);
+}
+
+at::Tensor tucker_conv2d_prepared(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                                  const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                                  IntArrayRef padding, IntArrayRef dilation, string_view activation,
+                                  const at::Tensor& packed) {
+  return tucker(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation, &packed);
+}
+
+at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+  return cp(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation, activation,
+            nullptr);
+}
+
+at::Tensor cp_conv2d_prepared(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                              const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation,
+                              const at::Tensor& packed) {
+  return cp(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation, activation,
+            &packed);
+}
+
+at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                          const OptionalTensor& bias, string_view activation) {
+  return linear(input, in_factor, out_factor, bias, activation, nullptr);
+}
+
+at::Tensor lowrank_linear_prepared(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                                   const OptionalTensor& bias, string_view activation, const at::Tensor& packed) {
+  return linear(input, in_factor, out_factor, bias, activation, &packed);
 }
 
 }  // namespace
@@ -68,6 +116,9 @@ TORCH_LIBRARY_IMPL(lowrank_ops, CPU, m) {
   m.impl("tucker_conv2d", &tucker_conv2d);
   m.impl("cp_conv2d", &cp_conv2d);
   m.impl("lowrank_linear", &lowrank_linear);
+  m.impl("tucker_conv2d_prepared", &tucker_conv2d_prepared);
+  m.impl("cp_conv2d_prepared", &cp_conv2d_prepared);
+  m.impl("lowrank_linear_prepared", &lowrank_linear_prepared);
 }
 
 }  // namespace lowrank_ops

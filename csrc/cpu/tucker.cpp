@@ -8,23 +8,25 @@
 namespace lowrank_ops {
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                      const at::Tensor& out_factor, const OptionalTensor& bias, const Problem& p, const CpuTile& tile) {
+                      const at::Tensor& out_factor, const OptionalTensor& bias, const Problem& p, const CpuTile& tile,
+                      const Prepared& prepared) {
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
   // [R2, KH, KW, R1] in memory: the order that the modules store; anything else is copied here.
-  const at::Tensor core_rows = core.contiguous(at::MemoryFormat::ChannelsLast);
-  const PackedWeight in_weight(in_factor.contiguous(), p.r1, 1, p.s, p.dtype, engine);
-  const PackedWeight out_weight(out_factor.contiguous(), p.t, 1, p.r2, p.dtype, engine);
+  const auto core_rows = [&] { return core.contiguous(at::MemoryFormat::ChannelsLast); };
+  const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
+  const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
   if (tile.winograd) {
-    const WinogradCore winograd(core_rows, p, tile, engine);
+    const WinogradCore winograd(pack_winograd(core_rows, p.r1, p.r2, p.dtype, engine, prepared.winograd), p, tile,
+                                engine);
     const ConvBlock block{
         engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->accumulator};
     run_conv(block, winograd.scratch_bytes(), [&](const auto&... arguments) { winograd.run(block, arguments...); });
     return output;
   }
-  const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
+  const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->element};
   const int64_t hidden_columns = block.hidden_columns();
   // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.

@@ -62,18 +62,20 @@ void* Scratch::take(int64_t bytes) {
   return result;
 }
 
-PackedWeight::PackedWeight(const at::Tensor& weight, int64_t columns, int64_t num_taps, int64_t depth, DType dtype,
-                           const Engine& engine)
+PackedWeight::PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, int64_t num_taps, int64_t depth,
+                           DType dtype, const Engine& engine, const char* prepared)
     : panels_(columns, *engine.kernels),
-      num_taps_(num_taps),
       padded_depth_(round_up(depth, engine.kernels->group)),
-      element_bytes_(lowrank_ops::element_bytes(engine.kernels->element)) {
-  const int64_t column_bytes = num_taps_ * padded_depth_ * element_bytes_;
-  memory_.reset(allocate(panels_.padded_columns() * column_bytes));
+      column_bytes_(num_taps * padded_depth_ * element_bytes(engine.kernels->element)),
+      data_(prepared) {
+  if (prepared) return;
+  memory_.reset(allocate(bytes()));
+  data_ = memory_.get();
   const PackFunction pack = engine.kernels->pack[int(dtype)];
-  const char* source = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t row_bytes = num_taps * depth * lowrank_ops::element_bytes(dtype);
-  const int64_t grain = std::max<int64_t>(1, (256 << 10) / (column_bytes * panels_.padded_width(0)));
+  const at::Tensor values = weight();
+  const char* source = static_cast<const char*>(values.const_data_ptr());
+  const int64_t row_bytes = num_taps * depth * element_bytes(dtype);
+  const int64_t grain = std::max<int64_t>(1, (256 << 10) / (column_bytes_ * panels_.padded_width(0)));
   at::parallel_for(0, panels_.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       PackCall call;
@@ -84,10 +86,15 @@ PackedWeight::PackedWeight(const at::Tensor& weight, int64_t columns, int64_t nu
       call.padded_depth = padded_depth_;
       call.width = panels_.width(panel);
       call.padded_width = panels_.padded_width(panel);
-      call.panel = memory_.get() + panels_.first(panel) * column_bytes;
+      call.panel = memory_.get() + panels_.first(panel) * column_bytes_;
       pack(call);
     }
   });
+}
+
+PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared) {
+  const auto weight = [&] { return factor.contiguous(); };
+  return PackedWeight(weight, factor.size(0), 1, factor.size(1), dtype, engine, prepared);
 }
 
 SumRows::SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine) {

@@ -2,10 +2,11 @@
 //
 // Packing happens at every call: nothing is cached, so nothing can be stale (no version counter sees `.data` edits or
 // FSDP2's new values). It is a transposition in registers at about the speed of reading the weights; README.md has its
-// share of a call.
+// share of a call. Who wants it done once says so (prepared.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -49,22 +50,27 @@ struct Free {
 };
 using AlignedMemory = std::unique_ptr<char, Free>;
 
-// A factor packed into panels: `weight` is [columns, num_taps, depth], contiguous.
+// A factor packed into panels: `weight()` is [columns, num_taps, depth], contiguous, and is not asked for where the
+// panels were packed before.
 class PackedWeight {
  public:
-  PackedWeight(const at::Tensor& weight, int64_t columns, int64_t num_taps, int64_t depth, DType dtype,
-               const Engine& engine);
+  PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, int64_t num_taps, int64_t depth, DType dtype,
+               const Engine& engine, const char* prepared = nullptr);
   const Panels& panels() const { return panels_; }
   int64_t padded_depth() const { return padded_depth_; }  // of a tap
-  const void* panel(int64_t index) const {
-    return memory_.get() + panels_.first(index) * num_taps_ * padded_depth_ * element_bytes_;
-  }
+  const void* panel(int64_t index) const { return data_ + panels_.first(index) * column_bytes_; }
+  const char* data() const { return data_; }
+  int64_t bytes() const { return panels_.padded_columns() * column_bytes_; }
 
  private:
   Panels panels_;
-  int64_t num_taps_, padded_depth_, element_bytes_;
-  AlignedMemory memory_;
+  int64_t padded_depth_, column_bytes_;
+  AlignedMemory memory_;  // empty where `data_` points into what was packed before
+  const char* data_;
 };
+
+// A factor [rows, depth], its rows the columns of the product.
+PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared = nullptr);
 
 // The bias [T], or CP's factors [R, K] with the tap first, as accumulators: rows of whole vectors, padded with zeros.
 class SumRows {

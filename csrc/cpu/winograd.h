@@ -12,10 +12,13 @@
 
 namespace lowrank_ops {
 
+// The transformed core, packed: [R2, 16 places, R1]. `core()` is [R2, 3, 3, R1] in memory.
+PackedWeight pack_winograd(c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2, DType dtype,
+                           const Engine& engine, const char* prepared = nullptr);
+
 class WinogradCore {
  public:
-  // core: [R2, 3, 3, R1] in memory.
-  WinogradCore(const at::Tensor& core, const Problem& problem, const CpuTile& tile, const Engine& engine);
+  WinogradCore(PackedWeight weight, const Problem& problem, const CpuTile& tile, const Engine& engine);
   int64_t scratch_bytes() const;  // of a thread
   // The middle stage of run_conv.
   void run(const ConvBlock& block, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile,
@@ -23,7 +26,7 @@ class WinogradCore {
 
  private:
   const Engine& engine_;
-  PackedWeight weight_;  // [R2, 16 places, R1]
+  PackedWeight weight_;
   int64_t channels_, most_patches_;
 };
 

@@ -102,7 +102,7 @@ Features fused_features(const Problem& p, const CpuTile& tile) {
           fused_flops(p, tile) / 2 - depthwise,
           depthwise,
           block_bytes(p),
-          tile.unpacked ? 0 : weights(p),
+          tile.unpacked || tile.prepared ? 0 : weights(p),
           transposed ? image_elements(p) : 0};
 }
 

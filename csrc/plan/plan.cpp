@@ -43,20 +43,24 @@ namespace {
 constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
-constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked
+constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its weights unpacked,
+constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
+constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
 
 // Whether Winograd's core pays. It saves 5 of 9 products an output, and costs transforms of hidden values and sums and
 // 16 / 9 of the weight to transform, pack and read.
-bool winograd_pays(const Problem& p, const CpuCaps& caps) {
+bool winograd_pays(const Problem& p, const CpuCaps& caps, bool prepared) {
   const bool own_type = p.dtype == DType::kFloat || (p.dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
   const bool fits = p.op == Op::kTucker && own_type && p.kh == 3 && p.kw == 3 && p.stride[0] == 1 && p.stride[1] == 1 &&
                     p.dilation[0] == 1 && p.dilation[1] == 1;
   if (!fits || caps.winograd == CpuCaps::kNever) return false;
   if (caps.winograd == CpuCaps::kAlways) return true;
   // In multiply-adds of the dtype: what a transform of one value costs an output, what one value of the weight costs.
-  const double transform = p.dtype == DType::kFloat ? 16 : 32, weight = p.dtype == DType::kFloat ? 24 : 48;
+  // Prepared weights are only read, 16 values instead of 9.
+  const double transform = p.dtype == DType::kFloat ? 16 : 32;
+  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 24 : 48;
   const double outputs = double(p.oh) * p.ow, patches = double(ceil_div(p.oh, 2)) * ceil_div(p.ow, 2);
   const double values = double(p.r1) * p.r2;
   const double direct = outputs * 9 * values;
@@ -67,8 +71,9 @@ bool winograd_pays(const Problem& p, const CpuCaps& caps) {
 
 }  // namespace
 
-CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
+CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   CpuTile tile;
+  tile.prepared = prepared;
   const bool converted = p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot);
   const int64_t element = converted ? 4 : element_bytes(p.dtype);
   const int64_t sum = p.dtype == DType::kDouble ? 8 : 4;
@@ -80,14 +85,23 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
       tile.scratch_bytes = p.n * ((r1 + p.s) * element + (r1 + p.t) * sum);
       return tile;
     }
+    if (p.n <= kStreamedRows && (p.s + p.t) * p.r1 * element > caps.l2_bytes / 8) {
+      tile.rows = p.n;
+      const int64_t fitting = caps.l2_bytes / 4 / (p.n * element);
+      tile.depth = std::clamp<int64_t>(fitting / 64 * 64, 64, kStreamedBytes / element);
+      const int64_t summed = std::max<int64_t>(p.s > tile.depth ? r1 : 0, p.r1 > tile.depth ? 64 : 0);
+      tile.scratch_bytes = (p.n * (streamed_stride(tile.depth) + streamed_stride(p.r1)) + tile.depth * 64) * element +
+                           p.n * summed * sum;
+      return tile;
+    }
     const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
-    tile.rows = std::clamp<int64_t>(share, 1, kLinearRows);
+    tile.rows = ceil_div(share, ceil_div(share, kLinearRows));
     tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
     return tile;
   }
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
-  tile.winograd = winograd_pays(p, caps);
+  tile.winograd = winograd_pays(p, caps, prepared);
   // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
   const int64_t hidden = p.op == Op::kCP || tile.winograd ? sum : element;
   // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
@@ -108,11 +122,13 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
        ++parts)
     tile.columns = round_up(ceil_div(p.ow, parts), even);
+  while (tile.winograd && scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.rows > 2)
+    tile.rows = round_up(tile.rows / 2, even);  // large ranks: fewer patches for each reading of the weights
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
     CpuCaps direct = caps;  // ranks too large for its sixteen planes even in the narrowest tile
     direct.winograd = CpuCaps::kNever;
-    return cpu_tile(p, direct);
+    return cpu_tile(p, direct, prepared);
   }
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
   // than it takes to keep every thread busy. Sums do not depend on them.
@@ -132,6 +148,7 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
   std::string kernel = std::string("cpu_") + name_of(p.op) + "_" + caps.isa;
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
   if (tile.unpacked) kernel += "_unpacked";
+  if (tile.depth > 0) kernel += "_streamed";
   if (tile.winograd) kernel += "_winograd";
   return kernel;
 }
@@ -145,16 +162,16 @@ bool chain_needs_float32(const Problem& p) {
 
 }  // namespace
 
-Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy) {
+Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
   Decision decision;
   Plan fused, chain;
   fused.path = "fused";
-  fused.tile = cpu_tile(p, caps);
+  fused.tile = cpu_tile(p, caps, prepared);
   fused.kernel = fused_kernel(p, caps, fused.tile);
   fused.flops = fused_flops(p, fused.tile);
   CpuCaps one_thread = caps;
   one_thread.threads = 1;
-  const CpuTile tile = cpu_tile(p, one_thread);
+  const CpuTile tile = cpu_tile(p, one_thread, prepared);
   fused.bytes = block_bytes(p);
   fused.predicted_seconds = fused_seconds(p, tile);
   const Features fused_counts = fused_features(p, tile), chain_counts = chain_features(p);

@@ -30,7 +30,9 @@ struct CpuTile {
   int64_t columns = 1;    // output columns of a task
   int64_t strips = 1;     // tasks along the height of an image
   bool unpacked = false;  // linear: few rows, dot products with the weights where they lie
+  int64_t depth = 0;      // linear: so much of the depth of a weight is packed at a time; 0: all of it
   bool winograd = false;  // Tucker: the core by F(2x2, 3x3); rows and columns are even then
+  bool prepared = false;  // the weights were packed before the call
   int64_t scratch_bytes = 0;
 };
 
@@ -72,11 +74,17 @@ struct Axis {
 };
 
 int64_t element_bytes(DType dtype);
+// Columns from one row of a streamed linear layer's tile to the next: no power of two, whose rows would all fall into
+// the same few lines of L1.
+constexpr int64_t streamed_stride(int64_t columns) {
+  return round_up(columns, int64_t(16)) + 16;
+}
 const char* name_of(Op op);
 const char* name_of(DType dtype);
 
-CpuTile cpu_tile(const Problem& problem, const CpuCaps& caps);
-Decision plan_cpu(const Problem& problem, const CpuCaps& caps, Policy policy);
+// `prepared`: the weights were packed before the call, so that this costs nothing.
+CpuTile cpu_tile(const Problem& problem, const CpuCaps& caps, bool prepared = false);
+Decision plan_cpu(const Problem& problem, const CpuCaps& caps, Policy policy, bool prepared = false);
 // Devices that have no kernels of ours: always the chain, saying so.
 Decision plan_other(const Problem& problem, const std::string& device, Policy policy);
 

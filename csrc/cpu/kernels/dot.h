@@ -2,10 +2,14 @@
 // depth. Packing would touch every weight twice; here each is read once, which is all that matters when it is used for
 // few rows.
 //
-//               weight rows n .. n + 3
-//               w0   w1   w2   w3          each step: four loads of weights, one of the input a row,
-//   input row 0 acc  acc  acc  acc         4 * kRows multiply-adds; the lanes of each sum are added at the end
-//   input row 1 acc  acc  acc  acc
+//               weight rows n .. n + 2
+//               w0   w1   w2          each step: three loads of weights, one of the input a row, 3 * kRows
+//   input row 0 acc  acc  acc         multiply-adds; the lanes of each sum are added at the end
+//   input row 1 acc  acc  acc
+//
+// Several deep rows would fall out of L1 between one group of columns and the next: the depth is cut into blocks of
+// kDotBlockBytes, and the accumulators of up to kDotColumns columns wait in memory. The order of a sum is the same for
+// any number of rows and columns.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -15,10 +19,21 @@ namespace lowrank_ops {
 namespace LOWRANK_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kDotRows = 6;
+constexpr int kDotRows = 8;
 #else
 constexpr int kDotRows = 2;
 #endif
+constexpr int kDotBlockBytes = 2048;  // of a row: eight of them are half of an L1 of 32 KB
+constexpr int kDotColumns = 48;       // whose accumulators are kept between blocks
+
+// Columns of a block of so many rows: accumulators, a vector a column and one of the input fit the registers.
+constexpr int dot_columns(int rows) {
+#if defined(__AVX512F__)
+  return rows <= 2 ? 8 : rows <= 6 ? 4 : 3;
+#else
+  return rows == 1 ? 8 : 4;
+#endif
+}
 
 // Weights of type `In` times inputs of the tile's type `T`, which is also the accumulator's.
 template <typename T, typename In>
@@ -28,6 +43,7 @@ struct Dot {
   using Accumulator = T;
   using V = typename Vector<T>::Type;
   static constexpr int kStep = Vector<T>::kLanes;
+  static constexpr int kBlock = kDotBlockBytes / sizeof(T);
   static inline V input(const T* p) { return load(p); }
   static inline V weight(const In* p) { return load(p); }
   static inline V input_part(const T* p, int64_t count) { return load_part(p, count); }
@@ -42,6 +58,7 @@ struct DotBFloat16 {
   using Accumulator = float;
   using V = Float;
   static constexpr int kStep = 2 * Vector<float>::kLanes;
+  static constexpr int kBlock = kDotBlockBytes / 2;
   static inline V input(const BFloat16* p) { return (V)_mm512_loadu_si512(p); }
   static inline V weight(const BFloat16* p) { return (V)_mm512_loadu_si512(p); }
   static inline V input_part(const BFloat16* p, int64_t count) {
@@ -52,32 +69,77 @@ struct DotBFloat16 {
 };
 #endif
 
-template <typename Dot, int kRows, int kColumns>
-static void dot_block(const DotCall& call, int64_t row, int64_t column) {
+// Adds up the lanes of kLanes vectors: lane i of the result is the sum of block[i].
+template <typename V, int kLanes>
+static inline V add_lanes(V (&block)[kLanes]) {
+  typedef decltype(V{} < V{}) Index;
+  Index low, high;  // two vectors interleaved, half of each at a time
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i % 2) * kLanes + i / 2;
+    high[i] = (i % 2) * kLanes + i / 2 + kLanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      block[i] = __builtin_shuffle(block[i], block[i + half], low) + __builtin_shuffle(block[i], block[i + half], high);
+  return block[0];
+}
+
+// Loaded once: left alone, the compiler reads it from memory again for every column, and loads become the bottleneck.
+template <typename V>
+static inline V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// A part of the depth of a block of columns, [begin, end): the accumulators come from `partial` unless it is the first
+// part, and go there unless it is the last. `input` points to the part of the block's first row.
+struct DotPart {
+  const void* input;
+  int64_t begin, end;
+  void* partial;
+  bool first, last;
+};
+
+template <typename Dot, int kRows, int kColumns, bool kAhead = false>
+__attribute__((noinline)) static void dot_block(const DotCall& call, const DotPart& part, int64_t row, int64_t column) {
   using V = typename Dot::V;
   using T = typename Dot::Accumulator;
   constexpr int kLanes = Vector<T>::kLanes;
-  const auto* input = static_cast<const typename Dot::Input*>(call.input) + row * call.input_stride;
+  const auto* input = static_cast<const typename Dot::Input*>(part.input) - part.begin;
   const auto* weight = static_cast<const typename Dot::Weight*>(call.weight) + column * call.depth;
   V acc[kRows][kColumns];
+  if (part.first) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) acc[r][c] = V{};
-  int64_t k = 0;
-  for (; k + Dot::kStep <= call.depth; k += Dot::kStep) {
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = V{};
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = static_cast<const V*>(part.partial)[r * kColumns + c];
+  }
+  int64_t k = part.begin;
+  for (; k + Dot::kStep <= part.end; k += Dot::kStep) {
     V w[kColumns];
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) w[c] = Dot::weight(weight + c * call.depth + k);
+    for (int c = 0; c < kColumns; ++c) {
+      w[c] = Dot::weight(weight + c * call.depth + k);
+      if constexpr (kAhead) __builtin_prefetch(weight + (kColumns + c) * call.depth + k, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V a = Dot::input(input + r * call.input_stride + k);
+      const V a = in_register(Dot::input(input + r * call.input_stride + k));
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; ++c) acc[r][c] = Dot::multiply_add(a, w[c], acc[r][c]);
     }
   }
-  if (k < call.depth) {
-    const int64_t left = call.depth - k;
+  if (k < part.end) {
+    const int64_t left = part.end - k;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V a = Dot::input_part(input + r * call.input_stride + k, left);
@@ -86,7 +148,13 @@ static void dot_block(const DotCall& call, int64_t row, int64_t column) {
         acc[r][c] = Dot::multiply_add(a, Dot::weight_part(weight + c * call.depth + k, left), acc[r][c]);
     }
   }
-  // kLanes accumulators at a time are transposed, so that adding vectors adds the lanes of each.
+  if (!part.last) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) static_cast<V*>(part.partial)[r * kColumns + c] = acc[r][c];
+    return;
+  }
   T* sums = static_cast<T*>(call.sums) + row * call.sums_stride + column;
   T total[(kRows * kColumns + kLanes - 1) / kLanes * kLanes];
 #pragma GCC unroll 4
@@ -95,45 +163,77 @@ static void dot_block(const DotCall& call, int64_t row, int64_t column) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i)
       block[i] = first + i < kRows * kColumns ? acc[(first + i) / kColumns % kRows][(first + i) % kColumns] : V{};
-    transpose(block);
-#pragma GCC unroll 4
-    for (int half = kLanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) block[i] += block[i + half];
-    store(total + first, block[0]);
+    store(total + first, add_lanes(block));
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kColumns; ++c) sums[r * call.sums_stride + c] = total[r * kColumns + c];
+  for (int r = 0; r < kRows; ++r) memcpy(sums + r * call.sums_stride, total + r * kColumns, kColumns * sizeof(T));
 }
 
-template <typename Dot, int kColumns, int kRows = kDotRows>
-static inline void dot_rows(const DotCall& call, int64_t row, int64_t rows, int64_t column) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return dot_rows<Dot, kColumns, kRows - 1>(call, row, rows, column);
+// Of short columns little but the adding of lanes is left: it wants whole vectors of sums, 1 x 16 or 4 x 4 (AVX-512).
+template <typename Dot>
+static inline bool is_short(const DotCall& call) {
+  return call.depth <= 16 * Dot::kStep;
+}
+
+// Columns [column, end) for kRows rows from `row`.
+template <typename Dot, int kRows>
+static void dot_columns_of(const DotCall& call, DotPart part, int64_t row, int64_t column, int64_t end) {
+  using V = typename Dot::V;
+  constexpr int kColumns = dot_columns(kRows);
+  // The hardware prefetches along a weight's row, and starts anew in each block of each. Asking for the next columns
+  // brings 13 to 22 GB/s for eight rows and weights in memory; short or few rows it costs more than it brings.
+  if constexpr (kRows >= 4) {
+    for (; call.depth > 8 * Dot::kStep && column + kColumns <= end; column += kColumns) {
+      dot_block<Dot, kRows, kColumns, true>(call, part, row, column);
+      part.partial = static_cast<V*>(part.partial) + kRows * kColumns;
+    }
   }
-  dot_block<Dot, kRows, kColumns>(call, row, column);
+  if constexpr (kRows == 1) {  // more columns are more streams from memory than its prefetching can follow
+    constexpr int kLanes = Vector<typename Dot::Accumulator>::kLanes;
+    for (; is_short<Dot>(call) && column + kLanes <= end; column += kLanes)
+      dot_block<Dot, 1, kLanes>(call, part, row, column);
+  }
+  for (; column + kColumns <= end; column += kColumns) {
+    dot_block<Dot, kRows, kColumns>(call, part, row, column);
+    part.partial = static_cast<V*>(part.partial) + kRows * kColumns;
+  }
+  for (; column < end; ++column) {
+    dot_block<Dot, kRows, 1>(call, part, row, column);
+    part.partial = static_cast<V*>(part.partial) + kRows;
+  }
+}
+
+template <typename Dot, int kRows = kDotRows>
+static inline void dot_rows(const DotCall& call, const DotPart& part, int64_t row, int64_t rows, int64_t column,
+                            int64_t end) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return dot_rows<Dot, kRows - 1>(call, part, row, rows, column, end);
+  }
+  dot_columns_of<Dot, kRows>(call, part, row, column, end);
 }
 
 template <typename Dot>
 static void dot(const DotCall& call) {
-  for (int64_t column = 0; column < call.columns;) {
-    constexpr int kWide = Vector<typename Dot::Accumulator>::kLanes;
-    if (call.rows == 1 && call.columns - column >= kWide) {
-      dot_block<Dot, 1, kWide>(call, 0, column);
-      column += kWide;
-      continue;
+  using V = typename Dot::V;
+  const auto* input = static_cast<const typename Dot::Input*>(call.input);
+  const int64_t block = call.rows > 1 && call.depth > Dot::kBlock ? Dot::kBlock : call.depth;
+  const int64_t most = kDotRows > 4 && call.rows % 4 == 0 && is_short<Dot>(call) ? 4 : kDotRows;
+  V partial[kMostDotRows * kDotColumns];
+  for (int64_t column = 0; column < call.columns; column += kDotColumns) {
+    const int64_t end = call.columns - column < kDotColumns ? call.columns : column + kDotColumns;
+    DotPart part;
+    for (part.begin = 0; part.begin < call.depth; part.begin = part.end) {
+      part.end = call.depth - part.begin < block ? call.depth : part.begin + block;
+      part.first = part.begin == 0;
+      part.last = part.end == call.depth;
+      int64_t blocks = (call.rows + most - 1) / most;
+      for (int64_t row = 0; row < call.rows; --blocks) {
+        const int64_t rows = (call.rows - row + blocks - 1) / blocks;
+        part.input = input + part.begin * call.rows + row * call.input_stride;
+        part.partial = partial + row * kDotColumns;
+        dot_rows<Dot>(call, part, row, rows, column, end);
+        row += rows;
+      }
     }
-    const bool four = call.columns - column >= 4;
-    int64_t blocks = (call.rows + kDotRows - 1) / kDotRows;
-    for (int64_t row = 0; row < call.rows; --blocks) {
-      const int64_t rows = (call.rows - row + blocks - 1) / blocks;
-      if (four)
-        dot_rows<Dot, 4>(call, row, rows, column);
-      else
-        dot_rows<Dot, 1>(call, row, rows, column);
-      row += rows;
-    }
-    column += four ? 4 : 1;
   }
 }
 

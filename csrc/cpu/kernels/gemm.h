@@ -121,10 +121,19 @@ static void multiply_block(const GemmCall& call, int64_t first_row) {
   constexpr int kGroup = Multiply::kGroup;
   constexpr int kBases = (kRows + 2) / 3;  // one pointer for three rows: x86 addresses reach base + {0, 1, 2} * stride
   V acc[kRows][kVectors];
+  if (call.initial) {
+    const auto* initial = static_cast<const typename Multiply::Accumulator*>(call.initial);
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
+    for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[row][v] = V{};
+      for (int v = 0; v < kVectors; ++v)
+        acc[row][v] = load(initial + (first_row + row) * call.initial_stride + v * kLanes);
+  } else {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[row][v] = V{};
+  }
   const Element* b = static_cast<const Element*>(call.weight);
   const int64_t stride = call.row_stride;
   for (int64_t tap = 0; tap < call.num_taps; ++tap) {
@@ -206,12 +215,21 @@ static void finish_sums(const void* sums, int64_t sums_stride, const GemmCall& c
   GemmCall part = call;
   for (int64_t row = 0; row < call.rows; ++row) {
     const T* source = static_cast<const T*>(sums) + row * sums_stride;
-    for (int64_t column = 0; column < call.width; column += kLanes) {
-      part.width = call.width - column < kLanes ? call.width - column : kLanes;
+    for (int64_t column = 0; column < call.width; column += part.width) {
+      const int64_t left = call.width - column;
       part.out = static_cast<char*>(call.out) + column * bytes;
       part.bias = call.bias ? static_cast<const T*>(call.bias) + column : nullptr;
-      V acc[1][1] = {{load(source + column)}};
-      finish<Multiply<T>, 1, 1>(acc, part, row);
+      if (left >= 4 * kLanes) {
+        part.width = 4 * kLanes;
+        V acc[1][4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) acc[0][v] = load(source + column + v * kLanes);
+        finish<Multiply<T>, 1, 4>(acc, part, row);
+      } else {
+        part.width = left < kLanes ? left : kLanes;
+        V acc[1][1] = {{load(source + column)}};
+        finish<Multiply<T>, 1, 1>(acc, part, row);
+      }
     }
   }
 }

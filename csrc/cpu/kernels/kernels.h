@@ -13,7 +13,8 @@
 namespace lowrank_ops {
 
 // out[m, 0:width] = activation(bias + sum over taps and k of taps[tap][m * row_stride + k] * weight[tap][k][0:width])
-// for `rows` rows and one panel. Each output is one sum in a fixed order (taps, then k), whatever `rows` is.
+// for `rows` rows and one panel. Each output is one sum in a fixed order (taps, then k), whatever `rows` is; with
+// `initial` it goes on from there, so that a depth cut into blocks gives the same bits.
 struct GemmCall {
   const void* const* taps;  // num_taps pointers to the first row of A
   int64_t num_taps;
@@ -27,6 +28,8 @@ struct GemmCall {
   DType out_type;
   const void* bias;  // accumulator type, readable up to the padded width; nullptr: none
   Activation activation;
+  const void* initial = nullptr;  // accumulators [rows, initial_stride] to begin with, readable as bias is
+  int64_t initial_stride = 0;
   bool far_input = false;   // A comes from memory rather than from a tile: ask for the next block's rows early
   bool far_output = false;  // the same for out
 };
@@ -80,7 +83,10 @@ struct DepthwiseCall {
 };
 using DepthwiseFunction = void (*)(const DepthwiseCall&);
 
-// sums[m, n] = sum over k of input[m, k] * weight[n, k], for a weight of the tensor's own type as it lies in memory.
+// sums[m, n] = sum over k of input[m, k] * weight[n, k], for a weight of the tensor's own type as it lies in memory and
+// up to kMostDotRows rows. More than one row deeper than `dot_depth` lie block by block: [depth / dot_depth][rows]
+// [input_stride = dot_depth], so that a block of all rows stays in L1.
+constexpr int64_t kMostDotRows = 8;
 struct DotCall {
   const void* input;  // elements
   int64_t input_stride;
@@ -129,6 +135,7 @@ struct ComputeKernels {
   int64_t lanes;        // accumulators in a vector: panel widths and tile columns are multiples of it
   int64_t panel_width;  // columns of a full panel
   int64_t group;        // 2: weights in pairs along the depth
+  int64_t dot_depth;    // elements
   GemmFunction gemm;
   DepthwiseFunction depthwise;
   // Indexed by the tensor's DType (order of the enum); nullptr where it makes no sense.

@@ -140,7 +140,7 @@ static void store_transposed(const StoreCall& call) {
 }
 
 // Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns. In
-// units of `T`: one element, or a pair of bf16 as one 32-bit element.
+// units of `T`: one element, or a pair of bf16 as one 32-bit element. `load_row` asks for the row of the next columns.
 template <typename T, typename Load>
 static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t depth, int64_t padded_depth,
                                const Load& load_row) {
@@ -178,6 +178,7 @@ static void pack_panel(const PackCall& call) {
     pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth,
                    [&](int64_t column, int64_t k, int64_t count) {
                      const In* source = weight + column * call.row_stride + k;
+                     __builtin_prefetch(source + Vector<T>::kLanes * call.row_stride, 0, 2);
                      return count == Vector<T>::kLanes ? load(source) : load_part(source, count);
                    });
 }
@@ -190,6 +191,7 @@ static void pack_panel_pairs(const PackCall& call) {
     pack_blocks<float>(panel, call.width, call.padded_width, pairs, pairs,
                        [&](int64_t column, int64_t k, int64_t count) {
                          const BFloat16* source = weight + column * call.row_stride + 2 * k;
+                         __builtin_prefetch(source + Vector<float>::kLanes * call.row_stride, 0, 2);
                          const int64_t left = call.depth - 2 * k;  // one less than 2 * count at the end of an odd depth
                          if (count == Vector<float>::kLanes && left >= 2 * count)
                            return load(reinterpret_cast<const float*>(source));
@@ -225,7 +227,27 @@ static void depthwise_taps(const DepthwiseCall& call) {
     if constexpr (kTaps > 0)
       for (int i = 0; i < kTaps; ++i) weight[i] = load(width + i * call.channels);
     Out* out = static_cast<Out*>(call.out) + channel;
-    for (int64_t o = 0; o < call.out_pixels; ++o) {
+    int64_t o = 0;
+    if constexpr (kTaps == 0) {
+      // Many taps: eight sums side by side, or each waits for its own last addition. The last eight may overlap.
+      constexpr int kSums = 8;
+      while (o < call.out_pixels && call.out_pixels >= kSums) {
+        o = o + kSums <= call.out_pixels ? o : call.out_pixels - kSums;
+        V sums[kSums];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSums; ++j) sums[j] = V{};
+        const T* first = column + o * call.stride * kLanes;
+        for (int64_t i = 0; i < kw; ++i, first += call.dilation * kLanes) {
+          const V w = load(width + i * call.channels);
+#pragma GCC unroll 8
+          for (int j = 0; j < kSums; ++j) sums[j] += load(first + j * call.stride * kLanes) * w;
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kSums; ++j) store(out + (o + j) * call.channels, sums[j]);
+        o += kSums;
+      }
+    }
+    for (; o < call.out_pixels; ++o) {
       V sum = V{};
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kw; ++i) {

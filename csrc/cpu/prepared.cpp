@@ -1,0 +1,114 @@
+#include "cpu/prepared.h"
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <cstring>
+
+#include "cpu/winograd.h"
+#include "problem_of.h"
+
+namespace lowrank_ops {
+namespace {
+
+// What panels depend on. Words that do not apply are zero.
+struct Record {
+  static constexpr int kFactors = 3, kAxes = 4;
+  struct Factor {
+    int64_t data, version;
+    std::array<int64_t, kAxes> sizes, strides;
+  };
+  int64_t dtype, element, lanes, panel_width, group;
+  std::array<Factor, kFactors> factors;
+};
+
+// At the start of the tensor; offsets in bytes, 0 where there is no such part.
+struct Header {
+  Record record;
+  int64_t in_factor, core, winograd, out_factor;
+};
+
+Record::Factor identity(const at::Tensor& factor) {
+  Record::Factor result{};
+  result.data = int64_t(factor.const_data_ptr());
+  result.version = int64_t(factor._version());
+  std::copy(factor.sizes().begin(), factor.sizes().end(), result.sizes.begin());
+  std::copy(factor.strides().begin(), factor.strides().end(), result.strides.begin());
+  return result;
+}
+
+Record record_of(const at::Tensor& in_factor, const at::Tensor* core, const at::Tensor& out_factor,
+                 const Engine& engine) {
+  const ComputeKernels& kernels = *engine.kernels;
+  Record record{};
+  record.dtype = int64_t(in_factor.scalar_type());
+  record.element = int64_t(kernels.element);
+  record.lanes = kernels.lanes;
+  record.panel_width = kernels.panel_width;
+  record.group = kernels.group;
+  record.factors[0] = identity(in_factor);
+  if (core) record.factors[1] = identity(*core);
+  record.factors[2] = identity(out_factor);
+  return record;
+}
+
+static_assert(sizeof(Record) == sizeof(int64_t) * (5 + 3 * 10), "records are compared byte by byte");
+
+}  // namespace
+
+at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
+                   bool winograd) {
+  const DType dtype = dtype_of(in_factor.scalar_type());
+  const Engine engine = engine_for(dtype);
+  const PackedWeight in_weight = pack_matrix(in_factor, dtype, engine);
+  const PackedWeight out_weight = pack_matrix(out_factor, dtype, engine);
+  std::optional<PackedWeight> core_weight, winograd_weight;
+  if (core) {
+    const int64_t r2 = core->size(0), r1 = core->size(1), taps = core->size(2) * core->size(3);
+    const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
+    core_weight.emplace(core_rows, r2, taps, r1, dtype, engine);
+    // The transform rounds to the weight's own type, and exists where elements are of that type.
+    if (winograd && engine.kernels->element == dtype && engine.kernels->winograd_weight)
+      winograd_weight.emplace(pack_winograd(core_rows, r1, r2, dtype, engine));
+  }
+
+  Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, 0, 0};
+  int64_t end = Scratch::padded(sizeof(Header));
+  const auto place = [&end](const PackedWeight& weight) {
+    const int64_t begin = end;
+    end += Scratch::padded(weight.bytes());
+    return begin;
+  };
+  header.in_factor = place(in_weight);
+  if (core_weight) header.core = place(*core_weight);
+  if (winograd_weight) header.winograd = place(*winograd_weight);
+  header.out_factor = place(out_weight);
+
+  const at::Tensor packed = at::empty({end}, at::TensorOptions().dtype(at::kByte));
+  char* memory = static_cast<char*>(packed.data_ptr());
+  std::memcpy(memory, &header, sizeof(header));
+  const auto copy = [&](int64_t offset, const PackedWeight& weight) {
+    std::memcpy(memory + offset, weight.data(), size_t(weight.bytes()));
+  };
+  copy(header.in_factor, in_weight);
+  if (core_weight) copy(header.core, *core_weight);
+  if (winograd_weight) copy(header.winograd, *winograd_weight);
+  copy(header.out_factor, out_weight);
+  return packed;
+}
+
+Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, const at::Tensor* core,
+                      const at::Tensor& out_factor) {
+  if (packed.scalar_type() != at::kByte || !packed.is_contiguous() || packed.numel() < int64_t(sizeof(Header)) ||
+      in_factor.is_inference() || out_factor.is_inference() || (core && core->is_inference()))
+    return {};
+  const char* memory = static_cast<const char*>(packed.const_data_ptr());
+  Header header;
+  std::memcpy(&header, memory, sizeof(header));
+  const Record record = record_of(in_factor, core, out_factor, engine_for(dtype_of(in_factor.scalar_type())));
+  if (std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
+  const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
+  return {at(header.in_factor), at(header.core), at(header.winograd), at(header.out_factor)};
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,32 @@
+// Weights packed once, by the user's explicit step `prepare_for_inference_`, instead of at every call.
+//
+// The panels of all factors of a block lie one behind the other in one uint8 tensor, behind a record of what they were
+// made from: each factor's memory, version counter, sizes and strides, and the layout that the kernels want. A call
+// whose factors and kernels are not those of the record packs anew, as any other call does. What the record cannot tell
+// are changes that leave memory and version as they are (`.data` edits): that is why it is the user's step.
+#pragma once
+
+#include "cpu/weights.h"
+#include "ops.h"
+
+namespace lowrank_ops {
+
+// Panels packed before; nullptr: to be packed in the call.
+struct Prepared {
+  const char* in_factor = nullptr;
+  const char* core = nullptr;      // Tucker
+  const char* winograd = nullptr;  // Tucker, where that transform can be used
+  const char* out_factor = nullptr;
+};
+
+// Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `winograd` says whether its window (3x3 of
+// stride and dilation 1) may be run by that transform too. Factors: on the CPU, of one dtype, no inference tensors
+// (they have no version).
+at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
+                   bool winograd);
+
+// What of `packed` can be used for these factors now: all of it or nothing.
+Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, const at::Tensor* core,
+                      const at::Tensor& out_factor);
+
+}  // namespace lowrank_ops
