@@ -16,12 +16,14 @@ class WinogradCore {
  public:
   // core: [R2, 3, 3, R1] in memory.
   WinogradCore(const at::Tensor& core, const Problem& problem, const CpuTile& tile, const Engine& engine);
-  int64_t scratch_bytes() const;  // of a thread
+  int64_t scratch_bytes(int64_t threads) const;
   // The middle stage of run_conv.
-  void run(const ConvBlock& block, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile,
-           void* scratch) const;
+  void run(const ConvBlock& block, const Team& team, const HiddenRows& hidden, int64_t row, int64_t rows,
+           int64_t columns, void* tile, void* scratch) const;
 
  private:
+  int64_t sums_bytes() const;  // of a thread
+
   const Engine& engine_;
   PackedWeight weight_;  // [R2, 16 places, R1]
   int64_t channels_, most_patches_;

@@ -45,7 +45,8 @@ constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming
 constexpr int64_t kLinearRows = 112;
 constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked
 constexpr int64_t kFewestColumns = 28;
-constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
+constexpr int64_t kPatchesPerStep = 28;    // Winograd: rows of its 16 GEMMs
+constexpr double kWaitMultiplyAdds = 1e5;  // what threads could have done while they wait for each other once
 
 // Whether Winograd's core pays. It saves 5 of 9 products an output, and costs transforms of hidden values and sums and
 // 16 / 9 of the weight to transform, pack and read.
@@ -63,6 +64,43 @@ bool winograd_pays(const Problem& p, const CpuCaps& caps) {
   const double winograd = patches * (16 * values + 4 * transform * double(p.r1 + p.r2)) +
                           weight * 16 * values / double(std::max<int64_t>(p.n, 1));
   return winograd < direct;
+}
+
+// What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread, halo included.
+double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
+  const int64_t strips = ceil_div(p.oh, ceil_div(p.oh, tile.strips));
+  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns) * strips;
+  return fused_flops(p, tile) / 2 / double(tasks) * double(ceil_div(tasks, threads));
+}
+
+// How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
+template <typename ScratchBytes>
+void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratch, CpuTile& tile) {
+  const int64_t even = tile.winograd ? 2 : 1;
+  CpuTile team = tile;
+  // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
+  // than it takes to keep every thread busy.
+  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
+  if (tasks < 4 * caps.threads && tasks % caps.threads != 0)
+    tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
+  if (tile.strips == 1 && tasks == 1) {  // few rows: strips of less than a step
+    tile.strips = std::min(ceil_div(p.oh, even), caps.threads);
+    tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
+  }
+  // A team: no halo and no thread idle, but threads wait for each other after each stage. Longer steps, fewer waits.
+  const auto largest_step = [&](int64_t rows) {
+    return rows + even <= p.oh && scratch(rows + even, team.columns) <= caps.l2_bytes / 2;
+  };
+  while (team.rows * team.columns < caps.threads * kPixelsPerStep && largest_step(team.rows)) team.rows += even;
+  const int64_t steps = ceil_div(p.oh, team.rows);
+  team.rows = round_up(ceil_div(p.oh, steps), even);
+  const double waits = double(tasks) * double(steps) * (tile.winograd ? 4 : 3);
+  const double shared = fused_flops(p, team) / 2 / double(caps.threads) + waits * kWaitMultiplyAdds;
+  if (shared < busiest_thread(p, tile, caps.threads)) {
+    tile = team;
+    tile.team = caps.threads;
+    tile.scratch_bytes = ceil_div(scratch(tile.rows, tile.columns), tile.team);
+  }
 }
 
 }  // namespace
@@ -99,7 +137,6 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
            tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
-  const int64_t even = tile.winograd ? 2 : 1;
   tile.rows = tile.winograd
                   ? 2 * std::clamp<int64_t>(ceil_div(kPatchesPerStep, ceil_div(p.ow, 2)), 1, ceil_div(p.oh, 2))
                   : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
@@ -107,22 +144,14 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps) {
   // Half of L2 for the tiles; the other half for weights streaming by and the input.
   for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
        ++parts)
-    tile.columns = round_up(ceil_div(p.ow, parts), even);
+    tile.columns = round_up(ceil_div(p.ow, parts), tile.winograd ? 2 : 1);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
     CpuCaps direct = caps;  // ranks too large for its sixteen planes even in the narrowest tile
     direct.winograd = CpuCaps::kNever;
     return cpu_tile(p, direct);
   }
-  // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
-  // than it takes to keep every thread busy. Sums do not depend on them.
-  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
-  if (caps.threads > 1 && tasks < 4 * caps.threads && tasks % caps.threads != 0)
-    tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
-  if (tile.strips == 1 && tasks == 1 && caps.threads > 1) {  // few rows: strips of less than a step
-    tile.strips = std::min(ceil_div(p.oh, even), caps.threads);
-    tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
-  }
+  if (caps.threads > 1) share_out(p, caps, scratch, tile);
   return tile;
 }
 
