@@ -49,8 +49,8 @@ int64_t HiddenRows::staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->element);
 }
 
-HiddenRows::HiddenRows(const ConvBlock& block, const Team& team, int64_t image, int64_t first_column,
-                       int64_t last_column, void* ring, void* staging)
+HiddenRows::HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_t first_column, int64_t last_column,
+                       void* ring, void* staging)
     : block_(block), team_(team), ring_(static_cast<char*>(ring)), staging_(static_cast<char*>(staging)) {
   const Axis& columns = block.columns;
   const int64_t element = element_bytes(block.problem.dtype);
@@ -163,7 +163,7 @@ int64_t output_staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->accumulator);
 }
 
-void write_output(const ConvBlock& block, const Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
+void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
                   int64_t columns, const void* tile, void* staging) {
   const Problem& p = block.problem;
   const ComputeKernels& kernels = *block.engine.kernels;

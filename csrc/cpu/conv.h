@@ -41,8 +41,8 @@ struct ConvBlock {
 // The hidden rows of one task: stage (1) and the ring buffer.
 class HiddenRows {
  public:
-  HiddenRows(const ConvBlock& block, const Team& team, int64_t image, int64_t first_column, int64_t last_column,
-             void* ring, void* staging);
+  HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_t first_column, int64_t last_column, void* ring,
+             void* staging);
   // Computes what is missing of the rows [begin, end) of the lattice; begin never decreases.
   void produce(int64_t begin, int64_t end);
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
@@ -59,7 +59,7 @@ class HiddenRows {
   void compute(int64_t z, int64_t rows, const char* source, int64_t source_bytes);
 
   const ConvBlock& block_;
-  const Team& team_;
+  Team& team_;
   int64_t span_, inside_begin_, inside_end_;  // columns of the lattice, relative to the tile's first
   int64_t ring_rows_, pixel_bytes_, row_bytes_;
   int64_t next_ = 0;
@@ -74,7 +74,7 @@ class HiddenRows {
 
 // Stage (3) for `rows` output rows from (row, column): tile [rows * columns, tile_columns] -> output. Each thread
 // stages in its own `staging`, output_staging_bytes() apart.
-void write_output(const ConvBlock& block, const Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
+void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
                   int64_t columns, const void* tile, void* staging);
 int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
 
@@ -95,8 +95,7 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
   const int64_t staging_bytes = std::max(HiddenRows::staging_bytes(block), t.team * output_staging_bytes(block));
   const int64_t scratch_bytes = Scratch::padded(HiddenRows::ring_bytes(block)) + Scratch::padded(tile_bytes) +
                                 Scratch::padded(staging_bytes) + Scratch::padded(extra_bytes);
-  const Team team(t.team);
-  const auto run_tasks = [&](int64_t begin, int64_t end) {
+  const auto run_tasks = [&](Team& team, int64_t begin, int64_t end) {
     Scratch scratch(scratch_bytes);
     void* ring = scratch.take(HiddenRows::ring_bytes(block));
     void* tile = scratch.take(tile_bytes);
@@ -121,10 +120,15 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
     brgemm_release();
   };
   const int64_t tasks = p.n * strips * column_tiles;
-  if (t.team > 1)
-    run_tasks(0, tasks);
-  else
-    at::parallel_for(0, tasks, 1, run_tasks);
+  if (t.team > 1) {
+    Team team(t.team);
+    team.call([&] { run_tasks(team, 0, tasks); });
+  } else {
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      Team alone(1);
+      run_tasks(alone, begin, end);
+    });
+  }
 }
 
 }  // namespace lowrank_ops

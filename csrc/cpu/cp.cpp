@@ -21,7 +21,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const int64_t vectors = block.hidden_columns() / kernels.lanes, sum = element_bytes(kernels.accumulator);
   const int64_t column_bytes = Scratch::padded(block.columns.span(tile.columns) * kernels.lanes * sum);  // a thread's
 
-  const auto convolve = [&](const Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
+  const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void* column) {
     team.run([&](const Share& share) {
       c10::SmallVector<const void*, 32> taps(p.kh);

@@ -6,7 +6,10 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <limits>
+#include <thread>
 
 #include "cpu/brgemm.h"
 
@@ -37,22 +40,83 @@ struct Share {
   }
 };
 
+// One thread leads: it walks through the tasks and hands out stages; the others serve it. All of a call is one parallel
+// region, because one for each stage costs more than a small stage. Shares are claimed, so the leader waits only for
+// what another thread has begun: a call is right, and goes on, with any number of threads that really come.
 class Team {
  public:
   explicit Team(int64_t threads) : threads_(threads) {}
   int64_t threads() const { return threads_; }
-  // Calls stage(share) for all shares at once and waits for them. Right for any number of threads that really come.
-  template <typename Stage>
-  void run(const Stage& stage) const {
-    if (threads_ == 1) return stage(Share{});
-    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) stage(Share{index, threads_});
-      brgemm_release();
+
+  // Runs lead() on one thread, and the shares of the stages that it hands out on all.
+  template <typename Lead>
+  void call(const Lead& lead) {
+    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t) {
+      if (begin > 0) return serve();
+      struct Dismissal {  // also when lead() throws
+        std::atomic<bool>& over;
+        ~Dismissal() { over.store(true, std::memory_order_release); }
+      } dismissal{over_};
+      lead();
     });
   }
 
+  // Calls stage(share) for all shares and waits for them. Called by the leader.
+  template <typename Stage>
+  void run(const Stage& stage) {
+    if (threads_ == 1) return stage(Share{});
+    stage_ = &stage;
+    run_share_ = [](const void* context, const Share& share) { (*static_cast<const Stage*>(context))(share); };
+    finished_.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_release);
+    work();
+    wait_until([&] { return finished_.load(std::memory_order_acquire) == threads_; });
+  }
+
  private:
-  int64_t threads_;
+  void serve() {
+    wait_until([&] {
+      if (next_.load(std::memory_order_relaxed) < threads_) work();
+      return over_.load(std::memory_order_acquire);
+    });
+    brgemm_release();
+  }
+
+  // A claimed share keeps the leader from handing out the next stage: `stage_` is that of the claim.
+  void work() {
+    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_acq_rel)) < threads_;) {
+      struct Finish {  // also when the stage throws
+        std::atomic<int64_t>& finished;
+        ~Finish() { finished.fetch_add(1, std::memory_order_release); }
+      } finish{finished_};
+      run_share_(stage_, Share{index, threads_});
+    }
+  }
+
+  template <typename Condition>
+  static void wait_until(const Condition& condition) {
+    constexpr int kSpins = 2000;  // some ten microseconds; then other processes may need the core
+    for (int i = 0; !condition(); ++i) {
+      if (i < kSpins)
+        pause();
+      else
+        std::this_thread::yield();
+    }
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const int64_t threads_;
+  const void* stage_ = nullptr;
+  void (*run_share_)(const void* stage, const Share& share) = nullptr;
+  // On cache lines of their own: waiting threads read them.
+  alignas(64) std::atomic<int64_t> next_{std::numeric_limits<int32_t>::max()};  // share; beyond the last: no stage
+  alignas(64) std::atomic<int64_t> finished_{0};
+  alignas(64) std::atomic<bool> over_{false};
 };
 
 }  // namespace lowrank_ops

@@ -23,7 +23,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->accumulator};
     run_conv(
         block, [&](int64_t threads) { return winograd.scratch_bytes(threads); },
-        [&](const auto&... arguments) { winograd.run(block, arguments...); });
+        [&](auto&&... arguments) { winograd.run(block, arguments...); });
     return output;
   }
   const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine);
@@ -34,7 +34,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const int64_t row_taps = joined ? 1 : p.kw;
   const Panels& panels = core_weight.panels();
 
-  const auto convolve = [&](const Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
+  const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void*) {
     const int64_t element = element_bytes(engine.kernels->element);
     team.run([&](const Share& share) {

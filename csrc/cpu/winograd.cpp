@@ -42,7 +42,7 @@ int64_t WinogradCore::scratch_bytes(int64_t threads) const {
          threads * sums_bytes();
 }
 
-void WinogradCore::run(const ConvBlock& block, const Team& team, const HiddenRows& hidden, int64_t row, int64_t rows,
+void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hidden, int64_t row, int64_t rows,
                        int64_t columns, void* tile, void* scratch) const {
   const ComputeKernels& kernels = *engine_.kernels;
   const int64_t element = element_bytes(kernels.element), accumulator = element_bytes(kernels.accumulator);

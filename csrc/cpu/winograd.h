@@ -18,8 +18,8 @@ class WinogradCore {
   WinogradCore(const at::Tensor& core, const Problem& problem, const CpuTile& tile, const Engine& engine);
   int64_t scratch_bytes(int64_t threads) const;
   // The middle stage of run_conv.
-  void run(const ConvBlock& block, const Team& team, const HiddenRows& hidden, int64_t row, int64_t rows,
-           int64_t columns, void* tile, void* scratch) const;
+  void run(const ConvBlock& block, Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
+           void* tile, void* scratch) const;
 
  private:
   int64_t sums_bytes() const;  // of a thread

@@ -45,8 +45,10 @@ constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming
 constexpr int64_t kLinearRows = 112;
 constexpr int64_t kFewRows = 8;  // up to here a linear layer reads its weights unpacked
 constexpr int64_t kFewestColumns = 28;
-constexpr int64_t kPatchesPerStep = 28;    // Winograd: rows of its 16 GEMMs
-constexpr double kWaitMultiplyAdds = 1e5;  // what threads could have done while they wait for each other once
+constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
+// What a thread could have done while it waits for the others once. A wait takes 0.7 us on two Zen 4 cores (6e4 in
+// fp32, 1e5 in bf16); the rest is for cores that other processes use too.
+constexpr double kWaitMultiplyAdds = 2e5;
 
 // Whether Winograd's core pays. It saves 5 of 9 products an output, and costs transforms of hidden values and sums and
 // 16 / 9 of the weight to transform, pack and read.
@@ -66,11 +68,14 @@ bool winograd_pays(const Problem& p, const CpuCaps& caps) {
   return winograd < direct;
 }
 
-// What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread, halo included.
+// What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread.
 double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
-  const int64_t strips = ceil_div(p.oh, ceil_div(p.oh, tile.strips));
+  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), tile.winograd ? 2 : 1), strips = ceil_div(p.oh, strip);
   const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns) * strips;
-  return fused_flops(p, tile) / 2 / double(tasks) * double(ceil_div(tasks, threads));
+  double largest = 0;
+  for (int64_t first = 0; first < p.oh; first += strip)
+    largest = std::max(largest, strip_multiply_adds(p, tile, first, std::min(first + strip, p.oh)));
+  return largest * double(ceil_div(tasks, threads));
 }
 
 // How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
@@ -88,10 +93,7 @@ void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratc
     tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
   }
   // A team: no halo and no thread idle, but threads wait for each other after each stage. Longer steps, fewer waits.
-  const auto largest_step = [&](int64_t rows) {
-    return rows + even <= p.oh && scratch(rows + even, team.columns) <= caps.l2_bytes / 2;
-  };
-  while (team.rows * team.columns < caps.threads * kPixelsPerStep && largest_step(team.rows)) team.rows += even;
+  while (team.rows + even <= p.oh && scratch(team.rows + even, team.columns) <= caps.l2_bytes / 2) team.rows += even;
   const int64_t steps = ceil_div(p.oh, team.rows);
   team.rows = round_up(ceil_div(p.oh, steps), even);
   const double waits = double(tasks) * double(steps) * (tile.winograd ? 4 : 3);
