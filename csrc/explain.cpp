@@ -47,6 +47,7 @@ py::dict describe(const Plan& plan, Op op) {
     if (op != Op::kLinear) {
       result["tile_columns"] = plan.tile.columns;
       result["strips"] = plan.tile.strips;
+      result["team"] = plan.tile.team;
     }
     result["scratch_bytes"] = plan.tile.scratch_bytes;
   }

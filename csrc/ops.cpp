@@ -6,11 +6,14 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <chrono>
+#include <thread>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/prepared.h"
+#include "cpu/team.h"
 #ifdef LOWRANK_OPS_WITH_CUDA
 #include "cuda/bind_cuda.h"
 #endif
@@ -76,6 +79,23 @@ int64_t parallel_threads(int64_t tasks) {
   return threads;
 }
 
+// How many threads of a team of `threads` run shares of a stage at once: each share waits, for some seconds at most,
+// until all have begun.
+int64_t team_threads(int64_t threads) {
+  using Clock = std::chrono::steady_clock;
+  const auto patience = Clock::now() + std::chrono::seconds(10);
+  std::atomic<int64_t> begun{0}, together{0};
+  Team team(threads);
+  team.call([&] {
+    team.run([&](const Share&) {
+      ++begun;
+      while (begun < threads && Clock::now() < patience) std::this_thread::yield();
+      together += begun == threads && Clock::now() < patience;
+    });
+  });
+  return together;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(lowrank_ops, m) {
@@ -138,6 +158,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_cuda(m);
 #endif
   m.def("parallel_threads", &parallel_threads);
+  m.def("team_threads", &team_threads);
   m.def("cpu_isa", [] { return cpu_caps().isa; });
   m.def("prepare", &prepare);
 }

@@ -74,7 +74,9 @@ class Explanation:
         device: the device planned for.
         path: "fused" or "chain".
         chosen: the plan: kernel, tile, FLOPs, bytes, predicted seconds (0: no figure), notes; on a CPU scratch bytes a
-            thread, on a GPU images x height x width of a tile, stages, splits, threads, CTAs, waves, shared bytes.
+            thread, strips (tasks along the height of an image) and team (threads that share each stage of a task; 1:
+            every thread has tasks of its own), on a GPU images x height x width of a tile, stages, splits, threads,
+            CTAs, waves, shared bytes.
         others: the plans not taken.
         rejections: (kernel, reason) for each of them.
     """
@@ -130,6 +132,7 @@ _WORK: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 _CPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tile": lambda plan: " x ".join(str(plan[key]) for key in ("tile_rows", "tile_columns") if key in plan),
+    "threads": lambda plan: f"team of {plan['team']}" if plan["team"] > 1 else f"strips: {plan['strips']}",
     "scratch": lambda plan: f"{plan['scratch_bytes'] / 1024:.0f} KiB",
     **_WORK,
 }

@@ -7,15 +7,29 @@ namespace lowrank_ops {
 namespace {
 
 constexpr int64_t kStagedPixels = 64;
+constexpr int64_t kStagedChannels = 16;  // staged by one thread at least
 
 // Staged input pixels: channels rounded up so that pairs can be read.
 int64_t staged_stride(const ConvBlock& block) {
-  return round_up(block.problem.s, 16);
+  return round_up(block.problem.s, kStagedChannels);
 }
 
 bool reads_directly(const ConvBlock& block) {
   return block.problem.dtype == block.engine.kernels->element && (block.input.stride(1) == 1 || block.problem.s == 1) &&
          block.problem.s % block.engine.kernels->group == 0;
+}
+
+// Whether rows lie one behind the other in the image, and all of their pixels are used.
+bool rows_touch(const ConvBlock& block) {
+  const Problem& p = block.problem;
+  return p.w > 0 && block.rows.step == 1 && block.columns.step == 1 && block.tile.columns == p.ow &&
+         block.input.stride(2) == p.w * block.input.stride(3) && block.columns.span(p.ow) >= p.w + p.padding[1];
+}
+
+// How many rows are staged together: enough to fill whole vectors, and for a team all that a step needs.
+int64_t staged_rows(const ConvBlock& block) {
+  if (block.tile.team > 1) return block.rows.span(block.tile.rows);
+  return rows_touch(block) ? std::max<int64_t>(1, kStagedPixels / block.problem.w) : 1;
 }
 
 }  // namespace
@@ -35,18 +49,9 @@ int64_t HiddenRows::staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->element);
 }
 
-// Rows that lie one behind the other in the image are staged together, so that short ones fill whole vectors.
-int64_t HiddenRows::staged_rows(const ConvBlock& block) {
-  const Problem& p = block.problem;
-  const bool joined = p.w > 0 && block.rows.step == 1 && block.columns.step == 1 && block.tile.columns == p.ow &&
-                      block.input.stride(2) == p.w * block.input.stride(3) &&
-                      block.columns.span(p.ow) >= p.w + p.padding[1];
-  return joined ? std::max<int64_t>(1, kStagedPixels / p.w) : 1;
-}
-
-HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_column, int64_t last_column, void* ring,
-                       void* staging)
-    : block_(block), ring_(static_cast<char*>(ring)), staging_(static_cast<char*>(staging)) {
+HiddenRows::HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_t first_column, int64_t last_column,
+                       void* ring, void* staging)
+    : block_(block), team_(team), ring_(static_cast<char*>(ring)), staging_(static_cast<char*>(staging)) {
   const Axis& columns = block.columns;
   const int64_t element = element_bytes(block.problem.dtype);
   const int64_t first = first_column * columns.stride;
@@ -60,7 +65,8 @@ HiddenRows::HiddenRows(const ConvBlock& block, int64_t image, int64_t first_colu
   input_pixel_stride_ = block.input.stride(3) * columns.step;
   input_channel_stride_ = block.problem.s == 1 ? 1 : block.input.stride(1);
   direct_ = reads_directly(block);
-  group_ = staged_rows(block);
+  joined_ = rows_touch(block);
+  group_ = direct_ && team.threads() == 1 ? 1 : staged_rows(block);
   image_ =
       static_cast<const char*>(block.input.const_data_ptr()) +
       (image * block.input.stride(0) + columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
@@ -90,47 +96,65 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
       ++z;
       continue;
     }
-    const char* source = image_ + row * input_row_bytes_;
+    const int64_t rows = std::min({group_, end - z, block_.rows.end_inside() - z});
     if (direct_) {
-      compute(z++, source);
-      continue;
+      compute(z, rows, image_ + row * input_row_bytes_, block_.rows.step * input_row_bytes_);
+    } else {
+      stage(z, rows);
+      compute(z, rows, staging_, pixels * staged_stride(block_) * element_bytes(block_.engine.kernels->element));
     }
-    const ComputeKernels& kernels = *block_.engine.kernels;
-    const int64_t rows = std::min({group_, end - z, block_.problem.h - row});
-    LoadCall load;
-    load.in = source;
-    load.pixel_stride = input_pixel_stride_;
-    load.channel_stride = input_channel_stride_;
-    load.pixels = rows * pixels;
-    load.channels = block_.problem.s;
-    load.tile = staging_;
-    load.tile_stride = staged_stride(block_);
-    kernels.load[int(block_.problem.dtype)](load);
-    const int64_t staged_bytes = pixels * load.tile_stride * element_bytes(kernels.element);
-    for (int64_t i = 0; i < rows; ++i) compute(z++, staging_ + i * staged_bytes);
+    z += rows;
   }
 }
 
-void HiddenRows::compute(int64_t z, const void* source) {
-  GemmCall call;
-  call.taps = &source;
-  call.num_taps = 1;
-  call.depth = block_.in_weight.padded_depth();
-  call.rows = inside_end_ - inside_begin_;
-  call.row_stride = direct_ ? input_pixel_stride_ : staged_stride(block_);
-  call.out_stride = block_.hidden_columns();
-  call.out_type = block_.hidden_type;
-  call.bias = nullptr;
-  call.activation = Activation::kNone;
-  char* hidden = ring_ + (z % ring_rows_) * row_bytes_ + inside_begin_ * pixel_bytes_;
+void HiddenRows::stage(int64_t z, int64_t rows) {
+  const ComputeKernels& kernels = *block_.engine.kernels;
+  const int64_t element = element_bytes(kernels.element), pixels = inside_end_ - inside_begin_;
+  const int64_t channels = block_.problem.s, blocks = ceil_div(channels, kStagedChannels);
+  team_.run([&](const Share& share) {
+    LoadCall load;
+    load.pixel_stride = input_pixel_stride_;
+    load.channel_stride = input_channel_stride_;
+    load.pixels = joined_ ? rows * pixels : pixels;
+    load.tile_stride = staged_stride(block_);
+    share.pieces(1, joined_ ? 1 : rows, blocks, 1, [&](int64_t, int64_t i, int64_t first, int64_t count) {
+      const int64_t channel = first * kStagedChannels;
+      load.in = image_ + block_.rows.coordinate(z + i) * input_row_bytes_ +
+                channel * input_channel_stride_ * element_bytes(block_.problem.dtype);
+      load.channels = std::min(count * kStagedChannels, channels - channel);
+      load.tile = staging_ + (i * pixels * load.tile_stride + channel) * element;
+      kernels.load[int(block_.problem.dtype)](load);
+    });
+  });
+}
+
+void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t source_bytes) {
   const Panels& panels = block_.in_weight.panels();
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
-    call.far_input = direct_ && panel == 0;
-    call.weight = block_.in_weight.panel(panel);
-    call.width = panels.width(panel);
-    call.out = hidden + panels.first(panel) * element_bytes(block_.hidden_type);
-    block_.engine.gemm(call);
-  }
+  const int64_t hidden_element = element_bytes(block_.hidden_type);
+  team_.run([&](const Share& share) {
+    const void* pixel;
+    GemmCall call;
+    call.taps = &pixel;
+    call.num_taps = 1;
+    call.depth = block_.in_weight.padded_depth();
+    call.row_stride = direct_ ? input_pixel_stride_ : staged_stride(block_);
+    call.out_stride = block_.hidden_columns();
+    call.out_type = block_.hidden_type;
+    call.bias = nullptr;
+    call.activation = Activation::kNone;
+    const int64_t pixel_bytes = call.row_stride * element_bytes(block_.engine.kernels->element);
+    share.pieces(panels.count, rows, inside_end_ - inside_begin_, kFewestPixels,
+                 [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
+                   pixel = source + i * source_bytes + first * pixel_bytes;
+                   call.far_input = direct_ && (panel == 0 || share.count > 1);
+                   call.weight = block_.in_weight.panel(panel);
+                   call.width = panels.width(panel);
+                   call.rows = pixels;
+                   call.out = ring_ + ((z + i) % ring_rows_) * row_bytes_ + (inside_begin_ + first) * pixel_bytes_ +
+                              panels.first(panel) * hidden_element;
+                   block_.engine.gemm(call);
+                 });
+  });
 }
 
 int64_t output_staging_bytes(const ConvBlock& block) {
@@ -139,56 +163,59 @@ int64_t output_staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->accumulator);
 }
 
-void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                  const void* tile, void* staging) {
+void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
+                  int64_t columns, const void* tile, void* staging) {
   const Problem& p = block.problem;
   const ComputeKernels& kernels = *block.engine.kernels;
   const Panels& panels = block.out_weight.panels();
   const at::Tensor& output = block.output;
   const int64_t element = element_bytes(p.dtype);
-  const int64_t tile_row_bytes = columns * block.tile_columns() * element_bytes(kernels.element);
+  const int64_t tile_pixel_bytes = block.tile_columns() * element_bytes(kernels.element);
   const bool channels_last = output.stride(1) == 1 || p.t == 1;
   const int64_t out_pixel_stride = output.stride(3);
   // Rows that lie one behind the other in the output are one long row of pixels.
   const bool joined = columns == p.ow && output.stride(2) == p.ow * out_pixel_stride;
-  GemmCall call;
-  call.num_taps = 1;
-  call.depth = block.out_weight.padded_depth();
-  call.rows = joined ? rows * columns : columns;
-  call.row_stride = block.tile_columns();
-  call.activation = p.activation;
-  char* out = static_cast<char*>(output.data_ptr()) + (image * output.stride(0) + column * out_pixel_stride) * element;
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
-    const int64_t channel = panels.first(panel);
-    call.weight = block.out_weight.panel(panel);
-    call.width = panels.width(panel);
-    call.bias = block.bias.data(channel);
-    for (int64_t i = 0; i < (joined ? 1 : rows); ++i) {
-      const void* source = static_cast<const char*>(tile) + i * tile_row_bytes;
-      char* target = out + ((row + i) * output.stride(2) + channel * output.stride(1)) * element;
-      call.taps = &source;
+  char* out = static_cast<char*>(output.data_ptr()) +
+              (image * output.stride(0) + row * output.stride(2) + column * out_pixel_stride) * element;
+  team.run([&](const Share& share) {
+    const void* source;
+    GemmCall call;
+    call.taps = &source;
+    call.num_taps = 1;
+    call.depth = block.out_weight.padded_depth();
+    call.row_stride = block.tile_columns();
+    call.activation = p.activation;
+    const auto write = [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
+      const int64_t channel = panels.first(panel);
+      source = static_cast<const char*>(tile) + (i * columns + first) * tile_pixel_bytes;
+      call.weight = block.out_weight.panel(panel);
+      call.width = panels.width(panel);
+      call.rows = pixels;
+      call.bias = block.bias.data(channel);
+      char* target = out + (i * output.stride(2) + first * out_pixel_stride + channel * output.stride(1)) * element;
       if (channels_last) {
         call.far_output = true;
         call.out = target;
         call.out_stride = out_pixel_stride;
         call.out_type = p.dtype;
         block.engine.gemm(call);
-        continue;
+        return;
       }
-      call.out = staging;
+      call.out = static_cast<char*>(staging) + share.index * output_staging_bytes(block);
       call.out_stride = kernels.panel_width;
       call.out_type = kernels.accumulator;
       block.engine.gemm(call);
       StoreCall store;
-      store.tile = staging;
+      store.tile = call.out;
       store.tile_stride = kernels.panel_width;
       store.pixels = call.rows;
       store.channels = call.width;
       store.out = target;
       store.channel_stride = output.stride(1);
       kernels.store[int(p.dtype)](store);
-    }
-  }
+    };
+    share.pieces(panels.count, joined ? 1 : rows, joined ? rows * columns : columns, kFewestPixels, write);
+  });
 }
 
 }  // namespace lowrank_ops

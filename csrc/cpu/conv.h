@@ -1,7 +1,7 @@
 // The loop that both convolutions share: how a tile travels through the stages of a block on a CPU.
 //
 // A task is a strip of output rows, `columns` wide, of one image. It walks down the strip in steps of a few output
-// rows.
+// rows. Threads take tasks, or, where there are too few of them, share every stage of each (team.h).
 //
 //   input rows --(1) in_factor--> ring buffer of hidden rows --(2) core or depthwise--> tile --(3) out_factor--> output
 //
@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "cpu/brgemm.h"
+#include "cpu/team.h"
 #include "cpu/weights.h"
 #include "plan/plan.h"
 
@@ -40,7 +41,7 @@ struct ConvBlock {
 // The hidden rows of one task: stage (1) and the ring buffer.
 class HiddenRows {
  public:
-  HiddenRows(const ConvBlock& block, int64_t image, int64_t first_column, int64_t last_column, void* ring,
+  HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_t first_column, int64_t last_column, void* ring,
              void* staging);
   // Computes what is missing of the rows [begin, end) of the lattice; begin never decreases.
   void produce(int64_t begin, int64_t end);
@@ -50,35 +51,39 @@ class HiddenRows {
 
   static int64_t ring_bytes(const ConvBlock& block);
   static int64_t staging_bytes(const ConvBlock& block);
-  static int64_t staged_rows(const ConvBlock& block);
 
  private:
-  // The first stage for one row, from its pixels at `source`.
-  void compute(int64_t z, const void* source);
+  // The input rows of `rows` lattice rows from z, copied to where the kernel can read them.
+  void stage(int64_t z, int64_t rows);
+  // The first stage for `rows` rows from z, from their pixels at `source`, `source_bytes` a row.
+  void compute(int64_t z, int64_t rows, const char* source, int64_t source_bytes);
 
   const ConvBlock& block_;
+  Team& team_;
   int64_t span_, inside_begin_, inside_end_;  // columns of the lattice, relative to the tile's first
   int64_t ring_rows_, pixel_bytes_, row_bytes_;
   int64_t next_ = 0;
   const char* image_;
   int64_t input_row_bytes_, input_pixel_stride_, input_channel_stride_;
-  bool direct_;    // the kernel reads the input where it lies; otherwise its rows are staged,
-  int64_t group_;  // up to so many at a time
+  bool direct_;    // the kernel reads the input where it lies; otherwise its rows are staged
+  bool joined_;    // rows lie one behind the other: staged as one long row, so that short ones fill whole vectors
+  int64_t group_;  // rows that go through the stage together
   char* ring_;
   char* staging_;
 };
 
-// Stage (3) for `rows` output rows from (row, column): tile [rows * columns, tile_columns] -> output.
-void write_output(const ConvBlock& block, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                  const void* tile, void* staging);
-int64_t output_staging_bytes(const ConvBlock& block);
+// Stage (3) for `rows` output rows from (row, column): tile [rows * columns, tile_columns] -> output. Each thread
+// stages in its own `staging`, output_staging_bytes() apart.
+void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
+                  int64_t columns, const void* tile, void* staging);
+int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
 
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
 
-// Runs `middle(hidden, row, rows, columns, tile)`, which fills the tile for `rows` output rows from `row`, between the
-// outer stages, for all tasks in parallel. `extra_bytes` of scratch are handed to it as its last argument.
-template <typename Middle>
-void run_conv(const ConvBlock& block, int64_t extra_bytes, const Middle& middle) {
+// Runs `middle(team, hidden, row, rows, columns, tile, scratch)`, which fills the tile for `rows` output rows from
+// `row`, between the outer stages, for all tasks in parallel. `extra_bytes(team)` of scratch are for it.
+template <typename ExtraBytes, typename Middle>
+void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Middle& middle) {
   const Problem& p = block.problem;
   const CpuTile& t = block.tile;
   const int64_t column_tiles = (p.ow + t.columns - 1) / t.columns;
@@ -86,10 +91,11 @@ void run_conv(const ConvBlock& block, int64_t extra_bytes, const Middle& middle)
   const int64_t strip = round_up((p.oh + t.strips - 1) / t.strips, t.winograd ? 2 : 1);
   const int64_t strips = (p.oh + strip - 1) / strip;
   const int64_t tile_bytes = t.rows * t.columns * block.tile_columns() * element_bytes(block.engine.kernels->element);
-  const int64_t staging_bytes = std::max(HiddenRows::staging_bytes(block), output_staging_bytes(block));
+  const int64_t extra_bytes = extra_bytes_of(t.team);
+  const int64_t staging_bytes = std::max(HiddenRows::staging_bytes(block), t.team * output_staging_bytes(block));
   const int64_t scratch_bytes = Scratch::padded(HiddenRows::ring_bytes(block)) + Scratch::padded(tile_bytes) +
                                 Scratch::padded(staging_bytes) + Scratch::padded(extra_bytes);
-  at::parallel_for(0, p.n * strips * column_tiles, 1, [&](int64_t begin, int64_t end) {
+  const auto run_tasks = [&](Team& team, int64_t begin, int64_t end) {
     Scratch scratch(scratch_bytes);
     void* ring = scratch.take(HiddenRows::ring_bytes(block));
     void* tile = scratch.take(tile_bytes);
@@ -102,17 +108,27 @@ void run_conv(const ConvBlock& block, int64_t extra_bytes, const Middle& middle)
       const int64_t first = task / column_tiles % strips * strip;
       const int64_t last = std::min(first + strip, p.oh);
       const int64_t image = task / column_tiles / strips;
-      HiddenRows hidden(block, image, column, last_column, ring, staging);
+      HiddenRows hidden(block, team, image, column, last_column, ring, staging);
       for (int64_t row = first; row < last; row += t.rows) {
         const int64_t rows = std::min(t.rows, last - row);
         const int64_t top = row * block.rows.stride;
         hidden.produce(top, top + block.rows.span(rows));
-        middle(hidden, row, rows, last_column - column, tile, extra);
-        write_output(block, image, row, rows, column, last_column - column, tile, staging);
+        middle(team, hidden, row, rows, last_column - column, tile, extra);
+        write_output(block, team, image, row, rows, column, last_column - column, tile, staging);
       }
     }
     brgemm_release();
-  });
+  };
+  const int64_t tasks = p.n * strips * column_tiles;
+  if (t.team > 1) {
+    Team team(t.team);
+    team.call([&] { run_tasks(team, 0, tasks); });
+  } else {
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      Team alone(1);
+      run_tasks(alone, begin, end);
+    });
+  }
 }
 
 }  // namespace lowrank_ops

@@ -18,31 +18,41 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const SumRows bias_sums(bias, p.dtype, engine);
   const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
-  const int64_t column_bytes = block.columns.span(tile.columns) * kernels.lanes * element_bytes(kernels.accumulator);
+  const int64_t vectors = block.hidden_columns() / kernels.lanes, sum = element_bytes(kernels.accumulator);
+  const int64_t column_bytes = Scratch::padded(block.columns.span(tile.columns) * kernels.lanes * sum);  // a thread's
 
-  run_conv(block, column_bytes,
-           [&](const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile_memory, void* column) {
-             c10::SmallVector<const void*, 32> taps(p.kh);
-             DepthwiseCall call;
-             call.rows = taps.data();
-             call.kh = p.kh;
-             call.kw = p.kw;
-             call.in_pixels = hidden.span();
-             call.out_pixels = columns;
-             call.stride = block.columns.stride;
-             call.dilation = block.columns.dilation;
-             call.channels = block.hidden_columns();
-             call.height_factor = height_taps.data();
-             call.width_factor = width_taps.data();
-             call.column = column;
-             for (int64_t i = 0; i < rows; ++i) {
-               for (int64_t kh = 0; kh < p.kh; ++kh)
-                 taps[kh] = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation);
-               call.out = static_cast<char*>(tile_memory) +
-                          i * columns * block.tile_columns() * element_bytes(kernels.element);
-               kernels.depthwise(call);
-             }
-           });
+  const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
+                            void* tile_memory, void* column) {
+    team.run([&](const Share& share) {
+      c10::SmallVector<const void*, 32> taps(p.kh);
+      DepthwiseCall call;
+      call.rows = taps.data();
+      call.kh = p.kh;
+      call.kw = p.kw;
+      call.in_pixels = hidden.span();
+      call.out_pixels = columns;
+      call.stride = block.columns.stride;
+      call.dilation = block.columns.dilation;
+      call.channel_stride = block.hidden_columns();
+      call.column = static_cast<char*>(column) + share.index * column_bytes;
+      // By channels where those divide evenly: they are what this thread has left in its cache.
+      const bool by_channels = vectors % share.count == 0;
+      share.pieces(1, by_channels ? 1 : rows, vectors, 1, [&](int64_t, int64_t line, int64_t first, int64_t count) {
+        const int64_t channel = first * kernels.lanes;
+        call.channels = count * kernels.lanes;
+        call.height_factor = height_taps.data(channel);
+        call.width_factor = width_taps.data(channel);
+        for (int64_t i = line; i < (by_channels ? rows : line + 1); ++i) {
+          for (int64_t kh = 0; kh < p.kh; ++kh)
+            taps[kh] = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation) + channel * sum;
+          call.out = static_cast<char*>(tile_memory) +
+                     (i * columns * block.tile_columns() + channel) * element_bytes(kernels.element);
+          kernels.depthwise(call);
+        }
+      });
+    });
+  };
+  run_conv(block, [&](int64_t threads) { return threads * column_bytes; }, convolve);
   return output;
 }
 

@@ -23,7 +23,9 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
                                 engine);
     const ConvBlock block{
         engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->accumulator};
-    run_conv(block, winograd.scratch_bytes(), [&](const auto&... arguments) { winograd.run(block, arguments...); });
+    run_conv(
+        block, [&](int64_t threads) { return winograd.scratch_bytes(threads); },
+        [&](auto&&... arguments) { winograd.run(block, arguments...); });
     return output;
   }
   const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
@@ -34,35 +36,38 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const int64_t row_taps = joined ? 1 : p.kw;
   const Panels& panels = core_weight.panels();
 
-  run_conv(block, 0,
-           [&](const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile_memory, void*) {
-             c10::SmallVector<const void*, 32> taps(p.kh * row_taps);
-             GemmCall call;
-             call.taps = taps.data();
-             call.num_taps = p.kh * row_taps;
-             call.depth = core_weight.padded_depth() * (joined ? p.kw : 1);
-             call.rows = columns;
-             call.row_stride = block.columns.stride * hidden_columns;
-             call.out_stride = block.tile_columns();
-             call.out_type = engine.kernels->element;
-             call.bias = nullptr;
-             call.activation = Activation::kNone;
-             const int64_t element = element_bytes(engine.kernels->element);
-             for (int64_t panel = 0; panel < panels.count; ++panel) {
-               call.weight = core_weight.panel(panel);
-               call.width = panels.width(panel);
-               for (int64_t i = 0; i < rows; ++i) {
-                 for (int64_t kh = 0; kh < p.kh; ++kh) {
-                   const char* start = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation);
-                   for (int64_t kw = 0; kw < row_taps; ++kw)
-                     taps[kh * row_taps + kw] = start + kw * block.columns.dilation * hidden.pixel_bytes();
-                 }
-                 call.out =
-                     static_cast<char*>(tile_memory) + (i * columns * call.out_stride + panels.first(panel)) * element;
-                 engine.gemm(call);
-               }
-             }
-           });
+  const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
+                            void* tile_memory, void*) {
+    const int64_t element = element_bytes(engine.kernels->element);
+    team.run([&](const Share& share) {
+      c10::SmallVector<const void*, 32> taps(p.kh * row_taps);
+      GemmCall call;
+      call.taps = taps.data();
+      call.num_taps = p.kh * row_taps;
+      call.depth = core_weight.padded_depth() * (joined ? p.kw : 1);
+      call.row_stride = block.columns.stride * hidden_columns;
+      call.out_stride = block.tile_columns();
+      call.out_type = engine.kernels->element;
+      call.bias = nullptr;
+      call.activation = Activation::kNone;
+      share.pieces(
+          panels.count, rows, columns, kFewestPixels, [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
+            const int64_t column = first * block.columns.stride;
+            for (int64_t kh = 0; kh < p.kh; ++kh) {
+              const char* start = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation);
+              for (int64_t kw = 0; kw < row_taps; ++kw)
+                taps[kh * row_taps + kw] = start + (column + kw * block.columns.dilation) * hidden.pixel_bytes();
+            }
+            call.weight = core_weight.panel(panel);
+            call.width = panels.width(panel);
+            call.rows = pixels;
+            call.out = static_cast<char*>(tile_memory) +
+                       ((i * columns + first) * call.out_stride + panels.first(panel)) * element;
+            engine.gemm(call);
+          });
+    });
+  };
+  run_conv(block, [](int64_t) { return 0; }, convolve);
   return output;
 }
 

@@ -37,70 +37,81 @@ WinogradCore::WinogradCore(PackedWeight weight, const Problem& p, const CpuTile&
       channels_(round_up(p.r1, engine.kernels->lanes)),
       most_patches_(pairs(tile.rows) * pairs(tile.columns)) {}
 
-int64_t WinogradCore::scratch_bytes() const {
+int64_t WinogradCore::sums_bytes() const {
   const ComputeKernels& kernels = *engine_.kernels;
-  return Scratch::padded(kPlaces * most_patches_ * channels_ * element_bytes(kernels.element)) +
-         kPlaces * most_patches_ * kernels.panel_width * element_bytes(kernels.accumulator);
+  return Scratch::padded(kPlaces * most_patches_ * kernels.panel_width * element_bytes(kernels.accumulator));
 }
 
-void WinogradCore::run(const ConvBlock& block, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
-                       void* tile, void* scratch) const {
+int64_t WinogradCore::scratch_bytes(int64_t threads) const {
+  return Scratch::padded(kPlaces * most_patches_ * channels_ * element_bytes(engine_.kernels->element)) +
+         threads * sums_bytes();
+}
+
+void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hidden, int64_t row, int64_t rows,
+                       int64_t columns, void* tile, void* scratch) const {
   const ComputeKernels& kernels = *engine_.kernels;
-  const int64_t element = element_bytes(kernels.element);
+  const int64_t element = element_bytes(kernels.element), accumulator = element_bytes(kernels.accumulator);
   const int64_t row_patches = pairs(columns), patches = pairs(rows) * row_patches;
   char* inputs = static_cast<char*>(scratch);
-  char* sums = inputs + Scratch::padded(kPlaces * most_patches_ * channels_ * element);
+  char* all_sums = inputs + Scratch::padded(kPlaces * most_patches_ * channels_ * element);
 
-  WinogradInputCall input;
-  input.columns = hidden.span();
-  input.channels = channels_;
-  input.patches = row_patches;
-  input.out_patches = patches;
-  for (int64_t pair = 0; pair < pairs(rows); ++pair) {
-    // The fourth row below an odd last output: nothing reads what it would give.
-    for (int64_t i = 0; i < 4; ++i) input.rows[i] = hidden.row(row + std::min(2 * pair + i, rows + 1));
-    input.out = inputs + pair * row_patches * channels_ * element;
-    kernels.winograd_input(input);
-  }
+  team.run([&](const Share& share) {
+    WinogradInputCall input;
+    input.channels = channels_;
+    input.out_patches = patches;
+    share.pieces(1, pairs(rows), row_patches, 1, [&](int64_t, int64_t pair, int64_t first, int64_t count) {
+      input.columns = hidden.span() - 2 * first;
+      input.patches = count;
+      // The fourth row below an odd last output: nothing reads what it would give.
+      for (int64_t i = 0; i < 4; ++i)
+        input.rows[i] = hidden.row(row + std::min(2 * pair + i, rows + 1)) + 2 * first * hidden.pixel_bytes();
+      input.out = inputs + (pair * row_patches + first) * channels_ * element;
+      kernels.winograd_input(input);
+    });
+  });
 
-  GemmCall call;
-  call.num_taps = 1;
-  call.depth = weight_.padded_depth();
-  call.rows = patches;
-  call.row_stride = channels_;
-  call.out = sums;
-  call.out_type = kernels.accumulator;
-  call.bias = nullptr;
-  call.activation = Activation::kNone;
-  WinogradOutputCall output;
-  output.sums = sums;
-  output.sums_patches = patches;
-  output.patches = row_patches;
-  output.columns = columns;
-  output.out_stride = block.tile_columns();
   const Panels& panels = weight_.panels();
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
-    const int64_t width = panels.padded_width(panel);  // whole vectors: the output transform reads them
-    call.width = call.out_stride = width;
-    const char* weight = static_cast<const char*>(weight_.panel(panel));
-    for (int64_t place = 0; place < kPlaces; ++place) {
-      const void* source = inputs + place * patches * channels_ * element;
-      call.taps = &source;
-      call.weight = weight + place * call.depth * width * element;
-      call.out = sums + place * patches * width * element_bytes(kernels.accumulator);
-      engine_.gemm(call);
-    }
-    output.width = output.sums_stride = width;
-    for (int64_t pair = 0; pair < pairs(rows); ++pair) {
-      output.sums = sums + pair * row_patches * width * element_bytes(kernels.accumulator);
-      for (int64_t i = 0; i < 2; ++i)
-        output.out[i] = 2 * pair + i < rows
-                            ? static_cast<char*>(tile) +
-                                  ((2 * pair + i) * columns * output.out_stride + panels.first(panel)) * element
-                            : nullptr;
-      kernels.winograd_output(output);
-    }
-  }
+  team.run([&](const Share& share) {
+    char* sums = all_sums + share.index * sums_bytes();
+    GemmCall call;
+    call.num_taps = 1;
+    call.depth = weight_.padded_depth();
+    call.row_stride = channels_;
+    call.out_type = kernels.accumulator;
+    call.bias = nullptr;
+    call.activation = Activation::kNone;
+    WinogradOutputCall output;
+    output.out_stride = block.tile_columns();
+    share.pieces(panels.count, 1, patches, kFewestPixels, [&](int64_t panel, int64_t, int64_t begin, int64_t count) {
+      const int64_t width = panels.padded_width(panel);  // whole vectors: the output transform reads them
+      call.rows = count;
+      call.width = call.out_stride = width;
+      const char* weight = static_cast<const char*>(weight_.panel(panel));
+      for (int64_t place = 0; place < kPlaces; ++place) {
+        const void* source = inputs + (place * patches + begin) * channels_ * element;
+        call.taps = &source;
+        call.weight = weight + place * call.depth * width * element;
+        call.out = sums + place * count * width * accumulator;
+        engine_.gemm(call);
+      }
+      output.width = output.sums_stride = width;
+      output.sums_patches = count;
+      // The sums patch row by patch row; a team cuts the first and the last of its share.
+      for (int64_t patch = begin; patch < begin + count; patch += output.patches) {
+        const int64_t pair = patch / row_patches, column = 2 * (patch % row_patches);
+        output.patches = std::min(begin + count, (pair + 1) * row_patches) - patch;
+        output.columns = std::min(2 * output.patches, columns - column);
+        output.sums = sums + (patch - begin) * width * accumulator;
+        for (int64_t i = 0; i < 2; ++i)
+          output.out[i] =
+              2 * pair + i < rows
+                  ? static_cast<char*>(tile) +
+                        (((2 * pair + i) * columns + column) * output.out_stride + panels.first(panel)) * element
+                  : nullptr;
+        kernels.winograd_output(output);
+      }
+    });
+  });
 }
 
 }  // namespace lowrank_ops

@@ -27,6 +27,12 @@ double winograd_sums(const Problem& p) {
   return 24 * winograd_patches(p) * double(p.r1 + p.r2);
 }
 
+Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
+  Stages stages = multiply_adds(p, in_pixels);
+  if (tile.winograd) stages.middle = 16 * winograd_patches(p) * p.r1 * p.r2 + winograd_sums(p);
+  return stages;
+}
+
 double weights(const Problem& p) {
   const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw
                       : p.op == Op::kCP   ? double(p.r1) * (p.kh + p.kw)
@@ -53,9 +59,21 @@ double fused_flops(const Problem& p, const CpuTile& tile) {
     in_pixels = double(std::min(rows.span(strip), inside_rows)) * tile.strips *
                 std::min(columns.span(tile.columns), inside_columns) * parts;
   }
-  Stages stages = multiply_adds(p, in_pixels);
-  if (tile.winograd) stages.middle = 16 * winograd_patches(p) * p.r1 * p.r2 + winograd_sums(p);
+  const Stages stages = fused_stages(p, tile, in_pixels);
   return 2.0 * p.n * (stages.in + stages.middle + stages.out);
+}
+
+double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first, int64_t last) {
+  const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
+  const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+  const int64_t top = std::max(first * rows.stride, rows.first_inside());
+  const int64_t bottom = std::min(first * rows.stride + rows.span(last - first), rows.end_inside());
+  const int64_t inside_columns = columns.end_inside() - columns.first_inside();
+  const double in_pixels =
+      double(std::max<int64_t>(bottom - top, 0)) * std::min(columns.span(tile.columns), inside_columns);
+  const Stages stages = fused_stages(p, tile, in_pixels);
+  const double part = double(last - first) / p.oh * std::min(1.0, double(tile.columns) / p.ow);
+  return stages.in + (stages.middle + stages.out) * part;
 }
 
 double block_bytes(const Problem& p) {

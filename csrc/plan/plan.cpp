@@ -48,6 +48,9 @@ constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packe
 constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
+// What a thread could have done while it waits for the others once. A wait takes 0.7 us on two Zen 4 cores (6e4 in
+// fp32, 1e5 in bf16); the rest is for cores that other processes use too.
+constexpr double kWaitMultiplyAdds = 2e5;
 
 // Whether Winograd's core pays. It saves 5 of 9 products an output, and costs transforms of hidden values and sums and
 // 16 / 9 of the weight to transform, pack and read.
@@ -67,6 +70,43 @@ bool winograd_pays(const Problem& p, const CpuCaps& caps, bool prepared) {
   const double winograd = patches * (16 * values + 4 * transform * double(p.r1 + p.r2)) +
                           weight * 16 * values / double(std::max<int64_t>(p.n, 1));
   return winograd < direct;
+}
+
+// What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread.
+double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
+  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), tile.winograd ? 2 : 1), strips = ceil_div(p.oh, strip);
+  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns) * strips;
+  double largest = 0;
+  for (int64_t first = 0; first < p.oh; first += strip)
+    largest = std::max(largest, strip_multiply_adds(p, tile, first, std::min(first + strip, p.oh)));
+  return largest * double(ceil_div(tasks, threads));
+}
+
+// How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
+template <typename ScratchBytes>
+void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratch, CpuTile& tile) {
+  const int64_t even = tile.winograd ? 2 : 1;
+  CpuTile team = tile;
+  // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
+  // than it takes to keep every thread busy.
+  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
+  if (tasks < 4 * caps.threads && tasks % caps.threads != 0)
+    tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
+  if (tile.strips == 1 && tasks == 1) {  // few rows: strips of less than a step
+    tile.strips = std::min(ceil_div(p.oh, even), caps.threads);
+    tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
+  }
+  // A team: no halo and no thread idle, but threads wait for each other after each stage. Longer steps, fewer waits.
+  while (team.rows + even <= p.oh && scratch(team.rows + even, team.columns) <= caps.l2_bytes / 2) team.rows += even;
+  const int64_t steps = ceil_div(p.oh, team.rows);
+  team.rows = round_up(ceil_div(p.oh, steps), even);
+  const double waits = double(tasks) * double(steps) * (tile.winograd ? 4 : 3);
+  const double shared = fused_flops(p, team) / 2 / double(caps.threads) + waits * kWaitMultiplyAdds;
+  if (shared < busiest_thread(p, tile, caps.threads)) {
+    tile = team;
+    tile.team = caps.threads;
+    tile.scratch_bytes = ceil_div(scratch(tile.rows, tile.columns), tile.team);
+  }
 }
 
 }  // namespace
@@ -113,11 +153,11 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
            tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
-  const int64_t even = tile.winograd ? 2 : 1;
   tile.rows = tile.winograd
                   ? 2 * std::clamp<int64_t>(ceil_div(kPatchesPerStep, ceil_div(p.ow, 2)), 1, ceil_div(p.oh, 2))
                   : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
   tile.columns = p.ow;
+  const int64_t even = tile.winograd ? 2 : 1;
   // Half of L2 for the tiles; the other half for weights streaming by and the input.
   for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
        ++parts)
@@ -130,15 +170,7 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
     direct.winograd = CpuCaps::kNever;
     return cpu_tile(p, direct, prepared);
   }
-  // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
-  // than it takes to keep every thread busy. Sums do not depend on them.
-  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
-  if (caps.threads > 1 && tasks < 4 * caps.threads && tasks % caps.threads != 0)
-    tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
-  if (tile.strips == 1 && tasks == 1 && caps.threads > 1) {  // few rows: strips of less than a step
-    tile.strips = std::min(ceil_div(p.oh, even), caps.threads);
-    tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
-  }
+  if (caps.threads > 1) share_out(p, caps, scratch, tile);
   return tile;
 }
 

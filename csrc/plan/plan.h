@@ -24,11 +24,13 @@ struct CpuCaps {
   enum Winograd { kNever, kAuto, kAlways } winograd = kAuto;  // where it can be used
 };
 
-// How the fused kernel cuts a problem. Scratch is a thread's: intermediates live there and nowhere else.
+// How the fused kernel cuts a problem. Scratch is a thread's (of a team: its share): intermediates live there and
+// nowhere else.
 struct CpuTile {
   int64_t rows = 1;       // output rows (linear: rows of the input) that go through all stages together
   int64_t columns = 1;    // output columns of a task
   int64_t strips = 1;     // tasks along the height of an image
+  int64_t team = 1;       // threads that share every stage of a task; 1: each thread has tasks of its own
   bool unpacked = false;  // linear: few rows, dot products with the weights where they lie
   int64_t depth = 0;      // linear: so much of the depth of a weight is packed at a time; 0: all of it
   bool winograd = false;  // Tucker: the core by F(2x2, 3x3); rows and columns are even then

@@ -69,13 +69,13 @@ using PackFunction = void (*)(const PackCall&);
 
 // out[o, c] = sum over kw of width_factor[kw, c] * V[o * stride + kw * dilation, c], V[p, c] = sum over kh of
 // height_factor[kh, c] * rows[kh][p, c]: CP's two depthwise stages for one output row. Accumulator type throughout but
-// for `out`. All matrices have `channels` (a multiple of the lanes) columns, `channels` apart.
+// for `out`. `channels` is a multiple of the lanes; rows of all matrices are `channel_stride` apart.
 struct DepthwiseCall {
   const void* const* rows;  // kh pointers to [in_pixels, channels]
   int64_t kh, kw;
   int64_t in_pixels, out_pixels;
   int64_t stride, dilation;
-  int64_t channels;
+  int64_t channels, channel_stride;
   const void* height_factor;
   const void* width_factor;
   void* column;  // scratch of in_pixels * lanes accumulators

@@ -214,18 +214,18 @@ static void depthwise_taps(const DepthwiseCall& call) {
     const T* height = static_cast<const T*>(call.height_factor) + channel;
     const T* width = static_cast<const T*>(call.width_factor) + channel;
     if constexpr (kTaps > 0)
-      for (int i = 0; i < kTaps; ++i) weight[i] = load(height + i * call.channels);
+      for (int i = 0; i < kTaps; ++i) weight[i] = load(height + i * call.channel_stride);
     for (int64_t p = 0; p < call.in_pixels; ++p) {
       V sum = V{};
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kh; ++i) {
-        const V w = kTaps ? weight[kTaps ? i : 0] : load(height + i * call.channels);
-        sum += load(static_cast<const T*>(call.rows[i]) + p * call.channels + channel) * w;
+        const V w = kTaps ? weight[kTaps ? i : 0] : load(height + i * call.channel_stride);
+        sum += load(static_cast<const T*>(call.rows[i]) + p * call.channel_stride + channel) * w;
       }
       store(column + p * kLanes, sum);
     }
     if constexpr (kTaps > 0)
-      for (int i = 0; i < kTaps; ++i) weight[i] = load(width + i * call.channels);
+      for (int i = 0; i < kTaps; ++i) weight[i] = load(width + i * call.channel_stride);
     Out* out = static_cast<Out*>(call.out) + channel;
     int64_t o = 0;
     if constexpr (kTaps == 0) {
@@ -251,10 +251,10 @@ static void depthwise_taps(const DepthwiseCall& call) {
       V sum = V{};
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kw; ++i) {
-        const V w = kTaps ? weight[kTaps ? i : 0] : load(width + i * call.channels);
+        const V w = kTaps ? weight[kTaps ? i : 0] : load(width + i * call.channel_stride);
         sum += load(column + (o * call.stride + i * call.dilation) * kLanes) * w;
       }
-      store(out + o * call.channels, sum);
+      store(out + o * call.channel_stride, sum);
     }
   }
 }

@@ -1,0 +1,122 @@
+// How the threads of a call divide one stage of a tile. Where tiles are few, the tiles run one after the other and each
+// stage is cut into shares: a thread takes some panels of the stage's output channels, and some of its pixels where
+// panels alone do not divide evenly. Each output is one sum, in one thread: the cuts change no bit of a result.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <thread>
+
+#include "cpu/brgemm.h"
+
+namespace lowrank_ops {
+
+constexpr int64_t kFewestPixels = 7;  // of a cut row: the rows of a register block, for fewer a panel is read in vain
+
+// What one of `count` threads does of a stage.
+struct Share {
+  int64_t index = 0, count = 1;
+
+  // Calls body(panel, row, first, pixels) for this share of `panels` x `rows` rows of `pixels` pixels, panel by panel.
+  // Rows are cut, into pieces of at least `fewest` pixels, only where whole ones do not divide evenly.
+  template <typename Body>
+  void pieces(int64_t panels, int64_t rows, int64_t pixels, int64_t fewest, const Body& body) const {
+    int64_t parts = 1;  // of a row
+    if (panels * rows % count != 0) {
+      parts = std::max<int64_t>(1, pixels / fewest);
+      if (parts > count) parts -= parts % count;
+    }
+    const int64_t units = panels * rows * parts, last = units * (index + 1) / count;
+    for (int64_t unit = units * index / count; unit < last;) {
+      const int64_t line = unit / parts, next = std::min(last, (line + 1) * parts);
+      const int64_t first = pixels * (unit - line * parts) / parts;
+      body(line / rows, line % rows, first, pixels * (next - line * parts) / parts - first);
+      unit = next;
+    }
+  }
+};
+
+// One thread leads: it walks through the tasks and hands out stages; the others serve it. All of a call is one parallel
+// region, because one for each stage costs more than a small stage. Shares are claimed, so the leader waits only for
+// what another thread has begun: a call is right, and goes on, with any number of threads that really come.
+class Team {
+ public:
+  explicit Team(int64_t threads) : threads_(threads) {}
+  int64_t threads() const { return threads_; }
+
+  // Runs lead() on one thread, and the shares of the stages that it hands out on all.
+  template <typename Lead>
+  void call(const Lead& lead) {
+    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t) {
+      if (begin > 0) return serve();
+      struct Dismissal {  // also when lead() throws
+        std::atomic<bool>& over;
+        ~Dismissal() { over.store(true, std::memory_order_release); }
+      } dismissal{over_};
+      lead();
+    });
+  }
+
+  // Calls stage(share) for all shares and waits for them. Called by the leader.
+  template <typename Stage>
+  void run(const Stage& stage) {
+    if (threads_ == 1) return stage(Share{});
+    stage_ = &stage;
+    run_share_ = [](const void* context, const Share& share) { (*static_cast<const Stage*>(context))(share); };
+    finished_.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_release);
+    work();
+    wait_until([&] { return finished_.load(std::memory_order_acquire) == threads_; });
+  }
+
+ private:
+  void serve() {
+    wait_until([&] {
+      if (next_.load(std::memory_order_relaxed) < threads_) work();
+      return over_.load(std::memory_order_acquire);
+    });
+    brgemm_release();
+  }
+
+  // A claimed share keeps the leader from handing out the next stage: `stage_` is that of the claim.
+  void work() {
+    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_acq_rel)) < threads_;) {
+      struct Finish {  // also when the stage throws
+        std::atomic<int64_t>& finished;
+        ~Finish() { finished.fetch_add(1, std::memory_order_release); }
+      } finish{finished_};
+      run_share_(stage_, Share{index, threads_});
+    }
+  }
+
+  template <typename Condition>
+  static void wait_until(const Condition& condition) {
+    constexpr int kSpins = 2000;  // some ten microseconds; then other processes may need the core
+    for (int i = 0; !condition(); ++i) {
+      if (i < kSpins)
+        pause();
+      else
+        std::this_thread::yield();
+    }
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const int64_t threads_;
+  const void* stage_ = nullptr;
+  void (*run_share_)(const void* stage, const Share& share) = nullptr;
+  // On cache lines of their own: waiting threads read them.
+  alignas(64) std::atomic<int64_t> next_{std::numeric_limits<int32_t>::max()};  // share; beyond the last: no stage
+  alignas(64) std::atomic<int64_t> finished_{0};
+  alignas(64) std::atomic<bool> over_{false};
+};
+
+}  // namespace lowrank_ops

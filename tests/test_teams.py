@@ -1,0 +1,128 @@
+"""Convolutions of few tiles on the CPU, where the threads share every stage of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import DTYPES, Call, Problem, assert_output
+
+import lowrank_ops
+from lowrank_ops._ops import _C
+
+THREADS = (2, 3, 5, 8)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+CONVS = ("tucker_conv2d", "cp_conv2d")
+
+# One image and work enough for threads to wait for each other; named after what is special about each.
+SHAPES = {
+    "7x7": dict(h=7, w=7, s=130, t=150, r1=136, r2=129, kernel=(3, 3), padding=(1, 1)),
+    "three rows": dict(h=3, w=75, s=70, t=90, r1=80, r2=80, kernel=(3, 3), padding=(1, 1)),
+    "one row": dict(h=1, w=64, s=128, t=128, r1=96, r2=40, kernel=(1, 64), padding=(0, 32)),
+    "one panel": dict(h=5, w=90, s=128, t=200, r1=48, r2=48, kernel=(3, 3), padding=(1, 1)),
+    "dilation": dict(h=11, w=12, s=96, t=256, r1=128, r2=128, kernel=(3, 3), padding=(4, 4), dilation=(4, 4)),
+    "stride": dict(h=9, w=41, s=64, t=160, r1=112, r2=70, kernel=(3, 5), padding=(1, 2), stride=(1, 2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _former_state() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    with lowrank_ops.set_policy("fused"):
+        yield
+    torch.set_num_threads(threads)
+    _C.set_cpu_winograd("auto")
+
+
+def plan(call: Call) -> dict[str, object]:
+    problem = call.problem
+    (found,) = lowrank_ops.explain(
+        getattr(lowrank_ops, problem.op), list(call.tensors.values()), verbose=False, **problem.options()
+    )
+    return found.chosen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", CONVS)
+def test_teams_change_no_bit(op: str, shape: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
+    sizes = dict(SHAPES[shape])
+    if op == "cp_conv2d":  # little work but in the outer stages
+        sizes.update(s=4 * sizes["s"], t=4 * sizes["t"])
+    call = Problem(op, n=1, dtype=dtype, layout=layout, activation="silu", **sizes).make()
+    torch.set_num_threads(1)
+    alone, output = plan(call), call.run()
+    assert alone["team"] == 1
+    assert_output(call, output)
+    teams = 0
+    for count in THREADS:
+        torch.set_num_threads(count)
+        shared = plan(call)
+        teams += shared["team"] == count
+        assert shared["kernel"] == alone["kernel"]
+        assert torch.equal(output, call.run()), (count, shared)
+    assert teams > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [33, 136])
+def test_winograd_teams_change_no_bit(rank: int, dtype: torch.dtype) -> None:
+    """Odd sizes: the last patches are cut, and shares begin and end inside rows of patches."""
+    sizes = dict(h=7, w=37, s=128, t=256, r1=rank, r2=rank + 30, kernel=(3, 3), padding=(1, 1))
+    call = Problem("tucker_conv2d", n=1, dtype=dtype, layout=torch.channels_last, **sizes).make()
+    _C.set_cpu_winograd("always")
+    torch.set_num_threads(1)
+    output, teams = call.run(), 0
+    for count in THREADS:
+        torch.set_num_threads(count)
+        teams += plan(call)["team"] == count
+        assert torch.equal(output, call.run()), count
+    assert teams > 0
+
+
+@pytest.mark.parametrize("op", CONVS)
+def test_many_images_are_shared_out_whole(op: str) -> None:
+    call = Problem(op, n=8, **SHAPES["7x7"]).make()
+    for count in (2, 4, 8):
+        torch.set_num_threads(count)
+        assert (plan(call)["team"], plan(call)["strips"]) == (1, 1)
+
+
+@pytest.mark.parametrize("op", CONVS)
+def test_small_calls_have_no_team(op: str) -> None:
+    """Waiting for each other would take longer than the work."""
+    call = Problem(op, n=1, s=8, t=8, r1=4, r2=4, h=7, w=7, padding=(1, 1)).make()
+    torch.set_num_threads(2)
+    assert plan(call)["team"] == 1
+
+
+@pytest.mark.parametrize("op", CONVS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_scratch_of_a_team_is_bounded(op: str, layout: torch.memory_format) -> None:
+    """Together no more than one thread may take for itself, half of L2 (1 MiB here at most), whatever the image."""
+    for size in (14, 30, 60):
+        shape = dict(n=1, s=512, t=512, r1=128, r2=128, h=size, w=size, kernel=(3, 3), padding=(6, 6), dilation=(6, 6))
+        call = Problem(op, layout=layout, **shape).make()
+        torch.set_num_threads(1)
+        alone = plan(call)["scratch_bytes"]
+        for count in THREADS:
+            torch.set_num_threads(count)
+            shared = plan(call)
+            assert shared["team"] * shared["scratch_bytes"] <= max(alone, 1 << 19) + count
+
+
+def test_all_threads_of_a_team_take_part() -> None:
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert _C.team_threads(count) == count
+
+
+def test_explain_shows_the_team() -> None:
+    torch.set_num_threads(2)
+    call = Problem("tucker_conv2d", n=1, **SHAPES["7x7"]).make()
+    (found,) = lowrank_ops.explain(
+        lowrank_ops.tucker_conv2d, list(call.tensors.values()), verbose=False, **call.problem.options()
+    )
+    assert "team of 2" in str(found)
