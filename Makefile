@@ -64,7 +64,7 @@ check-cuda: .venv/packages
 
 check-cuda-build:
 	test -d build/cuda_torch/venv || $(PYTHON) -m venv build/cuda_torch/venv
-	build/cuda_torch/venv/bin/pip install -q $(CUDA_TORCH) "setuptools>=77" wheel ninja pybind11 numpy "tensorly>=0.9" rich \
+	build/cuda_torch/venv/bin/pip install -q $(CUDA_TORCH) "setuptools>=77" wheel ninja pybind11 numpy "tensorly>=0.9" rich safetensors \
 	  tqdm pytest hypothesis expecttest pandas
 	mkdir -p build/cuda_torch/src && git ls-files -z | xargs -0 cp -p --parents -t build/cuda_torch/src
 	cd build/cuda_torch/src && LOWRANK_OPS_CUDA=1 TORCH_CUDA_ARCH_LIST=8.0+PTX ../venv/bin/python setup.py -q build_ext --inplace
@@ -83,7 +83,7 @@ sanitize: .venv/built
 .venv/packages: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q $(TORCH) "setuptools>=77" wheel ninja pybind11
-	$(PIP) install -q numpy "tensorly>=0.9" rich tqdm pytest hypothesis expecttest pandas \
+	$(PIP) install -q numpy "tensorly>=0.9" rich safetensors tqdm pytest hypothesis expecttest pandas \
 	  matplotlib pillow scikit-learn "ruff==0.17.*" "clang-format==23.*" "mypy==2.4.*" \
 	  "nvidia-cuda-cuobjdump==13.5.*; sys_platform=='linux'" "nvidia-cuda-nvdisasm==13.5.*; sys_platform=='linux'"
 	touch $@

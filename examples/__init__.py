@@ -1,1 +1,1 @@
-"""The demo and what it runs: trained networks, rendered text, handwritten digits."""
+"""The demo and what it runs: trained networks, rendered text, handwritten digits; `workflows` has more examples."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from examples import text
+from examples.digits import load_digits_split
 from examples.networks import DigitsNetwork, load_detector, load_recogniser
 
 
@@ -131,24 +132,18 @@ def _photographed_page(height: int, width: int) -> Tensor | None:
 
 def digits_task(epochs: int = 6) -> Task:
     """A small CNN, trained here in seconds on four fifths of scikit-learn's 1,797 handwritten digits."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    labels = torch.from_numpy(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, training = order[: len(order) // 5], order[len(order) // 5 :]
-    model = _train(images[training], labels[training], epochs)
+    (images, labels), (held_out_images, held_out_labels) = load_digits_split()
+    model = _train(images, labels, epochs)
 
     @torch.inference_mode()
     def evaluate(model: nn.Module) -> float:
-        predicted = model(_like(model, images[held_out])).argmax(1)
-        return float((predicted != labels[held_out]).float().mean())
+        predicted = model(_like(model, held_out_images)).argmax(1)
+        return float((predicted != held_out_labels).float().mean())
 
     return Task(
-        f"CNN on scikit-learn's digits, {len(held_out)} held-out images",
+        f"CNN on scikit-learn's digits, {len(held_out_images)} held-out images",
         model,
-        images[held_out[:64]],
+        held_out_images[:64],
         "error rate",
         evaluate,
         {"rank": 0.5, "linear": False},

@@ -2,46 +2,73 @@
 
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
+from lowrank_ops.activations import fold_activations_
+from lowrank_ops.batchnorm import fold_batchnorm_, reestimate_batchnorm_
+from lowrank_ops.budget import Budget
 from lowrank_ops.chains import NotOneOp
-from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
+from lowrank_ops.cp import cp_decompose
+from lowrank_ops.decay import frobenius_decay, frobenius_norm_squared
+from lowrank_ops.decompose import svd_decompose, tucker_decompose
+from lowrank_ops.distill import DistillReport, distill_
+from lowrank_ops.export import export_onnx, to_chain
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.initialization import Spectral
 from lowrank_ops.measurements import load_measurements, save_measurements
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.pairs import Fold, FoldReport
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
 from lowrank_ops.prepare import Preparation, PreparedLayer, prepare_for_inference_, unprepare_
-from lowrank_ops.ranks import Energy
-from lowrank_ops.report import LayerReport, Report
+from lowrank_ops.ranks import VBMF, Energy
+from lowrank_ops.report import LayerReport, Report, count_layer_weights
+from lowrank_ops.saving import load, save
 
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "VBMF",
+    "Budget",
     "CPConv1d",
     "CPConv2d",
+    "DistillReport",
     "Energy",
     "Explanation",
+    "Fold",
+    "FoldReport",
     "LayerReport",
     "LowRankLinear",
     "NotOneOp",
     "Preparation",
     "PreparedLayer",
     "Report",
+    "Spectral",
     "TuckerConv1d",
     "TuckerConv2d",
     "build_info",
+    "count_layer_weights",
     "cp_conv2d",
     "cp_decompose",
+    "distill_",
     "explain",
+    "export_onnx",
     "factorize_",
+    "fold_activations_",
+    "fold_batchnorm_",
+    "frobenius_decay",
+    "frobenius_norm_squared",
     "fuse_",
+    "load",
     "load_measurements",
     "lowrank_linear",
     "policy",
     "prepare_for_inference_",
+    "reestimate_batchnorm_",
     "reference",
+    "save",
     "save_measurements",
     "set_policy",
     "svd_decompose",
+    "to_chain",
     "tucker_conv2d",
     "tucker_decompose",
     "unprepare_",

@@ -38,8 +38,8 @@ class Batches:
             * a tensor `[rows, ...]`: batches of at most 32 rows;
             * a tuple of positional or a dict of keyword arguments: one batch, as with `example_input`;
             * an iterable that starts anew each time (a list, a DataLoader), each item a batch: a tensor, a tuple of
-              positional arguments, a dict of keyword arguments, or a list, of which the first entry is the input and the
-              rest (labels: PyTorch's DataLoader makes such lists of its samples) is not used.
+              positional arguments, a dict of keyword arguments, or a list, of which the first entry is the input and
+              the rest (labels: PyTorch's DataLoader makes such lists of its samples) is not used.
         where: the argument's name, for errors ("factorize_: calibration").
         device: where the tensors go; None leaves them where they are.
 
@@ -68,7 +68,7 @@ class Batches:
         """How many batches there are. Raises TypeError for data without a length."""
         if isinstance(self._data, Tensor):
             return -(-len(self._data) // ROWS)
-        return 1 if isinstance(self._data, (tuple, dict)) else len(self._data)
+        return 1 if isinstance(self._data, (tuple, dict)) else len(self._data)  # type: ignore[arg-type]
 
     def _items(self) -> Iterable[Any]:
         if isinstance(self._data, Tensor):

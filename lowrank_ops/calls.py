@@ -59,7 +59,12 @@ class Calls:
     """The calls of several layers."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = list(layers)
         self._by_id = {id(layer): LayerCalls() for layer in layers}
+
+    def layers(self) -> list[nn.Module]:
+        """All of them."""
+        return self._layers
 
     def of(self, layer: nn.Module) -> LayerCalls:
         """The calls of one of the layers."""
@@ -69,7 +74,7 @@ class Calls:
 def run_example(model: nn.Module, example_input: Any) -> None:
     """Runs the model on a tensor, a tuple or list of arguments or a dict of keyword arguments; without
     gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if isinstance(example_input, dict):
             model(**example_input)
         elif isinstance(example_input, (tuple, list)):
@@ -107,23 +112,38 @@ def compare_times(before: nn.Module, after: nn.Module, calls: LayerCalls) -> tup
     """
     if not calls.inputs:
         return None
-    totals = [0.0, 0.0]
+    first, second = times([before, after], before.weight.dtype, calls)  # type: ignore[arg-type]
+    return first, second
+
+
+def times(
+    modules: Sequence[nn.Module],
+    dtype: torch.dtype,
+    calls: LayerCalls,
+    seconds: float = _SECONDS_PER_SHAPE,
+    typical: Callable[[Sequence[float]], float] = statistics.median,
+) -> list[float]:
+    """Milliseconds of the recorded calls through each module: typical ones of interleaved runs, without hooks.
+
+    Under autocast a layer may see another dtype than its own: the inputs have `dtype`. Each kind of input takes about
+    `seconds`, or five rounds.
+    """
+    totals = [0.0] * len(modules)
     with torch.no_grad():
         for kind, count in calls.inputs.items():
-            # under autocast a layer may see another dtype than its own
-            input = kind.random().to(before.weight.dtype)  # type: ignore[arg-type]
-            seconds: tuple[list[float], list[float]] = ([], [])
-            for module in (before, after):
+            input = kind.random().to(dtype)
+            measured: list[list[float]] = [[] for _ in modules]
+            for module in modules:
                 _seconds(module, input)
             started = time.perf_counter()
-            while len(seconds[0]) < _ROUNDS[0] or (
-                len(seconds[0]) < _ROUNDS[1] and time.perf_counter() - started < _SECONDS_PER_SHAPE
+            while len(measured[0]) < _ROUNDS[0] or (
+                len(measured[0]) < _ROUNDS[1] and time.perf_counter() - started < seconds
             ):
-                for module, measured in zip((before, after), seconds, strict=True):
-                    measured.append(_seconds(module, input))
-            for which, measured in enumerate(seconds):
-                totals[which] += 1e3 * count * statistics.median(measured)
-    return totals[0], totals[1]
+                for module, samples in zip(modules, measured, strict=True):
+                    samples.append(_seconds(module, input))
+            for index, samples in enumerate(measured):
+                totals[index] += 1e3 * count * typical(samples)
+    return totals
 
 
 def _seconds(module: nn.Module, input: Tensor) -> float:
@@ -135,7 +155,7 @@ def _seconds(module: nn.Module, input: Tensor) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from lowrank_ops import ranks
+from lowrank_ops.activations import rectified
+from lowrank_ops.batches import Batches, device_of
+from lowrank_ops.budget import Budget
+from lowrank_ops.calibration import Fit, fit_in_order_
 from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
+from lowrank_ops.cp import sensitivity
+from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.module_base import FactorizedModule, refusal
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.modules import CPConv1d, CPConv2d
+from lowrank_ops.moments import Moments, gather_moments
+from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
+from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
+from lowrank_ops.selection import Selectors, select
+from lowrank_ops.spending import spend
 from lowrank_ops.surgery import Owners, Site, find_sites, move_hooks
 
 __all__ = ["factorize_", "fuse_"]
 
-Selector = str | type | Callable[[str, nn.Module], bool]
-Selectors = Selector | Iterable[Selector] | None
+_CP = (CPConv1d, CPConv2d)
 
 # Layers whose parent reads their weight itself instead of calling them.
 _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -35,15 +46,17 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 def factorize_(
     model: nn.Module,
-    method: Literal["tucker", "cp"] = "tucker",
-    rank: Rank = 0.5,
+    method: Literal["tucker", "cp", "auto"] = "tucker",
+    rank: Rank | Budget = 0.5,
     *,
     linear: Rank | Literal[False] | None = None,
     include: Selectors = None,
     exclude: Selectors = None,
+    calibration: Any = None,
     example_input: Any = None,
     multiple: int = 8,
     seed: int = 0,
+    n_jobs: int | None = None,
     progress: bool = True,
 ) -> Report:
     """Replaces the convolution and linear layers of `model`, in place, by factorized modules.
@@ -59,27 +72,38 @@ def factorize_(
     Args:
         model: the network. A model that is itself one layer has no place to put the replacement:
             `from_conv2d`, `from_linear`.
-        method: "tucker" (Tucker-2) or "cp".
+        method: "tucker" (Tucker-2), "cp", or "auto": for each layer what gives the least error at the cost; it
+            needs a `Budget`.
         rank: as in `tucker_decompose` / `cp_decompose`. For 1x1 convolutions it is the rank of the matrix; of
-            a pair `(R1, R2)` the smaller one.
+            a pair `(R1, R2)` the smaller one. Or a `Budget` for the whole network: then each layer gets its own
+            ranks, or stays dense.
         linear: the rank of linear layers as in `svd_decompose`; None takes `rank` (of a pair the smaller
             one), False leaves them.
         include: only these layers; None means all. A glob pattern of qualified names ("features.*"), a module
             type, a callable `(name, layer) -> bool`, or several of them. A pattern or type also stands for
             everything inside a module that it matches.
         exclude: not these, in the same terms.
+        calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`lowrank_ops.batches`).
+            Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
+            to the inputs that the already factorized layers before it give it (`lowrank_ops.calibration`). A layer
+            without a bias gets one. Some hundred images and a few thousand pixels per layer are enough; the model runs
+            in eval mode, about once per layer and batch. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its
+            statistics afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, and the
             factorized model is run once to see that it works. The model is in eval mode for these runs.
-        multiple: ranks from fractions and energies are rounded to a multiple of it (see `lowrank_ops.ranks`).
+        multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
+            budget are multiples of it.
         seed: of the decompositions.
+        n_jobs: decompose in so many processes of one thread each (joblib; -1: one a core); the same bits for every
+            number. None: one layer after the other, with torch's threads.
         progress: a progress bar on stderr.
 
     Layers are left as they are, with the reason in the report, where a block would have no fewer parameters
-    or multiplications, where an integer rank is above the layer's limit, and where a replacement would not be
-    safe: groups, transposed and 3-D convolutions, subclasses with a forward of their own, computed
-    (parametrized) weights, weights shared with another module, weights that the parent module reads itself
-    (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer).
+    or multiplications, where an integer rank is above the layer's limit, where a budget is better spent on the dense
+    layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a forward
+    of their own, computed (parametrized) weights, weights shared with another module, weights that the parent module
+    reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer).
 
     Returns:
         A `Report` with an entry for each convolution, linear and factorized layer.
@@ -87,66 +111,216 @@ def factorize_(
     Raises:
         ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
             that could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or
-            already factorized itself, an unknown method.
+            already factorized itself, an unknown method, a budget that cannot be met (saying the closest), calibration
+            data that are empty, not finite, or never reach a layer.
         TypeError: arguments of the wrong kind.
-        RuntimeError: the model fails on `example_input`, before or after (then it is as it was).
+        RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
+            data.
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
-    sites = find_sites(model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
-    chosen = _select(model, sites, include, exclude)
-    before = count_parameters(model)
-    calls = None if example_input is None else recorded_calls(model, example_input, [site.layer for site in sites])
-
-    owners = Owners(model)
-    replacements: dict[int, nn.Module] = {}
-    reasons: dict[int, str] = {}
-    tried = 0
-    with _progress(sites, "decompose", progress) as bar:
-        for site, reason in zip(bar, chosen, strict=True):
-            bar.set_postfix_str(site.names[0])
-            reason = reason or _unsafe(site, owners) or refusal(site.layer)
-            if linear is False and isinstance(site.layer, nn.Linear):
-                reason = reason or "linear=False leaves linear layers"
-            tried += reason is None
-            outcome = reason or _replacement(site, method, rank, linear, multiple, seed)
-            if isinstance(outcome, str):
-                reasons[id(site.layer)] = outcome
-            else:
-                replacements[id(site.layer)] = outcome
-
-    above = [reason for reason in reasons.values() if isinstance(reason, _AboveLimit)]
-    if above and len(above) == tried:
+    work = _Work(model, method, rank, linear, multiple, seed, n_jobs, progress)
+    if work.sites and all(isinstance(site.layer, FactorizedModule) for site in work.sites):
         raise ValueError(
-            f"factorize_: rank {rank if linear in (None, False) else (rank, linear)} is above the limit of every "
-            f"layer that could be replaced ({above[0]}{'; ...' if tried > 1 else ''}); give a lower rank or a fraction"
+            f"factorize_: model is already factorized, all {len(work.sites)} of its layers; "
+            "to_dense() of a layer undoes it"
         )
+    chosen = select(model, work.sites, include, exclude)
+    before = count_parameters(model)
+    batches = None if calibration is None else Batches(calibration, "factorize_: calibration", device_of(model))
+    if example_input is None and isinstance(rank, Budget):
+        example_input = _example_for(rank, batches)
+    layers = [site.layer for site in work.sites]
+    calls = None if example_input is None else recorded_calls(model, example_input, layers)
 
-    times: dict[int, tuple[float, float]] = {}
-    if calls is not None:
-        with _progress([site for site in sites if id(site.layer) in replacements], "measure", progress) as bar:
-            for site in bar:
-                bar.set_postfix_str(site.names[0])
-                pair = compare_times(site.layer, replacements[id(site.layer)], calls.of(site.layer))
-                if pair is not None:
-                    times[id(site.layer)] = pair
-
-    _swap(model, [site for site in sites if id(site.layer) in replacements], replacements, example_input)
-    entries = [
-        _entry(
-            site,
-            replacements.get(id(site.layer)),
-            reasons.get(id(site.layer)),
-            calls,
-            times.get(id(site.layer)),
+    work.refuse(chosen)
+    if batches is not None:
+        work.gather(batches)
+    if isinstance(rank, Budget):
+        work.choices, left = spend(
+            rank, model, work.open_sites(), work.whitened(), method, multiple, seed, calls, example_input, progress
         )
-        for site in sites
-    ]
+        work.reasons.update(left)
+    work.decompose()
+    if batches is not None:
+        work.fit(batches)
+
+    times = {} if calls is None else work.measure(calls)
+    replaced = [site for site in work.sites if id(site.layer) in work.replacements]
+    _swap(model, replaced, work.replacements, example_input)
+    entries = [_entry(site, work, calls, times.get(id(site.layer))) for site in work.sites]
     return Report(type(model).__name__, entries, calls is not None, before, count_parameters(model))
 
 
+@dataclass
+class _Work:
+    """The state of one `factorize_`: what is known of each layer, by id."""
+
+    model: nn.Module
+    method: str
+    rank: Rank | Budget
+    linear: Rank | Literal[False] | None
+    multiple: int
+    seed: int
+    n_jobs: int | None
+    progress: bool
+    sites: list[Site] = field(init=False)
+    reasons: dict[int, str] = field(default_factory=dict)
+    moments: dict[int, Moments] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    replacements: dict[int, FactorizedModule] = field(default_factory=dict)
+    output_errors: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sites = find_sites(self.model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
+
+    def open_sites(self) -> list[Site]:
+        """Those that no reason keeps from being replaced."""
+        return [site for site in self.sites if id(site.layer) not in self.reasons]
+
+    def refuse(self, chosen: Sequence[str | None]) -> None:
+        """Notes why layers are left whatever their rank."""
+        owners = Owners(self.model)
+        for site, reason in zip(self.sites, chosen, strict=True):
+            reason = reason or _unsafe(site, owners) or refusal(site.layer)
+            if self.linear is False and isinstance(site.layer, nn.Linear):
+                reason = reason or "linear=False leaves linear layers"
+            if reason is not None:
+                self.reasons[id(site.layer)] = reason
+            else:
+                ranks.require_finite(weight_of(site.layer), site.names[0])
+
+    def gather(self, batches: Batches) -> None:
+        """The moments of all layers that may be replaced."""
+        sites = self.open_sites()
+        with _bar(None, "calibrate", self.progress, _length(batches)) as bar, _failing("calibration"):
+            self.moments, self.calls = gather_moments(
+                self.model,
+                [site.layer for site in sites],  # type: ignore[misc]
+                batches,
+                seen=bar.update,
+            )
+        unreached = [site.names[0] for site in sites if id(site.layer) not in self.moments]
+        if unreached:
+            raise ValueError(
+                f"factorize_: the calibration data never reach {', '.join(unreached)}: the model does not call "
+                f"{'it' if len(unreached) == 1 else 'them'} on these inputs; exclude such layers or give other data"
+            )
+
+        for site in sites:
+            if not bool(torch.isfinite(self.moments[id(site.layer)].input).all()):
+                raise ValueError(
+                    f"factorize_: {site.names[0]} sees values that are not finite on the calibration data; leave out "
+                    "the samples that cause them, or exclude the layer"
+                )
+
+    def whitened(self) -> dict[int, torch.Tensor]:
+        """What a `Budget` weighs: whitened weights, or weights divided by their norms."""
+        result = {}
+        for site in self.open_sites():
+            weight = weight_of(site.layer)
+            moments = self.moments.get(id(site.layer))
+            if moments is not None:
+                result[id(site.layer)] = Whitening.of(moments).apply(weight)
+            else:
+                weight = weight.double().cpu()
+                result[id(site.layer)] = weight / (float(weight.norm()) or 1.0)
+        return result
+
+    def decompose(self) -> None:
+        """Makes the modules, or notes why a layer is left."""
+        tried = len(self.open_sites())
+        tasks: list[tuple[Site, Task]] = []
+        for site in self.open_sites():
+            task = self._task(site)
+            if isinstance(task, str):
+                self.reasons[id(site.layer)] = task
+            else:
+                tasks.append((site, task))
+        modules = run_tasks([task for _, task in tasks], self.n_jobs)
+        with _bar([site for site, _ in tasks], "decompose", self.progress) as bar:
+            for site, module in zip(bar, modules, strict=True):
+                bar.set_postfix_str(site.names[0])
+                reason = _too_large(site.layer, module)
+                if reason is None:
+                    self.replacements[id(site.layer)] = module
+                else:
+                    self.reasons[id(site.layer)] = reason
+        above = [reason for reason in self.reasons.values() if isinstance(reason, _AboveLimit)]
+        if above and len(above) == tried:
+            shown = self.rank if self.linear in (None, False) else (self.rank, self.linear)
+            raise ValueError(
+                f"factorize_: rank {shown} is above the limit of every layer that could be replaced "
+                f"({above[0]}{'; ...' if tried > 1 else ''}); give a lower rank or a fraction"
+            )
+
+    def fit(self, batches: Batches) -> None:
+        """Fits the modules to the dense layers' outputs, in the order in which the model calls them."""
+        order = list(self.moments)
+        sites = sorted(
+            (site for site in self.sites if id(site.layer) in self.replacements),
+            key=lambda site: order.index(id(site.layer)),
+        )
+        relu = rectified(self.model, [site.layer for site in sites])
+        fits = []
+        for site in sites:
+            key = id(site.layer)
+            fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key], key in relu))
+        count = sum(1 for _ in batches)
+        with _bar(None, "fit", self.progress, len(fits) * count) as bar, _failing("calibration"):
+
+            def step(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+
+            self.output_errors = fit_in_order_(self.model, fits, batches, count, step)
+        for site in sites:
+            module = self.replacements[id(site.layer)]
+            module.relative_error = weight_error(site.layer, module)
+
+    def measure(self, calls: Calls) -> dict[int, tuple[float, float]]:
+        """Milliseconds before and after of the layers that are replaced."""
+        found: dict[int, tuple[float, float]] = {}
+        sites = [site for site in self.sites if id(site.layer) in self.replacements]
+        with _bar(sites, "measure", self.progress) as bar:
+            for site in bar:
+                bar.set_postfix_str(site.names[0])
+                pair = compare_times(site.layer, self.replacements[id(site.layer)], calls.of(site.layer))
+                if pair is not None:
+                    found[id(site.layer)] = pair
+        return found
+
+    def _task(self, site: Site) -> Task | str:
+        """How to decompose a layer, or the reason why it is left."""
+        layer: Any = site.layer
+        choice = self.choices.get(id(layer))
+        method = self.method if choice is None else choice.kind
+        tucker = method == "tucker" and not is_matrix(layer)
+        options: dict[str, Any] = {"multiple": self.multiple, "name": site.names[0]}
+        if choice is not None:
+            own_rank = choice.rank
+        else:
+            rank = self.linear if isinstance(layer, nn.Linear) and self.linear is not None else self.rank
+            try:  # arguments and values were checked: what is left is a rank above this layer's limit
+                own_rank = layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
+            except ValueError as error:
+                return _AboveLimit(error)
+        return Task(layer, own_rank, tucker, self.moments.get(id(layer)), {**options, "seed": self.seed})
+
+
+def _too_large(layer: Any, module: FactorizedModule) -> str | None:
+    """Why a module is no gain over its layer."""
+    for what, count in (("parameters", count_parameters), ("multiplications per output pixel", count_macs)):
+        dense, factorized = count(layer), count(module)
+        assert dense is not None and factorized is not None
+        if factorized >= dense:
+            return f"would not shrink: rank {module.rank} has {factorized} {what}, the dense layer {dense}"
+    return None
+
+
 def _check_arguments(
-    model: nn.Module, method: str, rank: Rank, linear: Rank | Literal[False] | None, multiple: int
+    model: nn.Module, method: str, rank: Rank | Budget, linear: Rank | Literal[False] | None, multiple: int
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"factorize_: model must be an nn.Module, got {type(model).__name__}")
@@ -158,76 +332,41 @@ def _check_arguments(
             "replacement; use TuckerConv2d.from_conv2d, CPConv2d.from_conv2d or LowRankLinear.from_linear, "
             "or wrap it in nn.Sequential"
         )
-    if method not in ("tucker", "cp"):
-        raise ValueError(f"factorize_: method must be 'tucker' or 'cp', got {method!r}")
+    if method not in ("tucker", "cp", "auto"):
+        raise ValueError(f"factorize_: method must be 'tucker', 'cp' or 'auto', got {method!r}")
+    ranks.check_multiple(multiple, "factorize_")
+    if isinstance(linear, (tuple, list)):
+        raise ValueError(f"factorize_: linear must be a single rank, got {linear}")
+    if linear is not None and linear is not False:
+        ranks.check_rank(linear, "factorize_: linear")
+    if isinstance(rank, Budget):
+        if linear not in (None, False):
+            raise ValueError(
+                f"factorize_: linear must be None or False with a Budget, which chooses all ranks, got {linear}"
+            )
+        return
+    if method == "auto":
+        raise ValueError(f"factorize_: method 'auto' spends a budget; give rank=Budget(...), got {rank!r}")
     if method == "cp" and isinstance(rank, (tuple, list)):
         raise ValueError(f"factorize_: rank must be a single number for method 'cp', got {rank}")
     if isinstance(rank, (tuple, list)) and len(rank) != 2:
         raise ValueError(f"factorize_: rank must be a single rank or a pair (R1, R2), got {rank}")
-    if isinstance(linear, (tuple, list)):
-        raise ValueError(f"factorize_: linear must be a single rank, got {linear}")
-    ranks.check_multiple(multiple, "factorize_")
     for entry in rank if isinstance(rank, (tuple, list)) else (rank,):
         ranks.check_rank(entry, "factorize_: rank")
-    if linear is not None and linear is not False:
-        ranks.check_rank(linear, "factorize_: linear")
 
 
-def _select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Selectors) -> list[str | None]:
-    """For each site why the user left it out, or None. Raises ValueError for a selector without a match."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    excluding = [(selector, _matches(selector, "exclude", sites, modules)) for selector in _listed("exclude", exclude)]
-    including = [_matches(selector, "include", sites, modules) for selector in _listed("include", include)]
-    reasons: list[str | None] = []
-    for index in range(len(sites)):
-        by = next((selector for selector, found in excluding if found[index]), None)
-        if by is not None:
-            reasons.append(f"excluded by {_shown(by)}")
-        elif include is not None and not any(found[index] for found in including):
-            reasons.append("not in include")
-        else:
-            reasons.append(None)
-    return reasons
-
-
-def _listed(argument: str, selectors: Selectors) -> list[Selector]:
-    if selectors is None:
-        return []
-    several = isinstance(selectors, Iterable) and not isinstance(selectors, (str, type, nn.Module))
-    listed: list[Any] = list(selectors) if several else [selectors]  # type: ignore[arg-type]
-    for selector in listed:
-        if isinstance(selector, nn.Module) or not (isinstance(selector, (str, type)) or callable(selector)):
-            raise TypeError(
-                f"factorize_: {argument} takes patterns, types and callables (name, layer) -> bool, got "
-                f"{type(selector).__name__}; a module goes by its qualified name"
-            )
-    return listed
-
-
-def _shown(selector: Selector) -> str:
-    return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", str(selector))
-
-
-def _matches(selector: Selector, argument: str, sites: list[Site], modules: Mapping[str, nn.Module]) -> list[bool]:
-    found = [any(_selected(selector, name, site.layer, modules) for name in site.names) for site in sites]
-    if not any(found):
-        names = [name for site in sites for name in site.names]
-        near = difflib.get_close_matches(selector, names, 3) if isinstance(selector, str) else []
+def _example_for(budget: Budget, batches: Batches | None) -> Any:
+    """The input that a budget of multiplications or latency is for."""
+    if budget.example_input is not None:
+        return budget.example_input
+    if budget.kind == "params":
+        return None
+    if batches is None:
         raise ValueError(
-            f"factorize_: {argument} {_shown(selector)} matches no convolution or linear layer; the model "
-            f"has {', '.join(near or names[:8]) or 'none'}{'' if near or len(names) <= 8 else ', ...'}"
+            f"factorize_: a budget of {budget.kind} needs an input: give example_input=, or calibration data"
         )
-    return found
-
-
-def _selected(selector: Selector, name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    parts = name.split(".")
-    within = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    if isinstance(selector, str):
-        return any(fnmatch.fnmatchcase(outer, selector) for outer in within)
-    if isinstance(selector, type):
-        return isinstance(layer, selector) or any(isinstance(modules.get(outer), selector) for outer in within)
-    return bool(selector(name, layer))
+    batch = next(iter(batches))
+    return dict(batch.keywords) if batch.keywords else batch.arguments
 
 
 def _unsafe(site: Site, owners: Owners) -> str | None:
@@ -242,52 +381,6 @@ def _unsafe(site: Site, owners: Owners) -> str | None:
 
 class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
-
-
-def _replacement(
-    site: Site, method: str, rank: Rank, linear: Rank | Literal[False] | None, multiple: int, seed: int
-) -> nn.Module | str:
-    """The factorized module for a layer, or the reason why the layer is left."""
-    layer = site.layer
-    if isinstance(layer, nn.Linear) and linear is not None:
-        rank = linear
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear))
-    ranks.require_finite(layer.weight.detach(), site.names[0])
-    tucker = method == "tucker" and not _is_matrix(layer)
-    options: dict[str, Any] = {"multiple": multiple, "name": site.names[0]}
-    try:  # arguments and values were checked: what is left is a rank above this layer's limit
-        own_rank = _layer_rank(layer, rank, tucker, options)
-    except ValueError as error:
-        return _AboveLimit(error)
-    options["seed"] = seed
-    module: FactorizedModule
-    if isinstance(layer, nn.Linear):
-        module = LowRankLinear.from_linear(layer, own_rank, **options)
-    elif isinstance(layer, nn.Conv2d):
-        module = (TuckerConv2d if tucker else CPConv2d).from_conv2d(layer, own_rank, **options)
-    else:
-        module = (TuckerConv1d if tucker else CPConv1d).from_conv1d(layer, own_rank, **options)
-    for what, count in (("parameters", count_parameters), ("multiplications per output pixel", count_macs)):
-        dense, factorized = count(layer), count(module)
-        assert dense is not None and factorized is not None
-        if factorized >= dense:
-            return f"would not shrink: rank {module.rank} has {factorized} {what}, the dense layer {dense}"
-    return module
-
-
-def _is_matrix(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> bool:
-    return isinstance(layer, nn.Linear) or all(size == 1 for size in layer.kernel_size)
-
-
-def _layer_rank(
-    layer: nn.Conv1d | nn.Conv2d | nn.Linear, rank: Rank, tucker: bool, options: Mapping[str, Any]
-) -> int | tuple[int, int]:
-    weight = layer.weight.detach()
-    if _is_matrix(layer):
-        pair = rank if isinstance(rank, tuple) else (rank,)
-        return min(ranks.linear_rank(entry, weight.flatten(1), **options) for entry in pair)
-    image = weight if weight.dim() == 4 else weight.unsqueeze(2)
-    return (ranks.tucker_ranks if tucker else ranks.cp_rank)(rank, image, **options)
 
 
 def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any) -> None:
@@ -308,14 +401,9 @@ def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Mod
         move_hooks(site.layer, replacements[id(site.layer)])
 
 
-def _entry(
-    site: Site,
-    module: nn.Module | None,
-    reason: str | None,
-    calls: Calls | None,
-    times: tuple[float, float] | None,
-) -> LayerReport:
+def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, float] | None) -> LayerReport:
     layer = site.layer
+    module = work.replacements.get(id(layer))
     kernel = getattr(layer, "kernel_size", None)
     size = count_parameters(layer)
     made_of = layer if module is None else module
@@ -336,7 +424,9 @@ def _entry(
         macs_before=macs(layer),
         macs_after=macs(made_of),
         weight_error=getattr(made_of, "relative_error", None),
-        reason=reason,
+        output_error=work.output_errors.get(id(layer)),
+        sensitivity=sensitivity(list(made_of.factors().values())) if isinstance(made_of, _CP) else None,
+        reason=work.reasons.get(id(layer)),
         output_size=None if seen is None else seen.output_size,
         milliseconds_before=None if times is None else times[0],
         milliseconds_after=None if times is None else times[1],
@@ -344,5 +434,24 @@ def _entry(
     )
 
 
-def _progress(sites: list[Site], what: str, shown: bool) -> tqdm:
-    return tqdm(sites, desc=what, unit="layer", file=sys.stderr, disable=not shown, leave=False)
+def _length(batches: Batches) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
+@contextmanager
+def _failing(argument: str) -> Iterator[None]:
+    """Says on which data the model failed."""
+    try:
+        yield
+    except (ValueError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"factorize_: the model fails on the {argument} data: {error}") from error
+
+
+def _bar(sites: Sequence[Site] | None, what: str, shown: bool, total: int | None = None) -> tqdm:
+    unit = "layer" if sites is not None else "batch"
+    return tqdm(sites, desc=what, unit=unit, total=total, file=sys.stderr, disable=not shown, leave=False)

@@ -15,7 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 from lowrank_ops import chains
 from lowrank_ops._ops import _C, ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
-from lowrank_ops.ranks import Energy, Rank
+from lowrank_ops.initialization import Init, check_init, draw_factors
+from lowrank_ops.ranks import VBMF, Energy, Rank
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,11 +42,13 @@ class FactorizedModule(nn.Module):
         rank: `(R1, R2)` for Tucker, `R` otherwise.
         relative_error: `||W - W_dense|| / ||W_dense||` of the decomposition this module came from, None if it
             was trained from scratch or read from a chain. No part of the state_dict.
+        init: what `reset_parameters()` draws from: the constructor's argument.
     """
 
     rank: int | tuple[int, int]
     activation: str
     relative_error: float | None = None
+    init: Init = "default"
     _packing: Packing | None = None
     in_factor: nn.Parameter
     out_factor: nn.Parameter
@@ -83,19 +86,46 @@ class FactorizedModule(nn.Module):
         """Copies and pickles carry no packed weights."""
         return {name: value for name, value in self.__dict__.items() if name != "_packing"}
 
-    def reset_parameters(self) -> None:
-        """Draws new values: uniform, the product of the factors with the variance of nn.Conv2d's default.
+    def reset_parameters(self, init: Init | None = None) -> None:
+        """Draws new values for the factors and the bias.
 
-        That default is `1 / (3 fan_in)` (kaiming_uniform with a = sqrt(5)), fan_in = S KH KW. Each factor
-        gets variance `1 / (its own inputs per output)`, so that every stage keeps the size of its input, and
-        `out_factor` a third of that. The bias is uniform within `1 / sqrt(fan_in)`, as in nn.Conv2d.
+        `init` says what the dense weight W, `[T, S, KH, KW]` or `[T, S]`, would be drawn from:
+
+        * "default": nn.Conv2d's and nn.Linear's own, of variance `1 / (3 S KH KW)`. Each factor is uniform with
+          variance `1 / (its own inputs per output)`, so that every stage keeps the size of its input, and
+          `out_factor` with a third of that.
+        * the name of a function of torch.nn.init without its underscore ("xavier_uniform", "kaiming_normal",
+          "trunc_normal", "orthogonal", "ones", ...), with that function's defaults, or a callable that fills a
+          tensor in place (`functools.partial(torch.nn.init.normal_, std=0.02)`). It fills each factor as a tensor
+          of the factor's shape. Then the factors are scaled: all but `out_factor` to mean square `1 / (inputs per
+          output)`, and `out_factor` such that the product's mean square is that of one draw of W (made for this,
+          and dropped: it takes W's memory for a moment). So of the initializer each factor has the distribution up
+          to scale, and the product has the dense weight's fans, gain and variance. Where the mean is not zero
+          ("uniform" is that of [0, 1)) it is the mean square that is kept, not the variance.
+        * "eye" (linear) and "dirac" (convolutions): the identity on the first R channels, nothing scaled.
+        * "zeros" leaves factors whose gradients are zero for ever; "constant" and "sparse" need an argument, and
+          "sparse" is for matrices: `functools.partial(torch.nn.init.sparse_, sparsity=0.9)`.
+        * "spectral" or `Spectral(init)`: the decomposition of a draw of W.
+
+        The bias is uniform within `1 / sqrt(S KH KW)` always, as in nn.Conv2d. Random numbers come from torch's
+        global generator; bfloat16 and float16 values are drawn in float32 and rounded.
+
+        Args:
+            init: for this call; None takes the constructor's.
+
+        Raises:
+            ValueError: an unknown name, one that needs arguments or is for the other kind of layer, an initializer
+                that fails on a shape or leaves values that are not finite, sharded factors (but for "default").
+            TypeError: neither a name nor a callable. In all cases the module is unchanged.
         """
-        fan_in = 1
-        for name, factor in self.factors().items():
-            inputs = factor[0].numel()
-            bound = math.sqrt((1 if name == "out_factor" else 3) / inputs)
-            nn.init.uniform_(factor, -bound, bound)
-            fan_in *= inputs if name != "out_factor" else 1
+        init = self.init if init is None else init
+        check_init(self._name, init, matrix=not hasattr(self, "kernel_size"))
+        if init == "default":
+            for name, factor in self.factors().items():
+                bound = math.sqrt((1 if name == "out_factor" else 3) / factor[0].numel())
+                nn.init.uniform_(factor, -bound, bound)
+        else:
+            draw_factors(self, init)
         if self.bias is not None:
             bound = 1 / math.sqrt(self._fan_in())
             nn.init.uniform_(self.bias, -bound, bound)
@@ -119,12 +149,20 @@ class FactorizedModule(nn.Module):
     def _fan_in(self) -> int:
         raise NotImplementedError
 
+    @classmethod
+    def _decompose(
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
+    ) -> tuple[dict[str, Tensor], float]:
+        """The factors of a dense weight, a 1-D convolution's with height 1, and their relative error."""
+        raise NotImplementedError
+
     @torch.inference_mode(False)  # inference tensors cannot be trained
-    def _create(self, bias: bool, out_size: int, device: Any, dtype: torch.dtype | None) -> None:
+    def _create(self, bias: bool, out_size: int, device: Any, dtype: torch.dtype | None, init: Init) -> None:
         """Registers factors and bias, in the order of `_factor_shapes`, and draws their values."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
             raise TypeError(f"{self._name}: dtype must be one of {DTYPES}, got {dtype}")
+        self.init = init
         for name, shape in self._factor_shapes().items():
             self.register_parameter(name, nn.Parameter(_core_layout(torch.empty(shape, device=device, dtype=dtype))))
         empty = torch.empty(out_size, device=device, dtype=dtype) if bias else None
@@ -168,6 +206,7 @@ class FactorizedConv(FactorizedModule):
         activation: str = "none",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        init: Init = "default",
     ) -> None:
         super().__init__()
         if groups != 1:
@@ -195,7 +234,7 @@ class FactorizedConv(FactorizedModule):
         refuse_energy(self._name, rank)
         self.rank = self._resolve_rank(rank)
         self._plan_window()
-        self._create(bias, self.out_channels, device, dtype)
+        self._create(bias, self.out_channels, device, dtype, init)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[N, S, H, W]` or `[S, H, W]` to `[N, T, OH, OW]` or `[T, OH, OW]`; without H for the 1-D
@@ -321,13 +360,16 @@ class FactorizedConv(FactorizedModule):
         )
 
     @classmethod
-    def _from_conv(cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str) -> Self:
+    def _from_conv(
+        cls, conv: nn.Module, rank: Rank, multiple: int, seed: int, activation: str, name: str, progress: bool = False
+    ) -> Self:
         kind = nn.Conv2d if cls.axes == 2 else nn.Conv1d
         check_replaceable(cls.__name__, conv, kind, name)
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
         check_activation(cls.__name__, activation)
         weight = conv.weight.detach()
-        factors, error = cls._decompose(weight if cls.axes == 2 else weight.unsqueeze(2), rank, multiple, seed, name)
+        image = weight if cls.axes == 2 else weight.unsqueeze(2)
+        factors, error = cls._decompose(image, rank, multiple, seed, name, progress)
         module = cls._empty_like(conv, weight, activation, conv.bias is not None)
         module._adopt(factors, conv.bias, conv, frozen=not conv.weight.requires_grad)
         module.relative_error = error
@@ -346,12 +388,6 @@ class FactorizedConv(FactorizedModule):
         for name, stage in zip(chain.factors, chain.stages, strict=True):
             getattr(module, name).requires_grad_(stage.weight.requires_grad)
         return module
-
-    @classmethod
-    def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
-    ) -> tuple[dict[str, Tensor], float]:
-        raise NotImplementedError
 
 
 def refusal(layer: nn.Module) -> str | None:
@@ -406,10 +442,10 @@ def groups_reason(groups: int) -> str:
 
 
 def refuse_energy(name: str, rank: Rank) -> None:
-    if any(isinstance(entry, Energy) for entry in (rank if isinstance(rank, (tuple, list)) else (rank,))):
+    if any(isinstance(entry, (Energy, VBMF)) for entry in (rank if isinstance(rank, (tuple, list)) else (rank,))):
         raise TypeError(
             f"{name}: rank must be an int, a fraction or a pair, got {rank}: a new layer has no weight whose "
-            "energy could be measured; use from_conv2d, from_conv1d or from_linear"
+            "singular values could be measured; use from_conv2d, from_conv1d or from_linear"
         )
 
 

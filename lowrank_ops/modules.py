@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import chains, ranks, reference
-from lowrank_ops.decompose import cp_decompose, svd_decompose, tucker_decompose
+from lowrank_ops.cp import cp_decompose
+from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.initialization import Init
 from lowrank_ops.module_base import (
     FactorizedConv,
     FactorizedModule,
@@ -92,7 +94,7 @@ class _TuckerConv(FactorizedConv):
 
     @classmethod
     def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         found = tucker_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
         core = found.core if cls.axes == 2 else found.core.squeeze(2)
@@ -115,6 +117,9 @@ class TuckerConv2d(_TuckerConv):
         groups: only 1.
         activation: applied to the output: none, relu, relu6, hardswish, silu or gelu (exact).
         device, dtype: of the parameters.
+        init: what the values are drawn from, as it would be for the dense layer: "default", "spectral", a name of
+            torch.nn.init without the underscore, a callable, `Spectral(...)`; see `reset_parameters`. A callable is
+            kept, and pickled, with the module (a lambda cannot be).
 
     Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]`, `out_factor [T, R2]`, `bias [T]` or None. Input
     `[N, S, H, W]` or `[S, H, W]`, output `[N, T, OH, OW]` or `[T, OH, OW]`.
@@ -124,7 +129,8 @@ class TuckerConv2d(_TuckerConv):
     torch.contiguous_format)` first, the result is the same.
 
     Raises:
-        ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit.
+        ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit, an `init` that
+            is unknown or cannot fill the factors.
         TypeError: a dtype or a kind of rank that is not supported.
     """
 
@@ -241,7 +247,7 @@ class _CPConv(FactorizedConv):
 
     @classmethod
     def _decompose(
-        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         if weight.shape[2:] == (1, 1):  # a matrix: its SVD is the best CP decomposition of any rank
             matrix = svd_decompose(weight.flatten(1), rank, multiple=multiple, name=name)
@@ -249,7 +255,7 @@ class _CPConv(FactorizedConv):
             in_factor, out_factor, height, width = matrix.in_factor, matrix.out_factor, ones, ones
             error = matrix.relative_error
         else:
-            found = cp_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
+            found = cp_decompose(weight, rank, multiple=multiple, seed=seed, name=name, progress=progress)
             in_factor, out_factor = found.in_factor, found.out_factor
             height, width, error = found.height_factor, found.width_factor, found.relative_error
         if cls.axes == 2:
@@ -278,9 +284,11 @@ class CPConv2d(_CPConv):
         seed: int = 0,
         activation: str = "none",
         name: str = "conv",
+        progress: bool = False,
     ) -> Self:
-        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`."""
-        return cls._from_conv(conv, rank, multiple, seed, activation, name)
+        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`. With
+        `progress`, a bar on stderr where that takes more than two seconds."""
+        return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class CPConv1d(_CPConv):
@@ -302,9 +310,10 @@ class CPConv1d(_CPConv):
         seed: int = 0,
         activation: str = "none",
         name: str = "conv",
+        progress: bool = False,
     ) -> Self:
         """As `CPConv2d.from_conv2d`, from an nn.Conv1d."""
-        return cls._from_conv(conv, rank, multiple, seed, activation, name)
+        return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class LowRankLinear(FactorizedModule):
@@ -314,6 +323,7 @@ class LowRankLinear(FactorizedModule):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         rank: an int or a fraction of min(S, T).
         activation: none, relu, relu6, hardswish, silu or gelu (exact).
+        init: as `TuckerConv2d`.
 
     Parameters: `in_factor [R, S]`, `out_factor [T, R]`, `bias [T]` or None. Input `[..., S]`, output `[...,
     T]`. Errors as `TuckerConv2d`.
@@ -330,6 +340,7 @@ class LowRankLinear(FactorizedModule):
         activation: str = "none",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        init: Init = "default",
     ) -> None:
         super().__init__()
         self.in_features = at_least(self._name, "in_features", in_features, 1)
@@ -337,7 +348,7 @@ class LowRankLinear(FactorizedModule):
         self.activation = check_activation(self._name, activation)
         refuse_energy(self._name, rank)
         self.rank = ranks.linear_rank(rank, torch.empty(out_features, in_features, device="meta"), name=self._name)
-        self._create(bias, out_features, device, dtype)
+        self._create(bias, out_features, device, dtype, init)
 
     @classmethod
     def from_linear(
@@ -356,11 +367,10 @@ class LowRankLinear(FactorizedModule):
         """
         check_replaceable(cls.__name__, linear, nn.Linear, name)
         check_activation(cls.__name__, activation)
-        found = svd_decompose(linear.weight.detach(), rank, multiple=multiple, name=name)
-        factors = {"in_factor": found.in_factor, "out_factor": found.out_factor}
+        factors, error = cls._decompose(linear.weight.detach(), rank, multiple, seed, name, False)
         module = cls._empty(factors, linear.bias is not None, activation)
         module._adopt(factors, linear.bias, linear, frozen=not linear.weight.requires_grad)
-        module.relative_error = found.relative_error
+        module.relative_error = error
         return module
 
     @classmethod
@@ -404,6 +414,13 @@ class LowRankLinear(FactorizedModule):
     def _empty(cls, factors: Mapping[str, Tensor], bias: bool, activation: str) -> Self:
         in_factor, out_factor = factors["in_factor"], factors["out_factor"]
         return cls(in_factor.shape[1], out_factor.shape[0], 1, bias, activation, "meta", in_factor.dtype)
+
+    @classmethod
+    def _decompose(
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
+    ) -> tuple[dict[str, Tensor], float]:
+        found = svd_decompose(weight, rank, multiple=multiple, seed=seed, name=name)
+        return {"in_factor": found.in_factor, "out_factor": found.out_factor}, found.relative_error
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"in_factor": (self.rank, self.in_features), "out_factor": (self.out_features, self.rank)}

@@ -6,18 +6,18 @@ A rank is written as
 * a float in (0, 1]: that fraction of the channels (Tucker: R1 of S, R2 of T; CP: of max(S, T), as neither
   bounds a CP rank; linear: of min(S, T)), rounded to the nearest integer, halves up;
 * `Energy(kept)`: the smallest rank whose singular values keep that share of the unfolding's energy;
+* `VBMF()`: the number of singular values that stand out of the noise in the unfolding;
 * for Tucker also a pair ``(R1, R2)``, input side first, of any of these.
 
 Every rank lies between 1 and the limit beyond which more columns add nothing: Tucker R1 <= min(S, T KH KW)
 and R2 <= min(T, S KH KW), linear R <= min(S, T), CP R <= T S KH KW / max(T, S, KH, KW) (each weight has a CP
-decomposition of that rank: one term a column of the longest mode's unfolding). Fractions and energies are
-clipped to it (and Tucker's also to what the other rank supports, R1 <= R2 KH KW and R2 <= R1 KH KW), an int
-outside is an error.
+decomposition of that rank: one term a column of the longest mode's unfolding). All but ints are clipped to it
+(and Tucker's also to what the other rank supports, R1 <= R2 KH KW and R2 <= R1 KH KW), an int outside is an
+error.
 
-Fractions and energies are rounded up to a multiple (8 by default, the block in which the kernels process
-ranks, so that the added columns cost no time and lower the error) unless that would cost: ranks below the
-multiple stay, since there it could double the layer, and so do ranks whose next multiple reaches the limit,
-where nothing is saved.
+All but ints are rounded up to a multiple (8 by default, the block in which the kernels process ranks, so that the
+added columns cost no time and lower the error) unless that would cost: ranks below the multiple stay, since there
+it could double the layer, and so do ranks whose next multiple reaches the limit, where nothing is saved.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from lowrank_ops.vbmf import components_above_noise
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,19 @@ class Energy:
             raise ValueError(f"Energy: kept must lie in (0, 1], got {self.kept}")
 
 
-ScalarRank = int | float | Energy
+@dataclass(frozen=True)
+class VBMF:
+    """Rank by variational Bayes: what of the weight cannot be told from white noise is left out.
+
+    The global analytic solution of empirical variational Bayesian matrix factorization, noise variance estimated
+    (Nakajima et al., JMLR 14 (2013); for the ranks of convolutions: Kim et al., arXiv:1511.06530, section 3), of the
+    weight's unfolding along the channel mode: Tucker each of the two modes by itself, CP the larger of the two, linear
+    the weight. Never less than 1. There is nothing to set, and nothing bounds the error: a trained weight whose
+    singular values fall off without a gap can lose much. `Energy` bounds it.
+    """
+
+
+ScalarRank = int | float | Energy | VBMF
 Rank = ScalarRank | tuple[ScalarRank, ScalarRank]
 
 
@@ -66,14 +80,14 @@ def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "
     """The Tucker-2 ranks ``(R1, R2)`` that ``rank`` means for a convolution weight ``[T, S, KH, KW]``.
 
     Args:
-        rank: int, fraction, `Energy` (each for both modes), or a pair of these, input side first.
-        weight: ``[T, S, KH, KW]``; its values are read for `Energy` only.
-        multiple: fractions and energies are rounded up to it where that costs nothing; 1 switches that off.
+        rank: int, fraction, `Energy`, `VBMF` (each for both modes), or a pair of these, input side first.
+        weight: ``[T, S, KH, KW]``; its values are read for `Energy` and `VBMF` only.
+        multiple: all but ints are rounded up to it where that costs nothing; 1 switches that off.
         name: the layer, for error messages.
 
     Raises:
         ValueError: a rank below 1 or above its limit, a fraction outside (0, 1], a multiple below 1, values
-            that are not finite (`Energy` only).
+            that are not finite (`Energy` and `VBMF` only).
         TypeError: a rank of another type.
     """
     outputs, inputs, height, width = weight.shape
@@ -109,17 +123,17 @@ def linear_rank(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "w
 
 
 def check_rank(rank: Rank, what: str, limit: int | None = None) -> ScalarRank:
-    """One rank as an int, a float or an `Energy`, NumPy's numbers converted; `what` names it in errors.
+    """One rank as an int, a float, an `Energy` or `VBMF`, NumPy's numbers converted; `what` names it in errors.
 
     Raises:
         ValueError: an int below 1 or above `limit`, a fraction outside (0, 1].
         TypeError: a rank of another type.
     """
-    if isinstance(rank, Energy):
+    if isinstance(rank, (Energy, VBMF)):
         return rank
     if isinstance(rank, bool) or not isinstance(rank, Real):
         pair = "; a pair of ranks is for Tucker only" if isinstance(rank, (tuple, list)) else ""
-        raise TypeError(f"{what} must be an int, a fraction or Energy(kept), got {rank!r}{pair}")
+        raise TypeError(f"{what} must be an int, a fraction, Energy(kept) or VBMF(), got {rank!r}{pair}")
     if isinstance(rank, Integral):
         if limit is None and rank < 1:
             raise ValueError(f"{what} must be at least 1, got {rank}")
@@ -164,32 +178,43 @@ def gram(matrix: Tensor) -> Tensor:
 def _resolve(
     rank: Rank, channels: int, limit: int, weight: Tensor, modes: tuple[int, ...], multiple: int, what: str
 ) -> int:
-    """One rank; ``modes`` are those whose unfoldings an `Energy` looks at."""
+    """One rank; ``modes`` are those whose unfoldings an `Energy` or `VBMF` looks at."""
     check_multiple(multiple, what)
     scalar = check_rank(rank, what, limit)
-    if isinstance(scalar, Energy):
-        wanted = max(_energy_rank(unfolding(weight, mode), scalar.kept, what) for mode in modes)
-    elif isinstance(scalar, int):
+    if isinstance(scalar, int):
         return scalar
-    else:
+    if isinstance(scalar, float):
         wanted = int(scalar * channels + 0.5)
+    else:
+        wanted = max(_measured_rank(unfolding(weight, mode), scalar, what) for mode in modes)
     wanted = min(max(wanted, 1), limit)
     rounded = -(-wanted // multiple) * multiple
     return rounded if wanted >= multiple and rounded < limit else wanted
 
 
-def _energy_rank(matrix: Tensor, kept: float, what: str) -> int:
-    """The smallest rank that keeps the share ``kept`` of the sum of squared singular values, at least 1."""
+def _measured_rank(matrix: Tensor, rule: Energy | VBMF, what: str) -> int:
+    """The rank that the singular values of a matrix mean, at least 1."""
     if matrix.is_meta:
-        raise ValueError(f"{what}: Energy needs the values of a weight, got none; give an int or a fraction")
+        kind = type(rule).__name__
+        raise ValueError(f"{what}: {kind} needs the values of a weight, got none; give an int or a fraction")
     require_finite(matrix, what)
     rounding = torch.finfo(matrix.dtype).eps / 2
-    rows, columns = matrix.shape
     matrix = matrix.to("cpu", torch.promote_types(matrix.dtype, torch.float32))
     matrix = matrix / matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)
-    energies = torch.linalg.eigvalsh(gram(matrix if rows <= columns else matrix.T)).clamp(min=0)
-    # eigvalsh is ascending: tails[i] is what is lost by dropping the i + 1 smallest.
+    rows, columns = sorted(matrix.shape)
+    energies = torch.linalg.eigvalsh(gram(matrix if len(matrix) == rows else matrix.T)).clamp(min=0)
+    # What the Gram matrix in fp64 does not resolve.
+    unresolved = rows * torch.finfo(torch.float64).eps
+    if isinstance(rule, Energy):
+        return _energy_rank(energies, rule.kept, max(rounding**2, unresolved))
+    if not energies.any():
+        return 1
+    return max(components_above_noise(energies.clamp(min=unresolved * float(energies.sum())), columns), 1)
+
+
+def _energy_rank(energies: Tensor, kept: float, noise: float) -> int:
+    """The smallest rank that keeps the share ``kept`` of the ascending ``energies`` but for ``noise``, at least 1."""
+    # tails[i] is what is lost by dropping the i + 1 smallest.
     tails = energies.cumsum(0)
-    noise = max(rounding**2, len(energies) * torch.finfo(torch.float64).eps)
     dropped = int((tails <= (1 - kept + noise) * tails[-1]).sum())
     return max(len(energies) - dropped, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import math
 import shutil
@@ -36,6 +37,10 @@ class LayerReport:
         macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
             of the layer together), or per output pixel (per row for a linear layer) without one.
         weight_error: `||W - W_dense|| / ||W_dense||`.
+        output_error: relative error of the layer's output on the calibration data, with the inputs that the factorized
+            layers before it give it.
+        sensitivity: of a CP convolution: what noise in its factors does to its weight, see
+            `lowrank_ops.cp.sensitivity`.
         reason: why the layer was left.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
@@ -51,6 +56,8 @@ class LayerReport:
     macs_before: int | None = None
     macs_after: int | None = None
     weight_error: float | None = None
+    output_error: float | None = None
+    sensitivity: float | None = None
     reason: str | None = None
     output_size: tuple[int, ...] | None = None
     milliseconds_before: float | None = None
@@ -149,7 +156,8 @@ class Report:
         table.add_column("parameters", justify="right", footer=_change(before, after))
         macs = _change(self.total("macs_before"), self.total("macs_after"))
         table.add_column(f"MACs{unit}", justify="right", footer=macs)
-        table.add_column("error", justify="right")
+        fitted = any(layer.output_error is not None for layer in self.layers)
+        table.add_column("output error" if fitted else "error", justify="right")
         timed = self.total("milliseconds_before") is not None
         if timed:
             times = (self.total("milliseconds_before"), self.total("milliseconds_after"))
@@ -163,7 +171,7 @@ class Report:
                 "" if layer.ranks is None else ", ".join(map(str, layer.ranks)),
                 _change(layer.parameters_before, layer.parameters_after),
                 _change(layer.macs_before, layer.macs_after),
-                "" if layer.weight_error is None else f"{layer.weight_error:.3f}",
+                _error(layer.output_error if fitted else layer.weight_error),
             ]
             if timed:
                 cells.append(_change(layer.milliseconds_before, layer.milliseconds_after))
@@ -187,6 +195,35 @@ _SIZES = (
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, bias included; shared ones once, those of lazy layers not yet."""
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+
+
+def count_layer_weights(model: nn.Module, layer_name: str) -> int:
+    """Number of weights of one layer of a model, dense or factorized, its bias included.
+
+    It is what `Report.to_pandas` has as `uncompressed_layer_size` of the dense layer and `compressed_layer_size` of
+    the factorized one. Weights that the layer uses twice count once.
+
+    Args:
+        model: the network.
+        layer_name: the qualified name of a layer in it ("features.3"); of a container all that is inside counts.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        KeyError: no layer of that name; the message has names that come close.
+        ValueError: the layer is lazy: its size is unknown until the model has run once.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"count_layer_weights: model must be an nn.Module, got {type(model).__name__}")
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if layer_name not in layers:
+        near = difflib.get_close_matches(layer_name, layers, 3) or [name for name in layers if name][:3]
+        raise KeyError(
+            f"count_layer_weights: layer_name must be the qualified name of a layer of {type(model).__name__}, got "
+            f"{layer_name!r}; it has {', '.join(map(repr, near))}, see model.named_modules()"
+        )
+    if any(map(is_lazy, layers[layer_name].parameters())):
+        raise ValueError(f"count_layer_weights: {layer_name!r} is lazy: run the model once, its size is unknown before")
+    return count_parameters(layers[layer_name])
 
 
 def count_macs(layer: nn.Module, input_shape: Sequence[int] | None = None) -> int | None:
@@ -261,6 +298,10 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None or before == after:
         return _number(before)
     return f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _number(value: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -69,10 +69,10 @@ class Owners:
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether forward or backward hooks are registered on the layer itself."""
-    return any(getattr(layer, hooks) for hooks in _HOOKS)
+    return any(getattr(layer, hooks) for hooks in HOOKS)
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Makes `target` own the hooks of `source`, as the same dictionaries: handles still remove their hook."""
-    for hooks in (*_HOOKS, "_is_full_backward_hook"):
+    for hooks in (*HOOKS, "_is_full_backward_hook"):
         object.__setattr__(target, hooks, getattr(source, hooks))

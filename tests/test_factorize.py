@@ -200,7 +200,7 @@ def test_include_and_exclude(model: Network, include: object, exclude: object, r
         ({"exclude": 3}, TypeError, "exclude takes patterns, types and callables .*, got int"),
         ({"exclude": [nn.ReLU()]}, TypeError, "exclude takes .*, got ReLU; a module goes by its qualified name"),
         ({"exclude": nn.Sequential(nn.ReLU())}, TypeError, "got Sequential"),
-        ({"method": "svd"}, ValueError, "method must be 'tucker' or 'cp', got 'svd'"),
+        ({"method": "svd"}, ValueError, "method must be 'tucker', 'cp' or 'auto', got 'svd'"),
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
         ({"rank": 1.2}, ValueError, "rank as a fraction"),
         ({"rank": "half"}, TypeError, "rank must be an int"),

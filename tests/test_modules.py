@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lowrank_ops.functional import ACTIVATIONS
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.ranks import Energy
+from lowrank_ops.ranks import VBMF, Energy
 
 # kind, rank, (S, T): unequal channels, unequal ranks, no multiples of 8
 CONV2D = [(TuckerConv2d, (5, 7)), (CPConv2d, 9)]
@@ -406,6 +406,7 @@ def test_repr() -> None:
         ({"rank": 1.5}, ValueError, "fraction"),
         ({"rank": Energy(0.9)}, TypeError, "new layer has no weight"),
         ({"rank": (0.5, Energy(0.9))}, TypeError, "rank"),
+        ({"rank": VBMF()}, TypeError, "new layer has no weight"),
     ],
 )
 @pytest.mark.parametrize("kind", [TuckerConv2d, CPConv2d])

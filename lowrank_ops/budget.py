@@ -1,0 +1,162 @@
+"""Ranks for a budget over the whole network: one choice per layer, the least error at the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+# Steps in which the costs of an allocation are counted.
+STEPS = 20_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the factorized network may cost; give exactly one of the three. Used as `rank=` of `factorize_`.
+
+    `factorize_` then chooses each layer's ranks, or to leave the layer dense, so that the sum of the layers' errors is
+    least. With calibration data the error is that of the model's output (`lowrank_ops.fitting`), without, that of the
+    weights relative to their norm.
+
+    Args:
+        params: parameters of the whole model; a float up to 1 is a fraction of what it has now, an int a number.
+        macs: multiply-accumulates of a forward pass on the example input (`example_input=` of `factorize_`, or the
+            first batch of the calibration data); a fraction of what convolution and linear layers need now, or an int.
+        latency: time of a forward pass on `example_input` on this machine with the present number of threads: a float
+            up to 1 is a fraction of the dense model's, a `datetime.timedelta` (or seconds above 1) is absolute.
+            Dense layers and factorized ones at several ranks are measured.
+        example_input: the input that latency is for; None takes `example_input=` of `factorize_`.
+
+    Raises:
+        ValueError: not exactly one budget, a budget that is not positive, a fraction above 1.
+        TypeError: a budget that is no number.
+    """
+
+    params: int | float | None = None
+    macs: int | float | None = None
+    latency: float | timedelta | None = None
+    example_input: Any = None
+
+    def __post_init__(self) -> None:
+        given = [kind for kind in ("params", "macs", "latency") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"Budget: give exactly one of params, macs and latency, got {', '.join(given) or 'none'}")
+        value = self.value
+        if self.kind == "latency" and isinstance(value, timedelta):
+            value = value.total_seconds()
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"Budget: {self.kind} must be a number, got {value!r}")
+        if not value > 0:
+            raise ValueError(f"Budget: {self.kind} must be positive, got {value}")
+        if self.kind != "latency" and not isinstance(value, Integral) and value > 1:
+            raise ValueError(
+                f"Budget: {self.kind} as a fraction must lie in (0, 1] (an int is a number of its own), got {value}"
+            )
+
+    @property
+    def kind(self) -> str:
+        """ "params", "macs" or "latency"."""
+        return next(kind for kind in ("params", "macs", "latency") if getattr(self, kind) is not None)
+
+    @property
+    def value(self) -> Any:
+        """The budget that was given."""
+        return getattr(self, self.kind)
+
+    def absolute(self, dense: float) -> float:
+        """The budget in its own unit, when the dense model costs `dense`."""
+        if isinstance(self.value, timedelta):
+            return self.value.total_seconds()
+        fraction = not isinstance(self.value, Integral) and self.value <= 1
+        return float(self.value) * (dense if fraction else 1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat a layer: what it costs, the error that it brings, and what it is (None: dense)."""
+
+    cost: float
+    error: float
+    choice: Any = None
+
+
+def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
+    """One option per layer with the least sum of errors among all whose costs sum to at most the budget.
+
+    A multiple-choice knapsack, solved by dynamic programming over costs rounded to one of `STEPS` steps of the budget.
+    Of the solutions for each number of steps, the best one that really fits is taken; then layers move to better
+    options while what is left over allows it.
+
+    Raises:
+        ValueError: not even the cheapest options fit.
+    """
+    menus = [_efficient(menu) for menu in options]
+    least = sum(menu[0].cost for menu in menus)
+    allowed = budget * (1 + 1e-12)  # sums of costs are rounded
+    if least > allowed:
+        raise ValueError(f"the least possible is {least:.6g}, the budget {budget:.6g}")
+    step = budget / STEPS or 1.0
+    shifts = [[round(option.cost / step) for option in menu] for menu in menus]
+    size = STEPS + len(menus) + 1  # sums of rounded costs may pass the budget where those of the costs do not
+    best = np.zeros(size)
+    taken: list[np.ndarray] = []
+    for menu, costs in zip(menus, shifts, strict=True):
+        total = np.full(size, np.inf)
+        which = np.zeros(size, dtype=np.int32)
+        for index, (option, shift) in enumerate(zip(menu, costs, strict=True)):
+            if shift < size:
+                reached = best[: size - shift] + option.error
+                better = reached < total[shift:]
+                total[shift:][better], which[shift:][better] = reached[better], index
+        best = total
+        taken.append(which)
+    chosen = [0] * len(menus)
+    for capacity in range(size - 1, -1, -1):
+        if not np.isfinite(best[capacity]):
+            break
+        found = _followed_back(taken, shifts, capacity)
+        if sum(menu[index].cost for menu, index in zip(menus, found, strict=True)) <= allowed:
+            chosen = found
+            break
+    _use_the_rest(menus, chosen, allowed)
+    return [menu[index] for menu, index in zip(menus, chosen, strict=True)]
+
+
+def _followed_back(taken: Sequence[np.ndarray], shifts: Sequence[Sequence[int]], capacity: int) -> list[int]:
+    """The option of each layer on the way to the best sum within a number of steps."""
+    chosen: list[int] = []
+    for which, costs in zip(reversed(taken), reversed(shifts), strict=True):
+        index = int(which[capacity])
+        chosen.append(index)
+        capacity -= costs[index]
+    return chosen[::-1]
+
+
+def _efficient(options: Sequence[Option]) -> list[Option]:
+    """The options that no cheaper one beats, by rising cost and falling error."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.cost, option.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
+
+
+def _use_the_rest(layers: Sequence[Sequence[Option]], chosen: list[int], budget: float) -> None:
+    """Spends what is left of the budget, the greatest gain first."""
+    left = budget - sum(layer[index].cost for layer, index in zip(layers, chosen, strict=True))
+    while True:
+        moves = [
+            (layer[index].error - layer[other].error, position, other)
+            for position, (layer, index) in enumerate(zip(layers, chosen, strict=True))
+            for other in range(index + 1, len(layer))
+            if layer[other].cost - layer[index].cost <= left
+        ]
+        if not moves:
+            return
+        _, position, other = max(moves)
+        left -= layers[position][other].cost - layers[position][chosen[position]].cost
+        chosen[position] = other

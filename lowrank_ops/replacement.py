@@ -1,0 +1,125 @@
+"""The factorized module for one layer: its rank, its decomposition, whitened or not; here or in other processes."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_ops import ranks
+from lowrank_ops.fitting import Whitening
+from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.moments import Moments
+from lowrank_ops.options import is_matrix
+from lowrank_ops.ranks import Rank
+from lowrank_ops.surgery import HOOKS
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to decompose: a layer, its ranks, its moments if there are any, options of `from_conv2d`."""
+
+    layer: Any
+    rank: int | tuple[int, int]
+    tucker: bool
+    moments: Moments | None
+    options: Mapping[str, Any]
+
+    def run(self) -> FactorizedModule:
+        whitening = None if self.moments is None else Whitening.of(self.moments)
+        return factorized(self.layer, self.rank, self.tucker, whitening, self.options)
+
+
+def run_tasks(tasks: list[Task], n_jobs: int | None) -> Iterator[FactorizedModule]:
+    """The modules in the tasks' order.
+
+    Args:
+        n_jobs: None decomposes here, with torch's present number of threads. A number: in so many processes (joblib),
+            one thread each, -1 for one a core; the modules are the same bit for bit whatever the number.
+    """
+    if n_jobs is None:
+        for task in tasks:
+            yield task.run()
+        return
+    try:
+        import joblib
+    except ImportError as error:
+        raise ImportError("factorize_: n_jobs needs joblib; `pip install joblib`, or leave n_jobs out") from error
+    alone = [Task(_bare(task.layer), task.rank, task.tucker, task.moments, task.options) for task in tasks]
+    results: Iterable[Mapping[str, Any]] = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
+        joblib.delayed(_run_with_one_thread)(task) for task in alone
+    )
+    yield from results  # type: ignore[misc]
+
+
+def _run_with_one_thread(task: Task) -> FactorizedModule:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return task.run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _bare(layer: nn.Module) -> nn.Module:
+    """The layer without its hooks, which may not be sent to another process."""
+    bare = copy.copy(layer)
+    for hooks in HOOKS:
+        object.__setattr__(bare, hooks, OrderedDict())
+    return bare
+
+
+def factorized(
+    layer: Any, rank: int | tuple[int, int], tucker: bool, whitening: Whitening | None, options: Mapping[str, Any]
+) -> FactorizedModule:
+    """The module of a layer; with a whitening, of the layer whose weight is whitened, which is then undone."""
+    source = layer
+    if whitening is not None:
+        source = copy.copy(layer)  # shares everything but the weight
+        weight = whitening.apply(layer.weight).to(torch.promote_types(layer.weight.dtype, torch.float32))
+        source._parameters = {**layer._parameters, "weight": nn.Parameter(weight, layer.weight.requires_grad)}
+    module: FactorizedModule
+    if isinstance(layer, nn.Linear):
+        module = LowRankLinear.from_linear(source, rank, **options)  # type: ignore[arg-type]
+    elif isinstance(layer, nn.Conv2d):
+        module = (TuckerConv2d if tucker else CPConv2d).from_conv2d(source, rank, **options)
+    else:
+        module = (TuckerConv1d if tucker else CPConv1d).from_conv1d(source, rank, **options)
+    if whitening is None:
+        return module
+    factors = whitening.undo(module.factors())
+    module = module.to(layer.weight.device, layer.weight.dtype)
+    with torch.no_grad():
+        for name, factor in module.factors().items():
+            factor.copy_(factors[name])
+    module.relative_error = weight_error(layer, module)
+    return module
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    weight: torch.Tensor = layer.weight
+    return weight.detach()
+
+
+def weight_error(layer: Any, module: FactorizedModule) -> float:
+    dense: Any = module.to_dense()  # type: ignore[operator]
+    before, after = weight_of(layer).double(), weight_of(dense).double()
+    norm = float(before.norm())
+    return float((after - before).norm()) / norm if norm else 0.0
+
+
+def layer_rank(
+    layer: nn.Conv1d | nn.Conv2d | nn.Linear, rank: Rank, tucker: bool, options: Mapping[str, Any]
+) -> int | tuple[int, int]:
+    weight = layer.weight.detach()
+    if is_matrix(layer):
+        pair = rank if isinstance(rank, tuple) else (rank,)
+        return min(ranks.linear_rank(entry, weight.flatten(1), **options) for entry in pair)
+    image = weight if weight.dim() == 4 else weight.unsqueeze(2)
+    return (ranks.tucker_ranks if tucker else ranks.cp_rank)(rank, image, **options)

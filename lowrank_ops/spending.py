@@ -1,0 +1,144 @@
+"""A `Budget` spent on a model: one choice per layer, and why the others stay dense."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank_ops.budget import Budget, Option, allocate
+from lowrank_ops.calls import Calls, run_example
+from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
+from lowrank_ops.report import count_macs, count_parameters
+from lowrank_ops.surgery import Site
+
+# Ranks offered for a latency: whole vectors.
+_LANES = 16
+# How often an allocation is measured as a whole and corrected.
+_CORRECTIONS = 3
+_ROUNDS = 7
+
+
+def spend(
+    budget: Budget,
+    model: nn.Module,
+    sites: Sequence[Site],
+    weights: Mapping[int, Tensor],
+    method: str,
+    multiple: int,
+    seed: int,
+    calls: Calls | None,
+    example_input: Any,
+    progress: bool,
+) -> tuple[dict[int, Choice], dict[int, str]]:
+    """Chooses for each site, by the id of its layer: a `Choice`, or why it stays dense.
+
+    Args:
+        budget: of the whole model.
+        sites: the layers that may be replaced.
+        weights: whitened or normalized, by id of the layer: see `options.options_for`.
+        calls: of the layers on `example_input`, for multiplications and latency.
+
+    Raises:
+        ValueError: the budget cannot be met; the message says what could be reached.
+    """
+    clock = Clock()
+    menus: list[list[Option]] = []
+    with tqdm(sites, desc="options", unit="layer", file=sys.stderr, disable=not progress, leave=False) as bar:
+        for site in bar:
+            bar.set_postfix_str(site.names[0])
+            layer: Any = site.layer
+            seen = None if calls is None else calls.of(layer)
+            if budget.kind == "latency":
+                assert seen is not None
+                cost, step = clock.of(layer, seen), max(multiple, _LANES)
+            else:
+                cost, step = count_cost(budget.kind, seen), multiple
+            menus.append(options_for(layer, weights[id(layer)], method, cost, step, site.names[0], seed))
+    dense = sum(menu[0].cost for menu in menus)
+    whole = _whole_cost(budget, model, calls, example_input)
+    target = budget.absolute(whole)
+    rest = max(whole - dense, 0.0)
+    chosen = _allocate(menus, target, rest, budget.kind, whole)
+    if budget.kind == "latency":
+        allowed = target
+        for _ in range(_CORRECTIONS):
+            measured = _trial(model, sites, chosen, example_input)
+            if measured <= target:
+                break
+            allowed -= 1.05 * (measured - target)
+            chosen = _allocate(menus, allowed, rest, budget.kind, whole)
+    choices: dict[int, Choice] = {}
+    reasons: dict[int, str] = {}
+    for site, menu, option in zip(sites, menus, chosen, strict=True):
+        if option.choice is not None:
+            choices[id(site.layer)] = option.choice
+        elif len(menu) == 1:
+            reasons[id(site.layer)] = f"no factorized block would take fewer {_NOUNS[budget.kind]}"
+        else:
+            reasons[id(site.layer)] = "dense is the better use of the budget"
+    return choices, reasons
+
+
+_NOUNS = {"params": "parameters", "macs": "multiplications", "latency": "milliseconds"}
+
+
+def _allocate(menus: Sequence[Sequence[Option]], target: float, rest: float, kind: str, whole: float) -> list[Option]:
+    try:
+        return allocate(menus, max(target - rest, 0.0))
+    except ValueError:
+        least = rest + sum(min(option.cost for option in menu) for menu in menus)
+        raise ValueError(
+            f"factorize_: the budget of {_shown(target, kind)} cannot be met; the closest is {_shown(least, kind)} "
+            f"({least / whole:.0%} of the dense model's {_shown(whole, kind)}), of which "
+            f"{_shown(rest, kind)} lie outside of the layers that may be replaced"
+        ) from None
+
+
+def _shown(value: float, kind: str) -> str:
+    return f"{1e3 * value:.3g} ms" if kind == "latency" else f"{value:,.0f} {_NOUNS[kind]}"
+
+
+def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_input: Any) -> float:
+    """What the dense model costs."""
+    if budget.kind == "params":
+        return float(count_parameters(model))
+    assert calls is not None
+    if budget.kind == "latency":
+        return _seconds(model, example_input)
+    total = 0
+    for layer in calls.layers():
+        total += calls.of(layer).total(lambda shape, layer=layer: count_macs(layer, shape)) or 0  # type: ignore[misc]
+    return float(total)
+
+
+def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], example_input: Any) -> float:
+    """Seconds of the model with modules of the chosen ranks and random values in place; then it is as it was."""
+    try:
+        for site, option in zip(sites, chosen, strict=True):
+            if option.choice is not None:
+                layer: Any = site.layer
+                module = empty_module(layer, option.choice).to_empty(device=layer.weight.device)
+                module.reset_parameters()
+                site.put(module.train(layer.training))
+        return _seconds(model, example_input)
+    finally:
+        for site in sites:
+            site.put(site.layer)
+
+
+def _seconds(model: nn.Module, example_input: Any) -> float:
+    run_example(model, example_input)
+    samples = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        run_example(model, example_input)
+        if torch.cuda.is_available():
+            torch.accelerator.synchronize()
+        samples.append(time.perf_counter() - started)
+    return min(samples)  # as the layers', see `options.Clock`

@@ -1,0 +1,297 @@
+"""`Budget`: the allocation against brute force, and what `factorize_` makes of it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_ops import Budget, factorize_, options, spending
+from lowrank_ops.budget import Option, allocate
+from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.options import Choice, count_cost, options_for
+from lowrank_ops.report import count_macs, count_parameters
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_allocation_is_the_best_there_is(seed: int) -> None:
+    draw = random.Random(seed)
+    menus = [
+        [Option(draw.randint(1, 40), draw.random()) for _ in range(draw.randint(1, 5))]
+        for _ in range(draw.randint(1, 5))
+    ]
+    least = sum(min(option.cost for option in menu) for menu in menus)
+    budget = least + draw.randint(0, 60)
+    best = min(
+        sum(option.error for option in chosen)
+        for chosen in itertools.product(*menus)
+        if sum(option.cost for option in chosen) <= budget
+    )
+    chosen = allocate(menus, budget)
+    assert sum(option.cost for option in chosen) <= budget
+    assert all(option in menu for option, menu in zip(chosen, menus, strict=True))
+    assert sum(option.error for option in chosen) == pytest.approx(best, abs=1e-12)
+
+
+def test_rounding_never_exceeds_the_budget() -> None:
+    menus = [[Option(1 / 3, 1.0), Option(2 / 3, 0.0)] for _ in range(3)]
+    assert sum(option.cost for option in allocate(menus, 1.0)) <= 1.0 + 1e-12
+    assert [option.error for option in allocate(menus, 2.0)] == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"the least possible is 1, the budget 0\.9"):
+        allocate(menus, 0.9)
+
+
+def test_a_great_layer_takes_the_budget_that_a_small_one_would_waste() -> None:
+    menus = [[Option(1, 9.0), Option(10, 0.0)], [Option(1, 1.0), Option(10, 0.0)]]
+    assert [option.error for option in allocate(menus, 11)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({}, ValueError, "exactly one of params, macs and latency, got none"),
+        ({"params": 0.5, "macs": 0.5}, ValueError, "got params, macs"),
+        ({"params": 1.5}, ValueError, r"params as a fraction must lie in \(0, 1\]"),
+        ({"macs": 0}, ValueError, "macs must be positive, got 0"),
+        ({"macs": -0.5}, ValueError, "macs must be positive"),
+        ({"latency": timedelta(0)}, ValueError, "latency must be positive"),
+        ({"params": "half"}, TypeError, "params must be a number, got 'half'"),
+        ({"params": True}, TypeError, "params must be a number, got True"),
+    ],
+)
+def test_bad_budgets(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Budget(**arguments)
+
+
+def test_fractions_numbers_and_times() -> None:
+    assert Budget(params=0.25).absolute(1000) == 250
+    assert Budget(params=250).absolute(1000) == 250
+    assert Budget(params=1).absolute(1000) == 1
+    assert Budget(latency=0.5).absolute(0.08) == 0.04
+    assert Budget(latency=timedelta(milliseconds=5)).absolute(0.08) == 0.005
+
+
+class Network(nn.Sequential):
+    """Layers of very different redundancy."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 48, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(48, 48, 1),
+            nn.ReLU(),
+            nn.Conv2d(48, 64, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(64 * 16, 40),
+        )
+        with torch.no_grad():  # rank 8 but for a little noise
+            weight = self[6].weight
+            thin = torch.randn(64, 8) @ torch.randn(8, 48 * 9)
+            weight.copy_(thin.view_as(weight) * weight.std() / thin.std() + 1e-3 * weight)
+
+
+INPUT = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+@pytest.mark.parametrize("method", ["tucker", "cp", "auto"])
+@pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "outputs"])
+def test_budgets_of_parameters_and_multiplications_are_kept(model: Network, method: str, calibrated: bool) -> None:
+    data = INPUT if calibrated else None
+    for fraction in (0.3, 0.6):
+        smaller = copy.deepcopy(model)
+        factorize_(smaller, method, Budget(params=fraction), calibration=data, progress=False)  # type: ignore[arg-type]
+        assert 0.8 * fraction < count_parameters(smaller) / count_parameters(model) <= fraction
+    cheaper = copy.deepcopy(model)
+    budget = Budget(macs=0.5)
+    report = factorize_(cheaper, method, budget, calibration=data, example_input=INPUT, progress=False)  # type: ignore[arg-type]
+    before, after = report.total("macs_before"), report.total("macs_after")
+    assert before is not None and after is not None and 0.4 < after / before <= 0.5
+
+
+def test_an_int_is_a_number_of_its_own(model: Network) -> None:
+    factorize_(model, rank=Budget(params=30_000), progress=False)
+    assert 27_000 < count_parameters(model) <= 30_000
+
+
+def test_the_budget_goes_where_it_helps(model: Network) -> None:
+    """Less error than the same fraction everywhere, at the same cost; the layer of low rank pays."""
+    with torch.no_grad():
+        expected = model(INPUT)
+
+    def error(which: nn.Module) -> float:
+        with torch.no_grad():
+            return float((which(INPUT) - expected).norm() / expected.norm())
+
+    uniform, spent = copy.deepcopy(model), copy.deepcopy(model)
+    factorize_(uniform, rank=0.45, multiple=1, progress=False)
+    report = factorize_(spent, rank=Budget(params=count_parameters(uniform)), calibration=INPUT, progress=False)
+    assert count_parameters(spent) <= count_parameters(uniform)
+    assert error(spent) < 0.7 * error(uniform)
+    ranks = report["6"].ranks
+    assert ranks is not None and ranks[-1] == 8
+
+
+def test_layers_that_the_budget_leaves_dense(model: Network) -> None:
+    report = factorize_(model, rank=Budget(params=0.97), calibration=INPUT, progress=False)
+    reasons = {layer.reason for layer in report.skipped}
+    assert "dense is the better use of the budget" in reasons
+    assert report["6"].replaced_by is not None  # costs nothing
+
+
+def test_a_budget_that_cannot_be_met_says_the_closest(model: Network) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"budget of 500 parameters cannot be met; the closest is [\d,]+ parameters"
+    ) as info:
+        factorize_(model, rank=Budget(params=500), progress=False)
+    assert "0 parameters lie outside" in str(info.value)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    closest = int(str(info.value).split("closest is ")[1].split(" ")[0].replace(",", ""))
+    factorize_(model, rank=Budget(params=closest), multiple=8, progress=False)
+    assert count_parameters(model) <= closest
+
+
+def test_a_model_of_factorized_layers_only(model: Network) -> None:
+    factorize_(model, rank=Budget(params=0.3), exclude=["0", "4"], progress=False)
+    again = nn.Sequential(*(layer for layer in model if isinstance(layer, FactorizedModule)))
+    with pytest.raises(ValueError, match=r"model is already factorized, all \d of its layers; to_dense"):
+        factorize_(again, rank=Budget(params=0.5), progress=False)
+    with pytest.raises(ValueError, match="cannot be met; the closest is"):  # what is left dense is not enough
+        factorize_(model, rank=Budget(params=0.05), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "auto", "rank": 0.5}, r"method 'auto' spends a budget; give rank=Budget"),
+        ({"rank": Budget(macs=0.5)}, "a budget of macs needs an input"),
+        ({"rank": Budget(latency=0.5)}, "a budget of latency needs an input"),
+        ({"rank": Budget(params=0.5), "linear": 8}, "linear must be None or False with a Budget"),
+    ],
+)
+def test_bad_combinations(model: Network, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, progress=False, **arguments)
+    assert not any(isinstance(layer, FactorizedModule) for layer in model.modules())
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, scale: Callable[[nn.Module], float]) -> None:
+    """Time by multiplications: a clock that does not vary."""
+    monkeypatch.setattr(
+        options.Clock,
+        "of",
+        lambda self, layer, calls: (
+            lambda module: 1e-9 * scale(module) * (calls.total(lambda shape: count_macs(module, shape)))
+        ),
+    )
+
+    def whole(model: nn.Module, example_input: Tensor) -> float:
+        shapes: list[float] = []
+        layers = [layer for layer in model.modules() if count_macs(layer) is not None]
+        handles = [
+            layer.register_forward_hook(
+                lambda layer, args, out: shapes.append(1e-9 * scale(layer) * (count_macs(layer, args[0].shape) or 0))
+            )
+            for layer in layers
+        ]
+        with torch.no_grad():
+            model(example_input)
+        for handle in handles:
+            handle.remove()
+        return sum(shapes) + 1e-5
+
+    monkeypatch.setattr(spending, "_seconds", whole)
+
+
+def test_a_latency_budget_counts_time_and_is_checked_on_the_whole_model(
+    model: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _counted(monkeypatch, lambda module: 1.0)
+    before = spending._seconds(model, INPUT)
+    report = factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
+    assert 0.4 * before < spending._seconds(model, INPUT) <= 0.5 * before
+    for layer in report.replaced:
+        assert layer.ranks is not None and all(rank % 16 == 0 or rank < 16 for rank in layer.ranks)
+
+
+def test_a_latency_that_the_layers_alone_underestimate_is_corrected(
+    model: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _counted(monkeypatch, lambda module: 1.0)
+    alone = spending._seconds
+
+    def slower_together(model: nn.Module, example_input: Tensor) -> float:
+        factorized = any(isinstance(layer, FactorizedModule) for layer in model.modules())
+        return alone(model, example_input) * (1.2 if factorized else 1.0)
+
+    monkeypatch.setattr(spending, "_seconds", slower_together)
+    before = slower_together(model, INPUT)
+    factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
+    assert slower_together(model, INPUT) <= 0.5 * before
+
+
+def test_a_layer_that_would_not_get_faster_is_left(model: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    _counted(
+        monkeypatch,
+        lambda module: (
+            1e4
+            if isinstance(module, FactorizedModule) and module.bias is not None and module.out_factor.shape[0] == 48
+            else 1.0
+        ),
+    )
+    report = factorize_(model, rank=Budget(latency=0.8, example_input=INPUT), progress=False)
+    assert report["2"].reason == "no factorized block would take fewer milliseconds"
+    assert report["4"].reason == "no factorized block would take fewer milliseconds"
+
+
+def test_the_errors_of_the_options_are_those_of_the_decompositions() -> None:
+    """Tucker's are those of the truncated HOSVD, a matrix' those of its SVD: exact, and sums over both modes."""
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(24, 32, 3), nn.Linear(40, 24)
+    weight = conv.weight.detach().double()
+    by_choice = {
+        option.choice: option.error for option in options_for(conv, weight, "tucker", count_parameters, 8, "c", 0)
+    }
+    bases = [torch.linalg.svd(weight.transpose(0, mode).flatten(1), full_matrices=False)[0] for mode in (0, 1)]
+    for in_rank, out_rank in ((8, 8), (16, 8), (8, 24)):
+        left, right = bases[0][:, :out_rank], bases[1][:, :in_rank]
+        projected = torch.einsum("tu,uv,vsij,sz,zy->tyij", left, left.T, weight, right, right.T)
+        expected = float((weight - projected).square().sum())
+        assert by_choice[Choice("tucker", (in_rank, out_rank))] == pytest.approx(expected, rel=1e-9)
+    matrix = linear.weight.detach().double()
+    values = torch.linalg.svdvals(matrix).square()
+    for option in options_for(linear, matrix, "tucker", count_parameters, 8, "l", 0):
+        if option.choice is not None:
+            assert option.error == pytest.approx(float(values[option.choice.rank :].sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(24, 40, (3, 5), stride=2), nn.Conv1d(24, 40, 3), nn.Conv2d(24, 40, 1), nn.Linear(24, 40)],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["tucker", "cp"])
+def test_the_costs_of_the_options_are_those_of_the_modules(layer: nn.Module, method: str) -> None:
+    weight = layer.weight.detach().double()
+    found = options_for(layer, weight, method, count_cost("params", None), 8, "layer", 0)
+    assert len(found) > 2
+    for option in found[1:]:
+        module = options.empty_module(layer, option.choice)
+        assert option.cost == pytest.approx(count_parameters(module), abs=1e-6)
+        assert option.cost < count_parameters(layer)

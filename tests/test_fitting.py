@@ -1,0 +1,154 @@
+"""Whitening and least squares against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_ops import fitting
+from lowrank_ops.decompose import svd_decompose, tucker_decompose
+from lowrank_ops.fitting import Regression, Whitening
+from lowrank_ops.moments import Moments
+
+
+def _moment(size: int, seed: int, spread: float = 1.5) -> Tensor:
+    """A positive definite matrix whose eigenvalues span `spread` decades."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    return (basis * torch.logspace(0, -spread, size, dtype=torch.float64)) @ basis.T
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _output_error(change: Tensor, moments: Moments) -> float:
+    """`tr(G D C D^T)`, summed over taps."""
+    return float(torch.einsum("tu,usk,sz,tzk->", moments.gradient, change.flatten(2), moments.input, change.flatten(2)))
+
+
+def test_the_norm_of_the_whitened_weight_is_the_output_error() -> None:
+    weight, moments = _normal(6, 5, 3, 2), Moments(_moment(5, 1), _moment(6, 2))
+    norm = float(Whitening.of(moments).apply(weight).square().sum())
+    assert norm == pytest.approx(_output_error(weight, moments), rel=1e-12)
+
+
+def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_own_factors() -> None:
+    moments = Moments(_moment(12, 1, 3.0), _moment(10, 2, 3.0))
+    whitening = Whitening.of(moments)
+    matrix = _normal(10, 12)
+    plain = svd_decompose(matrix, 4)
+    found = svd_decompose(whitening.apply(matrix), 4)
+    undone = whitening.undo({"in_factor": found.in_factor, "out_factor": found.out_factor})
+    errors = [
+        _output_error((matrix - out @ inner)[:, :, None], moments)
+        for out, inner in ((plain.out_factor, plain.in_factor), (undone["out_factor"], undone["in_factor"]))
+    ]
+    # the best of its rank in this metric, so the error is the sum of the dropped singular values
+    dropped = torch.linalg.svdvals(whitening.apply(matrix))[4:].square().sum()
+    assert errors[1] == pytest.approx(float(dropped), rel=1e-9)
+    assert errors[1] < errors[0]
+
+    weight = _normal(10, 12, 3, 3)
+    plain4 = tucker_decompose(weight, (5, 4))
+    found4 = tucker_decompose(whitening.apply(weight), (5, 4))
+    undone = whitening.undo({"in_factor": found4.in_factor, "core": found4.core, "out_factor": found4.out_factor})
+    both = [
+        _output_error(weight - torch.einsum("tb,baij,as->tsij", out, core, inner), moments)
+        for out, core, inner in (
+            (plain4.out_factor, plain4.core, plain4.in_factor),
+            (undone["out_factor"], undone["core"], undone["in_factor"]),
+        )
+    ]
+    assert both[1] < both[0]
+
+
+def test_directions_without_energy_are_not_amplified() -> None:
+    empty = torch.zeros(4, 4, dtype=torch.float64)
+    empty[0, 0] = 1.0
+    whitening = Whitening.of(Moments(empty, empty))
+    largest = 1 / fitting.DAMPING**0.5
+    assert float(torch.linalg.matrix_norm(whitening.input_inverse, 2)) == pytest.approx(largest, rel=1e-9)
+    none = Whitening.of(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
+    assert torch.equal(none.input_root, torch.eye(4, dtype=torch.float64))
+
+
+@pytest.fixture
+def tiny_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "RIDGE", 1e-12)
+
+
+def _error(regression: Regression, out: Tensor, inner: Tensor, bias: Tensor, metric: Tensor | None = None) -> float:
+    lost = regression.targets - regression.features @ inner.T @ out.T - bias
+    return float((lost @ (torch.eye(lost.shape[1], dtype=lost.dtype) if metric is None else metric) * lost).sum())
+
+
+@pytest.mark.usefixtures("tiny_ridge")
+def test_an_exact_map_is_found() -> None:
+    features, out, inner, bias = _normal(200, 7), _normal(5, 3, seed=1), _normal(3, 7, seed=2), _normal(5, seed=3)
+    regression = Regression(features, features @ inner.T @ out.T + bias, torch.zeros(5, 7))
+    for rank in (3, None):
+        solution = regression.solve(rank)
+        # the ridge's share of the map, 1e-12, times its condition, below 100
+        torch.testing.assert_close(solution[0] @ solution[1], out @ inner, rtol=0, atol=1e-9)
+        torch.testing.assert_close(solution[2], bias, rtol=0, atol=1e-9)
+        assert regression.error(solution) < 1e-9
+
+
+@pytest.mark.usefixtures("tiny_ridge")
+@pytest.mark.parametrize("metric", [None, _moment(5, 4)], ids=["plain", "weighted"])
+def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
+    features = _normal(300, 6) @ _normal(6, 6, seed=9)
+    regression = Regression(
+        features, features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2), torch.zeros(5, 6), metric
+    )
+    out, inner, bias = regression.solve(2)
+    assert out.shape == (5, 2)
+    torch.testing.assert_close(out.T @ out, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    best = _error(regression, out, inner, bias, metric)
+    # reached by descent from another start: least squares in one factor after the other
+    left = _normal(5, 2, seed=5)
+    root = torch.eye(5, dtype=torch.float64) if metric is None else torch.linalg.cholesky(metric)
+    centred, targets = features - features.mean(0), (regression.targets - regression.targets.mean(0)) @ root
+    for _ in range(500):
+        right = torch.linalg.lstsq(left, torch.linalg.lstsq(centred, targets).solution.T).solution
+        left = torch.linalg.lstsq(centred @ right.T, targets).solution.T
+    descended = float((targets - centred @ right.T @ left.T).square().sum())
+    assert best == pytest.approx(descended, rel=1e-6)
+
+
+def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
+    features = _normal(100, 4)
+    features[:, 3] = 0
+    prior = _normal(2, 4, seed=1)
+    regression = Regression(features, features @ _normal(4, 2, seed=2), prior)
+    _, inner, _ = regression.solve()
+    torch.testing.assert_close(inner[:, 3], prior[:, 3], rtol=1e-12, atol=0)
+
+
+def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -> None:
+    features = _normal(2000, 8)
+    targets = features @ _normal(8, 16, seed=1) - 1.0
+    regression = Regression(features[:, :4], targets, torch.zeros(16, 4))
+    plain, rectified = regression.solve(3), regression.solve(3, relu=True)
+
+    def lost(solution: tuple[Tensor, Tensor, Tensor]) -> float:
+        out, inner, bias = solution
+        return float((targets.clamp(min=0) - (features[:, :4] @ inner.T @ out.T + bias).clamp(min=0)).square().sum())
+
+    assert lost(rectified) < 0.97 * lost(plain)
+    assert _error(regression, *rectified) >= _error(regression, *plain)
+
+
+def test_the_compromise_behind_a_relu_is_the_best_one() -> None:
+    targets, present = _normal(50, 40), _normal(50, 40, seed=1)
+    for weight in (0.01, 1.0):
+        found = fitting._through_relu(targets, present, weight)
+
+        def cost(values: Tensor, weight: float = weight) -> Tensor:
+            return (targets.clamp(min=0) - values.clamp(min=0)).square() + weight * (values - present).square()
+
+        grid = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+        least = torch.stack([cost(torch.full_like(targets, float(value))) for value in grid]).amin(0)
+        assert bool((cost(found) <= least + 1e-12).all())

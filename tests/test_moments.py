@@ -1,0 +1,132 @@
+"""Rows and moments of layers against the layers themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_ops.batches import Batches
+from lowrank_ops.moments import Layer, draw_positions, gather_moments, input_rows, output_rows, watch
+
+LAYERS = [
+    nn.Conv2d(5, 4, 3, padding=1),
+    nn.Conv2d(5, 4, (3, 2), stride=(2, 1), padding=(2, 0), dilation=(1, 3)),
+    nn.Conv2d(5, 4, 3, padding="same", dilation=2),
+    nn.Conv2d(5, 4, 2, padding="same"),
+    nn.Conv2d(5, 4, 3, padding="valid"),
+    nn.Conv2d(5, 4, 3, padding=(1, 2), padding_mode="reflect"),
+    nn.Conv2d(5, 4, 3, padding=1, padding_mode="circular", bias=False),
+    nn.Conv2d(5, 4, 1, stride=2),
+    nn.Conv1d(5, 4, 3, padding=2, stride=2),
+    nn.Conv1d(5, 4, 4, padding="same", padding_mode="replicate"),
+    nn.Linear(5, 4),
+]
+
+
+def _input(layer: Layer) -> Tensor:
+    torch.manual_seed(0)
+    shape = {nn.Conv2d: (3, 5, 9, 8), nn.Conv1d: (3, 5, 11), nn.Linear: (2, 7, 5)}[type(layer)]
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_layer_is_its_weight_times_rows(layer: Layer) -> None:
+    layer = layer.double()
+    input = _input(layer)
+    output = layer(input)
+    positions = draw_positions(layer, output, 10**6, "all")
+    bias = 0 if layer.bias is None else layer.bias
+    product = input_rows(layer, input, positions).flatten(1) @ layer.weight.flatten(1).T + bias
+    # at most 15 products of numbers around 1 in fp64, summed in another order
+    torch.testing.assert_close(
+        product, output_rows(layer, output), rtol=0, atol=64 * torch.finfo(torch.float64).eps * 15
+    )
+    some = draw_positions(layer, output, 6, "some")
+    assert len(some.unique()) == 6
+    assert torch.equal(some, draw_positions(layer, output, 6, "some"))
+    assert not torch.equal(some, draw_positions(layer, output, 6, "others"))
+    assert torch.equal(output_rows(layer, output, some), output_rows(layer, output)[some])
+    assert torch.equal(input_rows(layer, input, some), input_rows(layer, input, positions)[some])
+
+
+def test_unbatched_inputs() -> None:
+    layer = LAYERS[0].double()
+    image = _input(layer)[0]
+    positions = torch.arange(72)
+    assert torch.equal(input_rows(layer, image, positions), input_rows(layer, image[None], positions))
+    assert torch.equal(output_rows(layer, layer(image)), output_rows(layer, layer(image[None])))
+
+
+class _Twice(nn.Module):
+    """Calls one layer twice, rectifies its output in place, and has a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3, padding=1)
+        self.shared = nn.Conv2d(3, 3, 1)
+        self.unused = nn.Linear(2, 2)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = torch.relu_(self.first(input))
+        hidden = self.shared(torch.relu_(self.shared(hidden)))
+        return self.last(hidden.mean((2, 3)))
+
+
+def test_moments_are_those_of_all_inputs_and_of_the_gradients_of_a_projection() -> None:
+    torch.manual_seed(0)
+    model = _Twice().double()
+    batches = [torch.randn(4, 2, 5, 6, dtype=torch.float64), torch.randn(2, 2, 5, 6, dtype=torch.float64)]
+    layers: list[Layer] = [model.last, model.first, model.shared, model.unused]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found, calls = gather_moments(model, layers, Batches(batches, "here"), positions=10**6)
+    assert list(found) == list(map(id, (model.first, model.shared, model.last)))  # in the order of the calls
+    assert calls == {id(model.first): 1, id(model.shared): 2, id(model.last): 1}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert model.training
+
+    hidden = torch.cat([torch.relu(model.first(batch)) for batch in batches])
+    inputs = torch.cat([hidden, torch.relu(model.shared(hidden))])
+    rows = inputs.permute(0, 2, 3, 1).flatten(0, 2)
+    # fp64 sums of 360 products, in fp64 throughout
+    torch.testing.assert_close(found[id(model.shared)].input, rows.T @ rows / len(rows), rtol=1e-12, atol=1e-12)
+
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(3, 3, dtype=torch.float64)
+    for batch in batches:
+        output = model.first(batch)
+        rest = model.last(model.shared(torch.relu(model.shared(torch.relu(output)))).mean((2, 3)))
+        (gradient,) = torch.autograd.grad(rest, output, torch.randn(rest.shape, generator=generator).to(rest))
+        rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)
+        total += rows.T @ rows
+    torch.testing.assert_close(found[id(model.first)].gradient, total, rtol=1e-12, atol=1e-14)
+
+
+def test_frozen_weights_behind_integers_and_models_without_gradients() -> None:
+    embedding = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
+    embedding.requires_grad_(False)
+    tokens = torch.arange(7)[None]
+    found, _ = gather_moments(embedding, [embedding[1], embedding[3]], Batches([tokens], "here"))
+    assert not torch.equal(found[id(embedding[1])].gradient, torch.eye(3, dtype=torch.float64))
+
+    class Detached(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).detach()
+
+    model = Detached(nn.Linear(4, 3))
+    found, _ = gather_moments(model, [model[0]], Batches(torch.randn(5, 4), "here"))
+    assert torch.equal(found[id(model[0])].gradient, torch.eye(3, dtype=torch.float64))
+
+
+def test_watch_stops_after_the_last_call() -> None:
+    model = _Twice()
+    seen: list[int] = []
+    reached: list[str] = []
+    model.last.register_forward_hook(lambda *_: reached.append("last"))
+    (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
+    watch(model, model.shared, batch, 2, lambda call, input, output: seen.append(call))
+    assert seen == [0, 1]
+    assert reached == []
+    assert model.training
