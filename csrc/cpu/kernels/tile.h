@@ -238,12 +238,12 @@ static void depthwise_taps(const DepthwiseCall& call) {
         for (int j = 0; j < kSums; ++j) sums[j] = V{};
         const T* first = column + o * call.stride * kLanes;
         for (int64_t i = 0; i < kw; ++i, first += call.dilation * kLanes) {
-          const V w = load(width + i * call.channels);
+          const V w = load(width + i * call.channel_stride);
 #pragma GCC unroll 8
           for (int j = 0; j < kSums; ++j) sums[j] += load(first + j * call.stride * kLanes) * w;
         }
 #pragma GCC unroll 8
-        for (int j = 0; j < kSums; ++j) store(out + (o + j) * call.channels, sums[j]);
+        for (int j = 0; j < kSums; ++j) store(out + (o + j) * call.channel_stride, sums[j]);
         o += kSums;
       }
     }
