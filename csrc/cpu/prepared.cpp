@@ -66,9 +66,9 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
   if (core) {
     const int64_t r2 = core->size(0), r1 = core->size(1), taps = core->size(2) * core->size(3);
     const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
-    core_weight.emplace(core_rows, r2, taps, r1, dtype, engine);
+    core_weight.emplace(pack_core(core_rows, r2, taps, r1, dtype, engine));
     // The transform rounds to the weight's own type, and exists where elements are of that type.
-    if (winograd && engine.kernels->element == dtype && engine.kernels->winograd_weight)
+    if (winograd && engine.kernels->element == dtype && engine.kernels->pack_winograd)
       winograd_weight.emplace(pack_winograd(core_rows, r1, r2, dtype, engine));
   }
 

@@ -28,7 +28,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         [&](auto&&... arguments) { winograd.run(block, arguments...); });
     return output;
   }
-  const PackedWeight core_weight(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
+  const PackedWeight core_weight = pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->element};
   const int64_t hidden_columns = block.hidden_columns();
   // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.

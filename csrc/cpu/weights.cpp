@@ -2,7 +2,9 @@
 
 #include <ATen/Parallel.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace lowrank_ops {
 
@@ -14,46 +16,66 @@ Panels::Panels(int64_t columns, const ComputeKernels& kernels) : columns(columns
 }
 
 namespace {
-constexpr int64_t kKeptBytes = 4 << 20;  // a thread keeps a buffer of at most this size between calls
+
+constexpr int64_t kLeastKept = 64 << 10;  // malloc keeps smaller ones itself
+constexpr int64_t kMostKept = 16 << 20;   // of a thread, all together
+
+// What a thread gave back, the latest last.
 struct Kept {
-  char* data = nullptr;
+  struct Block {
+    char* memory;
+    int64_t bytes;
+  };
+  std::vector<Block> blocks;
   int64_t bytes = 0;
-  bool busy = false;
-  ~Kept() { std::free(data); }
+
+  // The smallest that is large enough, and not more than twice that; nullptr: none.
+  char* take(int64_t wanted, int64_t& found) {
+    auto best = blocks.end();
+    for (auto block = blocks.begin(); block != blocks.end(); ++block)
+      if (block->bytes >= wanted && block->bytes <= 2 * wanted && (best == blocks.end() || block->bytes < best->bytes))
+        best = block;
+    if (best == blocks.end()) return nullptr;
+    char* memory = best->memory;
+    found = best->bytes;
+    bytes -= found;
+    blocks.erase(best);
+    return memory;
+  }
+  void give(char* memory, int64_t size) {
+    while (!blocks.empty() && bytes + size > kMostKept) {
+      bytes -= blocks.front().bytes;
+      std::free(blocks.front().memory);
+      blocks.erase(blocks.begin());
+    }
+    blocks.push_back({memory, size});
+    bytes += size;
+  }
+  ~Kept() {
+    for (const Block& block : blocks) std::free(block.memory);
+  }
 };
 thread_local Kept kept;
 
-char* allocate(int64_t bytes) {
-  void* data = std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(bytes, 64), 64)));
-  TORCH_CHECK_WITH(OutOfMemoryError, data, "lowrank_ops: could not allocate ", bytes, " bytes of scratch memory");
-  return static_cast<char*>(data);
-}
 }  // namespace
 
-Scratch::Scratch(int64_t bytes) : owned_(kept.busy || bytes > kKeptBytes) {
-  if (owned_) {
-    begin_ = allocate(bytes);
-  } else {
-    if (kept.bytes < bytes) {
-      std::free(kept.data);
-      kept.data = nullptr;
-      kept.bytes = 0;
-      kept.data = allocate(bytes);
-      kept.bytes = bytes;
-    }
-    kept.busy = true;
-    begin_ = kept.data;
-  }
-  next_ = begin_;
-  end_ = begin_ + round_up(std::max<int64_t>(bytes, 64), 64);
+AlignedMemory allocate(int64_t bytes) {
+  int64_t size = round_up(std::max<int64_t>(bytes, 64), 64);
+  char* memory = size >= kLeastKept ? kept.take(size, size) : nullptr;
+  if (!memory) memory = static_cast<char*>(std::aligned_alloc(64, size_t(size)));
+  TORCH_CHECK_WITH(OutOfMemoryError, memory, "lowrank_ops: could not allocate ", bytes, " bytes of scratch memory");
+  return AlignedMemory(memory, {size});
 }
 
-Scratch::~Scratch() {
-  if (owned_)
-    std::free(begin_);
+void GiveBack::operator()(char* memory) const {
+  if (bytes < kLeastKept || bytes > kMostKept)
+    std::free(memory);
   else
-    kept.busy = false;
+    kept.give(memory, bytes);
 }
+
+Scratch::Scratch(int64_t bytes)
+    : memory_(allocate(bytes)), next_(memory_.get()), end_(next_ + memory_.get_deleter().bytes) {}
 
 void* Scratch::take(int64_t bytes) {
   char* result = next_;
@@ -62,39 +84,43 @@ void* Scratch::take(int64_t bytes) {
   return result;
 }
 
-PackedWeight::PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, int64_t num_taps, int64_t depth,
+PackedWeight::PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth,
                            DType dtype, const Engine& engine, const char* prepared)
     : panels_(columns, *engine.kernels),
       padded_depth_(round_up(depth, engine.kernels->group)),
-      column_bytes_(num_taps * padded_depth_ * element_bytes(engine.kernels->element)),
+      column_bytes_(taps.packed * padded_depth_ * element_bytes(engine.kernels->element)),
       data_(prepared) {
   if (prepared) return;
-  memory_.reset(allocate(bytes()));
+  memory_ = allocate(bytes());
   data_ = memory_.get();
-  const PackFunction pack = engine.kernels->pack[int(dtype)];
   const at::Tensor values = weight();
   const char* source = static_cast<const char*>(values.const_data_ptr());
-  const int64_t row_bytes = num_taps * depth * element_bytes(dtype);
+  const int64_t row_bytes = taps.stored * depth * element_bytes(dtype);
   const int64_t grain = std::max<int64_t>(1, (256 << 10) / (column_bytes_ * panels_.padded_width(0)));
   at::parallel_for(0, panels_.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       PackCall call;
       call.weight = source + panels_.first(panel) * row_bytes;
-      call.row_stride = num_taps * depth;
-      call.num_taps = num_taps;
+      call.row_stride = taps.stored * depth;
+      call.num_taps = taps.stored;
       call.depth = depth;
       call.padded_depth = padded_depth_;
       call.width = panels_.width(panel);
       call.padded_width = panels_.padded_width(panel);
       call.panel = memory_.get() + panels_.first(panel) * column_bytes_;
-      pack(call);
+      taps.pack(call);
     }
   });
 }
 
+PackedWeight pack_core(c10::function_ref<at::Tensor()> core, int64_t columns, int64_t taps, int64_t depth, DType dtype,
+                       const Engine& engine, const char* prepared) {
+  return PackedWeight(core, columns, {taps, taps, engine.kernels->pack[int(dtype)]}, depth, dtype, engine, prepared);
+}
+
 PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared) {
   const auto weight = [&] { return factor.contiguous(); };
-  return PackedWeight(weight, factor.size(0), 1, factor.size(1), dtype, engine, prepared);
+  return pack_core(weight, factor.size(0), 1, factor.size(1), dtype, engine, prepared);
 }
 
 SumRows::SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine) {
@@ -109,7 +135,7 @@ void SumRows::fill(const at::Tensor& source, int64_t rows, int64_t row_stride, i
                    DType dtype, const Engine& engine) {
   sum_bytes_ = element_bytes(engine.sums->element);
   const int64_t padded = round_up(columns, engine.sums->lanes);
-  memory_.reset(allocate(rows * padded * sum_bytes_));
+  memory_ = allocate(rows * padded * sum_bytes_);
   if (padded != columns) std::memset(memory_.get(), 0, size_t(rows * padded * sum_bytes_));
   LoadCall load;
   load.in = source.const_data_ptr();

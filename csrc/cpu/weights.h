@@ -9,7 +9,6 @@
 #include <c10/util/FunctionRef.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 
 #include "cpu/isa.h"
@@ -27,35 +26,41 @@ struct Panels {
   int64_t padded_columns() const { return round_up(columns, lanes); }
 };
 
-// Memory from a per-thread stack-like buffer: reused by the next call when small, freed when large.
+// Memory aligned to 64 bytes. What a thread gives back it keeps, a little of it, for its next call: fresh pages cost
+// more than what most blocks write to them.
+struct GiveBack {
+  int64_t bytes = 0;
+  void operator()(char* memory) const;
+};
+using AlignedMemory = std::unique_ptr<char, GiveBack>;
+AlignedMemory allocate(int64_t bytes);
+
+// One allocation for all the tiles of a thread.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
-  ~Scratch();
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
   // The next `bytes` of it, aligned to 64.
   void* take(int64_t bytes);
   static int64_t padded(int64_t bytes) { return round_up(bytes, 64); }
 
  private:
-  char* begin_;
+  AlignedMemory memory_;
   char* next_;
   char* end_;
-  bool owned_;
 };
 
-struct Free {
-  void operator()(char* p) const { std::free(p); }
+// How many taps a row of a weight has in memory and in its panel, and what brings it from there to here.
+struct PackedTaps {
+  int64_t stored, packed;
+  PackFunction pack;
 };
-using AlignedMemory = std::unique_ptr<char, Free>;
 
-// A factor packed into panels: `weight()` is [columns, num_taps, depth], contiguous, and is not asked for where the
+// A factor packed into panels: `weight()` is [columns, stored taps, depth], contiguous, and is not asked for where the
 // panels were packed before.
 class PackedWeight {
  public:
-  PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, int64_t num_taps, int64_t depth, DType dtype,
-               const Engine& engine, const char* prepared = nullptr);
+  PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth, DType dtype,
+               const Engine& engine, const char* prepared);
   const Panels& panels() const { return panels_; }
   int64_t padded_depth() const { return padded_depth_; }  // of a tap
   const void* panel(int64_t index) const { return data_ + panels_.first(index) * column_bytes_; }
@@ -69,7 +74,9 @@ class PackedWeight {
   const char* data_;
 };
 
-// A factor [rows, depth], its rows the columns of the product.
+// A core [columns, taps, depth], and a factor [rows, depth], its rows the columns of the product.
+PackedWeight pack_core(c10::function_ref<at::Tensor()> core, int64_t columns, int64_t taps, int64_t depth, DType dtype,
+                       const Engine& engine, const char* prepared = nullptr);
 PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared = nullptr);
 
 // The bias [T], or CP's factors [R, K] with the tap first, as accumulators: rows of whole vectors, padded with zeros.

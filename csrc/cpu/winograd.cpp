@@ -1,7 +1,5 @@
 #include "cpu/winograd.h"
 
-#include <ATen/ops/empty.h>
-
 namespace lowrank_ops {
 namespace {
 
@@ -11,24 +9,11 @@ int64_t pairs(int64_t count) {
   return (count + 1) / 2;
 }
 
-at::Tensor transformed(const at::Tensor& core, int64_t r1, int64_t r2, DType dtype, const Engine& engine) {
-  const at::Tensor result = at::empty({r2, kPlaces, r1}, core.options().memory_format(at::MemoryFormat::Contiguous));
-  const char* source = static_cast<const char*>(core.const_data_ptr());
-  char* target = static_cast<char*>(result.data_ptr());
-  const int64_t element = element_bytes(dtype), grain = std::max<int64_t>(1, (64 << 10) / (kPlaces * r1));
-  at::parallel_for(0, r2, grain, [&](int64_t begin, int64_t end) {
-    engine.kernels->winograd_weight(source + begin * 9 * r1 * element, target + begin * kPlaces * r1 * element,
-                                    end - begin, r1);
-  });
-  return result;
-}
-
 }  // namespace
 
 PackedWeight pack_winograd(c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2, DType dtype,
                            const Engine& engine, const char* prepared) {
-  const auto weight = [&] { return transformed(core(), r1, r2, dtype, engine); };
-  return PackedWeight(weight, r2, kPlaces, r1, dtype, engine, prepared);
+  return PackedWeight(core, r2, {9, kPlaces, engine.kernels->pack_winograd}, r1, dtype, engine, prepared);
 }
 
 WinogradCore::WinogradCore(PackedWeight weight, const Problem& p, const CpuTile& tile, const Engine& engine)

@@ -125,9 +125,6 @@ struct WinogradOutputCall {
 };
 using WinogradOutputFunction = void (*)(const WinogradOutputCall&);
 
-// [filters, 9, channels] -> [filters, 16, channels], both contiguous and of the tensor's own type.
-using WinogradWeightFunction = void (*)(const void* weight, void* out, int64_t filters, int64_t channels);
-
 // Kernels for one way to compute. `Element` is the type of tiles and packed weights, `Accumulator` that of sums.
 struct ComputeKernels {
   DType element;
@@ -147,7 +144,7 @@ struct ComputeKernels {
   // Of elements with fp32 sums, and of weights of that very type; nullptr otherwise.
   WinogradInputFunction winograd_input = nullptr;
   WinogradOutputFunction winograd_output = nullptr;
-  WinogradWeightFunction winograd_weight = nullptr;
+  PackFunction pack_winograd = nullptr;  // rows of 9 taps into a panel of 16 places
 };
 
 struct KernelTable {

@@ -26,7 +26,7 @@ static const ComputeKernels kComputeFloat = {
     &finish_sums<float>,
     &winograd_input<float, float>,
     &winograd_output<float>,
-    &winograd_weight_call<float>,
+    &pack_winograd<float>,
 };
 
 static const ComputeKernels kComputeDouble = {
@@ -63,7 +63,7 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       &finish_sums<float>,
       &winograd_input<float, BFloat16>,
       &winograd_output<BFloat16>,
-      &winograd_weight_call<BFloat16>,
+      &pack_winograd<BFloat16>,
   };
 }
 

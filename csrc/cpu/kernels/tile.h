@@ -140,30 +140,30 @@ static void store_transposed(const StoreCall& call) {
 }
 
 // Rows of the weight come in as vectors along the depth, rows of the panel go out as vectors along the columns. In
-// units of `T`: one element, or a pair of bf16 as one 32-bit element. `load_row` asks for the row of the next columns.
-template <typename T, typename Load>
-static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t depth, int64_t padded_depth,
-                               const Load& load_row) {
+// units of `T`: one element, or a pair of bf16 as one 32-bit element. `whole` units have all of their elements; `load`
+// gives the vector of a column from a unit on, `load_end` the same where the depth ends within it. The row of the next
+// columns is asked for.
+template <typename T, typename Load, typename LoadEnd>
+static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t whole, int64_t units,
+                               const Load& load_whole, const LoadEnd& load_end) {
   using V = typename Vector<T>::Type;
   constexpr int kLanes = Vector<T>::kLanes;
   for (int64_t column = 0; column < padded_width; column += kLanes) {
-    for (int64_t k = 0; k < padded_depth; k += kLanes) {
+    for (int64_t k = 0; k < units; k += kLanes) {
       V block[kLanes];
-      if (columns - column >= kLanes && depth - k >= kLanes) {
+      if (columns - column >= kLanes && whole - k >= kLanes) {
 #pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c) block[c] = load_row(column + c, k, kLanes);
+        for (int c = 0; c < kLanes; ++c) block[c] = load_whole(column + c, k);
       } else {
-        const int64_t left = depth - k < kLanes ? depth - k : kLanes;
-        for (int c = 0; c < kLanes; ++c)
-          block[c] = column + c < columns && left > 0 ? load_row(column + c, k, left) : V{};
+        for (int c = 0; c < kLanes; ++c) block[c] = column + c < columns ? load_end(column + c, k) : V{};
       }
       transpose(block);
       T* out = panel + k * padded_width + column;
-      if (padded_depth - k >= kLanes) {
+      if (units - k >= kLanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(out + i * padded_width, block[i]);
       } else {
-        for (int i = 0; i < padded_depth - k; ++i) store(out + i * padded_width, block[i]);
+        for (int i = 0; i < units - k; ++i) store(out + i * padded_width, block[i]);
       }
     }
   }
@@ -171,34 +171,43 @@ static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, 
 
 template <typename T, typename In>
 static void pack_panel(const PackCall& call) {
+  constexpr int kLanes = Vector<T>::kLanes;
   T* panel = static_cast<T*>(call.panel);
   const In* weight = static_cast<const In*>(call.weight);
   for (int64_t tap = 0; tap < call.num_taps;
-       ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width)
-    pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth,
-                   [&](int64_t column, int64_t k, int64_t count) {
-                     const In* source = weight + column * call.row_stride + k;
-                     __builtin_prefetch(source + Vector<T>::kLanes * call.row_stride, 0, 2);
-                     return count == Vector<T>::kLanes ? load(source) : load_part(source, count);
-                   });
+       ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width) {
+    const auto load_whole = [&](int64_t column, int64_t k) {
+      const In* source = weight + column * call.row_stride + k;
+      __builtin_prefetch(source + kLanes * call.row_stride, 0, 2);
+      return load(source);
+    };
+    const auto load_end = [&](int64_t column, int64_t k) {
+      const int64_t left = call.depth - k;
+      return load_part(weight + column * call.row_stride + k, left < kLanes ? left : kLanes);
+    };
+    pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth, load_whole, load_end);
+  }
 }
 
 static void pack_panel_pairs(const PackCall& call) {
+  constexpr int kLanes = Vector<float>::kLanes;
   float* panel = static_cast<float*>(call.panel);
   const BFloat16* weight = static_cast<const BFloat16*>(call.weight);
   const int64_t pairs = call.padded_depth / 2;
-  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += pairs * call.padded_width)
-    pack_blocks<float>(panel, call.width, call.padded_width, pairs, pairs,
-                       [&](int64_t column, int64_t k, int64_t count) {
-                         const BFloat16* source = weight + column * call.row_stride + 2 * k;
-                         __builtin_prefetch(source + Vector<float>::kLanes * call.row_stride, 0, 2);
-                         const int64_t left = call.depth - 2 * k;  // one less than 2 * count at the end of an odd depth
-                         if (count == Vector<float>::kLanes && left >= 2 * count)
-                           return load(reinterpret_cast<const float*>(source));
-                         Float part = Float{};
-                         memcpy(&part, source, size_t(left < 2 * count ? left : 2 * count) * 2);
-                         return part;
-                       });
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += pairs * call.padded_width) {
+    const auto load_whole = [&](int64_t column, int64_t k) {
+      const BFloat16* source = weight + column * call.row_stride + 2 * k;
+      __builtin_prefetch(source + kLanes * call.row_stride, 0, 2);
+      return load(reinterpret_cast<const float*>(source));
+    };
+    const auto load_end = [&](int64_t column, int64_t k) {
+      const int64_t left = call.depth - 2 * k;  // odd at the end of an odd depth
+      Float part = Float{};
+      memcpy(&part, weight + column * call.row_stride + 2 * k, size_t(left < 2 * kLanes ? left : 2 * kLanes) * 2);
+      return part;
+    };
+    pack_blocks<float>(panel, call.width, call.padded_width, call.depth / 2, pairs, load_whole, load_end);
+  }
 }
 
 // Vertical taps into a column buffer in L1, horizontal taps out of it; one vector of channels at a time, its weights in

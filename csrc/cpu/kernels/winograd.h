@@ -87,41 +87,70 @@ static void winograd_output(const WinogradOutputCall& call) {
   }
 }
 
-// G g G^T for `filters` rows of [9][channels] -> [16][channels], rounded to the weight's own type.
-template <typename T>
-static void winograd_weight(const T* weight, T* out, int64_t filters, int64_t channels) {
+// G g G^T of one filter for a vector of channels.
+static inline void transform_filter(const Float (&tap)[9], Float (&place)[16]) {
   const auto transform = [](Float a, Float b, Float c) -> Four {
     const Float half = broadcast<Float>(0.5f), outer = (a + c) * half, inner = b * half;
     return {{a, outer + inner, outer - inner, c}};
   };
-  for (int64_t filter = 0; filter < filters; ++filter, weight += 9 * channels, out += 16 * channels)
-    for (int64_t channel = 0; channel < channels; channel += kLanesFloat) {
-      const int64_t count = channels - channel < kLanesFloat ? channels - channel : kLanesFloat;
-      const auto tap = [&](int i) {
-        const T* source = weight + i * channels + channel;
-        return count == kLanesFloat ? load(source) : load_part(source, count);
-      };
-      Four columns[3];
+  Four columns[3];
 #pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) columns[j] = transform(tap(j), tap(3 + j), tap(6 + j));
+  for (int j = 0; j < 3; ++j) columns[j] = transform(tap[j], tap[3 + j], tap[6 + j]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Four row = transform(columns[0].value[i], columns[1].value[i], columns[2].value[i]);
+  for (int i = 0; i < 4; ++i) {
+    const Four row = transform(columns[0].value[i], columns[1].value[i], columns[2].value[i]);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          T* target = out + (4 * i + j) * channels + channel;
-          if (count == kLanesFloat)
-            store(target, row.value[j]);
-          else
-            store_part(target, row.value[j], count);
-        }
-      }
-    }
+    for (int j = 0; j < 4; ++j) place[4 * i + j] = row.value[j];
+  }
 }
 
+// Rows [9][depth] of a weight -> a panel [16][padded_depth / group][padded_width][group], rounded to the weight's own
+// type. kLanes filters by kLanes units at a time, a unit being a channel or a pair of bf16 channels: the 16 places of
+// such a block fit L1, where they are transposed.
 template <typename T>
-static void winograd_weight_call(const void* weight, void* out, int64_t filters, int64_t channels) {
-  winograd_weight(static_cast<const T*>(weight), static_cast<T*>(out), filters, channels);
+static void pack_winograd(const PackCall& call) {
+  constexpr int kUnit = sizeof(float) / sizeof(T);
+  const int64_t units = call.padded_depth / kUnit;
+  const T* weight = static_cast<const T*>(call.weight);
+  float* panel = static_cast<float*>(call.panel);
+  Float places[16][kLanesFloat];
+  for (int64_t column = 0; column < call.padded_width; column += kLanesFloat)
+    for (int64_t unit = 0; unit < units; unit += kLanesFloat) {
+      const int64_t left = call.depth - unit * kUnit;
+      const int64_t bytes = (left < kLanesFloat * kUnit ? left : kLanesFloat * kUnit) * int64_t(sizeof(T));
+      for (int filter = 0; filter < kLanesFloat; ++filter) {
+        Float taps[9], place[16];
+        const T* source = weight + (column + filter) * call.row_stride + unit * kUnit;
+        for (int i = 0; i < 9; ++i, source += call.depth) {
+          if (column + filter >= call.width)
+            taps[i] = Float{};
+          else if (bytes == kVectorBytes)
+            taps[i] = load(reinterpret_cast<const float*>(source));
+          else
+            memcpy(&(taps[i] = Float{}), source, size_t(bytes));
+        }
+        if constexpr (kUnit == 1) {
+          transform_filter(taps, place);
+          for (int i = 0; i < 16; ++i) places[i][filter] = place[i];
+        } else {  // the second of a pair lies in the upper half
+          Float first[9], second[9], second_place[16];
+          for (int i = 0; i < 9; ++i) {
+            first[i] = (Float)((FloatBits)taps[i] << 16);
+            second[i] = (Float)((FloatBits)taps[i] & 0xffff0000u);
+          }
+          transform_filter(first, place);
+          transform_filter(second, second_place);
+          const auto bits = [](Float v) { return __builtin_convertvector(to_bfloat16(v), FloatBits); };
+          for (int i = 0; i < 16; ++i) places[i][filter] = (Float)(bits(place[i]) | bits(second_place[i]) << 16);
+        }
+      }
+      const int64_t rows = units - unit < kLanesFloat ? units - unit : kLanesFloat;
+      for (int i = 0; i < 16; ++i) {
+        transpose(places[i]);
+        float* out = panel + (i * units + unit) * call.padded_width + column;
+        for (int row = 0; row < rows; ++row) store(out + row * call.padded_width, places[i][row]);
+      }
+    }
 }
 
 }  // namespace LOWRANK_ISA
