@@ -3,8 +3,8 @@
 Two questions for each network, answered on data that no fit has seen:
 
 * at a given number of times fewer multiplications: the weights alone and one ratio everywhere; ranks for a `Budget`;
-  the same calibrated; the same distilled. With the minutes that each took and the 95 % interval (paired bootstrap over
-  samples) of the difference to the dense network.
+  the same calibrated; the same distilled, for what calibration left of the minutes given. With the minutes that each
+  took and the 95 % interval (paired bootstrap over samples) of the difference to the dense network.
 * at equal latency, as measured: `Budget(latency=...)` against one ratio everywhere and against VBMF's ranks, all
   calibrated on the same data.
 
@@ -36,7 +36,6 @@ from lowrank_ops.options import Choice, empty_module, is_matrix
 from lowrank_ops.ranks import linear_rank, tucker_ranks
 from lowrank_ops.report import count_macs, count_parameters
 
-RATIOS = (0.25, 0.35, 0.5, 0.65)
 KINDS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("one ratio everywhere", "o", lambda method: method.startswith("ratio")),
     ("VBMF", "s", lambda method: method == "VBMF"),
@@ -79,7 +78,7 @@ class Study:
         self.errors, self.weights = subject.score(subject.dense)
 
     def at_equal_multiplications(self, minutes: float) -> None:
-        """The first question, with so many minutes of distillation."""
+        """The first question, with so many minutes for calibration and distillation together."""
         subject = self.subject
         ratio = self._ratio_for(subject.cut)
         budget = Budget(macs=1 / subject.cut, example_input=subject.example_input)
@@ -90,9 +89,13 @@ class Study:
         )
         student, spent = self._compressed(rank=budget, calibration=subject.calibration)
         self._judge("cut", "calibrated, budget", student, spent)
+        if spent >= minutes:
+            print(f"{subject.name}: calibration took {spent:.2f} minutes and left none for distillation", flush=True)
+            return
         started = time.perf_counter()
         student.requires_grad_(True)
-        lowrank_ops.distill_(student, subject.dense, subject.training, minutes=minutes, progress=False)
+        options: Any = {"minutes": minutes - spent, "progress": False, **subject.distillation}
+        lowrank_ops.distill_(student, subject.dense, subject.training, **options)
         spent += (time.perf_counter() - started) / 60
         self._judge("cut", "calibrated, budget, distilled", student.requires_grad_(False), spent)
 
@@ -254,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--question", choices=["cut", "latency", "both"], default="both")
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--minutes", type=float, default=1.5, help="of distillation")
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--minutes", type=float, default=3.0, help="for calibration and distillation together")
+    parser.add_argument("--ratios", type=float, nargs="+", help="of the channels, tried at equal latency")
     parser.add_argument("--seconds", type=float, default=1.0, help="measured per network")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--plot", type=Path, help="draw the metric against the speed-up there (PNG)")
@@ -271,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.question != "latency":
             study.at_equal_multiplications(arguments.minutes)
         if arguments.question != "cut":
-            study.at_equal_latency(arguments.ratios)
+            study.at_equal_latency(arguments.ratios or subject.ratios)
         rows += study.rows
         if arguments.json is not None:
             content = {"machine": bench.machine(), "versions": bench.versions(), "threads": arguments.threads,

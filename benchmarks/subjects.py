@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ class Subject:
         score: per sample of the judged data `(errors, weights)`: the metric is the sum of the ones over the others'.
         cut: how many times fewer multiplications are asked for.
         samples: what is judged, in words.
+        ratios: of the channels, that are tried at equal latency.
+        distillation: options of `distill_`, where its defaults are not best.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Subject:
     score: Callable[[nn.Module], tuple[np.ndarray, np.ndarray]]
     cut: float
     samples: str
+    ratios: tuple[float, ...] = (0.25, 0.35, 0.5, 0.65)
+    distillation: Mapping[str, float] = field(default_factory=dict)
 
 
 def load(name: str, data: Path | None) -> Subject:
@@ -124,6 +128,7 @@ def craft_subject(height: int = 256, width: int = 384, pages: int = 4) -> Subjec
         score,
         1.9,
         f"{pages} rendered pages of {height}x{width}",
+        ratios=(0.35, 0.5),
     )
 
 
@@ -153,6 +158,7 @@ def fashion_subject(data: Path | None, epochs: int = 6) -> Subject:
         score,
         8.9,
         f"{len(truth)} test images of Fashion-MNIST",
+        distillation={"learning_rate": 1e-2, "temperature": 2.0},
     )
 
 

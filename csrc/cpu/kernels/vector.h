@@ -268,8 +268,8 @@ static inline V activate(V v, Activation activation) {
   return v;
 }
 
-// ---- transposition of a kLanes x kLanes block in registers. Two rounds of interleaving within 128 bits, which need no
-// index registers and run at twice the rate of shuffles across them, then rounds that exchange 128-bit lanes.
+// ---- transposition of a kLanes x kLanes block in registers. Two rounds of interleaving within 128 bits, then two that
+// exchange 128-bit lanes: no index registers and no operand overwritten, so that all of it fits 32 registers.
 #if defined(__AVX512F__)
 static inline void transpose(Float (&row)[16]) {
   __m512 even[16], quad[16];
