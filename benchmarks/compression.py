@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -220,6 +221,22 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
+def kept(path: Path | None, networks: Sequence[str], threads: int) -> tuple[list[Row], dict[str, str]]:
+    """What a results file holds of other networks than these.
+
+    Raises:
+        ValueError: it was measured on another machine or with another number of threads.
+    """
+    if path is None or not path.exists():
+        return [], {}
+    content = json.loads(path.read_text())
+    found, here = (content["machine"]["cpu"], content["threads"]), (bench.machine()["cpu"], threads)
+    if found != here:
+        raise ValueError(f"--json: {path} was measured on {found[0]} with {found[1]} thread(s); give another file")
+    rows = [Row(**row) for row in content["rows"] if row["network"] not in networks]
+    return rows, {name: text for name, text in content["samples"].items() if name not in networks}
+
+
 def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path) -> None:
     """Metric against measured speed-up of the rows at equal latency: a panel for each network."""
     import matplotlib
@@ -260,12 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="for calibration and distillation together")
     parser.add_argument("--ratios", type=float, nargs="+", help="of the channels, tried at equal latency")
     parser.add_argument("--seconds", type=float, default=1.0, help="measured per network")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows there, beside those of other networks")
     parser.add_argument("--plot", type=Path, help="draw the metric against the speed-up there (PNG)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    rows: list[Row] = []
-    samples: dict[str, str] = {}
+    rows, samples = kept(arguments.json, arguments.networks, arguments.threads)
     for name in arguments.networks:
         subject = load(name, arguments.data)
         samples[name] = f"{subject.metric} on {subject.samples}"

@@ -184,11 +184,14 @@ def _measured_ranks(limit: int) -> tuple[int, int]:
 def _cp_options(
     layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], multiple: int, name: str, seed: int
 ) -> list[Option]:
-    """CP's error at a few ranks on the leading part of the weight, between them by straight lines in log-log."""
+    """CP's error at a few ranks on the leading part of the weight, between them by straight lines in log-log.
+
+    Errors below a millionth of the norm count as that (a line through zero has no slope), above it as the norm.
+    """
     core = hosvd_core(weight)
     part = core[:_CP_CHANNELS, :_CP_CHANNELS]
     outside = float(core.square().sum() - part.square().sum())
-    energy = float(part.square().sum())
+    energy = max(float(part.square().sum()), 1e-300)
     limit = min(max(weight.shape[:2]), weight.numel() // max(weight.shape))
     points: list[tuple[float, float]] = []
     for share in _CP_SHARES:
@@ -196,10 +199,12 @@ def _cp_options(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             found = cp_decompose(part, rank, iterations=_CP_SWEEPS, corrections=0, seed=seed, name=name, progress=False)
-        points.append((math.log(rank), math.log(max(found.relative_error**2 * energy, 1e-300))))
+        points.append((math.log(rank), math.log(energy * min(max(found.relative_error, 1e-6), 1.0) ** 2)))
     price = _linear(lambda rank: cost(empty_module(layer, Choice("cp", rank))), limit)
     return [
-        Option(price(rank), outside + math.exp(_line(points, math.log(rank))), Choice("cp", rank))
+        Option(
+            price(rank), outside + math.exp(min(_line(points, math.log(rank)), math.log(energy))), Choice("cp", rank)
+        )
         for rank in _offered(limit, multiple)
     ]
 

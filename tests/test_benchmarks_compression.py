@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,22 @@ def test_multiplications_are_counted_by_hand() -> None:
 def test_the_command_writes_rows_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compression, "load", lambda name, data: _subject())
     row = Row("small", "latency", "ratio 0.5", 0.2, 0.1, 0.0, 0.2, 2.0, 2.0, 1.5, 0.1)
-    monkeypatch.setattr(Study, "at_equal_latency", lambda self, ratios: self.rows.append(row))
+    monkeypatch.setattr(
+        Study, "at_equal_latency", lambda self, ratios: self.rows.append(replace(row, network=self.subject.name))
+    )
     written, drawn = tmp_path / "rows.json", tmp_path / "plot.png"
     compression.main(["small", "--question", "latency", "--threads", "1", "--json", str(written), "--plot", str(drawn)])
     content = json.loads(written.read_text())
     assert content["rows"][0]["method"] == "ratio 0.5" and content["samples"] == {"small": "error on 8 images"}
     assert drawn.read_bytes()[:4] == b"\x89PNG"
+    # Another network's rows join those that are there; one's own are measured anew.
+    monkeypatch.setattr(compression, "load", lambda name, data: replace(_subject(), name=name))
+    for name in ("other", "other"):
+        compression.main([name, "--question", "latency", "--threads", "1", "--json", str(written)])
+    content = json.loads(written.read_text())
+    assert [row["network"] for row in content["rows"]] == ["small", "other"] == list(content["samples"])
+    with pytest.raises(ValueError, match=r"with 1 thread\(s\); give another file"):
+        compression.main(["small", "--threads", "2", "--json", str(written)])
 
 
 def test_idx_files(tmp_path: Path) -> None:

@@ -281,6 +281,17 @@ def test_the_errors_of_the_options_are_those_of_the_decompositions() -> None:
             assert option.error == pytest.approx(float(values[option.choice.rank :].sum()), rel=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(32, 1, 3, 3), (64, 2, 3, 3), (8, 8, 1, 5), (32, 32, 3, 3)], ids=str)
+def test_no_option_loses_more_than_the_weight(shape: tuple[int, ...]) -> None:
+    """CP of a few input channels is exact at ranks near those that are tried: no line through zero goes to the sky."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    layer = nn.Conv2d(shape[1], shape[0], shape[2:])  # type: ignore[arg-type]
+    menu = options_for(layer, weight / weight.norm(), "cp", count_parameters, 8, "conv", 0)
+    assert len(menu) > 1 or shape[1] == 1  # as large as the weight at every rank then
+    assert all(0 <= option.error <= 1 + 1e-9 for option in menu)
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.Conv2d(24, 40, (3, 5), stride=2), nn.Conv1d(24, 40, 3), nn.Conv2d(24, 40, 1), nn.Linear(24, 40)],
