@@ -28,7 +28,8 @@ class Budget:
             first batch of the calibration data); a fraction of what convolution and linear layers need now, or an int.
         latency: time of a forward pass on `example_input` on this machine with the present number of threads: a float
             up to 1 is a fraction of the dense model's, a `datetime.timedelta` (or seconds above 1) is absolute.
-            Dense layers and factorized ones at several ranks are measured.
+            Dense layers and factorized ones at several ranks are measured, and then the model as a whole; where that
+            stays above the budget, which its layers alone meet, a warning says by how much.
         example_input: the input that latency is for; None takes `example_input=` of `factorize_`.
 
     Raises:

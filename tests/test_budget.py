@@ -246,6 +246,27 @@ def test_a_latency_that_the_layers_alone_underestimate_is_corrected(
     assert slower_together(model, INPUT) <= 0.5 * before
 
 
+def test_a_latency_that_only_the_layers_alone_reach_is_approached_and_warned_of(
+    model: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Corrections never ask for less than the closest: that is what is left to do, and it is said."""
+    _counted(monkeypatch, lambda module: 1.0)
+    alone, largest = spending._seconds, copy.deepcopy(model)
+    before = alone(model, INPUT)
+    monkeypatch.setattr(
+        spending,
+        "_seconds",
+        lambda module, example: (
+            max(alone(module, example), 0.6 * before)
+            if any(isinstance(layer, FactorizedModule) for layer in module.modules())
+            else alone(module, example)
+        ),
+    )
+    with pytest.warns(UserWarning, match=r"budget of .* ms, but .* takes .* ms"):
+        report = factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
+    assert report.replaced and alone(model, INPUT) < 0.5 * alone(largest, INPUT)
+
+
 def test_a_layer_that_would_not_get_faster_is_left(model: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     _counted(
         monkeypatch,
