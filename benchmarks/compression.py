@@ -221,8 +221,10 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def kept(path: Path | None, networks: Sequence[str], threads: int) -> tuple[list[Row], dict[str, str]]:
-    """What a results file holds of other networks than these.
+def kept(
+    path: Path | None, networks: Sequence[str], asked: Sequence[str], threads: int
+) -> tuple[list[Row], dict[str, str]]:
+    """What a results file holds of other networks than these, or in answer to other questions.
 
     Raises:
         ValueError: it was measured on another machine or with another number of threads.
@@ -233,8 +235,8 @@ def kept(path: Path | None, networks: Sequence[str], threads: int) -> tuple[list
     found, here = (content["machine"]["cpu"], content["threads"]), (bench.machine()["cpu"], threads)
     if found != here:
         raise ValueError(f"--json: {path} was measured on {found[0]} with {found[1]} thread(s); give another file")
-    rows = [Row(**row) for row in content["rows"] if row["network"] not in networks]
-    return rows, {name: text for name, text in content["samples"].items() if name not in networks}
+    rows = [Row(**row) for row in content["rows"]]
+    return [row for row in rows if row.network not in networks or row.question not in asked], content["samples"]
 
 
 def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path) -> None:
@@ -277,19 +279,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="for calibration and distillation together")
     parser.add_argument("--ratios", type=float, nargs="+", help="of the channels, tried at equal latency")
     parser.add_argument("--seconds", type=float, default=1.0, help="measured per network")
-    parser.add_argument("--json", type=Path, help="write the rows there, beside those of other networks")
+    parser.add_argument("--json", type=Path, help="write the rows there, beside those of other networks and questions")
     parser.add_argument("--plot", type=Path, help="draw the metric against the speed-up there (PNG)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    rows, samples = kept(arguments.json, arguments.networks, arguments.threads)
+    asked = [question for question in ("cut", "latency") if arguments.question in (question, "both")]
+    rows, samples = kept(arguments.json, arguments.networks, asked, arguments.threads)
     for name in arguments.networks:
         subject = load(name, arguments.data)
         samples[name] = f"{subject.metric} on {subject.samples}"
         print(f"{name}: {samples[name]}", flush=True)
         study = Study(subject, arguments.seconds)
-        if arguments.question != "latency":
+        if "cut" in asked:
             study.at_equal_multiplications(arguments.minutes)
-        if arguments.question != "cut":
+        if "latency" in asked:
             study.at_equal_latency(arguments.ratios or subject.ratios)
         rows += study.rows
         if arguments.json is not None:

@@ -103,6 +103,7 @@ def text_subject(characters: int = 10_000, noise: float = 25.0, hard_noise: floa
         score,
         4.5,
         f"{lengths.sum():.0f} characters in {len(lines)} rendered lines, noise {noise:.0f} and {hard_noise:.0f} of 255",
+        ratios=(0.15, 0.2, 0.25, 0.35),
     )
 
 

@@ -123,6 +123,9 @@ def test_the_command_writes_rows_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp
         compression.main([name, "--question", "latency", "--threads", "1", "--json", str(written)])
     content = json.loads(written.read_text())
     assert [row["network"] for row in content["rows"]] == ["small", "other"] == list(content["samples"])
+    compression.main(["other", "--question", "cut", "--threads", "1", "--json", str(written)])
+    questions = [(row["network"], row["question"]) for row in json.loads(written.read_text())["rows"]]
+    assert questions == [("small", "latency"), ("other", "latency"), *[("other", "cut")] * 5]
     with pytest.raises(ValueError, match=r"with 1 thread\(s\); give another file"):
         compression.main(["small", "--threads", "2", "--json", str(written)])
 
