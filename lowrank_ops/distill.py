@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,36 @@ from lowrank_ops.calls import eval_mode
 from lowrank_ops.distill_errors import LayerErrors, layer_pairs, output_errors
 
 WARM_UP = 20  # steps over which the learning rate rises: Adam's second moments are guesses until then
+RETREAT = 4  # what the learning rate is divided by where the loss runs away
+
+
+class _Runaway:
+    """Whether a loss runs away from where training began.
+
+    Batches differ, so a mean over some steps is compared with the mean loss of the untrained student; the margin is
+    wide, because a false alarm costs little (a smaller learning rate) and a student that is lost costs all.
+    """
+
+    MEAN_OVER, LEAST_STEPS, MARGIN, MOST_RESTARTS = 4.0, 3, 3.0, 4
+
+    def __init__(self) -> None:
+        self.untrained: list[float] = []
+        self.restarts = self.steps = 0
+        self._recent = 0.0
+
+    def watch(self, loss: float) -> bool:
+        """Takes the loss of a step; True: begin anew."""
+        if self.steps == 0:
+            self.untrained.append(loss)
+            self._recent = loss
+        self._recent += (loss - self._recent) / self.MEAN_OVER
+        self.steps += 1
+        start = sum(self.untrained) / len(self.untrained)
+        if self.steps < self.LEAST_STEPS or self._recent <= self.MARGIN * start or self.restarts == self.MOST_RESTARTS:
+            return False
+        self.restarts += 1
+        self.steps = 0
+        return True
 
 
 @dataclass(frozen=True)
@@ -33,11 +65,15 @@ class DistillReport:
         losses: the loss of each step, before it; over all processes of torch.distributed.
         seconds: of the whole run.
         layers: qualified names of the layers whose outputs were part of the loss.
+        restarts: how often the loss ran away, so that the student began anew at a quarter of the learning rate.
+        kept: False: the student is as it was before, because nothing better was found.
     """
 
     losses: list[float] = field(repr=False)
     seconds: float
     layers: tuple[str, ...]
+    restarts: int = 0
+    kept: bool = True
 
     @property
     def steps(self) -> int:
@@ -54,7 +90,10 @@ class DistillReport:
         return self.losses[-1]
 
     def __str__(self) -> str:
-        return f"{self.steps} steps in {self.seconds:.1f} s, loss {self.first:.4g} > {self.last:.4g}"
+        told = f"{self.steps} steps in {self.seconds:.1f} s, loss {self.first:.4g} > {self.last:.4g}"
+        if self.restarts:
+            told += f", learning rate divided by {RETREAT**self.restarts} where the loss ran away"
+        return told if self.kept else f"{told}; no better than before, so undone"
 
 
 def distill_(
@@ -78,6 +117,11 @@ def distill_(
     factorized layers, each against the teacher's layer of the same qualified name. Where an activation was folded
     into a factorized layer it is applied to the teacher's convolution or linear layer first. A layer that a batch does
     not reach, or to which the teacher gives only zeros, adds nothing in that step.
+
+    A student that calibration has brought near its teacher is lost in a few steps that are too large. Where the loss
+    runs away (three times that of the untrained student, over some steps) training begins anew, from the initial values
+    and at a quarter of the learning rate, up to four times. In the end the loss on the first batch must be lower than
+    it was; if not, the student gets its initial values back, with a warning.
 
     Both networks run in eval mode (dropout off, the student's recurrent layers without dropout in training mode, as
     cuDNN's backward requires), the teacher without gradients. All parameters of the student that require gradients
@@ -134,13 +178,14 @@ def distill_(
     peaks = [group["lr"] for group in trainer.param_groups]
     values = [*student.parameters(), *student.buffers()]
     initial = [value.detach().clone() for value in values]
+    untrained = copy.deepcopy(trainer.state_dict())
+    runaway, kept = _Runaway(), True
     losses: list[float] = []
     elapsed, started = 0.0, time.perf_counter()
 
-    def loss_and_gradients(batch: Batch, layers: LayerErrors) -> float:
-        """The loss of a step, over all processes; leaves its gradients in the parameters."""
+    def loss_of(batch: Batch, layers: LayerErrors) -> tuple[Tensor, float]:
+        """This process' part of the loss, and the loss over all processes."""
         nonlocal elapsed
-        student.zero_grad(set_to_none=True)
         with torch.no_grad():
             expected = outputs_of(batch.run(teacher))
         errors = output_errors(outputs_of(batch.run(student)), expected, temperature)
@@ -155,9 +200,20 @@ def distill_(
         elapsed, loss = float(seconds), float((all_squares * scales).sum())
         if not math.isfinite(loss):
             raise _not_finite(f"the loss is {loss}", len(losses), all_sizes)
-        (squares * scales).sum().backward()
+        return (squares * scales).sum(), loss
+
+    def loss_and_gradients(batch: Batch, layers: LayerErrors) -> float:
+        """The loss of a step; leaves its gradients in the parameters."""
+        student.zero_grad(set_to_none=True)
+        mine, loss = loss_of(batch, layers)
+        mine.backward()  # type: ignore[no-untyped-call]
         processes.average_gradients(student)
         return loss
+
+    def begin_anew() -> None:
+        with torch.no_grad():
+            for value, start in zip(values, initial, strict=True):
+                value.copy_(start)
 
     try:
         shown = progress and processes.rank() == 0
@@ -166,28 +222,42 @@ def distill_(
         with torch.inference_mode(False), torch.enable_grad(), modes, LayerErrors(pairs) as layers, bar:
             processes.start_equal(student)
             stream = _forever(batches, loader)
+            first = batch = next(stream)
             while (done := max(len(losses) / steps if steps else 0, elapsed / (60 * minutes) if minutes else 0)) < 1:
-                rate = min(1, (len(losses) + 1) / warm_up) * (1 + math.cos(math.pi * done)) / 2
+                rate = min(1, (runaway.steps + 1) / warm_up) * (1 + math.cos(math.pi * done)) / 2
                 for group, peak in zip(trainer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * rate
-                loss = trainer.step(functools.partial(loss_and_gradients, next(stream), layers))
-                losses.append(loss)
+                    group["lr"] = peak * rate / RETREAT**runaway.restarts
+                if losses:
+                    batch = next(stream)
+                losses.append(trainer.step(functools.partial(loss_and_gradients, batch, layers)))
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.4g}")
-            if batchnorm == "train":
+                if runaway.watch(losses[-1]):
+                    begin_anew()
+                    trainer.load_state_dict(copy.deepcopy(untrained))
+            if not processes.all_finite(student):
+                raise _not_finite("parameters are not finite", len(losses) - 1)
+            with torch.no_grad(), _buffers_kept(student):
+                last = loss_of(first, layers)[1]
+            if last > losses[0]:
+                begin_anew()
+                kept = False
+            elif batchnorm == "train":
                 processes.average_buffers(student)
-        if not processes.all_finite(student):
-            raise _not_finite("parameters are not finite", len(losses) - 1)
     except Exception:
-        with torch.no_grad():
-            for value, start in zip(values, initial, strict=True):
-                value.copy_(start)
+        begin_anew()
         raise
     finally:
         for group, peak in zip(trainer.param_groups, peaks, strict=True):
             group["lr"] = peak
         student.zero_grad(set_to_none=True)
-    return DistillReport(losses, time.perf_counter() - started, tuple(pairs))
+    if not kept:
+        warnings.warn(
+            f"distill_: after {len(losses)} steps the loss on the first batch is {last:.4g}, before it was "
+            f"{losses[0]:.4g}: the student has its initial parameters again; use a lower learning rate or more steps",
+            stacklevel=2,
+        )
+    return DistillReport(losses, time.perf_counter() - started, tuple(pairs), runaway.restarts, kept)
 
 
 def _check_arguments(
@@ -274,6 +344,15 @@ def _modes(student: nn.Module, teacher: nn.Module, batchnorm: str) -> Iterator[N
             elif isinstance(module, nn.RNNBase):
                 module.training = not module.dropout
         yield
+
+
+@contextmanager
+def _buffers_kept(student: nn.Module) -> Iterator[None]:
+    """Running statistics do not move: a look is no step."""
+    before = [buffer.clone() for buffer in student.buffers()]
+    yield
+    for buffer, value in zip(student.buffers(), before, strict=True):
+        buffer.copy_(value)
 
 
 def _forever(batches: Batches, loader: Any) -> Iterator[Batch]:

@@ -122,10 +122,10 @@ def test_a_step_follows_the_gradient_of_the_loss(pair: tuple) -> None:
     plain = copy.deepcopy(student)
     output, expected = plain(images()), teacher(images()).detach()
     relative(output, expected).backward()
-    quiet(student, teacher, images(), steps=1, layer_weight=0, optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+    quiet(student, teacher, images(), steps=1, layer_weight=0, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
     for ours, theirs in zip(student.parameters(), plain.parameters(), strict=True):
         assert bool(theirs.grad.any())
-        torch.testing.assert_close(ours, theirs - 0.5 * theirs.grad, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(ours, theirs - 1e-3 * theirs.grad, rtol=1e-12, atol=1e-15)
 
 
 def test_logits_by_temperature(pair: tuple) -> None:
@@ -259,9 +259,9 @@ def test_time_ends_it(pair: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = itertools.count()
     monkeypatch.setattr(distill_module, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
     student, teacher = pair
-    optimizer = Recording(student.parameters(), lr=1.0)
+    optimizer = Recording(student.parameters(), lr=1e-3)
     assert quiet(student, teacher, images(), minutes=5 / 60, optimizer=optimizer).steps == 5
-    expected = [(step + 1) / 20 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
+    expected = [1e-3 * (step + 1) / 20 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
     assert [rate for (rate,) in optimizer.rates] == pytest.approx(expected)
     assert quiet(student, teacher, images(), minutes=5 / 60, steps=50).steps == 5
     assert quiet(student, teacher, images(), minutes=5 / 60, steps=3).steps == 3
@@ -322,7 +322,7 @@ def test_all_else_is_as_before(pair: tuple) -> None:
     data = images()
     with torch.inference_mode():
         quiet(student, teacher, data, steps=3)
-    assert seen == [3] * 3
+    assert seen == [3] * 4  # three steps, and a look at what came of them
     assert flags == [[module.training for module in model.modules()] for model in (student, teacher)]
     assert hooks == [[len(module._forward_hooks) for module in model.modules()] for model in (student, teacher)]
     assert needs == [[parameter.requires_grad for parameter in model.parameters()] for model in (student, teacher)]
@@ -351,7 +351,7 @@ def test_dropout_is_off_and_recurrent_layers_train() -> None:
     student.out = LowRankLinear.from_linear(teacher.out, 5)
     report = quiet(student, teacher, [torch.randn(3, 7, 4)], steps=2)
     assert report.first < 1e-10
-    assert student.modes == [(True, False)] * 2 and teacher.modes == [(False, False)] * 2
+    assert student.modes == [(True, False)] * 3 and teacher.modes == [(False, False)] * 3
     assert student.inner.training and student.stacked.training
 
 
@@ -367,6 +367,37 @@ def test_a_diverging_loss_is_an_error_and_undone(pair: tuple) -> None:
     assert not student.training and not any(module._forward_hooks for module in (*student, *teacher))
     with pytest.raises(RuntimeError, match="parameters are not finite at step 1;"):
         quiet(student, teacher, images(), steps=1, optimizer=functools.partial(torch.optim.SGD, lr=math.inf))
+    assert_unchanged(student, before)
+
+
+def test_a_loss_that_runs_away_starts_anew_at_a_lower_learning_rate() -> None:
+    """A student near its teacher, and steps far too large for it: without restarts it would be lost."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    loader = list(torch.randn(16, 32, 8).unbind())
+
+    def error() -> float:
+        with torch.no_grad():
+            return float(relative(student(torch.cat(loader)), teacher(torch.cat(loader))))
+
+    before, optimizer = error(), torch.optim.Adam(student.parameters(), lr=0.5)
+    report = quiet(student, teacher, loader, steps=300, optimizer=optimizer, layer_weight=0.0)
+    assert report.restarts >= 1 and report.kept and error() < before
+    assert f"divided by {4**report.restarts} " in str(report)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_student_that_got_worse_is_as_it_was(pair: tuple) -> None:
+    student, teacher = pair
+    before = values(student)
+    optimizer = functools.partial(torch.optim.SGD, lr=10.0)
+    with pytest.warns(UserWarning, match="has its initial parameters again; use a lower learning rate"):
+        report = quiet(student, teacher, images(), steps=1, optimizer=optimizer)
+    assert not report.kept and str(report).endswith("no better than before, so undone")
     assert_unchanged(student, before)
 
 
