@@ -26,7 +26,7 @@ struct Panels {
   int64_t padded_columns() const { return round_up(columns, lanes); }
 };
 
-// Memory aligned to 64 bytes. What a thread gives back it keeps, a little of it, for its next call: fresh pages cost
+// Memory aligned to 64 bytes. What a thread gives back it keeps, 16 MB at most, for its next call: fresh pages cost
 // more than what most blocks write to them.
 struct GiveBack {
   int64_t bytes = 0;
