@@ -246,6 +246,25 @@ def test_a_latency_that_the_layers_alone_underestimate_is_corrected(
     assert slower_together(model, INPUT) <= 0.5 * before
 
 
+@pytest.mark.parametrize("whole", [lambda alone: 0.75 * alone, lambda alone: 0.45 + 0.2 * alone])
+def test_a_latency_budget_is_used_up(
+    model: Network, monkeypatch: pytest.MonkeyPatch, whole: Callable[[float], float]
+) -> None:
+    """Where blocks are faster together than one by one, and where they save little until much is taken away."""
+    _counted(monkeypatch, lambda module: 1.0)
+    alone = spending._seconds
+    before = alone(model, INPUT)
+
+    def together(model: nn.Module, example_input: Tensor) -> float:
+        factorized = any(isinstance(layer, FactorizedModule) for layer in model.modules())
+        taken = alone(model, example_input)
+        return before * whole(taken / before) if factorized else taken
+
+    monkeypatch.setattr(spending, "_seconds", together)
+    factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
+    assert 0.48 * before < together(model, INPUT) <= 0.5 * before
+
+
 def test_a_latency_that_only_the_layers_alone_reach_is_approached_and_warned_of(
     model: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
