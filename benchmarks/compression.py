@@ -8,13 +8,14 @@ Two questions for each network, answered on data that no fit has seen:
 * at equal latency, as measured: `Budget(latency=...)` against one ratio everywhere and against VBMF's ranks, all
   calibrated on the same data.
 
-Latency: dense and compressed network interleaved, medians, at the number of threads given.
+Latency: dense and compressed networks interleaved, medians, at the number of threads given.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,20 +102,35 @@ class Study:
         self._judge("cut", "calibrated, budget, distilled", student.requires_grad_(False), spent)
 
     def at_equal_latency(self, ratios: Sequence[float]) -> None:
-        """The second question."""
+        """The second question. A rival and the budget that is to be as fast are timed in one run."""
+        subject = self.subject
         rivals = {"VBMF": lowrank_ops.VBMF(), **{f"ratio {ratio}": ratio for ratio in ratios}}
         for name, rank in rivals.items():
-            rival = self._judge("latency", name, *self._compressed(rank=rank, calibration=self.subject.calibration))
-            if rival.speedup <= 1:
-                print(f"{self.subject.name}: {name} is no faster than the dense network", flush=True)
-                continue
-            budget = Budget(latency=1 / rival.speedup, example_input=self.subject.example_input)
-            try:
-                made = self._compressed(rank=budget, method="auto", calibration=self.subject.calibration)
-            except ValueError as error:  # not with the layers that may be replaced; the message says how far
-                print(f"{self.subject.name}: as fast as {name}: {error}", flush=True)
-                continue
-            self._judge("latency", f"budget, as fast as {name}", *made)
+            made = {name: self._compressed(rank=rank, calibration=subject.calibration)}
+            speedup = self._speedups({name: made[name][0]})[name]
+            if speedup <= 1:
+                print(f"{subject.name}: {name} is no faster than the dense network", flush=True)
+            else:
+                budget = Budget(latency=1 / speedup, example_input=subject.example_input)
+                try:
+                    made[f"budget, as fast as {name}"] = self._compressed(
+                        rank=budget, method="auto", calibration=subject.calibration
+                    )
+                except ValueError as error:  # not with the layers that may be replaced; the message says how far
+                    print(f"{subject.name}: as fast as {name}: {error}", flush=True)
+            speedups = self._speedups({method: model for method, (model, _) in made.items()})
+            for method, (model, minutes) in made.items():
+                self._judge("latency", method, model, minutes, speedups[method])
+
+    def _speedups(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Latency of the dense network over each one's, all interleaved in one run."""
+        example = self.subject.example_input
+        functions = {name: functools.partial(model, example) for name, model in models.items()}
+        with torch.inference_mode():
+            times = bench.time_interleaved(
+                {"dense": functools.partial(self.subject.dense, example), **functions}, seconds=self.seconds
+            )
+        return {name: times["dense"].median / times[name].median for name in models}
 
     def _compressed(self, **options: Any) -> tuple[nn.Module, float]:
         """A compressed copy of the network, and the minutes that it took."""
@@ -123,14 +139,12 @@ class Study:
         lowrank_ops.factorize_(model, progress=False, **options)
         return model, (time.perf_counter() - started) / 60
 
-    def _judge(self, question: str, method: str, model: nn.Module, minutes: float) -> Row:
+    def _judge(
+        self, question: str, method: str, model: nn.Module, minutes: float, speedup: float | None = None
+    ) -> None:
         dense, example = self.subject.dense, self.subject.example_input
         errors, weights = self.subject.score(model)
         low, high = interval(errors - self.errors, weights)
-        with torch.inference_mode():
-            times = bench.time_interleaved(
-                {"dense": lambda: dense(example), "compressed": lambda: model(example)}, seconds=self.seconds
-            )
         row = Row(
             self.subject.name,
             question,
@@ -141,7 +155,7 @@ class Study:
             high,
             macs_of(dense, example) / macs_of(model, example),
             count_parameters(dense) / count_parameters(model),
-            times["dense"].median / times["compressed"].median,
+            speedup or self._speedups({method: model})[method],
             minutes,
         )
         self.rows.append(row)
@@ -151,7 +165,6 @@ class Study:
             f"{row.minutes:5.2f} min",
             flush=True,
         )
-        return row
 
     def _ratio_for(self, cut: float) -> float:
         """The fraction of the channels that cuts multiplications so many times when it is taken everywhere."""
