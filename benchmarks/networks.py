@@ -3,7 +3,8 @@
 Latency: medians, all contenders of a network and dtype interleaved in one run, outputs checked before (against the same
 network in fp64). Peak memory: each contender in a process of its own, the most that is resident while it is called,
 minus what is resident once the libraries are loaded: weights (in every form the contender keeps them), activations,
-workspaces. OpenVINO and ONNX Runtime get the chain as one ONNX graph; both fuse what they can in it.
+workspaces. "prepared" is the fused network after `prepare_for_inference_`. OpenVINO and ONNX Runtime get the chain as
+one ONNX graph; both fuse what they can in it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import lowrank_ops
 from benchmarks import bench, engines
 from benchmarks.bench import Column, Table
 from benchmarks.engines import ENGINES, OnnxRuntimeRun, OpenVinoRun
@@ -34,8 +36,8 @@ from examples.demo import unfused
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CONTENDERS = (
-    "fused channels_last", "chain nchw", "chain channels_last", "dense nchw", "dense channels_last",
-    "onnxruntime chain", "openvino chain", "openvino dense",
+    "fused channels_last", "prepared channels_last", "chain nchw", "chain channels_last",
+    "dense nchw", "dense channels_last", "onnxruntime chain", "openvino chain", "openvino dense",
 )  # fmt: skip
 COLUMNS = [
     Column("network", 10, left=True),
@@ -74,9 +76,12 @@ def load(folder: Path, contender: str, dtype: torch.dtype, threads: int) -> Run:
         return OnnxRuntimeRun(str(folder / f"{how}.onnx"), input, threads)
     if kind == "openvino":
         return OpenVinoRun(str(folder / f"{how}.onnx"), input, threads, dtype)
-    model: nn.Module = torch.load(folder / f"{kind}.pt", weights_only=False)  # our own file
+    file = "fused.pt" if kind == "prepared" else f"{kind}.pt"
+    model: nn.Module = torch.load(folder / file, weights_only=False)  # our own file
     model = model.to(dtype=dtype)
     model = model.to(memory_format=FORMATS[how])  # type: ignore[call-overload]
+    if kind == "prepared":
+        lowrank_ops.prepare_for_inference_(model)
     return functools.partial(model, input.to(dtype).contiguous(memory_format=FORMATS[how]))
 
 
@@ -231,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description, network = network.description, None  # type: ignore[assignment]
             for dtype in options.dtype:
                 found, wrong = measure(Path(folder), dtype, options.seconds, chosen(dtype))
-                failed |= any(left_out.startswith("fused") for left_out in wrong)
+                failed |= any(left_out.startswith(("fused", "prepared")) for left_out in wrong)
                 for row in rows(name, dtype, found):
                     table.row(row)
                 for left_out, why in wrong.items():

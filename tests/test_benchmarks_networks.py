@@ -112,7 +112,14 @@ def test_memory_is_that_of_the_contender(tmp_path) -> None:
 
 def test_missing_engines_are_left_out(monkeypatch) -> None:
     monkeypatch.setattr(engines, "NEEDED", {"onnxruntime": ("no_such_package",), "openvino": ("torch",)})
-    plain = ["fused channels_last", "chain nchw", "chain channels_last", "dense nchw", "dense channels_last"]
+    plain = [
+        "fused channels_last",
+        "prepared channels_last",
+        "chain nchw",
+        "chain channels_last",
+        "dense nchw",
+        "dense channels_last",
+    ]
     assert networks.chosen("float32") == plain
     monkeypatch.setattr(engines, "NEEDED", {"onnxruntime": ("torch",), "openvino": ("torch",)})
     assert networks.chosen("float32") == list(networks.CONTENDERS)
