@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ def spend(
             menus.append(options_for(layer, weights[id(layer)], method, cost, step, site.names[0], seed))
     dense = sum(menu[0].cost for menu in menus)
     whole = _whole_cost(budget, model, calls, example_input)
+    if budget.kind == "latency" and dense > 0:
+        # Layers are timed one by one, later: scaled to the share of the model's time that they have when it runs.
+        scale = whole * _share(model, sites, example_input) / dense
+        menus = [[replace(option, cost=scale * option.cost) for option in menu] for menu in menus]
+        dense *= scale
     target = budget.absolute(whole)
     rest = max(whole - dense, 0.0)
     chosen = _allocate(menus, target, rest, budget.kind, whole)
@@ -198,13 +204,47 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
     return statistics.median(ratios)
 
 
+def _share(model: nn.Module, sites: Sequence[Site], example_input: Any) -> float:
+    """The share of the model's time that passes in the layers of the sites."""
+    inside = 0.0
+    started: list[float] = []
+
+    def enter(*_: Any) -> None:
+        _synchronize()
+        started.append(time.perf_counter())
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        _synchronize()
+        inside += time.perf_counter() - started.pop()
+
+    handles = [site.layer.register_forward_pre_hook(enter) for site in sites]
+    handles += [site.layer.register_forward_hook(leave) for site in sites]
+    shares = []
+    try:
+        for _ in range(_TURNS):
+            inside = 0.0
+            begun = time.perf_counter()
+            run_example(model, example_input)
+            _synchronize()
+            shares.append(inside / (time.perf_counter() - begun))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics.median(shares)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.accelerator.synchronize()
+
+
 def _seconds(model: nn.Module, example_input: Any) -> float:
     run_example(model, example_input)
     samples: list[float] = []
     while len(samples) < _RUNS[0] or (len(samples) < _RUNS[1] and sum(samples) < _SECONDS):
         started = time.perf_counter()
         run_example(model, example_input)
-        if torch.cuda.is_available():
-            torch.accelerator.synchronize()
+        _synchronize()
         samples.append(time.perf_counter() - started)
     return min(samples)  # as the layers', see `options.Clock`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from lowrank_ops.budget import Option, allocate
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.options import Choice, count_cost, options_for
 from lowrank_ops.report import count_macs, count_parameters
+from lowrank_ops.surgery import Site
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -217,6 +219,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch, scale: Callable[[nn.Module], float
         return sum(shapes) + 1e-5
 
     monkeypatch.setattr(spending, "_seconds", whole)
+    monkeypatch.setattr(spending, "_share", lambda model, sites, example: 1 - 1e-5 / whole(model, example))
 
 
 def test_a_latency_budget_counts_time_and_is_checked_on_the_whole_model(
@@ -228,6 +231,39 @@ def test_a_latency_budget_counts_time_and_is_checked_on_the_whole_model(
     assert 0.4 * before < spending._seconds(model, INPUT) <= 0.5 * before
     for layer in report.replaced:
         assert layer.ranks is not None and all(rank % 16 == 0 or rank < 16 for rank in layer.ranks)
+
+
+def test_layers_timed_while_the_machine_is_slow_change_nothing(model: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and the whole model are timed minutes apart: the share that the layers have of it is measured in it."""
+    _counted(monkeypatch, lambda module: 1.0)
+    budget = Budget(latency=0.5, example_input=INPUT)
+    expected = factorize_(copy.deepcopy(model), rank=budget, progress=False)
+    undisturbed = options.Clock.of
+    monkeypatch.setattr(
+        options.Clock,
+        "of",
+        lambda self, layer, calls: lambda module: 3 * undisturbed(self, layer, calls)(module),
+    )
+    found = factorize_(model, rank=budget, progress=False)
+    assert [layer.ranks for layer in found] == [layer.ranks for layer in expected]
+
+
+def test_the_share_of_the_layers_is_that_of_the_running_model() -> None:
+    class Slow(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            time.sleep(0.03)
+            return super().forward(input)
+
+    class Rest(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            time.sleep(0.01)
+            return input
+
+    layer = Slow(4, 4)
+    model = nn.Sequential(layer, Rest())
+    site = Site(layer)
+    assert spending._share(model, [site], torch.ones(1, 4)) == pytest.approx(0.75, abs=0.1)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def test_a_latency_that_the_layers_alone_underestimate_is_corrected(
