@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,21 +248,25 @@ def test_layers_timed_while_the_machine_is_slow_change_nothing(model: Network, m
     assert [layer.ranks for layer in found] == [layer.ranks for layer in expected]
 
 
-def test_the_share_of_the_layers_is_that_of_the_running_model() -> None:
+def test_the_share_of_the_layers_is_that_of_the_running_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0  # a clock that only the modules move
+    monkeypatch.setattr(spending, "time", SimpleNamespace(perf_counter=lambda: now))
+
     class Slow(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
-            time.sleep(0.03)
+            nonlocal now
+            now += 0.03
             return super().forward(input)
 
     class Rest(nn.Module):
         def forward(self, input: Tensor) -> Tensor:
-            time.sleep(0.01)
+            nonlocal now
+            now += 0.01
             return input
 
     layer = Slow(4, 4)
     model = nn.Sequential(layer, Rest())
-    site = Site(layer)
-    assert spending._share(model, [site], torch.ones(1, 4)) == pytest.approx(0.75, abs=0.1)
+    assert spending._share(model, [Site(layer)], torch.ones(1, 4)) == pytest.approx(0.75)
     assert not layer._forward_hooks and not layer._forward_pre_hooks
 
 
