@@ -149,9 +149,14 @@ def times(
 def _seconds(module: nn.Module, input: Tensor) -> float:
     started = time.perf_counter()
     module.forward(input)
-    if input.device.type != "cpu":
-        torch.accelerator.synchronize(input.device)
+    synchronize(input.device)
     return time.perf_counter() - started
+
+
+def synchronize(device: torch.device | None = None) -> None:
+    """Waits until an accelerator has done what it was given: that of `device`, or else the current one, if any."""
+    if torch.accelerator.is_available() if device is None else device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @contextmanager

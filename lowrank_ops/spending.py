@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank_ops.budget import Budget, Option, allocate
-from lowrank_ops.calls import Calls, run_example
+from lowrank_ops.calls import Calls, run_example, synchronize
 from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
 from lowrank_ops.report import count_macs, count_parameters
 from lowrank_ops.surgery import Site
@@ -210,12 +209,12 @@ def _share(model: nn.Module, sites: Sequence[Site], example_input: Any) -> float
     started: list[float] = []
 
     def enter(*_: Any) -> None:
-        _synchronize()
+        synchronize()
         started.append(time.perf_counter())
 
     def leave(*_: Any) -> None:
         nonlocal inside
-        _synchronize()
+        synchronize()
         inside += time.perf_counter() - started.pop()
 
     handles = [site.layer.register_forward_pre_hook(enter) for site in sites]
@@ -226,17 +225,12 @@ def _share(model: nn.Module, sites: Sequence[Site], example_input: Any) -> float
             inside = 0.0
             begun = time.perf_counter()
             run_example(model, example_input)
-            _synchronize()
+            synchronize()
             shares.append(inside / (time.perf_counter() - begun))
     finally:
         for handle in handles:
             handle.remove()
     return statistics.median(shares)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.accelerator.synchronize()
 
 
 def _seconds(model: nn.Module, example_input: Any) -> float:
@@ -245,6 +239,6 @@ def _seconds(model: nn.Module, example_input: Any) -> float:
     while len(samples) < _RUNS[0] or (len(samples) < _RUNS[1] and sum(samples) < _SECONDS):
         started = time.perf_counter()
         run_example(model, example_input)
-        _synchronize()
+        synchronize()
         samples.append(time.perf_counter() - started)
     return min(samples)  # as the layers', see `options.Clock`
