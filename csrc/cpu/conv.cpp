@@ -146,7 +146,7 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
     share.pieces(panels.count, rows, inside_end_ - inside_begin_, kFewestPixels,
                  [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
                    pixel = source + i * source_bytes + first * pixel_bytes;
-                   call.far_input = direct_ && (panel == 0 || share.count > 1);
+                   call.far_input = block_.tile.far && direct_ && (panel == 0 || share.count > 1);
                    call.weight = block_.in_weight.panel(panel);
                    call.width = panels.width(panel);
                    call.rows = pixels;
@@ -194,7 +194,7 @@ void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row
       call.bias = block.bias.data(channel);
       char* target = out + (i * output.stride(2) + first * out_pixel_stride + channel * output.stride(1)) * element;
       if (channels_last) {
-        call.far_output = true;
+        call.far_output = block.tile.far;
         call.out = target;
         call.out_stride = out_pixel_stride;
         call.out_type = p.dtype;

@@ -24,9 +24,14 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void* column) {
     team.run([&](const Share& share) {
-      c10::SmallVector<const void*, 32> taps(p.kh);
+      // By channels where those divide evenly: they are what this thread has left in its cache.
+      const bool by_channels = vectors % share.count == 0;
+      // Rows whose windows move on by one each go together.
+      const int64_t together = by_channels && block.rows.stride == 1 && block.rows.dilation == 1 ? rows : 1;
+      c10::SmallVector<const void*, 32> seen(p.kh + together - 1);
       DepthwiseCall call;
-      call.rows = taps.data();
+      call.rows = seen.data();
+      call.out_row_stride = columns * block.tile_columns();
       call.kh = p.kh;
       call.kw = p.kw;
       call.in_pixels = hidden.span();
@@ -35,18 +40,17 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
       call.dilation = block.columns.dilation;
       call.channel_stride = block.hidden_columns();
       call.column = static_cast<char*>(column) + share.index * column_bytes;
-      // By channels where those divide evenly: they are what this thread has left in its cache.
-      const bool by_channels = vectors % share.count == 0;
+      call.out_rows = together;
       share.pieces(1, by_channels ? 1 : rows, vectors, 1, [&](int64_t, int64_t line, int64_t first, int64_t count) {
         const int64_t channel = first * kernels.lanes;
         call.channels = count * kernels.lanes;
         call.height_factor = height_taps.data(channel);
         call.width_factor = width_taps.data(channel);
-        for (int64_t i = line; i < (by_channels ? rows : line + 1); ++i) {
-          for (int64_t kh = 0; kh < p.kh; ++kh)
-            taps[kh] = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation) + channel * sum;
-          call.out = static_cast<char*>(tile_memory) +
-                     (i * columns * block.tile_columns() + channel) * element_bytes(kernels.element);
+        for (int64_t i = line; i < (by_channels ? rows : line + 1); i += together) {
+          for (int64_t kh = 0; kh < p.kh + together - 1; ++kh)
+            seen[size_t(kh)] = hidden.row((row + i) * block.rows.stride + kh * block.rows.dilation) + channel * sum;
+          call.out =
+              static_cast<char*>(tile_memory) + (i * call.out_row_stride + channel) * element_bytes(kernels.element);
           kernels.depthwise(call);
         }
       });

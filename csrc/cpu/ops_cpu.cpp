@@ -18,13 +18,12 @@ template <typename Fused, typename Chain>
 at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
   const bool is_prepared = prepared.in_factor != nullptr;
-  const Decision decision = plan_cpu(problem, caps, policy(), is_prepared);
-  bool take_chain = decision.chosen.path == "chain";
-  const CpuTile& tile = (take_chain ? decision.others.front() : decision.chosen).tile;  // the fused plan's
-  if (policy() == Policy::kMeasure && decision.others.size() == 1)
+  const CpuChoice choice = choose_cpu(problem, caps, policy(), is_prepared);
+  bool take_chain = choice.chain;
+  if (policy() == Policy::kMeasure && !choice.only_fused)
     take_chain =
-        chain_measures_faster(problem, measured_caps(caps, is_prepared), [&] { fused(tile); }, [&] { chain(); });
-  return take_chain ? chain() : fused(tile);
+        chain_measures_faster(problem, measured_caps(caps, is_prepared), [&] { fused(choice.tile); }, [&] { chain(); });
+  return take_chain ? chain() : fused(choice.tile);
 }
 
 at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,

@@ -141,6 +141,8 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   }
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+  // Asking for what is in L2 costs up to 2 % of a call; not asking for what is not, 5 %.
+  tile.far = block_bytes(p) > 1.25 * double(caps.l2_bytes);
   tile.winograd = winograd_pays(p, caps, prepared);
   // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
   const int64_t hidden = p.op == Op::kCP || tile.winograd ? sum : element;
@@ -153,9 +155,12 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
            tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
+  // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
+  const int64_t fewest_rows =
+      p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 ? std::min<int64_t>(2, p.oh) : 1;
   tile.rows = tile.winograd
                   ? 2 * std::clamp<int64_t>(ceil_div(kPatchesPerStep, ceil_div(p.ow, 2)), 1, ceil_div(p.oh, 2))
-                  : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
+                  : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), fewest_rows, p.oh);
   tile.columns = p.ow;
   const int64_t even = tile.winograd ? 2 : 1;
   // Half of L2 for the tiles; the other half for weights streaming by and the input.
@@ -194,38 +199,50 @@ bool chain_needs_float32(const Problem& p) {
 
 }  // namespace
 
+CpuChoice choose_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
+  CpuChoice choice;
+  choice.tile = choice.one_thread_tile = cpu_tile(p, caps, prepared);
+  if (caps.threads > 1) {
+    CpuCaps one_thread = caps;
+    one_thread.threads = 1;
+    choice.one_thread_tile = cpu_tile(p, one_thread, prepared);
+  }
+  choice.fused_seconds = fused_seconds(p, choice.one_thread_tile);
+  choice.chain_seconds = chain_seconds(p);
+  choice.only_fused = chain_needs_float32(p) && policy != Policy::kChain;
+  const bool chain_is_faster = choice.chain_seconds > 0 && choice.chain_seconds < choice.fused_seconds;
+  choice.chain = !choice.only_fused && (policy == Policy::kChain || (policy != Policy::kFused && chain_is_faster));
+  return choice;
+}
+
 Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
+  const CpuChoice choice = choose_cpu(p, caps, policy, prepared);
   Decision decision;
   Plan fused, chain;
   fused.path = "fused";
-  fused.tile = cpu_tile(p, caps, prepared);
+  fused.tile = choice.tile;
   fused.kernel = fused_kernel(p, caps, fused.tile);
   fused.flops = fused_flops(p, fused.tile);
-  CpuCaps one_thread = caps;
-  one_thread.threads = 1;
-  const CpuTile tile = cpu_tile(p, one_thread, prepared);
   fused.bytes = block_bytes(p);
-  fused.predicted_seconds = fused_seconds(p, tile);
-  const Features fused_counts = fused_features(p, tile), chain_counts = chain_features(p);
+  fused.predicted_seconds = choice.fused_seconds;
+  const Features fused_counts = fused_features(p, choice.one_thread_tile), chain_counts = chain_features(p);
   fused.features.assign(fused_counts.begin(), fused_counts.end());
   chain.features.assign(chain_counts.begin(), chain_counts.end());
   chain.path = "chain";
   chain.kernel = "chain of torch ops";
   chain.flops = block_flops(p);
   chain.bytes = block_bytes(p) + hidden_bytes(p);
-  chain.predicted_seconds = chain_seconds(p);
+  chain.predicted_seconds = choice.chain_seconds;
 
-  if (chain_needs_float32(p) && policy != Policy::kChain) {
+  if (choice.only_fused) {
     decision.chosen = fused;
     decision.rejections.push_back({chain.kernel,
                                    "torch's bf16 convolutions fail for some windows with a stride and a padding or "
                                    "dilation along the width; the chain would run in fp32"});
     return decision;
   }
-  const bool take_chain = policy == Policy::kChain || (policy != Policy::kFused && chain.predicted_seconds > 0 &&
-                                                       chain.predicted_seconds < fused.predicted_seconds);
-  decision.chosen = take_chain ? chain : fused;
-  decision.others = {take_chain ? fused : chain};
+  decision.chosen = choice.chain ? chain : fused;
+  decision.others = {choice.chain ? fused : chain};
   const Plan& other = decision.others.front();
   std::string reason;
   if (policy == Policy::kFused || policy == Policy::kChain)

@@ -35,6 +35,7 @@ struct CpuTile {
   int64_t depth = 0;      // linear: so much of the depth of a weight is packed at a time; 0: all of it
   bool winograd = false;  // Tucker: the core by F(2x2, 3x3); rows and columns are even then
   bool prepared = false;  // the weights were packed before the call
+  bool far = false;       // input and output are beyond L2: asked for ahead of their use
   int64_t scratch_bytes = 0;
 };
 
@@ -86,6 +87,16 @@ const char* name_of(DType dtype);
 
 // `prepared`: the weights were packed before the call, so that this costs nothing.
 CpuTile cpu_tile(const Problem& problem, const CpuCaps& caps, bool prepared = false);
+
+// What a call needs of a decision; plan_cpu tells the same with its reasons.
+struct CpuChoice {
+  CpuTile tile;             // of the fused kernel
+  bool chain = false;       // the chain is to run
+  bool only_fused = false;  // the chain is no candidate
+  CpuTile one_thread_tile;  // what the prediction is made for (cost.h)
+  double fused_seconds = 0, chain_seconds = 0;
+};
+CpuChoice choose_cpu(const Problem& problem, const CpuCaps& caps, Policy policy, bool prepared = false);
 Decision plan_cpu(const Problem& problem, const CpuCaps& caps, Policy policy, bool prepared = false);
 // Devices that have no kernels of ours: always the chain, saying so.
 Decision plan_other(const Problem& problem, const std::string& device, Policy policy);

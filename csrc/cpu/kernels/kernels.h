@@ -67,11 +67,13 @@ struct PackCall {
 };
 using PackFunction = void (*)(const PackCall&);
 
-// out[o, c] = sum over kw of width_factor[kw, c] * V[o * stride + kw * dilation, c], V[p, c] = sum over kh of
-// height_factor[kh, c] * rows[kh][p, c]: CP's two depthwise stages for one output row. Accumulator type throughout but
-// for `out`. `channels` is a multiple of the lanes; rows of all matrices are `channel_stride` apart.
+// out[r, o, c] = sum over kw of width_factor[kw, c] * V[r, o * stride + kw * dilation, c], V[r, p, c] = sum over kh of
+// height_factor[kh, c] * rows[r + kh][p, c]: CP's two depthwise stages for output rows that see rows one further each.
+// Accumulator type throughout but for `out`. `channels` is a multiple of the lanes; pixels of all matrices are
+// `channel_stride` apart.
 struct DepthwiseCall {
-  const void* const* rows;  // kh pointers to [in_pixels, channels]
+  const void* const* rows;  // kh + out_rows - 1 pointers to [in_pixels, channels]
+  int64_t out_rows, out_row_stride;
   int64_t kh, kw;
   int64_t in_pixels, out_pixels;
   int64_t stride, dilation;

@@ -213,7 +213,7 @@ static void pack_panel_pairs(const PackCall& call) {
 // Vertical taps into a column buffer in L1, horizontal taps out of it; one vector of channels at a time, its weights in
 // registers when the kernel is at most kTaps long.
 template <typename T, typename Out, int kTaps>
-static void depthwise_taps(const DepthwiseCall& call) {
+static void depthwise_taps(const DepthwiseCall& call, int64_t row) {
   using V = typename Vector<T>::Type;
   constexpr int kLanes = Vector<T>::kLanes;
   T* column = static_cast<T*>(call.column);
@@ -229,13 +229,13 @@ static void depthwise_taps(const DepthwiseCall& call) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kh; ++i) {
         const V w = kTaps ? weight[kTaps ? i : 0] : load(height + i * call.channel_stride);
-        sum += load(static_cast<const T*>(call.rows[i]) + p * call.channel_stride + channel) * w;
+        sum += load(static_cast<const T*>(call.rows[row + i]) + p * call.channel_stride + channel) * w;
       }
       store(column + p * kLanes, sum);
     }
     if constexpr (kTaps > 0)
       for (int i = 0; i < kTaps; ++i) weight[i] = load(width + i * call.channel_stride);
-    Out* out = static_cast<Out*>(call.out) + channel;
+    Out* out = static_cast<Out*>(call.out) + row * call.out_row_stride + channel;
     int64_t o = 0;
     if constexpr (kTaps == 0) {
       // Many taps: eight sums side by side, or each waits for its own last addition. The last eight may overlap.
@@ -268,11 +268,83 @@ static void depthwise_taps(const DepthwiseCall& call) {
   }
 }
 
+// 3x3 taps of stride and dilation 1, for kRows output rows from `row`: the vertical sums of the last three pixels stay
+// in registers while the window slides along the row; what two output rows both need is loaded once.
+template <typename T, typename Out, int kRows>
+static inline void depthwise_window(const DepthwiseCall& call, int64_t row) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const int64_t stride = call.channel_stride;
+  for (int64_t channel = 0; channel < call.channels; channel += kLanes) {
+    const T* height = static_cast<const T*>(call.height_factor) + channel;
+    const T* width = static_cast<const T*>(call.width_factor) + channel;
+    const V h[3] = {load(height), load(height + stride), load(height + 2 * stride)};
+    const V w[3] = {load(width), load(width + stride), load(width + 2 * stride)};
+    const T* in[kRows + 2];
+    for (int i = 0; i < kRows + 2; ++i) in[i] = static_cast<const T*>(call.rows[row + i]) + channel;
+    Out* out[kRows];
+    for (int i = 0; i < kRows; ++i) out[i] = static_cast<Out*>(call.out) + (row + i) * call.out_row_stride + channel;
+    const auto load_column = [&](V(&column)[kRows], int64_t pixel) {
+      V value[kRows + 2];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows + 2; ++i) value[i] = load(in[i] + pixel * stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        column[i] = V{};
+#pragma GCC unroll 3
+        for (int tap = 0; tap < 3; ++tap) column[i] += value[i + tap] * h[tap];
+      }
+    };
+    const auto write = [&](int64_t pixel, const V(&left)[kRows], const V(&middle)[kRows], const V(&right)[kRows]) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        V sum = V{};
+        sum += left[i] * w[0];
+        sum += middle[i] * w[1];
+        sum += right[i] * w[2];
+        store(out[i] + pixel * stride, sum);
+      }
+    };
+    V first[kRows], second[kRows], third[kRows];
+    load_column(first, 0);
+    load_column(second, 1);
+    int64_t pixel = 0;
+    for (; pixel + 3 <= call.out_pixels; pixel += 3) {
+      load_column(third, pixel + 2);
+      write(pixel, first, second, third);
+      load_column(first, pixel + 3);
+      write(pixel + 1, second, third, first);
+      load_column(second, pixel + 4);
+      write(pixel + 2, third, first, second);
+    }
+    for (; pixel < call.out_pixels; ++pixel) {
+      load_column(third, pixel + 2);
+      write(pixel, first, second, third);
+      for (int i = 0; i < kRows; ++i) {
+        first[i] = second[i];
+        second[i] = third[i];
+      }
+    }
+  }
+}
+
 template <typename T, typename Out>
 static void depthwise(const DepthwiseCall& call) {
-  if (call.kh == 3 && call.kw == 3) return depthwise_taps<T, Out, 3>(call);
-  if (call.kh == 5 && call.kw == 5) return depthwise_taps<T, Out, 5>(call);
-  depthwise_taps<T, Out, 0>(call);
+  int64_t row = 0;
+  if (call.kh == 3 && call.kw == 3 && call.stride == 1 && call.dilation == 1) {
+    constexpr int kRows = kVectorBytes == 64 ? 2 : 1;  // as the number of registers allows
+    for (; row + kRows <= call.out_rows; row += kRows) depthwise_window<T, Out, kRows>(call, row);
+    for (; row < call.out_rows; ++row) depthwise_window<T, Out, 1>(call, row);
+    return;
+  }
+  for (; row < call.out_rows; ++row) {
+    if (call.kh == 3 && call.kw == 3)
+      depthwise_taps<T, Out, 3>(call, row);
+    else if (call.kh == 5 && call.kw == 5)
+      depthwise_taps<T, Out, 5>(call, row);
+    else
+      depthwise_taps<T, Out, 0>(call, row);
+  }
 }
 
 }  // namespace LOWRANK_ISA
