@@ -15,6 +15,7 @@
 
 #include "backward.h"
 #include "checks.h"
+#include "dispatch.h"
 
 namespace lowrank_ops {
 namespace {
@@ -24,43 +25,6 @@ using at::Tensor;
 using std::string_view;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-using TuckerForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                             IntArrayRef, IntArrayRef, IntArrayRef, string_view);
-using CPForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                         const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, string_view);
-using LinearForward = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, string_view);
-// The same with the packed weights behind.
-template <typename Signature>
-struct WithPacked;
-template <typename... Arguments>
-struct WithPacked<Tensor(Arguments...)> {
-  using Type = Tensor(Arguments..., const Tensor&);
-};
-using TuckerPrepared = WithPacked<TuckerForward>::Type;
-using CPPrepared = WithPacked<CPForward>::Type;
-using LinearPrepared = WithPacked<LinearForward>::Type;
-using TuckerBackward = decltype(tucker_conv2d_backward);
-using CPBackward = decltype(cp_conv2d_backward);
-using LinearBackward = decltype(lowrank_linear_backward);
-
-// The registered op, looked up once.
-#define LOWRANK_OPS_HANDLE(name, Signature)                                                           \
-  const auto& name##_op() {                                                                           \
-    static const auto op =                                                                            \
-        c10::Dispatcher::singleton().findSchemaOrThrow("lowrank_ops::" #name, "").typed<Signature>(); \
-    return op;                                                                                        \
-  }
-LOWRANK_OPS_HANDLE(tucker_conv2d, TuckerForward)
-LOWRANK_OPS_HANDLE(cp_conv2d, CPForward)
-LOWRANK_OPS_HANDLE(lowrank_linear, LinearForward)
-LOWRANK_OPS_HANDLE(tucker_conv2d_prepared, TuckerPrepared)
-LOWRANK_OPS_HANDLE(cp_conv2d_prepared, CPPrepared)
-LOWRANK_OPS_HANDLE(lowrank_linear_prepared, LinearPrepared)
-LOWRANK_OPS_HANDLE(tucker_conv2d_backward, TuckerBackward)
-LOWRANK_OPS_HANDLE(cp_conv2d_backward, CPBackward)
-LOWRANK_OPS_HANDLE(lowrank_linear_backward, LinearBackward)
-#undef LOWRANK_OPS_HANDLE
 
 template <typename T>
 bool requires_grad(const T&) {  // no tensor

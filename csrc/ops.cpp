@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "bind_ops.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/prepared.h"
@@ -142,6 +143,7 @@ TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
+  bind_ops(m);
   m.def("set_policy", [](const std::string& name) { set_policy(parse_policy(name)); });
   m.def("get_policy", [] { return std::string(name_of(policy())); });
   m.def("forget_measurements", &forget_measurements);

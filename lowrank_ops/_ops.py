@@ -15,6 +15,7 @@ from torch import Tensor
 
 # As `at::Tensor::suggest_memory_format`, which has no public Python counterpart.
 from torch._prims_common import suggest_memory_format
+from torch.overrides import has_torch_function
 
 _REBUILD = (
     "rebuild it in this environment with `pip install --no-build-isolation --force-reinstall --no-deps .` from "
@@ -38,6 +39,19 @@ if _built_for.split("+")[0].split(".")[:2] != torch.__version__.split("+")[0].sp
         f"lowrank_ops: the compiled extension was built for torch {_built_for}, but torch "
         f"{torch.__version__} is installed: {_REBUILD}."
     )
+
+
+def ops_for(*tensors: Tensor | None) -> Any:
+    """Where the ops of these arguments are to be called: functions of the extension, or ``torch.ops.lowrank_ops``.
+
+    Both go through torch's dispatcher. torch.ops parses arguments against the schema first, some 4 us a convolution;
+    but it is what torch.compile, torch.export and torch.jit.trace record, and what hands a call to arguments and modes
+    that override torch's functions (``__torch_function__``).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
+        return torch.ops.lowrank_ops
+    return _C
+
 
 Gradient = Tensor | None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Loads the extension: torch.ops.lowrank_ops exists from here on.
 from lowrank_ops._ops import ACTIVATIONS as ACTIVATIONS
+from lowrank_ops._ops import ops_for
 
 Pair = int | tuple[int, int] | list[int]
 
@@ -45,9 +45,8 @@ def tucker_conv2d(
             tensors on different devices, or an output with no pixels.
         TypeError: dtypes that differ or are not supported.
     """
-    return torch.ops.lowrank_ops.tucker_conv2d(
-        input, in_factor, core, out_factor, bias, stride, padding, dilation, activation
-    )
+    tensors = (input, in_factor, core, out_factor, bias)
+    return ops_for(*tensors).tucker_conv2d(*tensors, stride, padding, dilation, activation)
 
 
 def cp_conv2d(
@@ -86,9 +85,8 @@ def cp_conv2d(
             tensors on different devices, or an output with no pixels.
         TypeError: dtypes that differ or are not supported.
     """
-    return torch.ops.lowrank_ops.cp_conv2d(
-        input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation, activation
-    )
+    tensors = (input, in_factor, height_factor, width_factor, out_factor, bias)
+    return ops_for(*tensors).cp_conv2d(*tensors, stride, padding, dilation, activation)
 
 
 def lowrank_linear(
@@ -110,4 +108,5 @@ def lowrank_linear(
         ValueError: shapes that disagree, an unknown activation, tensors on different devices.
         TypeError: dtypes that differ or are not supported.
     """
-    return torch.ops.lowrank_ops.lowrank_linear(input, in_factor, out_factor, bias, activation)
+    tensors = (input, in_factor, out_factor, bias)
+    return ops_for(*tensors).lowrank_linear(*tensors, activation)

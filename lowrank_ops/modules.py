@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import chains, ranks, reference
+from lowrank_ops._ops import ops_for
 from lowrank_ops.cp import cp_decompose
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
@@ -62,8 +63,10 @@ class _TuckerConv(FactorizedConv):
     def _op(self, image: Tensor) -> Tensor:
         core = self.core if self.axes == 2 else self.core.unsqueeze(2)
         if self._packing is not None and not torch.compiler.is_compiling():
-            call = (image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
-            return torch.ops.lowrank_ops.tucker_conv2d_prepared(*call, self._packing.panels)
+            tensors = (image, self.in_factor, core, self.out_factor, self.bias)
+            return ops_for(*tensors).tucker_conv2d_prepared(
+                *tensors, *self._window, self.activation, self._packing.panels
+            )
         return tucker_conv2d(image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
 
     def _core(self) -> Tensor:
@@ -221,8 +224,8 @@ class _CPConv(FactorizedConv):
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
         if self._packing is not None and not torch.compiler.is_compiling():
-            call = (image, *factors, self.bias, *self._window, self.activation)
-            return torch.ops.lowrank_ops.cp_conv2d_prepared(*call, self._packing.panels)
+            tensors = (image, *factors, self.bias)
+            return ops_for(*tensors).cp_conv2d_prepared(*tensors, *self._window, self.activation, self._packing.panels)
         return cp_conv2d(image, *factors, self.bias, *self._window, self.activation)
 
     def _height_factor(self) -> Tensor:
@@ -387,8 +390,8 @@ class LowRankLinear(FactorizedModule):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
         if self._packing is not None and not torch.compiler.is_compiling():
-            call = (input, self.in_factor, self.out_factor, self.bias, self.activation)
-            return torch.ops.lowrank_ops.lowrank_linear_prepared(*call, self._packing.panels)
+            tensors = (input, self.in_factor, self.out_factor, self.bias)
+            return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, self._packing.panels)
         return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)
 
     def to_dense(self) -> nn.Module:
