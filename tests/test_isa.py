@@ -45,6 +45,19 @@ def test_every_instruction_set(isa: str, op: str, dtype: torch.dtype) -> None:
             assert_output(call, call.run())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_windows_of_every_length(isa: str, dtype: torch.dtype) -> None:
+    """CP's 3x3 window slides in steps of three pixels, two rows at a time: every remainder of both."""
+    for h in (1, 2, 3, 6, 7):
+        for w in range(1, 8):
+            problem = Problem(
+                "cp_conv2d", n=1, s=3, h=h, w=w, t=5, r1=33, kernel=(3, 3), padding=(1, 1), dtype=dtype,
+                layout=torch.channels_last,
+            )  # fmt: skip
+            call = problem.make()
+            assert_output(call, call.run())
+
+
 def test_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be one of generic.*got 'sse9'"):
         _C.set_cpu_isa("sse9")
