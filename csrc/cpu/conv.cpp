@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include "plan/cost.h"
+
 namespace lowrank_ops {
 
 namespace {
@@ -107,6 +109,63 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
   }
 }
 
+void HiddenRows::look_ahead(int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t more) {
+  const Problem& p = block_.problem;
+  const int64_t element = element_bytes(p.dtype);
+  asked_ = asking_;
+  Ahead::Rows output, input;
+  if (block_.output.stride(1) == 1) {
+    const at::Tensor& o = block_.output;
+    output.first = static_cast<const char*>(o.const_data_ptr()) +
+                   (image * o.stride(0) + row * o.stride(2) + column * o.stride(3)) * element;
+    output.count = rows;
+    output.bytes = columns * p.t * element;
+    output.stride = o.stride(2) * element;
+  }
+  const int64_t begin = row * block_.rows.stride + block_.rows.span(rows);
+  const int64_t end = std::min(begin + std::min(more, rows) * block_.rows.stride, block_.rows.end_inside());
+  if (direct_ && block_.columns.step == 1 && begin >= block_.rows.first_inside() && end > begin) {
+    input.first = image_ + block_.rows.coordinate(begin) * input_row_bytes_;
+    input.count = end - begin;
+    input.bytes = (inside_end_ - inside_begin_) * p.s * element;
+    input.stride = block_.rows.step * input_row_bytes_;
+    asking_ = end;
+  }
+  // Of the products only, and a little less: what is asked for late is waited for.
+  const double products = fused_features(p, block_.tile)[1] / double(p.n * p.oh * p.ow);
+  ahead_.begin(output, input, 0.97 * products * double(rows * columns));
+}
+
+void Ahead::begin(const Rows& output, const Rows& input, double multiply_adds) {
+  regions_[0] = output;
+  regions_[1] = input;
+  region_ = row_ = byte_ = 0;
+  due_ = 0;
+  rate_ = double(output.count * output.bytes + input.count * input.bytes) / multiply_adds;
+}
+
+void Ahead::attach(GemmCall& call) {
+  call.ahead_lines = 0;
+  if (region_ == 2) return;
+  due_ += rate_ * double(call.num_taps * call.depth) * double(call.rows * call.width);
+  while (region_ < 2 && row_ >= regions_[region_].count) {
+    ++region_;
+    row_ = byte_ = 0;
+  }
+  if (region_ == 2) return;
+  const Rows& rows = regions_[region_];
+  const int64_t bytes = std::min(int64_t(due_), rows.bytes - byte_);
+  call.ahead = rows.first + row_ * rows.stride + byte_;
+  call.ahead_lines = bytes / 64;
+  call.ahead_write = region_ == 0;
+  due_ -= double(call.ahead_lines * 64);
+  byte_ += call.ahead_lines * 64;
+  if (byte_ + 64 > rows.bytes) {
+    ++row_;
+    byte_ = 0;
+  }
+}
+
 void HiddenRows::stage(int64_t z, int64_t rows) {
   const ComputeKernels& kernels = *block_.engine.kernels;
   const int64_t element = element_bytes(kernels.element), pixels = inside_end_ - inside_begin_;
@@ -146,12 +205,13 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
     share.pieces(panels.count, rows, inside_end_ - inside_begin_, kFewestPixels,
                  [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
                    pixel = source + i * source_bytes + first * pixel_bytes;
-                   call.far_input = block_.tile.far && direct_ && (panel == 0 || share.count > 1);
+                   call.far_input = block_.tile.far && direct_ && z + i >= asked_ && (panel == 0 || share.count > 1);
                    call.weight = block_.in_weight.panel(panel);
                    call.width = panels.width(panel);
                    call.rows = pixels;
                    call.out = ring_ + ((z + i) % ring_rows_) * row_bytes_ + (inside_begin_ + first) * pixel_bytes_ +
                               panels.first(panel) * hidden_element;
+                   ahead_.attach(call);
                    block_.engine.gemm(call);
                  });
   });
@@ -163,8 +223,8 @@ int64_t output_staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->accumulator);
 }
 
-void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
-                  int64_t columns, const void* tile, void* staging) {
+void write_output(const ConvBlock& block, Team& team, Ahead& ahead, int64_t image, int64_t row, int64_t rows,
+                  int64_t column, int64_t columns, const void* tile, void* staging) {
   const Problem& p = block.problem;
   const ComputeKernels& kernels = *block.engine.kernels;
   const Panels& panels = block.out_weight.panels();
@@ -194,7 +254,8 @@ void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row
       call.bias = block.bias.data(channel);
       char* target = out + (i * output.stride(2) + first * out_pixel_stride + channel * output.stride(1)) * element;
       if (channels_last) {
-        call.far_output = block.tile.far;
+        call.far_output = block.tile.far && !block.tile.ahead;
+        ahead.attach(call);
         call.out = target;
         call.out_stride = out_pixel_stride;
         call.out_type = p.dtype;

@@ -38,6 +38,25 @@ struct ConvBlock {
   int64_t tile_columns() const { return round_up(problem.r2, engine.kernels->lanes); }
 };
 
+// What a step's last stage and the next step's first will touch, asked for evenly while the step computes: memory works
+// all the time then, and not only beside the two outer stages.
+class Ahead {
+ public:
+  // Begins a step of `multiply_adds`: output rows first, then input rows, each `stride` bytes from the next.
+  struct Rows {
+    const char* first = nullptr;
+    int64_t count = 0, bytes = 0, stride = 0;
+  };
+  void begin(const Rows& output, const Rows& input, double multiply_adds);
+  // Gives a call its share.
+  void attach(GemmCall& call);
+
+ private:
+  Rows regions_[2];
+  int64_t region_ = 2, row_ = 0, byte_ = 0;
+  double rate_ = 0, due_ = 0;  // bytes a multiply-add, bytes
+};
+
 // The hidden rows of one task: stage (1) and the ring buffer.
 class HiddenRows {
  public:
@@ -47,6 +66,9 @@ class HiddenRows {
   void produce(int64_t begin, int64_t end);
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
   int64_t span() const { return span_; }
+  // Before a step of `rows` output rows from (row, column), with `more` output rows of the task after it.
+  void look_ahead(int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t more);
+  Ahead& ahead() const { return ahead_; }
   int64_t pixel_bytes() const { return pixel_bytes_; }
 
   static int64_t ring_bytes(const ConvBlock& block);
@@ -70,12 +92,14 @@ class HiddenRows {
   int64_t group_;  // rows that go through the stage together
   char* ring_;
   char* staging_;
+  mutable Ahead ahead_;
+  int64_t asked_ = 0, asking_ = 0;  // lattice rows below were asked for before this step, are asked for in it
 };
 
 // Stage (3) for `rows` output rows from (row, column): tile [rows * columns, tile_columns] -> output. Each thread
 // stages in its own `staging`, output_staging_bytes() apart.
-void write_output(const ConvBlock& block, Team& team, int64_t image, int64_t row, int64_t rows, int64_t column,
-                  int64_t columns, const void* tile, void* staging);
+void write_output(const ConvBlock& block, Team& team, Ahead& ahead, int64_t image, int64_t row, int64_t rows,
+                  int64_t column, int64_t columns, const void* tile, void* staging);
 int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
 
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
@@ -112,9 +136,10 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
       for (int64_t row = first; row < last; row += t.rows) {
         const int64_t rows = std::min(t.rows, last - row);
         const int64_t top = row * block.rows.stride;
+        if (t.ahead) hidden.look_ahead(image, row, rows, column, last_column - column, last - row - rows);
         hidden.produce(top, top + block.rows.span(rows));
         middle(team, hidden, row, rows, last_column - column, tile, extra);
-        write_output(block, team, image, row, rows, column, last_column - column, tile, staging);
+        write_output(block, team, hidden.ahead(), image, row, rows, column, last_column - column, tile, staging);
       }
     }
     brgemm_release();

@@ -63,6 +63,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
             call.rows = pixels;
             call.out = static_cast<char*>(tile_memory) +
                        ((i * columns + first) * call.out_stride + panels.first(panel)) * element;
+            hidden.ahead().attach(call);
             engine.gemm(call);
           });
     });

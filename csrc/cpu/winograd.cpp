@@ -77,6 +77,7 @@ void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hid
         call.taps = &source;
         call.weight = weight + place * call.depth * width * element;
         call.out = sums + place * count * width * accumulator;
+        hidden.ahead().attach(call);
         engine_.gemm(call);
       }
       output.width = output.sums_stride = width;

@@ -105,6 +105,7 @@ void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratc
   if (shared < busiest_thread(p, tile, caps.threads)) {
     tile = team;
     tile.team = caps.threads;
+    tile.ahead = false;
     tile.scratch_bytes = ceil_div(scratch(tile.rows, tile.columns), tile.team);
   }
 }
@@ -158,12 +159,9 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
            tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
-  // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
-  const int64_t fewest_rows =
-      p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 ? std::min<int64_t>(2, p.oh) : 1;
   tile.rows = tile.winograd
                   ? 2 * std::clamp<int64_t>(ceil_div(kPatchesPerStep, ceil_div(p.ow, 2)), 1, ceil_div(p.oh, 2))
-                  : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), fewest_rows, p.oh);
+                  : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
   tile.columns = p.ow;
   const int64_t even = tile.winograd ? 2 : 1;
   // Half of L2 for the tiles; the other half for weights streaming by and the input.
@@ -172,6 +170,14 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
     tile.columns = round_up(ceil_div(p.ow, parts), even);
   while (tile.winograd && scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.rows > 2)
     tile.rows = round_up(tile.rows / 2, even);  // large ranks: fewer patches for each reading of the weights
+  // What a step touches of input and output has to stay in L2 beside its tile until it is used.
+  const auto fits = [&](int64_t tile_rows) {
+    const int64_t touched = tile_rows * tile.columns * (p.s + p.t) * element;
+    return scratch(tile_rows, tile.columns) + (tile.far ? touched : 0) <= caps.l2_bytes / 4 * 3;
+  };
+  // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
+  if (p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1 && fits(2)) tile.rows = 2;
+  tile.ahead = tile.far && fits(tile.rows);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
     CpuCaps direct = caps;  // ranks too large for its sixteen planes even in the narrowest tile

@@ -35,7 +35,8 @@ struct CpuTile {
   int64_t depth = 0;      // linear: so much of the depth of a weight is packed at a time; 0: all of it
   bool winograd = false;  // Tucker: the core by F(2x2, 3x3); rows and columns are even then
   bool prepared = false;  // the weights were packed before the call
-  bool far = false;       // input and output are beyond L2: asked for ahead of their use
+  bool far = false;       // input and output are beyond L2: asked for ahead of their use,
+  bool ahead = false;     // and through all of a step, as what a step touches of them fits L2 beside the tile
   int64_t scratch_bytes = 0;
 };
 

@@ -196,6 +196,14 @@ static inline void dispatch_width(const GemmCall& call) {
       prefetch_rows<true>(static_cast<const char*>(call.out) + (row + kMost) * call.out_stride * bytes, count,
                           call.out_stride * bytes, call.width * bytes);
     }
+    if (call.ahead_lines > 0) {
+      const int64_t first = call.ahead_lines * row / call.rows, last = call.ahead_lines * (row + count) / call.rows;
+      const char* lines = call.ahead + 64 * first;
+      if (call.ahead_write)
+        prefetch_rows<true>(lines, 1, 0, 64 * (last - first));
+      else
+        prefetch_rows<false>(lines, 1, 0, 64 * (last - first));
+    }
     dispatch_rows<Multiply, kVectors>(call, row, count);
     row += count;
   }
