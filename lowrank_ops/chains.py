@@ -160,7 +160,10 @@ def read_tucker(layers: Iterable[nn.Module], axes: int) -> Chain:
 def read_cp(layers: Iterable[nn.Module], axes: int) -> Chain:
     """Reads (1x1, Kx1 depthwise, 1xK depthwise, 1x1), the depthwise pair in either order, plus an optional
     activation; for `axes` = 1 (1, K depthwise, 1). Stride, padding and dilation may stand on either depthwise
-    stage. Raises NotOneOp with the reason."""
+    stage. Two pointwise convolutions are a block of one tap. Raises NotOneOp with the reason."""
+    layers = list(layers)
+    if sum(isinstance(layer, (nn.Conv1d, nn.Conv2d)) for layer in layers) == 2:
+        return _read_pair(layers, axes)
     count = axes + 2
     stages, activation = _stages(layers, count, nn.Conv1d if axes == 1 else nn.Conv2d)
     first, *depthwise, last = stages
@@ -193,6 +196,36 @@ def read_cp(layers: Iterable[nn.Module], axes: int) -> Chain:
         dilation=tuple(axis.dilation for axis in composed),
         padding_mode=_joint_mode(depthwise),
         kernel_size=tuple(axis.kernel for axis in composed),
+    )
+
+
+def _read_pair(layers: Iterable[nn.Module], axes: int) -> Chain:
+    """Two pointwise convolutions, the window on the first: zeros that it pads stay zeros, for it has no bias."""
+    (first, last), activation = _stages(layers, 2, nn.Conv1d if axes == 1 else nn.Conv2d)
+    for position, conv in enumerate((first, last), start=1):
+        if any(size != 1 for size in conv.kernel_size) or conv.groups != 1:
+            raise NotOneOp(
+                f"stage {position} of 2 must be a pointwise convolution (kernel size 1, groups=1), got kernel size "
+                f"{conv.kernel_size} and groups={conv.groups}"
+            )
+    _check_pointwise(last, "stage 2 of 2")
+    _check_same_kind((first, last))
+    names = ("width_factor",) if axes == 1 else ("height_factor", "width_factor")
+    tap = torch.ones_like(first.weight.detach().flatten(1)[:, :1])
+    return Chain(
+        factors={
+            "in_factor": first.weight.flatten(1),
+            **dict.fromkeys(names, tap),
+            "out_factor": last.weight.flatten(1),
+        },
+        stages=(first, *[first] * axes, last),
+        bias=last.bias,
+        activation=activation,
+        stride=first.stride,
+        padding=_joint_padding([_axis(first, axis) for axis in range(axes)]),
+        dilation=(1,) * axes,
+        padding_mode=first.padding_mode,
+        kernel_size=first.kernel_size,
     )
 
 

@@ -42,7 +42,8 @@ def fuse_(model: nn.Module) -> Report:
     module then replaces, hooks and all) or as consecutive children of a longer one: the module gets the first
     child's name, the other children of the chain are removed, the rest keep their names. An activation after
     the chain (ReLU, ReLU6, Hardswish, SiLU, exact GELU) becomes the module's, also after a module that was
-    factorized before. Parameters are copies: build the optimizer afterwards.
+    factorized before. Two pointwise convolutions in a row are taken where fewer channels lie between them than on
+    either side. Parameters are copies: build the optimizer afterwards.
 
     An nn.Sequential that was shortened has other positions: try a model whose forward indexes or slices one
     (`self.features[3]`, `self.features[:5]`) after fusing; nothing here can see that.
@@ -172,11 +173,23 @@ def _look(layers: list[nn.Module]) -> tuple[_Fusable, int] | None:
         if _is_pointwise(tucker[1]) and tucker[1].groups > 1:
             return None
         return (TuckerConv2d if two else TuckerConv1d), convs[2][0] + 1
+    if len(convs) > 1 and convs[1][0] == 1 and _is_bottleneck(convs[0][1], convs[1][1]):
+        return (CPConv2d if two else CPConv1d), 2
     return None
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
     return all(size == 1 for size in conv.kernel_size)
+
+
+def _is_bottleneck(first: nn.Conv2d, last: nn.Conv2d) -> bool:
+    """Whether two convolutions are a factorized pointwise one: fewer channels between them than on either side."""
+    return (
+        _is_pointwise(first)
+        and _is_pointwise(last)
+        and first.groups == last.groups == 1
+        and first.out_channels < min(first.in_channels, last.out_channels)
+    )
 
 
 def _is_cp_like(convs: list[nn.Conv2d]) -> bool:

@@ -191,15 +191,22 @@ class _CPConv(FactorizedConv):
     def from_sequential(cls, seq: nn.Sequential) -> Self:
         """Fuses a chain (1x1, Kx1 depthwise, 1xK depthwise, 1x1) with an optional activation; 1-D: (1, K
         depthwise, 1). The depthwise pair may stand in either order, with stride, padding and dilation on
-        either of them. The module holds copies of the weights.
+        either of them. Two pointwise convolutions are a block of one tap, its height and width factors ones.
+        The module holds copies of the weights.
 
         Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.chains`).
         """
         return cls._from_chain(chains.read_cp(layers_of(cls.__name__, seq), cls.axes), seq)
 
     def to_sequential(self) -> nn.Sequential:
-        """The plain chain of pointwise and depthwise convolutions and the activation; holds copies."""
+        """The plain chain of pointwise and depthwise convolutions and the activation; holds copies.
+
+        A block of one tap becomes two pointwise convolutions: its height and width factors are multiplied into the
+        first, which takes the window.
+        """
         pointwise = (slice(None), slice(None), *(None,) * self.axes)
+        if max(self.kernel_size) == 1:
+            return self._pointwise_pair(pointwise)
         layers = [chains.conv_layer(self.in_factor[pointwise])]
         for axis, factor in enumerate(list(self.factors().values())[1:-1]):
             kernel = [1] * self.axes
@@ -220,6 +227,19 @@ class _CPConv(FactorizedConv):
             )
         layers.append(chains.conv_layer(self.out_factor[pointwise], self.bias))
         return chains.with_activation(layers, self.activation).train(self.training)
+
+    @torch.no_grad()
+    def _pointwise_pair(self, pointwise: tuple[slice | None, ...]) -> nn.Sequential:
+        taps = widened(self._height_factor()) * widened(self.width_factor)
+        first = chains.conv_layer(
+            (widened(self.in_factor) * taps).to(self.in_factor.dtype)[pointwise],
+            stride=self.stride,
+            padding=self.padding,
+            padding_mode=self.padding_mode,
+        )
+        first.weight.requires_grad_(self.in_factor.requires_grad)
+        last = chains.conv_layer(self.out_factor[pointwise], self.bias)
+        return chains.with_activation([first, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ class Recorder(TorchFunctionMode):
 
 
 class Logged(Tensor):
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,8 +101,6 @@ def test_modes_and_subclasses_see_the_call(op: str) -> None:
 
 def test_other_threads_run_meanwhile() -> None:
     """The interpreter's lock is given back during a call."""
-    import threading
-
     started, ticks = threading.Event(), [0]
     stop = threading.Event()
 

@@ -196,6 +196,64 @@ def test_one_dimension() -> None:
         CPConv1d.from_sequential(tucker)
 
 
+WINDOWS_OF_ONE_TAP = {
+    "plain": {},
+    "stride": {"stride": 2},
+    "padding": {"padding": 1, "stride": (1, 2)},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "same": {"padding": "same"},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS_OF_ONE_TAP.values(), ids=WINDOWS_OF_ONE_TAP.keys())
+@pytest.mark.parametrize(("kind", "size"), [(CPConv2d, (9, 11)), (CPConv1d, (11,))])
+def test_a_block_of_one_tap_is_two_pointwise_convolutions(kind: type, size: tuple[int, ...], window: dict) -> None:
+    if kind is CPConv1d:
+        window = {name: value[-1] if isinstance(value, tuple) else value for name, value in window.items()}
+    module = kind(S, T, 1, 4, activation="relu", **window).double()
+    with torch.no_grad():
+        for factor in module.factors().values():
+            factor.copy_(torch.randn_like(factor))
+    chain = module.to_sequential()
+    assert [type(layer) for layer in chain] == [nn.Conv2d if kind is CPConv2d else nn.Conv1d] * 2 + [nn.ReLU]
+    input = torch.randn(2, S, *size, dtype=torch.float64)
+    torch.testing.assert_close(chain(input), module(input))
+    again = kind.from_sequential(chain)
+    torch.testing.assert_close(again(input), module(input))
+    assert again.rank == 4 and torch.equal(again.width_factor, torch.ones_like(again.width_factor))
+    assert type(fuse_then_first(nn.Sequential(nn.Identity(), chain))) is kind
+
+
+def fuse_then_first(model: nn.Sequential) -> nn.Module:
+    fuse_(model)
+    return model[1]
+
+
+def test_a_block_of_one_tap_keeps_flags_and_modes() -> None:
+    module = CPConv2d(S, T, 1, 4).eval()
+    module.in_factor.requires_grad_(False)
+    chain = module.to_sequential()
+    assert not chain.training and [layer.weight.requires_grad for layer in chain] == [False, True]
+    again = CPConv2d.from_sequential(chain)
+    assert not again.in_factor.requires_grad and again.out_factor.requires_grad
+
+
+def test_pairs_that_are_no_factorized_convolution() -> None:
+    def pair(first: nn.Module, last: nn.Module) -> nn.Sequential:
+        return nn.Sequential(first, last)
+
+    with pytest.raises(ValueError, match="stage 2 of 2 must be a pointwise"):
+        CPConv2d.from_sequential(pair(nn.Conv2d(S, 4, 1, bias=False), nn.Conv2d(4, T, 3)))
+    with pytest.raises(ValueError, match="stage 1 of 2 has a bias"):
+        CPConv2d.from_sequential(pair(nn.Conv2d(S, 4, 1), nn.Conv2d(4, T, 1)))
+    with pytest.raises(ValueError, match="has stride"):
+        CPConv2d.from_sequential(pair(nn.Conv2d(S, 4, 1, bias=False), nn.Conv2d(4, T, 1, stride=2)))
+    widening = pair(nn.Conv2d(S, 2 * S, 1, bias=False), nn.Conv2d(2 * S, T, 1))  # no fewer multiplications
+    assert not fuse_(widening).layers
+    assert CPConv2d.from_sequential(widening).rank == 2 * S
+
+
 def test_linear() -> None:
     chain = nn.Sequential(nn.Linear(S, R, bias=False), nn.Linear(R, T), nn.GELU())
     input = torch.randn(3, S)
