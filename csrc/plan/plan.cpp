@@ -176,7 +176,8 @@ CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
     return scratch(tile_rows, tile.columns) + (tile.far ? touched : 0) <= caps.l2_bytes / 4 * 3;
   };
   // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
-  if (p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1 && fits(2)) tile.rows = 2;
+  const bool shares_rows = p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1;
+  if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
   tile.ahead = tile.far && fits(tile.rows);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
