@@ -6,8 +6,9 @@
 //   input rows --(1) in_factor--> ring buffer of hidden rows --(2) core or depthwise--> tile --(3) out_factor--> output
 //
 // The ring buffer holds the hidden rows that the taps of one step can see, zero-padded at the image's edges: each
-// hidden row is computed once a strip. Ring and tile fit L2; no intermediate is ever a whole tensor. Rows and columns
-// are those of the lattice that some tap reads (plan.h, Axis): a 1x1 core with stride 2 reads every other row only.
+// hidden row is computed once a strip. Ring and tile fit L2; no intermediate is ever a whole tensor. Of large images,
+// what a step will write and what the next will read is asked for while it computes (Ahead). Rows and columns are those
+// of the lattice that some tap reads (plan.h, Axis): a 1x1 core with stride 2 reads every other row only.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -66,10 +67,10 @@ class HiddenRows {
   void produce(int64_t begin, int64_t end);
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
   int64_t span() const { return span_; }
+  int64_t pixel_bytes() const { return pixel_bytes_; }
   // Before a step of `rows` output rows from (row, column), with `more` output rows of the task after it.
   void look_ahead(int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t more);
   Ahead& ahead() const { return ahead_; }
-  int64_t pixel_bytes() const { return pixel_bytes_; }
 
   static int64_t ring_bytes(const ConvBlock& block);
   static int64_t staging_bytes(const ConvBlock& block);
