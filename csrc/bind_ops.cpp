@@ -11,7 +11,7 @@
 
 namespace lowrank_ops {
 
-// A window's numbers: an int for both axes, or a sequence (its length is checked with the other arguments).
+// A window's numbers: an int for both axes, or a sequence of them (its length is checked with the other arguments).
 struct Pair {
   c10::SmallVector<int64_t, 2> values;
   operator at::IntArrayRef() const { return values; }
@@ -26,22 +26,26 @@ struct type_caster<lowrank_ops::Pair> {
   PYBIND11_TYPE_CASTER(lowrank_ops::Pair, const_name("int | tuple[int, int]"));
 
   bool load(handle source, bool) {
-    if (PyIndex_Check(source.ptr())) {
-      int64_t both = 0;
-      if (!as_int(source, both)) return false;
+    int64_t both = 0;
+    if (as_int(source, both)) {
       value.values = {both, both};
       return true;
     }
-    if (!PyTuple_Check(source.ptr()) && !PyList_Check(source.ptr())) return false;
-    for (const handle item : reinterpret_borrow<sequence>(source)) {
+    if (!PySequence_Check(source.ptr()) || PyUnicode_Check(source.ptr())) return false;
+    const Py_ssize_t length = PySequence_Size(source.ptr());
+    bool whole = length >= 0;
+    for (Py_ssize_t i = 0; whole && i < length; ++i) {
+      const object item = reinterpret_steal<object>(PySequence_GetItem(source.ptr(), i));
       value.values.push_back(0);
-      if (!PyIndex_Check(item.ptr()) || !as_int(item, value.values.back())) return false;
+      whole = item && as_int(item, value.values.back());
     }
-    return true;
+    if (!whole) PyErr_Clear();
+    return whole;
   }
 
  private:
   static bool as_int(handle source, int64_t& number) {
+    if (!PyIndex_Check(source.ptr())) return false;
     number = PyNumber_AsSsize_t(source.ptr(), PyExc_OverflowError);
     if (number != -1 || !PyErr_Occurred()) return true;
     PyErr_Clear();

@@ -19,7 +19,9 @@ def to_chain(model: nn.Module) -> nn.Module:
 
     The chain of pointwise, core or depthwise convolutions, or of two linear layers, has as few multiplications as the
     block, one layer a stage. Its parameters are copies; a block that stands in several places is one chain there as
-    well. `fuse_` is the way back. Raises TypeError if `model` is no nn.Module.
+    well. `fuse_` is the way back, but for 1x1 blocks whose rank saves nothing.
+
+    Raises TypeError if `model` is no nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_chain: model must be an nn.Module, got {type(model).__name__}")

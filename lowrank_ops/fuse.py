@@ -169,12 +169,13 @@ def _look(layers: list[nn.Module]) -> tuple[_Fusable, int] | None:
     tucker = [conv for _, conv in convs[:3]]
     if len(cp) == depthwise + 2 and _is_cp_like(cp):
         return (CPConv2d if two else CPConv1d), convs[depthwise + 1][0] + 1
+    places = [position for position, _ in convs[:3]]
+    if places[:2] == [0, 1] and places != [0, 1, 2] and _is_bottleneck(tucker[0], tucker[1]):
+        return (CPConv2d if two else CPConv1d), 2
     if len(tucker) == 3 and _is_pointwise(tucker[0]) and _is_pointwise(tucker[2]):
         if _is_pointwise(tucker[1]) and tucker[1].groups > 1:
             return None
         return (TuckerConv2d if two else TuckerConv1d), convs[2][0] + 1
-    if len(convs) > 1 and convs[1][0] == 1 and _is_bottleneck(convs[0][1], convs[1][1]):
-        return (CPConv2d if two else CPConv1d), 2
     return None
 
 

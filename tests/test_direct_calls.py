@@ -20,6 +20,13 @@ from lowrank_ops._ops import ops_for
 CONVS = ("tucker_conv2d", "cp_conv2d")
 
 
+class Fresh(tuple):
+    """Its items are made when they are asked for."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return int("1" * (1 + int(place) * 0))
+
+
 def make(op: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     call = Problem(op, padding=(1, 1)).make() if op in CONVS else Problem(op).make()
     return getattr(lowrank_ops, op), tuple(call.tensors.values())
@@ -38,7 +45,9 @@ def test_both_ways_compute_the_same_bits(op: str) -> None:
     assert torch.equal(function(*tensors, **options, activation="gelu"), wanted)
 
 
-@pytest.mark.parametrize("padding", [1, (1, 1), [1, 1], np.int64(1), (np.int32(1), True)], ids=str)
+@pytest.mark.parametrize(
+    "padding", [1, (1, 1), [1, 1], np.int64(1), (np.int32(1), True), np.array([1, 1]), Fresh((0, 0))], ids=str
+)
 @pytest.mark.parametrize("op", CONVS)
 def test_windows_are_ints_or_pairs(op: str, padding: Any) -> None:
     function, tensors = make(op)

@@ -385,3 +385,14 @@ def test_nothing_to_prepare_and_no_module() -> None:
     for function in (prepare_for_inference_, unprepare_):
         with pytest.raises(TypeError, match=rf"{function.__name__}: model must be an nn.Module, got Tensor"):
             function(torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(7, 3, 5), (130, 33, 70), (4099, 65, 20), (1031, 300, 1033)], ids=str)
+def test_few_rows(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Up to eight rows of a prepared linear layer read its panels, whole or streamed, where those serve."""
+    s, rank, t = sizes
+    for rows in range(1, 9):
+        call = Problem("lowrank_linear", n=1, h=rows, s=s, r1=rank, t=t, dtype=dtype, activation="silu").make()
+        with lowrank_ops.set_policy("fused"):
+            assert_output(call, run_prepared(call, packed_for(call)))

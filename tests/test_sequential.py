@@ -254,6 +254,22 @@ def test_pairs_that_are_no_factorized_convolution() -> None:
     assert CPConv2d.from_sequential(widening).rank == 2 * S
 
 
+def test_pairs_between_other_layers_are_fused() -> None:
+    def pair() -> list[nn.Module]:
+        return [nn.Conv2d(16, 4, 1, bias=False), nn.Conv2d(4, 16, 1)]
+
+    model = nn.Sequential(
+        *pair(), nn.ReLU(), *pair(), nn.BatchNorm2d(16), *pair(), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1)
+    )
+    expected = copy.deepcopy(model).eval()
+    report = fuse_(model.eval())
+    kinds = [type(layer) for layer in model]
+    assert kinds == [CPConv2d, CPConv2d, nn.BatchNorm2d, CPConv2d, nn.BatchNorm2d, nn.Conv2d]
+    assert len(report.layers) == 3
+    input = torch.randn(1, 16, 5, 6)
+    torch.testing.assert_close(model(input), expected(input))
+
+
 def test_linear() -> None:
     chain = nn.Sequential(nn.Linear(S, R, bias=False), nn.Linear(R, T), nn.GELU())
     input = torch.randn(3, S)
