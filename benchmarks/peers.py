@@ -23,7 +23,7 @@ from benchmarks.engines import ENGINES
 from benchmarks.graphs import Captured
 from benchmarks.layers import Cell
 from lowrank_ops import functional, reference
-from lowrank_ops._ops import _C
+from lowrank_ops._ops import _C, ops_for
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 EVERYWHERE = ("chain", "merged", "compile", "dense", "forced")
@@ -230,9 +230,9 @@ def _prepared(problem: Problem) -> Callable[[], Tensor]:
     winograd = cell.kernel == (3, 3) and cell.stride == cell.dilation == 1
     packed = _C.prepare(first, core, last, winograd)
     window = () if cell.is_linear else ([cell.stride] * 2, cell.paddings, [cell.dilation] * 2)
-    call = (problem.input, *problem.factors, problem.bias, *window, "none", packed)
-    op = getattr(torch.ops.lowrank_ops, f"{cell.op}_prepared")
-    return lambda: op(*call)
+    tensors = (problem.input, *problem.factors, problem.bias)
+    op = f"{cell.op}_prepared"
+    return lambda: getattr(ops_for(*tensors), op)(*tensors, *window, "none", packed)
 
 
 def stages(problem: Problem, merged: bool = False) -> list[nn.Module]:

@@ -202,12 +202,7 @@ def read_cp(layers: Iterable[nn.Module], axes: int) -> Chain:
 def _read_pair(layers: Iterable[nn.Module], axes: int) -> Chain:
     """Two pointwise convolutions, the window on the first: zeros that it pads stay zeros, for it has no bias."""
     (first, last), activation = _stages(layers, 2, nn.Conv1d if axes == 1 else nn.Conv2d)
-    for position, conv in enumerate((first, last), start=1):
-        if any(size != 1 for size in conv.kernel_size) or conv.groups != 1:
-            raise NotOneOp(
-                f"stage {position} of 2 must be a pointwise convolution (kernel size 1, groups=1), got kernel size "
-                f"{conv.kernel_size} and groups={conv.groups}"
-            )
+    _check_pointwise(first, "stage 1 of 2", has_window=True)
     _check_pointwise(last, "stage 2 of 2")
     _check_same_kind((first, last))
     names = ("width_factor",) if axes == 1 else ("height_factor", "width_factor")
@@ -283,11 +278,13 @@ def _stages(layers: Iterable[nn.Module], count: int, kind: type[nn.Module]) -> t
     return rest, activation
 
 
-def _check_pointwise(conv: nn.Conv2d, where: str) -> None:
+def _check_pointwise(conv: nn.Conv2d, where: str, has_window: bool = False) -> None:
     if any(size != 1 for size in conv.kernel_size):
         raise NotOneOp(f"{where} must be a pointwise convolution (kernel size 1), got {conv.kernel_size}")
     if conv.groups != 1:
         raise NotOneOp(f"{where} has groups={conv.groups}: a factor is a full matrix (groups=1)")
+    if has_window:
+        return
     if any(step != 1 for step in conv.stride):
         raise NotOneOp(
             f"{where} has stride {conv.stride}: a stride on a pointwise stage is not the stride of one "

@@ -21,10 +21,10 @@ CONVS = ("tucker_conv2d", "cp_conv2d")
 
 
 class Fresh(tuple):
-    """Its items are made when they are asked for."""
+    """Its items are what __getitem__ makes when it is asked for them: ones."""
 
     def __getitem__(self, place: Any) -> Any:
-        return int("1" * (1 + int(place) * 0))
+        return int("1")
 
 
 def make(op: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
