@@ -157,7 +157,6 @@ void Ahead::attach(GemmCall& call) {
   const int64_t bytes = std::min(int64_t(due_), rows.bytes - byte_);
   call.ahead = rows.first + row_ * rows.stride + byte_;
   call.ahead_lines = bytes / 64;
-  call.ahead_write = region_ == 0;
   due_ -= double(call.ahead_lines * 64);
   byte_ += call.ahead_lines * 64;
   if (byte_ + 64 > rows.bytes) {

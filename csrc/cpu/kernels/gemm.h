@@ -79,7 +79,8 @@ static inline void write(const V (&acc)[kRows][kVectors], const GemmCall& call, 
 }
 
 template <typename Multiply, int kRows, int kVectors>
-static inline void finish(typename Multiply::V (&acc)[kRows][kVectors], const GemmCall& call, int64_t first_row) {
+static __attribute__((always_inline)) inline void finish(typename Multiply::V (&acc)[kRows][kVectors],
+                                                         const GemmCall& call, int64_t first_row) {
   using V = typename Multiply::V;
   using T = typename Multiply::Accumulator;
   constexpr int kLanes = Vector<T>::kLanes;
@@ -113,8 +114,14 @@ static inline void finish(typename Multiply::V (&acc)[kRows][kVectors], const Ge
   }
 }
 
-template <typename Multiply, int kRows, int kVectors>
-static void multiply_block(const GemmCall& call, int64_t first_row) {
+// Memory that a later block will touch, asked for on the way: `stride` bytes further at each step of the depth.
+struct Asked {
+  const char* next = nullptr;
+  int64_t stride = 0;
+};
+
+template <typename Multiply, int kRows, int kVectors, bool kAsks>
+static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked) {
   using V = typename Multiply::V;
   using Element = typename Multiply::Element;
   constexpr int kLanes = Vector<typename Multiply::Accumulator>::kLanes;
@@ -145,6 +152,10 @@ static void multiply_block(const GemmCall& call, int64_t first_row) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) right[v] = Multiply::right(b + v * kLanes * kGroup);
       b += kVectors * kLanes * kGroup;
+      if constexpr (kAsks) {
+        __builtin_prefetch(asked.next, 0, 2);
+        asked.next += asked.stride;
+      }
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) {
         const V left = Multiply::left(base[row / 3] + (row % 3) * stride + k);
@@ -164,15 +175,15 @@ static inline void prefetch_rows(const char* first, int64_t rows, int64_t row_by
 }
 
 // Runs `rows` rows in blocks as even as possible: 15 rows are 8 + 7, not 14 + 1.
-template <typename Multiply, int kVectors, int kRows = kMaxRows[kVectors]>
-static inline void dispatch_rows(const GemmCall& call, int64_t first_row, int64_t rows) {
+template <typename Multiply, int kVectors, bool kAsks, int kRows = kMaxRows[kVectors]>
+static inline void dispatch_rows(const GemmCall& call, int64_t first_row, int64_t rows, Asked asked) {
   if constexpr (kRows == 1) {
-    multiply_block<Multiply, 1, kVectors>(call, first_row);
+    multiply_block<Multiply, 1, kVectors, kAsks>(call, first_row, asked);
   } else {
     if (rows == kRows)
-      multiply_block<Multiply, kRows, kVectors>(call, first_row);
+      multiply_block<Multiply, kRows, kVectors, kAsks>(call, first_row, asked);
     else
-      dispatch_rows<Multiply, kVectors, kRows - 1>(call, first_row, rows);
+      dispatch_rows<Multiply, kVectors, kAsks, kRows - 1>(call, first_row, rows, asked);
   }
 }
 
@@ -196,15 +207,21 @@ static inline void dispatch_width(const GemmCall& call) {
       prefetch_rows<true>(static_cast<const char*>(call.out) + (row + kMost) * call.out_stride * bytes, count,
                           call.out_stride * bytes, call.width * bytes);
     }
+    Asked asked;
     if (call.ahead_lines > 0) {
       const int64_t first = call.ahead_lines * row / call.rows, last = call.ahead_lines * (row + count) / call.rows;
-      const char* lines = call.ahead + 64 * first;
-      if (call.ahead_write)
-        prefetch_rows<true>(lines, 1, 0, 64 * (last - first));
-      else
-        prefetch_rows<false>(lines, 1, 0, 64 * (last - first));
+      // A line a step, what is more than that at once: many at once keep the block's own loads waiting. Blocks of one
+      // vector have no slot for one more load in a step.
+      const int64_t lines = last - first, steps = kVectors > 1 ? call.num_taps * call.depth / Multiply::kGroup : 0;
+      const int64_t paced = lines < steps ? lines : steps;
+      const char* line = call.ahead + 64 * first;
+      prefetch_rows<false>(line, 1, 0, 64 * (lines - paced));
+      if (paced > 0) asked = {line + 64 * (lines - paced), (64 * paced + steps - 1) / steps};
     }
-    dispatch_rows<Multiply, kVectors>(call, row, count);
+    if (kVectors > 1 && asked.stride > 0)
+      dispatch_rows<Multiply, kVectors, (kVectors > 1)>(call, row, count, asked);
+    else
+      dispatch_rows<Multiply, kVectors, false>(call, row, count, asked);
     row += count;
   }
 }

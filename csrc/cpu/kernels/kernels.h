@@ -32,10 +32,9 @@ struct GemmCall {
   int64_t initial_stride = 0;
   bool far_input = false;   // A comes from memory rather than from a tile: ask for the next block's rows early
   bool far_output = false;  // the same for out
-  // What later calls will touch, asked for while this one computes: whole cache lines, as many after each block.
+  // What later calls will touch, asked for evenly while this one computes: whole cache lines.
   const char* ahead = nullptr;
   int64_t ahead_lines = 0;
-  bool ahead_write = false;
 };
 using GemmFunction = void (*)(const GemmCall&);
 
