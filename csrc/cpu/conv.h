@@ -13,6 +13,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <cstring>
 
 #include "cpu/brgemm.h"
@@ -29,6 +30,7 @@ struct ConvBlock {
   const at::Tensor& input;
   at::Tensor& output;
   const PackedWeight& in_weight;
+  const PackedWeight* core_weight;  // nullptr: CP
   const PackedWeight& out_weight;
   const SumRows& bias;
   DType hidden_type;  // of the ring buffer
@@ -37,6 +39,8 @@ struct ConvBlock {
 
   int64_t hidden_columns() const { return in_weight.panels().padded_columns(); }
   int64_t tile_columns() const { return round_up(problem.r2, engine.kernels->lanes); }
+  // In the order of packing: what is read first comes last, and is still in L2.
+  std::array<const PackedWeight*, 3> weights() const { return {&out_weight, core_weight, &in_weight}; }
 };
 
 // What a step's last stage and the next step's first will touch, asked for evenly while the step computes: memory works
@@ -148,8 +152,13 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
   const int64_t tasks = p.n * strips * column_tiles;
   if (t.team > 1) {
     Team team(t.team);
-    team.call([&] { run_tasks(team, 0, tasks); });
+    team.call([&] {
+      // Each packs the panels that it will read: it has them in its cache then.
+      if (needs_packing(block.weights())) team.run([&](const Share& share) { pack(block.weights(), share); });
+      run_tasks(team, 0, tasks);
+    });
   } else {
+    pack(block.weights());
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       Team alone(1);
       run_tasks(alone, begin, end);

@@ -16,7 +16,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
-  const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, kernels.accumulator};
+  const ConvBlock block{engine, p, tile, input, output, in_weight, nullptr, out_weight, bias_sums, kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
   const int64_t vectors = block.hidden_columns() / kernels.lanes, sum = element_bytes(kernels.accumulator);
   const int64_t column_bytes = Scratch::padded(block.columns.span(tile.columns) * kernels.lanes * sum);  // a thread's

@@ -112,7 +112,7 @@ class StreamedWeight {
     call.depth = count;
     call.padded_depth = round_up(count, kernels_.group);
     call.width = panels_.width(index);
-    call.padded_width = panels_.padded_width(index);
+    call.padded_width = call.panel_stride = panels_.padded_width(index);
     call.panel = buffer;
     kernels_.pack[int(dtype_)](call);
     return buffer;
@@ -269,6 +269,7 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   }
   const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
+  pack({{&in_weight, &out_weight}});
   const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0;
   const int64_t element = element_bytes(kernels.element);
   const int64_t hidden_columns = in_weight.panels().padded_columns();

@@ -71,6 +71,8 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
     if (winograd && engine.kernels->element == dtype && engine.kernels->pack_winograd)
       winograd_weight.emplace(pack_winograd(core_rows, r1, r2, dtype, engine));
   }
+  pack({{&in_weight, core_weight ? &*core_weight : nullptr, winograd_weight ? &*winograd_weight : nullptr,
+         &out_weight}});
 
   Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, 0, 0};
   int64_t end = Scratch::padded(sizeof(Header));

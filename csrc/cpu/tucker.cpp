@@ -18,18 +18,18 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
+  const PackedWeight core_weight = tile.winograd
+                                       ? pack_winograd(core_rows, p.r1, p.r2, p.dtype, engine, prepared.winograd)
+                                       : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
+  const DType hidden_type = tile.winograd ? engine.kernels->accumulator : engine.kernels->element;
+  const ConvBlock block{engine, p, tile, input, output, in_weight, &core_weight, out_weight, bias_sums, hidden_type};
   if (tile.winograd) {
-    const WinogradCore winograd(pack_winograd(core_rows, p.r1, p.r2, p.dtype, engine, prepared.winograd), p, tile,
-                                engine);
-    const ConvBlock block{
-        engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->accumulator};
+    const WinogradCore winograd(core_weight, p, tile, engine);
     run_conv(
         block, [&](int64_t threads) { return winograd.scratch_bytes(threads); },
         [&](auto&&... arguments) { winograd.run(block, arguments...); });
     return output;
   }
-  const PackedWeight core_weight = pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
-  const ConvBlock block{engine, p, tile, input, output, in_weight, out_weight, bias_sums, engine.kernels->element};
   const int64_t hidden_columns = block.hidden_columns();
   // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.
   const bool joined = block.columns.dilation == 1 && p.r1 == hidden_columns;

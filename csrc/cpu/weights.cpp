@@ -87,28 +87,66 @@ void* Scratch::take(int64_t bytes) {
 PackedWeight::PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth,
                            DType dtype, const Engine& engine, const char* prepared)
     : panels_(columns, *engine.kernels),
+      taps_(taps),
+      depth_(depth),
       padded_depth_(round_up(depth, engine.kernels->group)),
       column_bytes_(taps.packed * padded_depth_ * element_bytes(engine.kernels->element)),
+      row_bytes_(taps.stored * depth * element_bytes(dtype)),
+      lane_bytes_(engine.kernels->group * element_bytes(engine.kernels->element)),
       data_(prepared) {
   if (prepared) return;
   memory_ = allocate(bytes());
   data_ = memory_.get();
-  const at::Tensor values = weight();
-  const char* source = static_cast<const char*>(values.const_data_ptr());
-  const int64_t row_bytes = taps.stored * depth * element_bytes(dtype);
-  const int64_t grain = std::max<int64_t>(1, (256 << 10) / (column_bytes_ * panels_.padded_width(0)));
-  at::parallel_for(0, panels_.count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      PackCall call;
-      call.weight = source + panels_.first(panel) * row_bytes;
-      call.row_stride = taps.stored * depth;
-      call.num_taps = taps.stored;
-      call.depth = depth;
-      call.padded_depth = padded_depth_;
-      call.width = panels_.width(panel);
-      call.padded_width = panels_.padded_width(panel);
-      call.panel = memory_.get() + panels_.first(panel) * column_bytes_;
-      taps.pack(call);
+  values_ = weight();
+}
+
+void PackedWeight::pack(int64_t first, int64_t last) const {
+  PackCall call;
+  call.row_stride = taps_.stored * depth_;
+  call.num_taps = taps_.stored;
+  call.depth = depth_;
+  call.padded_depth = padded_depth_;
+  for (int64_t panel = 0; panel < panels_.count; ++panel) {
+    const int64_t begin = std::max(first * panels_.lanes, panels_.first(panel));
+    const int64_t end = std::min(last * panels_.lanes, panels_.first(panel) + panels_.padded_width(panel));
+    if (begin >= end) continue;
+    call.weight = static_cast<const char*>(values_.const_data_ptr()) + begin * row_bytes_;
+    call.width = std::min(end, panels_.columns) - begin;
+    call.padded_width = end - begin;
+    call.panel_stride = panels_.padded_width(panel);
+    call.panel = memory_.get() + panels_.first(panel) * column_bytes_ + (begin - panels_.first(panel)) * lane_bytes_;
+    taps_.pack(call);
+  }
+}
+
+bool needs_packing(Weights weights) {
+  return std::any_of(weights.begin(), weights.end(),
+                     [](const auto* weight) { return weight && weight->unpacked() > 0; });
+}
+
+void pack(Weights weights, const Share& share) {
+  for (const PackedWeight* weight : weights)
+    if (weight)
+      weight->pack(weight->unpacked() * share.index / share.count,
+                   weight->unpacked() * (share.index + 1) / share.count);
+}
+
+void pack(Weights weights) {
+  constexpr int64_t kGrainBytes = 128 << 10;
+  int64_t vectors = 0, bytes = 0;
+  for (const PackedWeight* weight : weights)
+    if (weight && weight->unpacked() > 0) {
+      vectors += weight->unpacked();
+      bytes += weight->bytes();
+    }
+  if (vectors == 0) return;
+  at::parallel_for(0, vectors, std::max<int64_t>(1, kGrainBytes * vectors / bytes), [&](int64_t begin, int64_t end) {
+    for (const PackedWeight* weight : weights) {
+      if (!weight) continue;
+      const int64_t own = weight->unpacked();
+      weight->pack(std::clamp<int64_t>(begin, 0, own), std::clamp<int64_t>(end, 0, own));
+      begin -= own;
+      end -= own;
     }
   });
 }

@@ -6,12 +6,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/FunctionRef.h>
 
 #include <algorithm>
 #include <memory>
 
 #include "cpu/isa.h"
+#include "cpu/team.h"
 
 namespace lowrank_ops {
 
@@ -55,8 +57,8 @@ struct PackedTaps {
   PackFunction pack;
 };
 
-// A factor packed into panels: `weight()` is [columns, stored taps, depth], contiguous, and is not asked for where the
-// panels were packed before.
+// A factor and its panels, made by pack(): `weight()` is [columns, stored taps, depth], contiguous, and is not asked
+// for where the panels were packed before.
 class PackedWeight {
  public:
   PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth, DType dtype,
@@ -66,15 +68,28 @@ class PackedWeight {
   const void* panel(int64_t index) const { return data_ + panels_.first(index) * column_bytes_; }
   const char* data() const { return data_; }
   int64_t bytes() const { return panels_.padded_columns() * column_bytes_; }
+  // Vectors of columns that are to be packed, by any thread in any order: 0 where they were packed before.
+  int64_t unpacked() const { return memory_ ? panels_.padded_columns() / panels_.lanes : 0; }
+  void pack(int64_t first, int64_t last) const;
 
  private:
   Panels panels_;
-  int64_t padded_depth_, column_bytes_;
+  PackedTaps taps_;
+  int64_t depth_, padded_depth_;
+  int64_t column_bytes_, row_bytes_, lane_bytes_;  // of a column packed, of one before, of one step of its depth
+  at::Tensor values_;
   AlignedMemory memory_;  // empty where `data_` points into what was packed before
   const char* data_;
 };
 
-// A core [columns, taps, depth], and a factor [rows, depth], its rows the columns of the product.
+using Weights = c10::ArrayRef<const PackedWeight*>;  // nullptr: left out
+bool needs_packing(Weights weights);
+// Packs what is not packed yet, in parallel.
+void pack(Weights weights);
+// A share of it: of each weight the columns that Share::pieces hands out with these shares.
+void pack(Weights weights, const Share& share);
+
+// Not packed yet: a core [columns, taps, depth], and a factor [rows, depth], its rows the columns of the product.
 PackedWeight pack_core(c10::function_ref<at::Tensor()> core, int64_t columns, int64_t taps, int64_t depth, DType dtype,
                        const Engine& engine, const char* prepared = nullptr);
 PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared = nullptr);

@@ -16,9 +16,9 @@ PackedWeight pack_winograd(c10::function_ref<at::Tensor()> core, int64_t r1, int
   return PackedWeight(core, r2, {9, kPlaces, engine.kernels->pack_winograd}, r1, dtype, engine, prepared);
 }
 
-WinogradCore::WinogradCore(PackedWeight weight, const Problem& p, const CpuTile& tile, const Engine& engine)
+WinogradCore::WinogradCore(const PackedWeight& weight, const Problem& p, const CpuTile& tile, const Engine& engine)
     : engine_(engine),
-      weight_(std::move(weight)),
+      weight_(weight),
       channels_(round_up(p.r1, engine.kernels->lanes)),
       most_patches_(pairs(tile.rows) * pairs(tile.columns)) {}
 

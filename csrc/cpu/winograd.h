@@ -18,7 +18,7 @@ PackedWeight pack_winograd(c10::function_ref<at::Tensor()> core, int64_t r1, int
 
 class WinogradCore {
  public:
-  WinogradCore(PackedWeight weight, const Problem& problem, const CpuTile& tile, const Engine& engine);
+  WinogradCore(const PackedWeight& weight, const Problem& problem, const CpuTile& tile, const Engine& engine);
   int64_t scratch_bytes(int64_t threads) const;
   // The middle stage of run_conv.
   void run(const ConvBlock& block, Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
@@ -28,7 +28,7 @@ class WinogradCore {
   int64_t sums_bytes() const;  // of a thread
 
   const Engine& engine_;
-  PackedWeight weight_;
+  const PackedWeight& weight_;
   int64_t channels_, most_patches_;
 };
 

@@ -60,13 +60,14 @@ struct StoreCall {
 using StoreFunction = void (*)(const StoreCall&);
 
 // Packs `width` output channels of a weight, each a row of num_taps * depth contiguous elements, `row_stride` apart,
-// into one panel of `padded_width` columns (zeros beyond `width`). Depth is padded with zeros to `padded_depth`.
+// into `padded_width` columns (zeros beyond `width`) of a panel that is `panel_stride` columns wide. Depth is padded
+// with zeros to `padded_depth`.
 struct PackCall {
   const void* weight;
   int64_t row_stride;
   int64_t num_taps, depth, padded_depth;
-  int64_t width, padded_width;
-  void* panel;
+  int64_t width, padded_width, panel_stride;
+  void* panel;  // the first of the columns
 };
 using PackFunction = void (*)(const PackCall&);
 

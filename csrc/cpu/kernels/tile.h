@@ -144,11 +144,12 @@ static void store_transposed(const StoreCall& call) {
 // gives the vector of a column from a unit on, `load_end` the same where the depth ends within it. The row of the next
 // columns is asked for.
 template <typename T, typename Load, typename LoadEnd>
-static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, int64_t whole, int64_t units,
-                               const Load& load_whole, const LoadEnd& load_end) {
+static inline void pack_blocks(const PackCall& call, T* panel, int64_t whole, int64_t units, const Load& load_whole,
+                               const LoadEnd& load_end) {
   using V = typename Vector<T>::Type;
   constexpr int kLanes = Vector<T>::kLanes;
-  for (int64_t column = 0; column < padded_width; column += kLanes) {
+  const int64_t columns = call.width, padded = call.padded_width, stride = call.panel_stride;  // no store changes them
+  for (int64_t column = 0; column < padded; column += kLanes) {
     for (int64_t k = 0; k < units; k += kLanes) {
       V block[kLanes];
       if (columns - column >= kLanes && whole - k >= kLanes) {
@@ -158,12 +159,12 @@ static inline void pack_blocks(T* panel, int64_t columns, int64_t padded_width, 
         for (int c = 0; c < kLanes; ++c) block[c] = column + c < columns ? load_end(column + c, k) : V{};
       }
       transpose(block);
-      T* out = panel + k * padded_width + column;
+      T* out = panel + k * stride + column;
       if (units - k >= kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(out + i * padded_width, block[i]);
+        for (int i = 0; i < kLanes; ++i) store(out + i * stride, block[i]);
       } else {
-        for (int i = 0; i < units - k; ++i) store(out + i * padded_width, block[i]);
+        for (int i = 0; i < units - k; ++i) store(out + i * stride, block[i]);
       }
     }
   }
@@ -175,7 +176,7 @@ static void pack_panel(const PackCall& call) {
   T* panel = static_cast<T*>(call.panel);
   const In* weight = static_cast<const In*>(call.weight);
   for (int64_t tap = 0; tap < call.num_taps;
-       ++tap, weight += call.depth, panel += call.padded_depth * call.padded_width) {
+       ++tap, weight += call.depth, panel += call.padded_depth * call.panel_stride) {
     const auto load_whole = [&](int64_t column, int64_t k) {
       const In* source = weight + column * call.row_stride + k;
       __builtin_prefetch(source + kLanes * call.row_stride, 0, 2);
@@ -185,7 +186,7 @@ static void pack_panel(const PackCall& call) {
       const int64_t left = call.depth - k;
       return load_part(weight + column * call.row_stride + k, left < kLanes ? left : kLanes);
     };
-    pack_blocks<T>(panel, call.width, call.padded_width, call.depth, call.padded_depth, load_whole, load_end);
+    pack_blocks<T>(call, panel, call.depth, call.padded_depth, load_whole, load_end);
   }
 }
 
@@ -194,7 +195,7 @@ static void pack_panel_pairs(const PackCall& call) {
   float* panel = static_cast<float*>(call.panel);
   const BFloat16* weight = static_cast<const BFloat16*>(call.weight);
   const int64_t pairs = call.padded_depth / 2;
-  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += pairs * call.padded_width) {
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth, panel += pairs * call.panel_stride) {
     const auto load_whole = [&](int64_t column, int64_t k) {
       const BFloat16* source = weight + column * call.row_stride + 2 * k;
       __builtin_prefetch(source + kLanes * call.row_stride, 0, 2);
@@ -206,7 +207,7 @@ static void pack_panel_pairs(const PackCall& call) {
       memcpy(&part, weight + column * call.row_stride + 2 * k, size_t(left < 2 * kLanes ? left : 2 * kLanes) * 2);
       return part;
     };
-    pack_blocks<float>(panel, call.width, call.padded_width, call.depth / 2, pairs, load_whole, load_end);
+    pack_blocks<float>(call, panel, call.depth / 2, pairs, load_whole, load_end);
   }
 }
 

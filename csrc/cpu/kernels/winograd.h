@@ -104,13 +104,13 @@ static inline void transform_filter(const Float (&tap)[9], Float (&place)[16]) {
   }
 }
 
-// Rows [9][depth] of a weight -> a panel [16][padded_depth / group][padded_width][group], rounded to the weight's own
+// Rows [9][depth] of a weight -> a panel [16][padded_depth / group][panel_stride][group], rounded to the weight's own
 // type. kLanes filters by kLanes units at a time, a unit being a channel or a pair of bf16 channels: the 16 places of
 // such a block fit L1, where they are transposed.
 template <typename T>
 static void pack_winograd(const PackCall& call) {
   constexpr int kUnit = sizeof(float) / sizeof(T);
-  const int64_t units = call.padded_depth / kUnit;
+  const int64_t units = call.padded_depth / kUnit, stride = call.panel_stride;
   const T* weight = static_cast<const T*>(call.weight);
   float* panel = static_cast<float*>(call.panel);
   Float places[16][kLanesFloat];
@@ -147,8 +147,8 @@ static void pack_winograd(const PackCall& call) {
       const int64_t rows = units - unit < kLanesFloat ? units - unit : kLanesFloat;
       for (int i = 0; i < 16; ++i) {
         transpose(places[i]);
-        float* out = panel + (i * units + unit) * call.padded_width + column;
-        for (int row = 0; row < rows; ++row) store(out + row * call.padded_width, places[i][row]);
+        float* out = panel + (i * units + unit) * stride + column;
+        for (int row = 0; row < rows; ++row) store(out + row * stride, places[i][row]);
       }
     }
 }
