@@ -68,7 +68,7 @@ HiddenRows::HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_
   input_channel_stride_ = block.problem.s == 1 ? 1 : block.input.stride(1);
   direct_ = reads_directly(block);
   joined_ = rows_touch(block);
-  group_ = direct_ && team.threads() == 1 ? 1 : staged_rows(block);
+  group_ = direct_ ? ring_rows_ : staged_rows(block);
   image_ =
       static_cast<const char*>(block.input.const_data_ptr()) +
       (image * block.input.stride(0) + columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
