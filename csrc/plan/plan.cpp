@@ -60,15 +60,18 @@ bool winograd_pays(const Problem& p, const CpuCaps& caps, bool prepared) {
                     p.dilation[0] == 1 && p.dilation[1] == 1;
   if (!fits || caps.winograd == CpuCaps::kNever) return false;
   if (caps.winograd == CpuCaps::kAlways) return true;
-  // In multiply-adds of the dtype: what a transform of one value costs an output, what one value of the weight costs.
-  // Prepared weights are only read, 16 values instead of 9.
+  // In multiply-adds of the dtype: what a transform of one value costs an output, what one value of the weight costs
+  // more than in the direct core: transformed and packed (measured at 512 channels, 7x7), or, prepared, only read, 16
+  // values instead of 9.
   const double transform = p.dtype == DType::kFloat ? 16 : 32;
-  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 24 : 48;
+  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 8 : 14;
+  // Packing it keeps the other threads of a small call waiting.
+  const double call = prepared ? 0 : 3e5;
   const double outputs = double(p.oh) * p.ow, patches = double(ceil_div(p.oh, 2)) * ceil_div(p.ow, 2);
   const double values = double(p.r1) * p.r2;
   const double direct = outputs * 9 * values;
   const double winograd = patches * (16 * values + 4 * transform * double(p.r1 + p.r2)) +
-                          weight * 16 * values / double(std::max<int64_t>(p.n, 1));
+                          (weight * 16 * values + call) / double(std::max<int64_t>(p.n, 1));
   return winograd < direct;
 }
 
@@ -80,6 +83,13 @@ double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
   for (int64_t first = 0; first < p.oh; first += strip)
     largest = std::max(largest, strip_multiply_adds(p, tile, first, std::min(first + strip, p.oh)));
   return largest * double(ceil_div(tasks, threads));
+}
+
+// What packing for strips takes a thread more than packing for a team, where each packs what it will read: all threads
+// wait for weights that lie in another's cache then. 400 KB: 20 us on two Zen 4 cores.
+double packing_wait(const Problem& p) {
+  const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0;
+  return kWaitMultiplyAdds + 8 * (double(p.r1) * p.s + double(p.r2) * p.t + core);
 }
 
 // How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
@@ -102,7 +112,7 @@ void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratc
   team.rows = round_up(ceil_div(p.oh, steps), even);
   const double waits = double(tasks) * double(steps) * (tile.winograd ? 4 : 3);
   const double shared = fused_flops(p, team) / 2 / double(caps.threads) + waits * kWaitMultiplyAdds;
-  if (shared < busiest_thread(p, tile, caps.threads)) {
+  if (shared < busiest_thread(p, tile, caps.threads) + (tile.prepared ? 0 : packing_wait(p))) {
     tile = team;
     tile.team = caps.threads;
     tile.ahead = false;
