@@ -75,7 +75,9 @@ class Bottleneck(nn.Module):
         self.around = nn.Identity() if plain else nn.Sequential(*_conv_bn(channels, 4 * width, 1, stride))
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.relu(self.body(input) + self.around(input))
+        output = self.body(input)
+        output += self.around(input)  # in place, as torchvision has it
+        return output.relu_()
 
 
 def resnet50() -> nn.Sequential:
