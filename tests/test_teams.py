@@ -90,6 +90,22 @@ def test_many_images_are_shared_out_whole(op: str) -> None:
         assert (plan(call)["team"], plan(call)["strips"]) == (1, 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [*CONVS, "lowrank_linear"])
+def test_panels_of_its_own_for_each_thread_change_no_bit(op: str, dtype: torch.dtype) -> None:
+    """Small weights and many tasks: each thread packs all factors, with sizes that end within vectors and panels."""
+    sizes = dict(n=50, s=70, t=90, r1=33) if op == "lowrank_linear" else dict(n=7, s=70, t=90, r1=33, r2=21, h=9, w=13)
+    window = {} if op == "lowrank_linear" else dict(kernel=(3, 3), padding=(1, 1))
+    call = Problem(op, dtype=dtype, **sizes, **window).make()
+    torch.set_num_threads(1)
+    output = call.run()
+    assert_output(call, output)
+    for count in THREADS:
+        torch.set_num_threads(count)
+        for _ in range(3):
+            assert torch.equal(output, call.run()), count
+
+
 @pytest.mark.parametrize("op", CONVS)
 def test_small_calls_have_no_team(op: str) -> None:
     """Waiting for each other would take longer than the work."""

@@ -29,9 +29,9 @@ struct ConvBlock {
   const CpuTile& tile;
   const at::Tensor& input;
   at::Tensor& output;
-  const PackedWeight& in_weight;
-  const PackedWeight* core_weight;  // nullptr: CP
-  const PackedWeight& out_weight;
+  PackedWeight& in_weight;
+  PackedWeight* core_weight;  // nullptr: CP
+  PackedWeight& out_weight;
   const SumRows& bias;
   DType hidden_type;  // of the ring buffer
   Axis rows{problem.h, problem.kh, problem.stride[0], problem.padding[0], problem.dilation[0]};
@@ -40,7 +40,7 @@ struct ConvBlock {
   int64_t hidden_columns() const { return in_weight.panels().padded_columns(); }
   int64_t tile_columns() const { return round_up(problem.r2, engine.kernels->lanes); }
   // In the order of packing: what is read first comes last, and is still in L2.
-  std::array<const PackedWeight*, 3> weights() const { return {&out_weight, core_weight, &in_weight}; }
+  std::array<PackedWeight*, 3> weights() const { return {&out_weight, core_weight, &in_weight}; }
 };
 
 // What a step's last stage and the next step's first will touch, asked for evenly while the step computes: memory works
@@ -158,8 +158,9 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
       run_tasks(team, 0, tasks);
     });
   } else {
-    pack(block.weights());
+    const bool each_packs = pack_for_tasks(block.weights(), tasks);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      if (each_packs) pack_own(block.weights());
       Team alone(1);
       run_tasks(alone, begin, end);
     });

@@ -13,8 +13,8 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
   const ComputeKernels& kernels = *engine.kernels;
-  const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
-  const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
+  PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
+  PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
   const ConvBlock block{engine, p, tile, input, output, in_weight, nullptr, out_weight, bias_sums, kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);

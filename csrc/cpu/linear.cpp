@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
 
+#include <array>
 #include <cstring>
 
 #include "cpu/brgemm.h"
@@ -267,9 +268,8 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
     linear_streamed(rows, in_weight, out_weight, bias_sums, p, tile, engine, output);
     return output;
   }
-  const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
-  const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
-  pack({{&in_weight, &out_weight}});
+  PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
+  PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0;
   const int64_t element = element_bytes(kernels.element);
   const int64_t hidden_columns = in_weight.panels().padded_columns();
@@ -278,7 +278,10 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const int64_t staging_bytes = direct ? 0 : tile.rows * staged_stride * element;
   const int64_t blocks = (p.n + tile.rows - 1) / tile.rows;
 
+  const std::array<PackedWeight*, 2> weights{&in_weight, &out_weight};
+  const bool each_packs = pack_for_tasks(weights, blocks);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    if (each_packs) pack_own(weights);
     Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(staging_bytes));
     char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
     void* staging = scratch.take(staging_bytes);

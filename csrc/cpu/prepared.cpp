@@ -60,8 +60,8 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
                    bool winograd) {
   const DType dtype = dtype_of(in_factor.scalar_type());
   const Engine engine = engine_for(dtype);
-  const PackedWeight in_weight = pack_matrix(in_factor, dtype, engine);
-  const PackedWeight out_weight = pack_matrix(out_factor, dtype, engine);
+  PackedWeight in_weight = pack_matrix(in_factor, dtype, engine);
+  PackedWeight out_weight = pack_matrix(out_factor, dtype, engine);
   std::optional<PackedWeight> core_weight, winograd_weight;
   if (core) {
     const int64_t r2 = core->size(0), r1 = core->size(1), taps = core->size(2) * core->size(3);

@@ -15,12 +15,12 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const Engine engine = engine_for(p.dtype);
   // [R2, KH, KW, R1] in memory: the order that the modules store; anything else is copied here.
   const auto core_rows = [&] { return core.contiguous(at::MemoryFormat::ChannelsLast); };
-  const PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
-  const PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
+  PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
+  PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
-  const PackedWeight core_weight = tile.winograd
-                                       ? pack_winograd(core_rows, p.r1, p.r2, p.dtype, engine, prepared.winograd)
-                                       : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
+  PackedWeight core_weight = tile.winograd
+                                 ? pack_winograd(core_rows, p.r1, p.r2, p.dtype, engine, prepared.winograd)
+                                 : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const DType hidden_type = tile.winograd ? engine.kernels->accumulator : engine.kernels->element;
   const ConvBlock block{engine, p, tile, input, output, in_weight, &core_weight, out_weight, bias_sums, hidden_type};
   if (tile.winograd) {

@@ -114,9 +114,16 @@ void PackedWeight::pack(int64_t first, int64_t last) const {
     call.width = std::min(end, panels_.columns) - begin;
     call.padded_width = end - begin;
     call.panel_stride = panels_.padded_width(panel);
-    call.panel = memory_.get() + panels_.first(panel) * column_bytes_ + (begin - panels_.first(panel)) * lane_bytes_;
+    call.panel =
+        memory_.get() + own() + panels_.first(panel) * column_bytes_ + (begin - panels_.first(panel)) * lane_bytes_;
     taps_.pack(call);
   }
+}
+
+void PackedWeight::copy_for_each(int64_t threads) {
+  copies_ = threads;
+  memory_ = allocate(copies_ * Scratch::padded(bytes()));
+  data_ = memory_.get();
 }
 
 bool needs_packing(Weights weights) {
@@ -149,6 +156,25 @@ void pack(Weights weights) {
       end -= own;
     }
   });
+}
+
+bool pack_for_tasks(Weights weights, int64_t tasks) {
+  constexpr int64_t kOwnBytes = 256 << 10;
+  const int64_t threads = at::get_num_threads();
+  int64_t bytes = 0;
+  for (const PackedWeight* weight : weights)
+    if (weight && weight->unpacked() > 0) bytes += weight->bytes();
+  if (threads == 1 || tasks == 1 || bytes == 0 || bytes > kOwnBytes) {
+    pack(weights);
+    return false;
+  }
+  for (PackedWeight* weight : weights)
+    if (weight && weight->unpacked() > 0) weight->copy_for_each(threads);
+  return true;
+}
+
+void pack_own(Weights weights) {
+  pack(weights, Share{});
 }
 
 PackedWeight pack_core(c10::function_ref<at::Tensor()> core, int64_t columns, int64_t taps, int64_t depth, DType dtype,

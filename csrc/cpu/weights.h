@@ -5,6 +5,7 @@
 // share of a call. Who wants it done once says so (prepared.h).
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/FunctionRef.h>
@@ -65,27 +66,35 @@ class PackedWeight {
                const Engine& engine, const char* prepared);
   const Panels& panels() const { return panels_; }
   int64_t padded_depth() const { return padded_depth_; }  // of a tap
-  const void* panel(int64_t index) const { return data_ + panels_.first(index) * column_bytes_; }
+  const void* panel(int64_t index) const { return data_ + own() + panels_.first(index) * column_bytes_; }
   const char* data() const { return data_; }
   int64_t bytes() const { return panels_.padded_columns() * column_bytes_; }
   // Vectors of columns that are to be packed, by any thread in any order: 0 where they were packed before.
   int64_t unpacked() const { return memory_ ? panels_.padded_columns() / panels_.lanes : 0; }
   void pack(int64_t first, int64_t last) const;
+  // From now on each thread has panels of its own, which it packs itself.
+  void copy_for_each(int64_t threads);
 
  private:
+  int64_t own() const { return copies_ > 1 ? at::get_thread_num() * Scratch::padded(bytes()) : 0; }
   Panels panels_;
   PackedTaps taps_;
   int64_t depth_, padded_depth_;
   int64_t column_bytes_, row_bytes_, lane_bytes_;  // of a column packed, of one before, of one step of its depth
   at::Tensor values_;
+  int64_t copies_ = 1;
   AlignedMemory memory_;  // empty where `data_` points into what was packed before
   const char* data_;
 };
 
-using Weights = c10::ArrayRef<const PackedWeight*>;  // nullptr: left out
+using Weights = c10::ArrayRef<PackedWeight*>;  // nullptr: left out
 bool needs_packing(Weights weights);
 // Packs what is not packed yet, in parallel.
 void pack(Weights weights);
+// The same where `tasks` are to be shared out among threads next. True: each thread that runs some has to call
+// pack_own() first. It does where weights are small: less work than reading lines that another core has written.
+bool pack_for_tasks(Weights weights, int64_t tasks);
+void pack_own(Weights weights);
 // A share of it: of each weight the columns that Share::pieces hands out with these shares.
 void pack(Weights weights, const Share& share);
 
