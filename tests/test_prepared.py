@@ -131,6 +131,24 @@ def test_winograd_pays_sooner_where_its_weights_are_there(fused_policy: None, dt
     assert_output(call, run_prepared(call, packed_for(call)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [50, 64, 150])
+@pytest.mark.parametrize("rows", [1, 4, 8, 40, 300])
+def test_linear_threads_change_no_bit(fused_policy: None, rows: int, rank: int, dtype: torch.dtype) -> None:
+    """Fewer panels than threads: they are cut, or the rows are shared out."""
+    call = Problem("lowrank_linear", n=rows, s=4100, r1=rank, t=130, dtype=dtype).make()
+    packed, threads = packed_for(call), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        output = run_prepared(call, packed)
+        assert_output(call, output)
+        for count in (2, 3, 8):
+            torch.set_num_threads(count)
+            assert torch.equal(output, run_prepared(call, packed)), count
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_measured_apart_from_the_ordinary_op() -> None:
     call = Problem("lowrank_linear", n=20, s=40, r1=8, t=70).make()
     packed = packed_for(call)

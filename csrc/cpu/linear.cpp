@@ -87,55 +87,78 @@ void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const 
            static_cast<char*>(output.data_ptr()), p.t, p.dtype, true);
 }
 
-// The panels of a factor [columns, depth], some of the depth at a time: packed here into `buffer`, or before.
+// Some columns of a panel, whole vectors.
+struct Slice {
+  int64_t panel, first, padded_width, width;
+};
+
+// The panels of a factor [columns, depth], some of the depth at a time: packed here into `buffer`, or before. Where
+// there are fewer than threads, each is cut into slices; not where they are packed and rows are many, to be shared out.
 class StreamedWeight {
  public:
-  StreamedWeight(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared)
+  StreamedWeight(const at::Tensor& factor, int64_t rows, DType dtype, const Engine& engine, const char* prepared)
       : kernels_(*engine.kernels),
         dtype_(dtype),
         factor_(prepared ? factor : factor.contiguous()),
         depth_(factor.size(1)),
         panels_(factor.size(0), kernels_),
-        prepared_(prepared) {}
+        prepared_(prepared) {
+    const int64_t threads = at::get_num_threads();
+    if (!prepared || rows < kManyRows * threads) cuts_ = std::min(ceil_div(threads, panels_.count), panels_.base);
+  }
 
   const Panels& panels() const { return panels_; }
-  // As PackedWeight has it, for `count` of the depth from `k`, which is a multiple of 16.
-  const void* panel(int64_t index, int64_t k, int64_t count, void* buffer) const {
-    const int64_t element = element_bytes(kernels_.element);
-    if (prepared_)
-      return prepared_ +
-             (panels_.first(index) * round_up(depth_, kernels_.group) + k * panels_.padded_width(index)) * element;
+  int64_t slices() const { return panels_.count * cuts_; }
+  Slice slice(int64_t index) const {
+    const int64_t panel = index / cuts_, cut = index % cuts_, vectors = panels_.padded_width(panel) / panels_.lanes;
+    const int64_t begin = vectors * cut / cuts_ * panels_.lanes, end = vectors * (cut + 1) / cuts_ * panels_.lanes;
+    const int64_t first = panels_.first(panel) + begin;
+    return {panel, first, end - begin, std::min(end - begin, panels_.columns - first)};
+  }
+  // Lets the call multiply by `count` of the slice's depth from `k`, which is a multiple of 16.
+  void multiply_by(GemmCall& gemm, const Slice& slice, int64_t k, int64_t count, void* buffer) const {
+    if (prepared_) {
+      const int64_t columns = panels_.padded_width(slice.panel), first = panels_.first(slice.panel);
+      const int64_t element = element_bytes(kernels_.element);
+      gemm.weight_columns = columns;
+      gemm.weight =
+          prepared_ +
+          (first * round_up(depth_, kernels_.group) + k * columns + (slice.first - first) * kernels_.group) * element;
+      return;
+    }
     PackCall call;
-    call.weight = static_cast<const char*>(factor_.const_data_ptr()) +
-                  (panels_.first(index) * depth_ + k) * element_bytes(dtype_);
+    call.weight =
+        static_cast<const char*>(factor_.const_data_ptr()) + (slice.first * depth_ + k) * element_bytes(dtype_);
     call.row_stride = depth_;
     call.num_taps = 1;
     call.depth = count;
     call.padded_depth = round_up(count, kernels_.group);
-    call.width = panels_.width(index);
-    call.padded_width = call.panel_stride = panels_.padded_width(index);
+    call.width = slice.width;
+    call.padded_width = call.panel_stride = slice.padded_width;
     call.panel = buffer;
     kernels_.pack[int(dtype_)](call);
-    return buffer;
+    gemm.weight = buffer;
   }
 
  private:
+  static constexpr int64_t kManyRows = 16;  // of a thread
   const ComputeKernels& kernels_;
   DType dtype_;
   at::Tensor factor_;
   int64_t depth_;
   Panels panels_;
+  int64_t cuts_ = 1;
   const char* prepared_;
 };
 
 // Some hundred rows: all of them meet a block of packed weights while it is in L2, so that the packed weight is never
-// written to memory. In parallel over panels, and over rows where there are fewer panels than threads.
+// written to memory. In parallel over slices of panels, and over rows where there are fewer of them than threads.
 void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, const StreamedWeight& out_weight,
                      const SumRows& bias, const Problem& p, const CpuTile& tile, const Engine& engine,
                      at::Tensor& output) {
   const ComputeKernels& kernels = *engine.kernels;
   const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
-  const Panels &in_panels = in_weight.panels(), &out_panels = out_weight.panels();
+  const Panels& in_panels = in_weight.panels();
   const int64_t hidden_stride = streamed_stride(in_panels.padded_columns());
   const int64_t staged_stride = streamed_stride(tile.depth);
   const int64_t in_width = in_panels.padded_columns(), out_width = kernels.panel_width;
@@ -155,23 +178,24 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
   const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0 &&
                       rows.stride(0) * element % kPage != 0;
 
-  // Runs `stage(first row, end row, first panel, end panel, memory)` for all of them.
-  const auto for_all = [&](const Panels& panels, const auto& stage) {
-    const int64_t parts = std::min(ceil_div(threads, panels.count), p.n), part_rows = ceil_div(p.n, parts);
-    at::parallel_for(0, parts * panels.count, 1, [&](int64_t begin, int64_t end) {
+  // Runs `stage(first row, end row, first slice, end slice, memory)` for all of them.
+  const auto for_all = [&](const StreamedWeight& weight, const auto& stage) {
+    const int64_t slices = weight.slices();
+    const int64_t parts = std::min(ceil_div(threads, slices), p.n), part_rows = ceil_div(p.n, parts);
+    at::parallel_for(0, parts * slices, 1, [&](int64_t begin, int64_t end) {
       char* memory = own + at::get_thread_num() * thread_bytes;
       while (begin < end) {
-        const int64_t part = begin / panels.count, panel = begin % panels.count;
-        const int64_t last_panel = std::min(panels.count, panel + end - begin);
+        const int64_t part = begin / slices, slice = begin % slices;
+        const int64_t last_slice = std::min(slices, slice + end - begin);
         const int64_t row = std::min(part * part_rows, p.n), last_row = std::min(row + part_rows, p.n);
-        if (row < last_row) stage(row, last_row, panel, last_panel, memory);
-        begin += last_panel - panel;
+        if (row < last_row) stage(row, last_row, slice, last_slice, memory);
+        begin += last_slice - slice;
       }
       brgemm_release();
     });
   };
 
-  for_all(in_panels, [&](int64_t row, int64_t last_row, int64_t panel, int64_t last_panel, char* memory) {
+  for_all(in_weight, [&](int64_t row, int64_t last_row, int64_t first_slice, int64_t last_slice, char* memory) {
     char* staged = memory;
     char* buffer = staged + staged_bytes;
     char* sums = buffer + buffer_bytes;
@@ -202,19 +226,20 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
       }
       const bool last = k + count == p.s;
       call.depth = round_up(count, kernels.group);
-      for (int64_t i = panel; i < last_panel; ++i) {
-        char* own_sums = sums + in_panels.first(i) * sum;
-        call.weight = in_weight.panel(i, k, count, buffer);
+      for (int64_t i = first_slice; i < last_slice; ++i) {
+        const Slice slice = in_weight.slice(i);
+        char* own_sums = sums + slice.first * sum;
+        in_weight.multiply_by(call, slice, k, count, buffer);
         call.initial = k > 0 ? own_sums : nullptr;
-        call.width = last ? in_panels.width(i) : in_panels.padded_width(i);
-        call.out = last ? hidden + (row * hidden_stride + in_panels.first(i)) * element : own_sums;
+        call.width = last ? slice.width : slice.padded_width;
+        call.out = last ? hidden + (row * hidden_stride + slice.first) * element : own_sums;
         call.out_stride = last ? hidden_stride : in_width;
         call.out_type = last ? kernels.element : kernels.accumulator;
         engine.gemm(call);
       }
     }
   });
-  for_all(out_panels, [&](int64_t row, int64_t last_row, int64_t panel, int64_t last_panel, char* memory) {
+  for_all(out_weight, [&](int64_t row, int64_t last_row, int64_t first_slice, int64_t last_slice, char* memory) {
     char* buffer = memory + staged_bytes;
     char* sums = buffer + buffer_bytes;
     const void* source;
@@ -224,16 +249,17 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
     call.rows = last_row - row;
     call.row_stride = hidden_stride;
     call.initial_stride = out_width;
-    for (int64_t i = panel; i < last_panel; ++i) {
-      const int64_t column = out_panels.first(i);
+    for (int64_t i = first_slice; i < last_slice; ++i) {
+      const Slice slice = out_weight.slice(i);
+      const int64_t column = slice.first;
       for (int64_t k = 0; k < p.r1; k += tile.depth) {
         const int64_t count = std::min(tile.depth, p.r1 - k);
         const bool last = k + count == p.r1;
         source = hidden + (row * hidden_stride + k) * element;
         call.depth = round_up(count, kernels.group);
-        call.weight = out_weight.panel(i, k, count, buffer);
+        out_weight.multiply_by(call, slice, k, count, buffer);
         call.initial = k > 0 ? sums : nullptr;
-        call.width = last ? out_panels.width(i) : out_panels.padded_width(i);
+        call.width = last ? slice.width : slice.padded_width;
         call.out = last ? static_cast<char*>(output.data_ptr()) + (row * p.t + column) * element_bytes(p.dtype) : sums;
         call.out_stride = last ? p.t : out_width;
         call.out_type = last ? p.dtype : kernels.accumulator;
@@ -263,8 +289,8 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
     return output;
   }
   if (tile.depth > 0) {
-    const StreamedWeight in_weight(in_factor, p.dtype, engine, prepared.in_factor);
-    const StreamedWeight out_weight(out_factor, p.dtype, engine, prepared.out_factor);
+    const StreamedWeight in_weight(in_factor, p.n, p.dtype, engine, prepared.in_factor);
+    const StreamedWeight out_weight(out_factor, p.n, p.dtype, engine, prepared.out_factor);
     linear_streamed(rows, in_weight, out_weight, bias_sums, p, tile, engine, output);
     return output;
   }

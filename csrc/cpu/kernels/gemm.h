@@ -143,6 +143,7 @@ static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked)
   }
   const Element* b = static_cast<const Element*>(call.weight);
   const int64_t stride = call.row_stride;
+  const int64_t step = (call.weight_columns > 0 ? call.weight_columns : kVectors * kLanes) * kGroup;
   for (int64_t tap = 0; tap < call.num_taps; ++tap) {
     const Element* base[kBases];
     for (int i = 0; i < kBases; ++i)
@@ -151,7 +152,7 @@ static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked)
       V right[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) right[v] = Multiply::right(b + v * kLanes * kGroup);
-      b += kVectors * kLanes * kGroup;
+      b += step;
       if constexpr (kAsks) {
         __builtin_prefetch(asked.next, 0, 2);
         asked.next += asked.stride;
