@@ -149,6 +149,24 @@ def test_linear_threads_change_no_bit(fused_policy: None, rows: int, rank: int, 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("isa", KNOWN)
+def test_slices_of_a_panel_in_every_instruction_set(fused_policy: None, isa: str) -> None:
+    call = Problem("lowrank_linear", n=5, s=4100, r1=64, t=70).make()
+    threads = torch.get_num_threads()
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError as error:
+        pytest.skip(f"not on this CPU: {error}")
+    try:
+        packed = packed_for(call)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert_output(call, run_prepared(call, packed))
+    finally:
+        _C.set_cpu_isa("")
+        torch.set_num_threads(threads)
+
+
 def test_measured_apart_from_the_ordinary_op() -> None:
     call = Problem("lowrank_linear", n=20, s=40, r1=8, t=70).make()
     packed = packed_for(call)
