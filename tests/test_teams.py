@@ -66,13 +66,15 @@ def test_teams_change_no_bit(op: str, shape: str, layout: torch.memory_format, d
     assert teams > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [33, 136])
-def test_winograd_teams_change_no_bit(rank: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "outputs"), [(torch.float32, "2x2"), (torch.float32, "4x4"), (torch.bfloat16, "2x2")], ids=str
+)
+@pytest.mark.parametrize("rank", [33, 115])
+def test_winograd_teams_change_no_bit(rank: int, dtype: torch.dtype, outputs: str) -> None:
     """Odd sizes: the last patches are cut, and shares begin and end inside rows of patches."""
     sizes = dict(h=7, w=37, s=128, t=256, r1=rank, r2=rank + 30, kernel=(3, 3), padding=(1, 1))
     call = Problem("tucker_conv2d", n=1, dtype=dtype, layout=torch.channels_last, **sizes).make()
-    _C.set_cpu_winograd("always")
+    _C.set_cpu_winograd(outputs)
     torch.set_num_threads(1)
     output, teams = call.run(), 0
     for count in THREADS:

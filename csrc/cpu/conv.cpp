@@ -51,27 +51,44 @@ int64_t HiddenRows::staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->element);
 }
 
-HiddenRows::HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_t first_column, int64_t last_column,
-                       void* ring, void* staging)
-    : block_(block), team_(team), ring_(static_cast<char*>(ring)), staging_(static_cast<char*>(staging)) {
-  const Axis& columns = block.columns;
-  const int64_t element = element_bytes(block.problem.dtype);
-  const int64_t first = first_column * columns.stride;
-  span_ = columns.span(last_column - first_column);
-  inside_begin_ = std::clamp<int64_t>(columns.first_inside() - first, 0, span_);
-  inside_end_ = std::clamp<int64_t>(columns.end_inside() - first, inside_begin_, span_);
+TaskColumns::TaskColumns(const Axis& columns, const ConvTask& task) : span(columns.span(task.columns())) {
+  const int64_t first = task.first_column * columns.stride;
+  inside_begin = std::clamp<int64_t>(columns.first_inside() - first, 0, span);
+  inside_end = std::clamp<int64_t>(columns.end_inside() - first, inside_begin, span);
+}
+
+namespace {
+
+// Where the columns that a task reads inside the image begin in the image's first row.
+const char* task_input(const ConvBlock& block, const ConvTask& task, const TaskColumns& columns) {
+  const at::Tensor& input = block.input;
+  const int64_t column = block.columns.coordinate(task.first_column * block.columns.stride + columns.inside_begin);
+  return static_cast<const char*>(input.const_data_ptr()) +
+         (task.image * input.stride(0) + column * input.stride(3)) * element_bytes(block.problem.dtype);
+}
+
+}  // namespace
+
+HiddenRows::HiddenRows(const ConvBlock& block, Team& team, const ConvTask& task, void* ring, void* staging,
+                       int64_t asked)
+    : block_(block),
+      team_(team),
+      task_(task),
+      columns_(block.columns, task),
+      image_(task_input(block, task, columns_)),
+      ring_(static_cast<char*>(ring)),
+      staging_(static_cast<char*>(staging)),
+      asked_(asked),
+      asking_(asked) {
   ring_rows_ = block.rows.span(block.tile.rows);
   pixel_bytes_ = block.hidden_columns() * element_bytes(block.hidden_type);
-  row_bytes_ = span_ * pixel_bytes_;
-  input_row_bytes_ = block.input.stride(2) * element;
-  input_pixel_stride_ = block.input.stride(3) * columns.step;
+  row_bytes_ = columns_.span * pixel_bytes_;
+  input_row_bytes_ = block.input.stride(2) * element_bytes(block.problem.dtype);
+  input_pixel_stride_ = block.input.stride(3) * block.columns.step;
   input_channel_stride_ = block.problem.s == 1 ? 1 : block.input.stride(1);
   direct_ = reads_directly(block);
   joined_ = rows_touch(block);
   group_ = direct_ ? ring_rows_ : staged_rows(block);
-  image_ =
-      static_cast<const char*>(block.input.const_data_ptr()) +
-      (image * block.input.stride(0) + columns.coordinate(first + inside_begin_) * block.input.stride(3)) * element;
   // The zeros around the image, and those that pad a rank to whole vectors, are the same for every row: written once.
   const bool padded_rank = block.in_weight.panels().columns != block.hidden_columns();
   for (int64_t row = 0; row < ring_rows_; ++row) {
@@ -79,8 +96,9 @@ HiddenRows::HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_
     if (padded_rank) {
       std::memset(begin, 0, size_t(row_bytes_));
     } else {
-      std::memset(begin, 0, size_t(inside_begin_ * pixel_bytes_));
-      std::memset(begin + inside_end_ * pixel_bytes_, 0, size_t((span_ - inside_end_) * pixel_bytes_));
+      std::memset(begin, 0, size_t(columns_.inside_begin * pixel_bytes_));
+      std::memset(begin + columns_.inside_end * pixel_bytes_, 0,
+                  size_t((columns_.span - columns_.inside_end) * pixel_bytes_));
     }
   }
 }
@@ -88,12 +106,12 @@ HiddenRows::HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_
 void HiddenRows::produce(int64_t begin, int64_t end) {
   int64_t z = std::max(begin, next_);
   next_ = end;
-  const int64_t pixels = inside_end_ - inside_begin_;
+  const int64_t pixels = columns_.inside_end - columns_.inside_begin;
   if (pixels == 0) return;  // padding only: the ring is all zeros
   while (z < end) {
     const int64_t row = block_.rows.coordinate(z);
     if (row < 0 || row >= block_.problem.h) {
-      std::memset(ring_ + (z % ring_rows_) * row_bytes_ + inside_begin_ * pixel_bytes_, 0,
+      std::memset(ring_ + (z % ring_rows_) * row_bytes_ + columns_.inside_begin * pixel_bytes_, 0,
                   size_t(pixels * pixel_bytes_));
       ++z;
       continue;
@@ -109,31 +127,43 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
   }
 }
 
-void HiddenRows::look_ahead(int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t more) {
+int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) {
   const Problem& p = block_.problem;
+  const Axis& axis = block_.rows;
   const int64_t element = element_bytes(p.dtype);
-  asked_ = asking_;
   Ahead::Rows output, input;
   if (block_.output.stride(1) == 1) {
     const at::Tensor& o = block_.output;
     output.first = static_cast<const char*>(o.const_data_ptr()) +
-                   (image * o.stride(0) + row * o.stride(2) + column * o.stride(3)) * element;
+                   (task_.image * o.stride(0) + row * o.stride(2) + task_.first_column * o.stride(3)) * element;
     output.count = rows;
-    output.bytes = columns * p.t * element;
+    output.bytes = task_.columns() * p.t * element;
     output.stride = o.stride(2) * element;
   }
-  const int64_t begin = row * block_.rows.stride + block_.rows.span(rows);
-  const int64_t end = std::min(begin + std::min(more, rows) * block_.rows.stride, block_.rows.end_inside());
-  if (direct_ && block_.columns.step == 1 && begin >= block_.rows.first_inside() && end > begin) {
-    input.first = image_ + block_.rows.coordinate(begin) * input_row_bytes_;
+  const auto ask = [&](const ConvTask& task, int64_t begin, int64_t end) {
+    begin = std::max(begin, axis.first_inside());
+    end = std::min(end, axis.end_inside());
+    if (!direct_ || block_.columns.step != 1 || begin >= end) return begin;
+    const TaskColumns columns(block_.columns, task);
+    input.first = task_input(block_, task, columns) + axis.coordinate(begin) * input_row_bytes_;
     input.count = end - begin;
-    input.bytes = (inside_end_ - inside_begin_) * p.s * element;
-    input.stride = block_.rows.step * input_row_bytes_;
-    asking_ = end;
+    input.bytes = (columns.inside_end - columns.inside_begin) * p.s * element;
+    input.stride = axis.step * input_row_bytes_;
+    return end;
+  };
+  asked_ = asking_;
+  int64_t asked_of_next = 0;
+  if (const int64_t more = task_.last_row - row - rows; more > 0) {
+    const int64_t begin = row * axis.stride + axis.span(rows);
+    asking_ = ask(task_, begin, begin + std::min(more, rows) * axis.stride);
+  } else if (next) {
+    const int64_t begin = next->first_row * axis.stride;
+    asked_of_next = ask(*next, begin, begin + axis.span(std::min(block_.tile.rows, next->last_row - next->first_row)));
   }
   // Of the products only, and a little less: what is asked for late is waited for.
   const double products = fused_features(p, block_.tile)[1] / double(p.n * p.oh * p.ow);
-  ahead_.begin(output, input, 0.97 * products * double(rows * columns));
+  ahead_.begin(output, input, 0.97 * products * double(rows * task_.columns()));
+  return asked_of_next;
 }
 
 void Ahead::begin(const Rows& output, const Rows& input, double multiply_adds) {
@@ -167,7 +197,7 @@ void Ahead::attach(GemmCall& call) {
 
 void HiddenRows::stage(int64_t z, int64_t rows) {
   const ComputeKernels& kernels = *block_.engine.kernels;
-  const int64_t element = element_bytes(kernels.element), pixels = inside_end_ - inside_begin_;
+  const int64_t element = element_bytes(kernels.element), pixels = columns_.inside_end - columns_.inside_begin;
   const int64_t channels = block_.problem.s, blocks = ceil_div(channels, kStagedChannels);
   team_.run([&](const Share& share) {
     LoadCall load;
@@ -201,15 +231,15 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
     call.bias = nullptr;
     call.activation = Activation::kNone;
     const int64_t pixel_bytes = call.row_stride * element_bytes(block_.engine.kernels->element);
-    share.pieces(panels.count, rows, inside_end_ - inside_begin_, kFewestPixels,
+    share.pieces(panels.count, rows, columns_.inside_end - columns_.inside_begin, kFewestPixels,
                  [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
                    pixel = source + i * source_bytes + first * pixel_bytes;
                    call.far_input = block_.tile.far && direct_ && z + i >= asked_ && (panel == 0 || share.count > 1);
                    call.weight = block_.in_weight.panel(panel);
                    call.width = panels.width(panel);
                    call.rows = pixels;
-                   call.out = ring_ + ((z + i) % ring_rows_) * row_bytes_ + (inside_begin_ + first) * pixel_bytes_ +
-                              panels.first(panel) * hidden_element;
+                   call.out = ring_ + ((z + i) % ring_rows_) * row_bytes_ +
+                              (columns_.inside_begin + first) * pixel_bytes_ + panels.first(panel) * hidden_element;
                    ahead_.attach(call);
                    block_.engine.gemm(call);
                  });
@@ -222,8 +252,9 @@ int64_t output_staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->accumulator);
 }
 
-void write_output(const ConvBlock& block, Team& team, Ahead& ahead, int64_t image, int64_t row, int64_t rows,
-                  int64_t column, int64_t columns, const void* tile, void* staging) {
+void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTask& task, int64_t row, int64_t rows,
+                  const void* tile, void* staging) {
+  const int64_t columns = task.columns();
   const Problem& p = block.problem;
   const ComputeKernels& kernels = *block.engine.kernels;
   const Panels& panels = block.out_weight.panels();
@@ -235,7 +266,7 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, int64_t imag
   // Rows that lie one behind the other in the output are one long row of pixels.
   const bool joined = columns == p.ow && output.stride(2) == p.ow * out_pixel_stride;
   char* out = static_cast<char*>(output.data_ptr()) +
-              (image * output.stride(0) + row * output.stride(2) + column * out_pixel_stride) * element;
+              (task.image * output.stride(0) + row * output.stride(2) + task.first_column * out_pixel_stride) * element;
   team.run([&](const Share& share) {
     const void* source;
     GemmCall call;

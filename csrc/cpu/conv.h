@@ -43,6 +43,18 @@ struct ConvBlock {
   std::array<PackedWeight*, 3> weights() const { return {&out_weight, core_weight, &in_weight}; }
 };
 
+// Output rows [first_row, last_row) and columns [first_column, last_column) of an image.
+struct ConvTask {
+  int64_t image, first_row, last_row, first_column, last_column;
+  int64_t columns() const { return last_column - first_column; }
+};
+
+// The columns of the lattice that a task reads: inside the image are [inside_begin, inside_end) of `span`.
+struct TaskColumns {
+  int64_t span, inside_begin, inside_end;
+  TaskColumns(const Axis& columns, const ConvTask& task);
+};
+
 // What a step's last stage and the next step's first will touch, asked for evenly while the step computes: memory works
 // all the time then, and not only beside the two outer stages.
 class Ahead {
@@ -65,15 +77,16 @@ class Ahead {
 // The hidden rows of one task: stage (1) and the ring buffer.
 class HiddenRows {
  public:
-  HiddenRows(const ConvBlock& block, Team& team, int64_t image, int64_t first_column, int64_t last_column, void* ring,
-             void* staging);
+  // `asked`: lattice rows below were asked for by the task before.
+  HiddenRows(const ConvBlock& block, Team& team, const ConvTask& task, void* ring, void* staging, int64_t asked);
   // Computes what is missing of the rows [begin, end) of the lattice; begin never decreases.
   void produce(int64_t begin, int64_t end);
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
-  int64_t span() const { return span_; }
+  int64_t span() const { return columns_.span; }
   int64_t pixel_bytes() const { return pixel_bytes_; }
-  // Before a step of `rows` output rows from (row, column), with `more` output rows of the task after it.
-  void look_ahead(int64_t image, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t more);
+  // Before a step of `rows` output rows from `row`. After the task's last step comes `next`, nullptr: nothing. Returns
+  // how far the rows of `next` were asked for.
+  int64_t look_ahead(int64_t row, int64_t rows, const ConvTask* next);
   Ahead& ahead() const { return ahead_; }
 
   static int64_t ring_bytes(const ConvBlock& block);
@@ -87,7 +100,8 @@ class HiddenRows {
 
   const ConvBlock& block_;
   Team& team_;
-  int64_t span_, inside_begin_, inside_end_;  // columns of the lattice, relative to the tile's first
+  const ConvTask task_;
+  const TaskColumns columns_;
   int64_t ring_rows_, pixel_bytes_, row_bytes_;
   int64_t next_ = 0;
   const char* image_;
@@ -98,13 +112,13 @@ class HiddenRows {
   char* ring_;
   char* staging_;
   mutable Ahead ahead_;
-  int64_t asked_ = 0, asking_ = 0;  // lattice rows below were asked for before this step, are asked for in it
+  int64_t asked_, asking_;  // lattice rows below were asked for before this step, are asked for in it
 };
 
-// Stage (3) for `rows` output rows from (row, column): tile [rows * columns, tile_columns] -> output. Each thread
+// Stage (3) for `rows` output rows of a task from `row`: tile [rows * columns, tile_columns] -> output. Each thread
 // stages in its own `staging`, output_staging_bytes() apart.
-void write_output(const ConvBlock& block, Team& team, Ahead& ahead, int64_t image, int64_t row, int64_t rows,
-                  int64_t column, int64_t columns, const void* tile, void* staging);
+void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTask& task, int64_t row, int64_t rows,
+                  const void* tile, void* staging);
 int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
 
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
@@ -116,8 +130,8 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
   const Problem& p = block.problem;
   const CpuTile& t = block.tile;
   const int64_t column_tiles = (p.ow + t.columns - 1) / t.columns;
-  // Winograd's patches are two rows high, and the same ones for any number of strips.
-  const int64_t strip = round_up((p.oh + t.strips - 1) / t.strips, t.winograd ? 2 : 1);
+  // Winograd's patches are the same ones for any number of strips.
+  const int64_t strip = round_up((p.oh + t.strips - 1) / t.strips, std::max<int64_t>(t.winograd, 1));
   const int64_t strips = (p.oh + strip - 1) / strip;
   const int64_t tile_bytes = t.rows * t.columns * block.tile_columns() * element_bytes(block.engine.kernels->element);
   const int64_t extra_bytes = extra_bytes_of(t.team);
@@ -131,20 +145,22 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
     void* staging = scratch.take(staging_bytes);
     void* extra = scratch.take(extra_bytes);
     if (p.r2 % block.engine.kernels->group != 0) std::memset(tile, 0, size_t(tile_bytes));  // the odd rank's partner
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task % column_tiles * t.columns;
-      const int64_t last_column = std::min(column + t.columns, p.ow);
-      const int64_t first = task / column_tiles % strips * strip;
-      const int64_t last = std::min(first + strip, p.oh);
-      const int64_t image = task / column_tiles / strips;
-      HiddenRows hidden(block, team, image, column, last_column, ring, staging);
-      for (int64_t row = first; row < last; row += t.rows) {
-        const int64_t rows = std::min(t.rows, last - row);
+    const auto locate = [&](int64_t index) {
+      const int64_t column = index % column_tiles * t.columns, row = index / column_tiles % strips * strip;
+      return ConvTask{index / column_tiles / strips, row, std::min(row + strip, p.oh), column,
+                      std::min(column + t.columns, p.ow)};
+    };
+    int64_t asked = 0;
+    for (int64_t index = begin; index < end; ++index) {
+      const ConvTask task = locate(index), next = locate(index + 1);
+      HiddenRows hidden(block, team, task, ring, staging, asked);
+      for (int64_t row = task.first_row; row < task.last_row; row += t.rows) {
+        const int64_t rows = std::min(t.rows, task.last_row - row);
         const int64_t top = row * block.rows.stride;
-        if (t.ahead) hidden.look_ahead(image, row, rows, column, last_column - column, last - row - rows);
+        if (t.ahead) asked = hidden.look_ahead(row, rows, index + 1 < end ? &next : nullptr);
         hidden.produce(top, top + block.rows.span(rows));
-        middle(team, hidden, row, rows, last_column - column, tile, extra);
-        write_output(block, team, hidden.ahead(), image, row, rows, column, last_column - column, tile, staging);
+        middle(team, hidden, row, rows, task.columns(), tile, extra);
+        write_output(block, team, hidden.ahead(), task, row, rows, tile, staging);
       }
     }
     brgemm_release();

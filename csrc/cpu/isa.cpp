@@ -65,10 +65,11 @@ Choice& current() {
 
 CpuCaps::Winograd parse_winograd(const std::string& choice) {
   if (choice == "auto") return CpuCaps::kAuto;
-  if (choice == "always") return CpuCaps::kAlways;
   if (choice == "never") return CpuCaps::kNever;
+  if (choice == "2x2") return CpuCaps::k2x2;
+  if (choice == "4x4") return CpuCaps::k4x4;
   TORCH_CHECK_VALUE(false,
-                    "lowrank_ops: Winograd must be one of auto, always, never (LOWRANK_OPS_CPU_WINOGRAD or "
+                    "lowrank_ops: Winograd must be one of auto, never, 2x2, 4x4 (LOWRANK_OPS_CPU_WINOGRAD or "
                     "set_cpu_winograd), got '",
                     choice, "'");
 }

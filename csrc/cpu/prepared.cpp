@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/winograd.h"
+#include "plan/plan.h"
 #include "problem_of.h"
 
 namespace lowrank_ops {
@@ -25,7 +26,7 @@ struct Record {
 // At the start of the tensor; offsets in bytes, 0 where there is no such part.
 struct Header {
   Record record;
-  int64_t in_factor, core, winograd, out_factor;
+  int64_t in_factor, core, winograd_2x2, winograd_4x4, out_factor;
 };
 
 Record::Factor identity(const at::Tensor& factor) {
@@ -62,40 +63,45 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
   const Engine engine = engine_for(dtype);
   PackedWeight in_weight = pack_matrix(in_factor, dtype, engine);
   PackedWeight out_weight = pack_matrix(out_factor, dtype, engine);
-  std::optional<PackedWeight> core_weight, winograd_weight;
+  std::optional<PackedWeight> core_weight, winograd_2x2, winograd_4x4;
   if (core) {
     const int64_t r2 = core->size(0), r1 = core->size(1), taps = core->size(2) * core->size(3);
     const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
     core_weight.emplace(pack_core(core_rows, r2, taps, r1, dtype, engine));
-    // The transform rounds to the weight's own type, and exists where elements are of that type.
-    if (winograd && engine.kernels->element == dtype && engine.kernels->pack_winograd)
-      winograd_weight.emplace(pack_winograd(core_rows, r1, r2, dtype, engine));
+    // The transforms that some image size might take.
+    const auto pack_patches = [&](std::optional<PackedWeight>& weight, const WinogradKernels& kernels) {
+      if (winograd && winograd_fits(r1, r2, dtype, cpu_caps(), kernels.outputs))
+        weight.emplace(pack_winograd(kernels, core_rows, r1, r2, dtype, engine));
+    };
+    pack_patches(winograd_2x2, engine.kernels->winograd_2x2);
+    pack_patches(winograd_4x4, engine.kernels->winograd_4x4);
   }
-  pack({{&in_weight, core_weight ? &*core_weight : nullptr, winograd_weight ? &*winograd_weight : nullptr,
-         &out_weight}});
-
-  Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, 0, 0};
-  int64_t end = Scratch::padded(sizeof(Header));
-  const auto place = [&end](const PackedWeight& weight) {
-    const int64_t begin = end;
-    end += Scratch::padded(weight.bytes());
-    return begin;
+  Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, 0, 0, 0};
+  struct Part {
+    PackedWeight* weight;
+    int64_t* offset;
   };
-  header.in_factor = place(in_weight);
-  if (core_weight) header.core = place(*core_weight);
-  if (winograd_weight) header.winograd = place(*winograd_weight);
-  header.out_factor = place(out_weight);
+  const auto if_any = [](std::optional<PackedWeight>& weight) { return weight ? &*weight : nullptr; };
+  const std::array<Part, 5> parts = {{{&in_weight, &header.in_factor},
+                                      {if_any(core_weight), &header.core},
+                                      {if_any(winograd_2x2), &header.winograd_2x2},
+                                      {if_any(winograd_4x4), &header.winograd_4x4},
+                                      {&out_weight, &header.out_factor}}};
+  std::array<PackedWeight*, 5> weights;
+  int64_t end = Scratch::padded(sizeof(Header));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    weights[i] = parts[i].weight;
+    if (!weights[i]) continue;
+    *parts[i].offset = end;
+    end += Scratch::padded(weights[i]->bytes());
+  }
+  pack(weights);
 
   const at::Tensor packed = at::empty({end}, at::TensorOptions().dtype(at::kByte));
   char* memory = static_cast<char*>(packed.data_ptr());
   std::memcpy(memory, &header, sizeof(header));
-  const auto copy = [&](int64_t offset, const PackedWeight& weight) {
-    std::memcpy(memory + offset, weight.data(), size_t(weight.bytes()));
-  };
-  copy(header.in_factor, in_weight);
-  if (core_weight) copy(header.core, *core_weight);
-  if (winograd_weight) copy(header.winograd, *winograd_weight);
-  copy(header.out_factor, out_weight);
+  for (const Part& part : parts)
+    if (part.weight) std::memcpy(memory + *part.offset, part.weight->data(), size_t(part.weight->bytes()));
   return packed;
 }
 
@@ -110,7 +116,8 @@ Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, con
   const Record record = record_of(in_factor, core, out_factor, engine_for(dtype_of(in_factor.scalar_type())));
   if (std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
   const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
-  return {at(header.in_factor), at(header.core), at(header.winograd), at(header.out_factor)};
+  return {at(header.in_factor), at(header.core), at(header.winograd_2x2), at(header.winograd_4x4),
+          at(header.out_factor)};
 }
 
 }  // namespace lowrank_ops

@@ -14,9 +14,11 @@ namespace lowrank_ops {
 // Panels packed before; nullptr: to be packed in the call.
 struct Prepared {
   const char* in_factor = nullptr;
-  const char* core = nullptr;      // Tucker
-  const char* winograd = nullptr;  // Tucker, where that transform can be used
+  const char* core = nullptr;          // Tucker
+  const char* winograd_2x2 = nullptr;  // Tucker, where that transform can be used
+  const char* winograd_4x4 = nullptr;
   const char* out_factor = nullptr;
+  const char* winograd(int64_t outputs) const { return outputs == 4 ? winograd_4x4 : winograd_2x2; }
 };
 
 // Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `winograd` says whether its window (3x3 of

@@ -19,7 +19,8 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
   PackedWeight core_weight = tile.winograd
-                                 ? pack_winograd(core_rows, p.r1, p.r2, p.dtype, engine, prepared.winograd)
+                                 ? pack_winograd(engine.kernels->winograd(tile.winograd), core_rows, p.r1, p.r2,
+                                                 p.dtype, engine, prepared.winograd(tile.winograd))
                                  : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const DType hidden_type = tile.winograd ? engine.kernels->accumulator : engine.kernels->element;
   const ConvBlock block{engine, p, tile, input, output, in_weight, &core_weight, out_weight, bias_sums, hidden_type};

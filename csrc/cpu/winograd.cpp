@@ -1,34 +1,26 @@
 #include "cpu/winograd.h"
 
 namespace lowrank_ops {
-namespace {
 
-constexpr int64_t kPlaces = 16;
-
-int64_t pairs(int64_t count) {
-  return (count + 1) / 2;
-}
-
-}  // namespace
-
-PackedWeight pack_winograd(c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2, DType dtype,
-                           const Engine& engine, const char* prepared) {
-  return PackedWeight(core, r2, {9, kPlaces, engine.kernels->pack_winograd}, r1, dtype, engine, prepared);
+PackedWeight pack_winograd(const WinogradKernels& kernels, c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2,
+                           DType dtype, const Engine& engine, const char* prepared) {
+  return PackedWeight(core, r2, {9, kernels.places(), kernels.pack}, r1, dtype, engine, prepared);
 }
 
 WinogradCore::WinogradCore(const PackedWeight& weight, const Problem& p, const CpuTile& tile, const Engine& engine)
     : engine_(engine),
+      kernels_(engine.kernels->winograd(tile.winograd)),
       weight_(weight),
       channels_(round_up(p.r1, engine.kernels->lanes)),
-      most_patches_(pairs(tile.rows) * pairs(tile.columns)) {}
+      most_patches_(ceil_div(tile.rows, tile.winograd) * ceil_div(tile.columns, tile.winograd)) {}
 
 int64_t WinogradCore::sums_bytes() const {
   const ComputeKernels& kernels = *engine_.kernels;
-  return Scratch::padded(kPlaces * most_patches_ * kernels.panel_width * element_bytes(kernels.accumulator));
+  return Scratch::padded(kernels_.places() * most_patches_ * kernels.panel_width * element_bytes(kernels.accumulator));
 }
 
 int64_t WinogradCore::scratch_bytes(int64_t threads) const {
-  return Scratch::padded(kPlaces * most_patches_ * channels_ * element_bytes(engine_.kernels->element)) +
+  return Scratch::padded(kernels_.places() * most_patches_ * channels_ * element_bytes(engine_.kernels->element)) +
          threads * sums_bytes();
 }
 
@@ -36,22 +28,25 @@ void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hid
                        int64_t columns, void* tile, void* scratch) const {
   const ComputeKernels& kernels = *engine_.kernels;
   const int64_t element = element_bytes(kernels.element), accumulator = element_bytes(kernels.accumulator);
-  const int64_t row_patches = pairs(columns), patches = pairs(rows) * row_patches;
+  const int64_t outputs = kernels_.outputs, side = kernels_.side(), places = kernels_.places();
+  const int64_t patch_rows = ceil_div(rows, outputs), row_patches = ceil_div(columns, outputs);
+  const int64_t patches = patch_rows * row_patches;
   char* inputs = static_cast<char*>(scratch);
-  char* all_sums = inputs + Scratch::padded(kPlaces * most_patches_ * channels_ * element);
+  char* all_sums = inputs + Scratch::padded(places * most_patches_ * channels_ * element);
 
   team.run([&](const Share& share) {
     WinogradInputCall input;
     input.channels = channels_;
     input.out_patches = patches;
-    share.pieces(1, pairs(rows), row_patches, 1, [&](int64_t, int64_t pair, int64_t first, int64_t count) {
-      input.columns = hidden.span() - 2 * first;
+    share.pieces(1, patch_rows, row_patches, 1, [&](int64_t, int64_t patch_row, int64_t first, int64_t count) {
+      input.columns = hidden.span() - outputs * first;
       input.patches = count;
-      // The fourth row below an odd last output: nothing reads what it would give.
-      for (int64_t i = 0; i < 4; ++i)
-        input.rows[i] = hidden.row(row + std::min(2 * pair + i, rows + 1)) + 2 * first * hidden.pixel_bytes();
-      input.out = inputs + (pair * row_patches + first) * channels_ * element;
-      kernels.winograd_input(input);
+      // Below the last row that an output needs nothing is wanted: any finite values do.
+      for (int64_t i = 0; i < side; ++i)
+        input.rows[i] =
+            hidden.row(row + std::min(outputs * patch_row + i, rows + 1)) + outputs * first * hidden.pixel_bytes();
+      input.out = inputs + (patch_row * row_patches + first) * channels_ * element;
+      kernels_.input(input);
     });
   });
 
@@ -72,7 +67,7 @@ void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hid
       call.rows = count;
       call.width = call.out_stride = width;
       const char* weight = static_cast<const char*>(weight_.panel(panel));
-      for (int64_t place = 0; place < kPlaces; ++place) {
+      for (int64_t place = 0; place < places; ++place) {
         const void* source = inputs + (place * patches + begin) * channels_ * element;
         call.taps = &source;
         call.weight = weight + place * call.depth * width * element;
@@ -84,17 +79,16 @@ void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hid
       output.sums_patches = count;
       // The sums patch row by patch row; a team cuts the first and the last of its share.
       for (int64_t patch = begin; patch < begin + count; patch += output.patches) {
-        const int64_t pair = patch / row_patches, column = 2 * (patch % row_patches);
-        output.patches = std::min(begin + count, (pair + 1) * row_patches) - patch;
-        output.columns = std::min(2 * output.patches, columns - column);
+        const int64_t top = outputs * (patch / row_patches), column = outputs * (patch % row_patches);
+        output.patches = std::min(begin + count, (patch / row_patches + 1) * row_patches) - patch;
+        output.columns = std::min(outputs * output.patches, columns - column);
         output.sums = sums + (patch - begin) * width * accumulator;
-        for (int64_t i = 0; i < 2; ++i)
-          output.out[i] =
-              2 * pair + i < rows
-                  ? static_cast<char*>(tile) +
-                        (((2 * pair + i) * columns + column) * output.out_stride + panels.first(panel)) * element
-                  : nullptr;
-        kernels.winograd_output(output);
+        for (int64_t i = 0; i < outputs; ++i)
+          output.out[i] = top + i < rows
+                              ? static_cast<char*>(tile) +
+                                    (((top + i) * columns + column) * output.out_stride + panels.first(panel)) * element
+                              : nullptr;
+        kernels_.output(output);
       }
     });
   });

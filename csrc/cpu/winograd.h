@@ -1,20 +1,23 @@
-// Tucker's core stage by Winograd's F(2x2, 3x3): 16 products for 4 outputs instead of 36 (kernels/winograd.h). Where it
-// is used says the planner (CpuTile::winograd).
+// Tucker's core stage by Winograd's F(m x m, 3x3), m = 2 or 4 (kernels/winograd.h): 16 products for 4 outputs instead
+// of 36, or 36 for 16 outputs instead of 144. Where which is used says the planner (CpuTile::winograd).
 //
-//   hidden rows --input transform--> [16, patches, R1] --16 GEMMs--> [16, patches, R2] --output transform--> tile
+//   hidden rows --input transform--> [places, patches, R1] --a GEMM a place--> [places, patches, R2] --output
+//   transform--> tile                                                                                          (m +
+//   2)^2 places
 //
-// A patch is 4x4 hidden values and gives 2x2 outputs. Patches start at even rows and columns of the image, whatever the
-// strips and tiles are: they begin at even places, so that the bits of a result do not depend on the threads. The
-// hidden rows are kept as fp32 sums: in bf16 they are rounded once, after the transform, instead of before it.
+// A patch is [m + 2, m + 2] hidden values and gives [m, m] outputs. Patches start at multiples of m of the image's rows
+// and columns, whatever the strips and tiles are, which begin there too, so that the bits of a result do not depend on
+// the threads. The hidden rows are kept as fp32 sums: in bf16 they are rounded once, after the transform, instead of
+// before it.
 #pragma once
 
 #include "cpu/conv.h"
 
 namespace lowrank_ops {
 
-// The transformed core, packed: [R2, 16 places, R1]. `core()` is [R2, 3, 3, R1] in memory.
-PackedWeight pack_winograd(c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2, DType dtype,
-                           const Engine& engine, const char* prepared = nullptr);
+// The transformed core, packed: [R2, places, R1]. `core()` is [R2, 3, 3, R1] in memory.
+PackedWeight pack_winograd(const WinogradKernels& kernels, c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2,
+                           DType dtype, const Engine& engine, const char* prepared = nullptr);
 
 class WinogradCore {
  public:
@@ -28,6 +31,7 @@ class WinogradCore {
   int64_t sums_bytes() const;  // of a thread
 
   const Engine& engine_;
+  const WinogradKernels& kernels_;
   const PackedWeight& weight_;
   int64_t channels_, most_patches_;
 };

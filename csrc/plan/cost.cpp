@@ -19,17 +19,19 @@ Stages multiply_adds(const Problem& p, double in_pixels) {
   return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
 }
 
-// An image's 2x2 groups of outputs by Winograd, and the additions of its transforms: 24 for a patch and channel each.
-double winograd_patches(const Problem& p) {
-  return double((p.oh + 1) / 2) * double((p.ow + 1) / 2);
+// An image's patches by Winograd, and the additions of their transforms: 24 for a patch of 2x2 outputs and channel, 140
+// for one of 4x4 (kernels/winograd.h).
+double winograd_patches(const Problem& p, int64_t outputs) {
+  return double(ceil_div(p.oh, outputs)) * double(ceil_div(p.ow, outputs));
 }
-double winograd_sums(const Problem& p) {
-  return 24 * winograd_patches(p) * double(p.r1 + p.r2);
+double winograd_sums(const Problem& p, int64_t outputs) {
+  return (outputs == 2 ? 24 : 140) * winograd_patches(p, outputs) * double(p.r1 + p.r2);
 }
 
 Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
   Stages stages = multiply_adds(p, in_pixels);
-  if (tile.winograd) stages.middle = 16 * winograd_patches(p) * p.r1 * p.r2 + winograd_sums(p);
+  if (const int64_t m = tile.winograd)
+    stages.middle = double((m + 2) * (m + 2)) * winograd_patches(p, m) * p.r1 * p.r2 + winograd_sums(p, m);
   return stages;
 }
 
@@ -114,7 +116,7 @@ double seconds(const Features& features, const Features& constants) {
 }  // namespace
 
 Features fused_features(const Problem& p, const CpuTile& tile) {
-  const double depthwise = p.n * (tile.winograd ? winograd_sums(p) : depthwise_sums(p));
+  const double depthwise = p.n * (tile.winograd ? winograd_sums(p, tile.winograd) : depthwise_sums(p));
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
   return {1,
           fused_flops(p, tile) / 2 - depthwise,

@@ -1,6 +1,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "plan/cost.h"
@@ -47,37 +48,54 @@ constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its
 constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
 constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
-constexpr int64_t kPatchesPerStep = 28;  // Winograd: rows of its 16 GEMMs
+constexpr int64_t kPatchesPerStep = 28;      // Winograd: rows of its GEMMs; where these are deep enough,
+constexpr int64_t kLargePatchesPerStep = 8;  // places of 4x4 outputs that stay near count for more
+constexpr int64_t kFewestRanks = 8;          // Winograd 4x4: below, its errors exceed twice those of the direct sum
 // What a thread could have done while it waits for the others once. A wait takes 0.7 us on two Zen 4 cores (6e4 in
 // fp32, 1e5 in bf16); the rest is for cores that other processes use too.
 constexpr double kWaitMultiplyAdds = 2e5;
 
-// Whether Winograd's core pays. It saves 5 of 9 products an output, and costs transforms of hidden values and sums and
-// 16 / 9 of the weight to transform, pack and read.
-bool winograd_pays(const Problem& p, const CpuCaps& caps, bool prepared) {
-  const bool own_type = p.dtype == DType::kFloat || (p.dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
-  const bool fits = p.op == Op::kTucker && own_type && p.kh == 3 && p.kw == 3 && p.stride[0] == 1 && p.stride[1] == 1 &&
-                    p.dilation[0] == 1 && p.dilation[1] == 1;
-  if (!fits || caps.winograd == CpuCaps::kNever) return false;
-  if (caps.winograd == CpuCaps::kAlways) return true;
-  // In multiply-adds of the dtype: what a transform of one value costs an output, what one value of the weight costs
-  // more than in the direct core: transformed and packed (measured at 512 channels, 7x7), or, prepared, only read, 16
-  // values instead of 9.
+// What the core stage of an image takes by Winograd's F(outputs x outputs, 3x3), 0: directly, in multiply-adds.
+// Winograd saves 5 of 9 products an output (2x2) or 3 of 4 (4x4), and costs transforms of hidden values and sums and
+// more weight to transform, pack and read.
+double core_cost(const Problem& p, bool prepared, int64_t outputs) {
+  const double values = double(p.r1) * p.r2;
+  if (outputs == 0) return double(p.oh) * p.ow * 9 * values;
+  const double places = double((outputs + 2) * (outputs + 2));
+  const double patches = double(ceil_div(p.oh, outputs)) * ceil_div(p.ow, outputs);
+  // What a transform of one value costs an output, what one value of the weight costs more than in the direct core:
+  // transformed and packed (measured at 512 channels, 7x7), or, prepared, only read.
   const double transform = p.dtype == DType::kFloat ? 16 : 32;
-  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 8 : 14;
+  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 6 : 14;
   // Packing it keeps the other threads of a small call waiting.
   const double call = prepared ? 0 : 3e5;
-  const double outputs = double(p.oh) * p.ow, patches = double(ceil_div(p.oh, 2)) * ceil_div(p.ow, 2);
-  const double values = double(p.r1) * p.r2;
-  const double direct = outputs * 9 * values;
-  const double winograd = patches * (16 * values + 4 * transform * double(p.r1 + p.r2)) +
-                          (weight * 16 * values + call) / double(std::max<int64_t>(p.n, 1));
-  return winograd < direct;
+  return patches * (places * values + double(outputs * outputs) * transform * double(p.r1 + p.r2)) +
+         (weight * places * values + call) / double(std::max<int64_t>(p.n, 1));
+}
+
+// How the core is to be run: outputs of Winograd's patches, what is predicted to be fastest first; the direct way, 0,
+// always fits and comes last.
+std::array<int64_t, 3> core_ways(const Problem& p, const CpuCaps& caps, bool prepared) {
+  const bool window = p.op == Op::kTucker && p.kh == 3 && p.kw == 3 && p.stride[0] == 1 && p.stride[1] == 1 &&
+                      p.dilation[0] == 1 && p.dilation[1] == 1;
+  const auto pays = [&](int64_t outputs, CpuCaps::Winograd forced) {
+    return window && winograd_fits(p.r1, p.r2, p.dtype, caps, outputs) &&
+           (caps.winograd == forced ||
+            (caps.winograd == CpuCaps::kAuto && core_cost(p, prepared, outputs) < core_cost(p, prepared, 0)));
+  };
+  const bool small = pays(2, CpuCaps::k2x2), large = pays(4, CpuCaps::k4x4);
+  if (small && large && core_cost(p, prepared, 2) <= core_cost(p, prepared, 4)) return {2, 4, 0};
+  if (large) return {4, small ? 2 : 0, 0};
+  return {small ? 2 : 0, 0, 0};
+}
+
+int64_t multiple_of_rows(const CpuTile& tile) {
+  return std::max<int64_t>(tile.winograd, 1);
 }
 
 // What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread.
 double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
-  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), tile.winograd ? 2 : 1), strips = ceil_div(p.oh, strip);
+  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), multiple_of_rows(tile)), strips = ceil_div(p.oh, strip);
   const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns) * strips;
   double largest = 0;
   for (int64_t first = 0; first < p.oh; first += strip)
@@ -95,7 +113,7 @@ double packing_wait(const Problem& p) {
 // How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
 template <typename ScratchBytes>
 void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratch, CpuTile& tile) {
-  const int64_t even = tile.winograd ? 2 : 1;
+  const int64_t even = multiple_of_rows(tile);
   CpuTile team = tile;
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
   // than it takes to keep every thread busy.
@@ -120,83 +138,117 @@ void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratc
   }
 }
 
-}  // namespace
+// What tiles hold.
+struct Sizes {
+  bool converted;        // elements are fp32, whatever the tensors are
+  int64_t element, sum;  // bytes
+  int64_t r1, r2;        // of whole vectors
+  Sizes(const Problem& p, const CpuCaps& caps)
+      : converted(p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)),
+        element(converted ? 4 : element_bytes(p.dtype)),
+        sum(p.dtype == DType::kDouble ? 8 : 4),
+        r1(round_up(p.r1, kAlign)),
+        r2(round_up(p.r2, kAlign)) {}
+};
 
-CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
+CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
+  const auto [converted, element, sum, r1, r2] = Sizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
-  const bool converted = p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot);
-  const int64_t element = converted ? 4 : element_bytes(p.dtype);
-  const int64_t sum = p.dtype == DType::kDouble ? 8 : 4;
-  const int64_t r1 = round_up(p.r1, kAlign), r2 = round_up(p.r2, kAlign);
-  if (p.op == Op::kLinear) {
-    // Panels that are there already are read in one stream: 1.2 to 1.5 times as fast, where rows and vectors of the
-    // rank make enough sums to hide the latency of an addition.
-    const bool panels_serve = prepared && p.n * ceil_div(p.r1, kAlign) >= 4;
-    if (p.n <= kFewRows && !panels_serve) {
-      tile.unpacked = true;
-      tile.rows = p.n;
-      tile.scratch_bytes = p.n * ((r1 + p.s) * element + (r1 + p.t) * sum);
-      return tile;
-    }
-    if (p.n <= kStreamedRows && (p.s + p.t) * p.r1 * element > caps.l2_bytes / 8) {
-      tile.rows = p.n;
-      const int64_t fitting = caps.l2_bytes / 4 / (p.n * element);
-      tile.depth = std::clamp<int64_t>(fitting / 64 * 64, 64, kStreamedBytes / element);
-      const int64_t summed = std::max<int64_t>(p.s > tile.depth ? r1 : 0, p.r1 > tile.depth ? 64 : 0);
-      tile.scratch_bytes = (p.n * (streamed_stride(tile.depth) + streamed_stride(p.r1)) + tile.depth * 64) * element +
-                           p.n * summed * sum;
-      return tile;
-    }
-    const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
-    tile.rows = ceil_div(share, ceil_div(share, kLinearRows));
-    tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
+  // Panels that are there already are read in one stream: 1.2 to 1.5 times as fast, where rows and vectors of the
+  // rank make enough sums to hide the latency of an addition.
+  const bool panels_serve = prepared && p.n * ceil_div(p.r1, kAlign) >= 4;
+  if (p.n <= kFewRows && !panels_serve) {
+    tile.unpacked = true;
+    tile.rows = p.n;
+    tile.scratch_bytes = p.n * ((r1 + p.s) * element + (r1 + p.t) * sum);
     return tile;
   }
+  if (p.n <= kStreamedRows && (p.s + p.t) * p.r1 * element > caps.l2_bytes / 8) {
+    tile.rows = p.n;
+    const int64_t fitting = caps.l2_bytes / 4 / (p.n * element);
+    tile.depth = std::clamp<int64_t>(fitting / 64 * 64, 64, kStreamedBytes / element);
+    const int64_t summed = std::max<int64_t>(p.s > tile.depth ? r1 : 0, p.r1 > tile.depth ? 64 : 0);
+    tile.scratch_bytes =
+        (p.n * (streamed_stride(tile.depth) + streamed_stride(p.r1)) + tile.depth * 64) * element + p.n * summed * sum;
+    return tile;
+  }
+  const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
+  tile.rows = ceil_div(share, ceil_div(share, kLinearRows));
+  tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
+  return tile;
+}
+
+// `winograd`: outputs of its patches, 0: the direct core.
+CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, int64_t winograd) {
+  const auto [converted, element, sum, r1, r2] = Sizes(p, caps);
+  CpuTile tile;
+  tile.prepared = prepared;
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
   // Asking for what is in L2 costs up to 2 % of a call; not asking for what is not, 5 %.
   tile.far = block_bytes(p) > 1.25 * double(caps.l2_bytes);
-  tile.winograd = winograd_pays(p, caps, prepared);
+  tile.winograd = winograd;
   // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
   const int64_t hidden = p.op == Op::kCP || tile.winograd ? sum : element;
   // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
   const bool staged = p.layout == Layout::kContiguous || converted;
   const auto scratch = [&](int64_t tile_rows, int64_t tile_columns) {
     const int64_t span = columns.span(tile_columns);
-    const int64_t patches = tile.winograd ? ceil_div(tile_rows, 2) * ceil_div(tile_columns, 2) : 0;
-    return 16 * patches * (r1 * element + std::min<int64_t>(r2, 64) * sum) + rows.span(tile_rows) * span * r1 * hidden +
-           tile_rows * tile_columns * r2 * element +
+    const int64_t patches = winograd ? ceil_div(tile_rows, winograd) * ceil_div(tile_columns, winograd) : 0;
+    return patches * (winograd + 2) * (winograd + 2) * (r1 * element + std::min<int64_t>(r2, 64) * sum) +
+           rows.span(tile_rows) * span * r1 * hidden + tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
-  tile.rows = tile.winograd
-                  ? 2 * std::clamp<int64_t>(ceil_div(kPatchesPerStep, ceil_div(p.ow, 2)), 1, ceil_div(p.oh, 2))
-                  : std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
+  if (winograd) {
+    const int64_t patches = winograd == 4 && r1 > kAlign ? kLargePatchesPerStep : kPatchesPerStep;
+    tile.rows =
+        winograd * std::clamp<int64_t>(ceil_div(patches, ceil_div(p.ow, winograd)), 1, ceil_div(p.oh, winograd));
+  } else {
+    tile.rows = std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
+  }
   tile.columns = p.ow;
-  const int64_t even = tile.winograd ? 2 : 1;
-  // Half of L2 for the tiles; the other half for weights streaming by and the input.
-  for (int64_t parts = 2; scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.columns > kFewestColumns;
-       ++parts)
-    tile.columns = round_up(ceil_div(p.ow, parts), even);
-  while (tile.winograd && scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 && tile.rows > 2)
-    tile.rows = round_up(tile.rows / 2, even);  // large ranks: fewer patches for each reading of the weights
+  const int64_t multiple = multiple_of_rows(tile);
   // What a step touches of input and output has to stay in L2 beside its tile until it is used.
-  const auto fits = [&](int64_t tile_rows) {
+  const auto footprint = [&](int64_t tile_rows) {
     const int64_t touched = tile_rows * tile.columns * (p.s + p.t) * element;
-    return scratch(tile_rows, tile.columns) + (tile.far ? touched : 0) <= caps.l2_bytes / 4 * 3;
+    return scratch(tile_rows, tile.columns) + (tile.far ? touched : 0);
   };
+  const auto fits = [&](int64_t tile_rows) { return footprint(tile_rows) <= caps.l2_bytes / 4 * 3; };
+  // Half of L2 for the tiles; the other half for weights streaming by and the input. Winograd's many places leave less.
+  const auto too_large = [&] {
+    return scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 ||
+           (winograd == 4 && footprint(tile.rows) > caps.l2_bytes / 5 * 3);
+  };
+  while (winograd && too_large() && tile.rows > winograd)
+    tile.rows = round_up(tile.rows / 2, winograd);  // large ranks: fewer patches for each reading of the weights
+  for (int64_t parts = 2; too_large() && tile.columns > kFewestColumns; ++parts)
+    tile.columns = round_up(ceil_div(p.ow, parts), multiple);
   // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
   const bool shares_rows = p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1;
   if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
   tile.ahead = tile.far && fits(tile.rows);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
-  if (tile.winograd && caps.winograd == CpuCaps::kAuto && tile.scratch_bytes > caps.l2_bytes / 2) {
-    CpuCaps direct = caps;  // ranks too large for its sixteen planes even in the narrowest tile
-    direct.winograd = CpuCaps::kNever;
-    return cpu_tile(p, direct, prepared);
-  }
   if (caps.threads > 1) share_out(p, caps, scratch, tile);
   return tile;
+}
+
+}  // namespace
+
+bool winograd_fits(int64_t r1, int64_t r2, DType dtype, const CpuCaps& caps, int64_t outputs) {
+  const bool own_type = dtype == DType::kFloat || (dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
+  if (outputs == 2) return own_type;
+  return dtype == DType::kFloat && std::min(r1, r2) >= kFewestRanks && 36 * r1 * r2 * 4 <= 3 * caps.l2_bytes;
+}
+
+CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
+  if (p.op == Op::kLinear) return linear_tile(p, caps, prepared);
+  for (const int64_t winograd : core_ways(p, caps, prepared)) {
+    const CpuTile tile = conv_tile(p, caps, prepared, winograd);
+    // Ranks may be too large for all the places even of the narrowest tile.
+    if (winograd == 0 || caps.winograd != CpuCaps::kAuto || tile.scratch_bytes <= caps.l2_bytes / 2) return tile;
+  }
+  return conv_tile(p, caps, prepared, 0);
 }
 
 namespace {
@@ -206,7 +258,7 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
   if (tile.unpacked) kernel += "_unpacked";
   if (tile.depth > 0) kernel += "_streamed";
-  if (tile.winograd) kernel += "_winograd";
+  if (tile.winograd) kernel += tile.winograd == 4 ? "_winograd_4x4" : "_winograd_2x2";
   return kernel;
 }
 

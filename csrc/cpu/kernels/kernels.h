@@ -109,10 +109,12 @@ using DotFunction = void (*)(const DotCall&);
 // call). Sums and bias are readable up to whole vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
 
-// Winograd's transforms (winograd.h). Input: four rows [columns, channels] of hidden accumulators -> out [16 places,
-// out_patches, channels] of elements, patches 0 to `patches`, each two columns further. Channels: whole vectors.
+// Winograd's transforms for m x m outputs (winograd.h). Input: m + 2 rows [columns, channels] of hidden accumulators ->
+// out [(m + 2)^2 places, out_patches, channels] of elements, patches 0 to `patches`, each m columns further. Channels:
+// whole vectors.
+constexpr int kMostPatchOutputs = 4;
 struct WinogradInputCall {
-  const void* rows[4];
+  const void* rows[kMostPatchOutputs + 2];
   int64_t columns;  // that can be read
   int64_t channels;
   int64_t patches, out_patches;
@@ -120,17 +122,26 @@ struct WinogradInputCall {
 };
 using WinogradInputFunction = void (*)(const WinogradInputCall&);
 
-// sums [16 places, sums_patches, sums_stride] of accumulators -> two rows of `columns` output pixels, elements,
-// `out_stride` apart, `width` channels (whole vectors). The second row may be nullptr: beyond the image.
+// sums [places, sums_patches, sums_stride] of accumulators -> m rows of `columns` output pixels, elements, `out_stride`
+// apart, `width` channels (whole vectors). Rows beyond the image are nullptr.
 struct WinogradOutputCall {
   const void* sums;
   int64_t sums_patches, sums_stride;
   int64_t patches, columns;
   int64_t width;
-  void* out[2];
+  void* out[kMostPatchOutputs];
   int64_t out_stride;
 };
 using WinogradOutputFunction = void (*)(const WinogradOutputCall&);
+
+struct WinogradKernels {
+  int64_t outputs = 0;  // m; 0: not there
+  WinogradInputFunction input = nullptr;
+  WinogradOutputFunction output = nullptr;
+  PackFunction pack = nullptr;  // rows of 9 taps into a panel of all places
+  int64_t side() const { return outputs + 2; }
+  int64_t places() const { return side() * side(); }
+};
 
 // Kernels for one way to compute. `Element` is the type of tiles and packed weights, `Accumulator` that of sums.
 struct ComputeKernels {
@@ -148,10 +159,10 @@ struct ComputeKernels {
   PackFunction pack[4];
   DotFunction dot[4];
   FinishFunction finish;
-  // Of elements with fp32 sums, and of weights of that very type; nullptr otherwise.
-  WinogradInputFunction winograd_input = nullptr;
-  WinogradOutputFunction winograd_output = nullptr;
-  PackFunction pack_winograd = nullptr;  // rows of 9 taps into a panel of 16 places
+  // Of elements with fp32 sums, and of weights of that very type. 4x4 outputs in fp32 only: bf16 errors would be four
+  // times those of the direct core.
+  WinogradKernels winograd_2x2, winograd_4x4;
+  const WinogradKernels& winograd(int64_t outputs) const { return outputs == 4 ? winograd_4x4 : winograd_2x2; }
 };
 
 struct KernelTable {

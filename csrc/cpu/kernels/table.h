@@ -24,9 +24,8 @@ static const ComputeKernels kComputeFloat = {
     {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
     {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
     &finish_sums<float>,
-    &winograd_input<float, float>,
-    &winograd_output<float>,
-    &pack_winograd<float>,
+    winograd_kernels<2, float>(),
+    winograd_kernels<4, float>(),
 };
 
 static const ComputeKernels kComputeDouble = {
@@ -61,9 +60,7 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       {nullptr, nullptr, &pack_panel_pairs, nullptr},
       {nullptr, nullptr, dot, nullptr},
       &finish_sums<float>,
-      &winograd_input<float, BFloat16>,
-      &winograd_output<BFloat16>,
-      &pack_winograd<BFloat16>,
+      winograd_kernels<2, BFloat16>(),
   };
 }
 
