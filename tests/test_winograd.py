@@ -171,8 +171,8 @@ def test_large_ranks_take_fewer_rows_of_patches(fused_policy: None, dtype: torch
 
 @pytest.mark.parametrize("outputs", ["2x2", "4x4"])
 def test_how_far_a_nan_reaches(winograd: Callable[[str], None], outputs: str) -> None:
-    """With 2x2 outputs as far as the 3x3 windows that contain it. With 4x4 to all outputs of the patches that read it, but
-    from a patch's first or last row or column to its first or last outputs only."""
+    """With 2x2 outputs as far as the 3x3 windows that contain it. With 4x4 to all outputs of the patches that read it,
+    but from a patch's first or last row or column to its first or last outputs only."""
     winograd(outputs)
     call = problem(n=1, h=12, w=12, s=16, r1=16, r2=16, t=4).make()
     call.tensors["input"][0, 3, 4, 2] = float("nan")
