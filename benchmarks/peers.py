@@ -227,8 +227,7 @@ def _prepared(problem: Problem) -> Callable[[], Tensor]:
     """The op as a module of `prepare_for_inference_` calls it, without nn.Module's own share of the call."""
     cell, (first, *middle, last) = problem.cell, problem.factors
     core = middle[0] if cell.op == "tucker_conv2d" else None
-    winograd = cell.kernel == (3, 3) and cell.stride == cell.dilation == 1
-    packed = _C.prepare(first, core, last, winograd)
+    packed = _C.prepare(first, core, last, cell.stride == cell.dilation == 1)
     window = () if cell.is_linear else ([cell.stride] * 2, cell.paddings, [cell.dilation] * 2)
     tensors = (problem.input, *problem.factors, problem.bias)
     op = f"{cell.op}_prepared"

@@ -61,8 +61,8 @@ class FactorizedModule(nn.Module):
     def _pack(self) -> None:
         """Packs the factors for the CPU kernels; what changes the parameters through the module drops it again."""
         factors = self._op_factors()
-        core, winograd = factors.get("core"), self._is_winograd()
-        panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], winograd)
+        core, unit_window = factors.get("core"), self._has_unit_window()
+        panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
         self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
 
     def _unpack(self) -> None:
@@ -138,8 +138,8 @@ class FactorizedModule(nn.Module):
         """The factors of which the op packs panels, as it takes them."""
         return {"in_factor": self.in_factor.detach(), "out_factor": self.out_factor.detach()}
 
-    def _is_winograd(self) -> bool:
-        """Whether the block's window is one of Winograd's F(2x2, 3x3)."""
+    def _has_unit_window(self) -> bool:
+        """Whether stride and dilation are 1, as Winograd's transforms need it."""
         return False
 
     @classmethod

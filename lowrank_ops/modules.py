@@ -75,9 +75,9 @@ class _TuckerConv(FactorizedConv):
     def _op_factors(self) -> dict[str, Tensor]:
         return {**super()._op_factors(), "core": self._core().detach()}
 
-    def _is_winograd(self) -> bool:
+    def _has_unit_window(self) -> bool:
         stride, _, dilation = self._window
-        return self._core().shape[2:] == (3, 3) and stride == (1, 1) and dilation == (1, 1)
+        return stride == dilation == (1, 1)
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         r1, r2 = self.rank

@@ -57,10 +57,10 @@ def input_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(next(size for kind, size in shape.items() if type(module).__name__.endswith(kind)), dtype=dtype)
 
 
-def packed_for(call: Call, winograd: bool = True) -> Tensor:
+def packed_for(call: Call) -> Tensor:
     tensors, problem = call.tensors, call.problem
-    fits = problem.kernel == (3, 3) and problem.stride == problem.dilation == (1, 1)
-    return _C.prepare(tensors["in_factor"], tensors.get("core"), tensors["out_factor"], winograd and fits)
+    unit_window = problem.stride == problem.dilation == (1, 1)
+    return _C.prepare(tensors["in_factor"], tensors.get("core"), tensors["out_factor"], unit_window)
 
 
 def run_prepared(call: Call, packed: Tensor) -> Tensor:
@@ -85,6 +85,7 @@ def assert_used(call: Call, packed: Tensor) -> None:
 PROBLEMS = {
     "3x3": dict(kernel=(3, 3), padding=(1, 1), n=2, h=9, w=13, s=33, r1=17, r2=66, t=70),
     "vectors": dict(kernel=(3, 3), padding=(1, 1), n=2, h=8, w=8, s=64, r1=32, r2=64, t=64),
+    "line": dict(kernel=(1, 7), padding=(0, 3), n=2, h=5, w=40, s=33, r1=17, r2=66, t=70),
     "window": dict(kernel=(3, 2), s=5, r1=3, r2=2, t=4, **WINDOW),
     "one": dict(kernel=(1, 1), s=1, r1=1, r2=1, t=1, n=1, h=17, w=1),
     "rows": dict(kernel=(3, 3), n=40, h=3, w=3, s=1100, r1=520, r2=2, t=70),
@@ -107,7 +108,7 @@ def test_bitwise_the_ordinary_op(
     call = Problem(op, dtype=dtype, layout=layout, activation="silu", **PROBLEMS[sizes]).make()
     packed = packed_for(call)
     try:
-        for choice in ("2x2", "4x4", "never"):
+        for choice in ("2x2", "4x4", "line", "never"):
             _C.set_cpu_winograd(choice)
             for count in (1, 3):
                 threads(count)

@@ -107,6 +107,66 @@ def test_bitwise_equal_for_any_number_of_threads(
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps", [3, 4, 5, 7, 10, 64])
+@pytest.mark.parametrize("ranks", [(5, 3), (8, 8), (16, 32), (32, 65), (33, 17)], ids=str)
+def test_lines(winograd: Callable[[str], None], ranks: tuple[int, int], taps: int, dtype: torch.dtype) -> None:
+    """Kernels of any length along the width: groups of three taps, the last one cut or whole."""
+    winograd("line")
+    for width, padding, layout in [(1, taps // 2, 0), (taps, 0, 1), (61, taps // 2, 1), (150, 2, 0)]:
+        if width + 2 * padding < taps:
+            continue
+        one = problem(
+            n=2, h=3, w=width, kernel=(1, taps), padding=(1, padding), stride=(2, 1), dtype=dtype,
+            layout=LAYOUTS[layout], s=20, r1=ranks[0], r2=ranks[1], t=12, activation="silu", seed=taps,
+        )  # fmt: skip
+        assert kernel_of(one).endswith("_winograd_line") == (min(ranks) >= 8)
+        call = one.make()
+        assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lines_in_every_instruction_set(winograd: Callable[[str], None], isa: str, dtype: torch.dtype) -> None:
+    winograd("line")
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError as error:
+        pytest.skip(f"not on this CPU: {error}")
+    try:
+        for ranks in ((15, 33), (32, 48)):
+            call = problem(h=1, w=70, kernel=(1, 11), padding=(0, 5), s=20, r1=ranks[0], r2=ranks[1], t=20, dtype=dtype)
+            assert_output(made := call.make(), made.run())
+    finally:
+        _C.set_cpu_isa("")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("height", [1, 6])
+def test_lines_are_bitwise_equal_for_any_number_of_threads(
+    winograd: Callable[[str], None], height: int, dtype: torch.dtype
+) -> None:
+    winograd("line")
+    call = problem(
+        n=1, h=height, w=400 // height, kernel=(1, 20), padding=(0, 9), s=96, r1=96, r2=112, t=96, dtype=dtype
+    ).make()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(call.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_auto_takes_lines(fused_policy: None) -> None:
+    one = problem(n=1, h=1, w=64, kernel=(1, 64), padding=(0, 32), s=128, r1=32, r2=32, t=128)
+    assert kernel_of(one).endswith("_winograd_line")
+    for change in (dict(stride=(1, 2)), dict(dilation=(1, 2)), dict(kernel=(1, 2)), dict(kernel=(2, 20), h=2)):
+        assert "winograd" not in kernel_of(replace(one, **change)), change
+
+
 @pytest.mark.parametrize("outputs", ["2x2", "4x4"])
 def test_only_where_it_can_be_used(winograd: Callable[[str], None], outputs: str) -> None:
     winograd(outputs)
@@ -185,5 +245,5 @@ def test_how_far_a_nan_reaches(winograd: Callable[[str], None], outputs: str) ->
 
 
 def test_unknown_choice_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be one of auto, never, 2x2, 4x4 .* got 'sometimes'"):
+    with pytest.raises(ValueError, match=r"must be one of auto, never, 2x2, 4x4, line .* got 'sometimes'"):
         _C.set_cpu_winograd("sometimes")

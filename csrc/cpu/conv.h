@@ -131,7 +131,7 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
   const CpuTile& t = block.tile;
   const int64_t column_tiles = (p.ow + t.columns - 1) / t.columns;
   // Winograd's patches are the same ones for any number of strips.
-  const int64_t strip = round_up((p.oh + t.strips - 1) / t.strips, std::max<int64_t>(t.winograd, 1));
+  const int64_t strip = round_up((p.oh + t.strips - 1) / t.strips, patch_of(t.winograd).rows);
   const int64_t strips = (p.oh + strip - 1) / strip;
   const int64_t tile_bytes = t.rows * t.columns * block.tile_columns() * element_bytes(block.engine.kernels->element);
   const int64_t extra_bytes = extra_bytes_of(t.team);

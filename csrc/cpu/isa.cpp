@@ -63,19 +63,24 @@ Choice& current() {
   return choice;
 }
 
-CpuCaps::Winograd parse_winograd(const std::string& choice) {
-  if (choice == "auto") return CpuCaps::kAuto;
-  if (choice == "never") return CpuCaps::kNever;
-  if (choice == "2x2") return CpuCaps::k2x2;
-  if (choice == "4x4") return CpuCaps::k4x4;
-  TORCH_CHECK_VALUE(false,
-                    "lowrank_ops: Winograd must be one of auto, never, 2x2, 4x4 (LOWRANK_OPS_CPU_WINOGRAD or "
-                    "set_cpu_winograd), got '",
-                    choice, "'");
+struct WinogradChoice {
+  bool automatic;
+  Winograd winograd;
+};
+
+WinogradChoice parse_winograd(const std::string& choice) {
+  if (choice == "auto") return {true, Winograd::kNone};
+  std::string known = "auto";
+  for (const Winograd winograd : {Winograd::kNone, Winograd::k2x2, Winograd::k4x4, Winograd::kLine}) {
+    if (choice == patch_of(winograd).name) return {false, winograd};
+    known += std::string(", ") + patch_of(winograd).name;
+  }
+  TORCH_CHECK_VALUE(false, "lowrank_ops: Winograd must be one of ", known,
+                    " (LOWRANK_OPS_CPU_WINOGRAD or set_cpu_winograd), got '", choice, "'");
 }
 
-CpuCaps::Winograd& current_winograd() {
-  static CpuCaps::Winograd choice = [] {
+WinogradChoice& current_winograd() {
+  static WinogradChoice choice = [] {
     const char* wanted = std::getenv("LOWRANK_OPS_CPU_WINOGRAD");
     return parse_winograd(wanted ? wanted : "auto");
   }();
@@ -127,7 +132,8 @@ CpuCaps cpu_caps() {
   caps.threads = at::get_num_threads();
   caps.amx = choice.brgemm_bfloat16;
   caps.bfloat16_dot = choice.brgemm_bfloat16 || choice.table->compute_bfloat16->gemm != nullptr;
-  caps.winograd = current_winograd();
+  caps.winograd_auto = current_winograd().automatic;
+  caps.winograd = current_winograd().winograd;
   return caps;
 }
 

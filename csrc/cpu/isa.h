@@ -33,9 +33,9 @@ inline CpuCaps measured_caps(CpuCaps caps, bool prepared) {
 // that AMX needs and to compare speeds.
 void set_cpu_isa(const std::string& isa);
 
-// Where Winograd's transform can be used (3x3 cores of stride 1): "auto" where it is predicted to pay, "never", "2x2"
-// and "4x4" wherever patches of so many outputs can be. The environment variable LOWRANK_OPS_CPU_WINOGRAD does the same
-// at start. Not to be called while an op runs.
+// Where Winograd's transforms are used (Tucker's cores of stride 1): "auto" where they are predicted to pay, "never",
+// or "2x2", "4x4", "line" (plan/patches.h): this one wherever it can be. The environment variable
+// LOWRANK_OPS_CPU_WINOGRAD does the same at start. Not to be called while an op runs.
 void set_cpu_winograd(const std::string& choice);
 
 }  // namespace lowrank_ops

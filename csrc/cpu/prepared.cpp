@@ -26,7 +26,7 @@ struct Record {
 // At the start of the tensor; offsets in bytes, 0 where there is no such part.
 struct Header {
   Record record;
-  int64_t in_factor, core, winograd_2x2, winograd_4x4, out_factor;
+  int64_t in_factor, core, winograd[4], out_factor;
 };
 
 Record::Factor identity(const at::Tensor& factor) {
@@ -58,36 +58,38 @@ static_assert(sizeof(Record) == sizeof(int64_t) * (5 + 3 * 10), "records are com
 }  // namespace
 
 at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
-                   bool winograd) {
+                   bool unit_window) {
   const DType dtype = dtype_of(in_factor.scalar_type());
   const Engine engine = engine_for(dtype);
   PackedWeight in_weight = pack_matrix(in_factor, dtype, engine);
   PackedWeight out_weight = pack_matrix(out_factor, dtype, engine);
-  std::optional<PackedWeight> core_weight, winograd_2x2, winograd_4x4;
+  std::optional<PackedWeight> core_weight, winograd_weights[4];
   if (core) {
-    const int64_t r2 = core->size(0), r1 = core->size(1), taps = core->size(2) * core->size(3);
+    Problem p;
+    p.dtype = dtype;
+    p.r2 = core->size(0);
+    p.r1 = core->size(1);
+    p.kh = core->size(2);
+    p.kw = core->size(3);
     const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
-    core_weight.emplace(pack_core(core_rows, r2, taps, r1, dtype, engine));
-    // The transforms that some image size might take.
-    const auto pack_patches = [&](std::optional<PackedWeight>& weight, const WinogradKernels& kernels) {
-      if (winograd && winograd_fits(r1, r2, dtype, cpu_caps(), kernels.outputs))
-        weight.emplace(pack_winograd(kernels, core_rows, r1, r2, dtype, engine));
-    };
-    pack_patches(winograd_2x2, engine.kernels->winograd_2x2);
-    pack_patches(winograd_4x4, engine.kernels->winograd_4x4);
+    core_weight.emplace(pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, dtype, engine));
+    for (const Winograd winograd : kPatches)  // those that some image size might take
+      if (unit_window && winograd_fits(p, cpu_caps(), winograd))
+        winograd_weights[int(winograd)].emplace(pack_winograd(winograd, core_rows, p, engine));
   }
-  Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, 0, 0, 0};
+  Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, {}, 0};
   struct Part {
     PackedWeight* weight;
     int64_t* offset;
   };
   const auto if_any = [](std::optional<PackedWeight>& weight) { return weight ? &*weight : nullptr; };
-  const std::array<Part, 5> parts = {{{&in_weight, &header.in_factor},
+  const std::array<Part, 6> parts = {{{&in_weight, &header.in_factor},
                                       {if_any(core_weight), &header.core},
-                                      {if_any(winograd_2x2), &header.winograd_2x2},
-                                      {if_any(winograd_4x4), &header.winograd_4x4},
+                                      {if_any(winograd_weights[1]), &header.winograd[1]},
+                                      {if_any(winograd_weights[2]), &header.winograd[2]},
+                                      {if_any(winograd_weights[3]), &header.winograd[3]},
                                       {&out_weight, &header.out_factor}}};
-  std::array<PackedWeight*, 5> weights;
+  std::array<PackedWeight*, 6> weights;
   int64_t end = Scratch::padded(sizeof(Header));
   for (size_t i = 0; i < parts.size(); ++i) {
     weights[i] = parts[i].weight;
@@ -116,7 +118,9 @@ Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, con
   const Record record = record_of(in_factor, core, out_factor, engine_for(dtype_of(in_factor.scalar_type())));
   if (std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
   const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
-  return {at(header.in_factor), at(header.core), at(header.winograd_2x2), at(header.winograd_4x4),
+  return {at(header.in_factor),
+          at(header.core),
+          {nullptr, at(header.winograd[1]), at(header.winograd[2]), at(header.winograd[3])},
           at(header.out_factor)};
 }
 

@@ -14,18 +14,16 @@ namespace lowrank_ops {
 // Panels packed before; nullptr: to be packed in the call.
 struct Prepared {
   const char* in_factor = nullptr;
-  const char* core = nullptr;          // Tucker
-  const char* winograd_2x2 = nullptr;  // Tucker, where that transform can be used
-  const char* winograd_4x4 = nullptr;
+  const char* core = nullptr;    // Tucker
+  const char* winograd[4] = {};  // Tucker, where that transform can be used (by Winograd)
   const char* out_factor = nullptr;
-  const char* winograd(int64_t outputs) const { return outputs == 4 ? winograd_4x4 : winograd_2x2; }
 };
 
-// Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `winograd` says whether its window (3x3 of
-// stride and dilation 1) may be run by that transform too. Factors: on the CPU, of one dtype, no inference tensors
+// Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `unit_window` says that stride and
+// dilation are 1, so that Winograd's transforms may run it too. Factors: on the CPU, of one dtype, no inference tensors
 // (they have no version).
 at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
-                   bool winograd);
+                   bool unit_window);
 
 // What of `packed` can be used for these factors now: all of it or nothing.
 Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, const at::Tensor* core,

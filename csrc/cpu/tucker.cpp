@@ -18,13 +18,13 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
-  PackedWeight core_weight = tile.winograd
-                                 ? pack_winograd(engine.kernels->winograd(tile.winograd), core_rows, p.r1, p.r2,
-                                                 p.dtype, engine, prepared.winograd(tile.winograd))
-                                 : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
-  const DType hidden_type = tile.winograd ? engine.kernels->accumulator : engine.kernels->element;
+  const bool transforms = tile.winograd != Winograd::kNone;
+  PackedWeight core_weight =
+      transforms ? pack_winograd(tile.winograd, core_rows, p, engine, prepared.winograd[int(tile.winograd)])
+                 : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
+  const DType hidden_type = transforms ? engine.kernels->accumulator : engine.kernels->element;
   const ConvBlock block{engine, p, tile, input, output, in_weight, &core_weight, out_weight, bias_sums, hidden_type};
-  if (tile.winograd) {
+  if (transforms) {
     const WinogradCore winograd(core_weight, p, tile, engine);
     run_conv(
         block, [&](int64_t threads) { return winograd.scratch_bytes(threads); },

@@ -1,23 +1,25 @@
-// Tucker's core stage by Winograd's F(m x m, 3x3), m = 2 or 4 (kernels/winograd.h): 16 products for 4 outputs instead
-// of 36, or 36 for 16 outputs instead of 144. Where which is used says the planner (CpuTile::winograd).
+// Tucker's core stage by Winograd's transforms (kernels/winograd.h): F(m x m, 3x3) for 3x3 cores, 16 products for 4
+// outputs instead of 36 (m = 2) or 36 for 16 outputs instead of 144 (m = 4), and F(3, 3) along a line of 1xKW taps, 5
+// for every 3 outputs and 3 taps instead of 9. Where which is used says the planner (CpuTile::winograd).
 //
 //   hidden rows --input transform--> [places, patches, R1] --a GEMM a place--> [places, patches, R2] --output
-//   transform--> tile                                                                                          (m +
-//   2)^2 places
+//   transform--> tile
 //
-// A patch is [m + 2, m + 2] hidden values and gives [m, m] outputs. Patches start at multiples of m of the image's rows
-// and columns, whatever the strips and tiles are, which begin there too, so that the bits of a result do not depend on
-// the threads. The hidden rows are kept as fp32 sums: in bf16 they are rounded once, after the transform, instead of
-// before it.
+// Patches overlap by two rows and columns of hidden values. They start at multiples of their outputs in the image,
+// whatever the strips and tiles are, which begin there too, so that the bits of a result do not depend on the threads.
+// A line's patch is also what an earlier patch needs for its next three taps: transformed once, and the GEMM of a place
+// runs over KW / 3 neighbours, its depth KW / 3 * R1. The hidden rows are kept as fp32 sums: in bf16 they are rounded
+// once, after the transform, instead of before it.
 #pragma once
 
 #include "cpu/conv.h"
 
 namespace lowrank_ops {
 
-// The transformed core, packed: [R2, places, R1]. `core()` is [R2, 3, 3, R1] in memory.
-PackedWeight pack_winograd(const WinogradKernels& kernels, c10::function_ref<at::Tensor()> core, int64_t r1, int64_t r2,
-                           DType dtype, const Engine& engine, const char* prepared = nullptr);
+// The transformed core, packed: [R2, places, groups of taps, R1]. `core()` is [R2, KH, KW, R1] in memory; of the
+// problem ranks, kernel and dtype are read.
+PackedWeight pack_winograd(Winograd winograd, c10::function_ref<at::Tensor()> core, const Problem& problem,
+                           const Engine& engine, const char* prepared = nullptr);
 
 class WinogradCore {
  public:
@@ -33,7 +35,8 @@ class WinogradCore {
   const Engine& engine_;
   const WinogradKernels& kernels_;
   const PackedWeight& weight_;
-  int64_t channels_, most_patches_;
+  const Patch patch_;
+  int64_t groups_, channels_, most_patches_, most_inputs_;
 };
 
 }  // namespace lowrank_ops

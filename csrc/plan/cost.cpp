@@ -19,19 +19,24 @@ Stages multiply_adds(const Problem& p, double in_pixels) {
   return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
 }
 
-// An image's patches by Winograd, and the additions of their transforms: 24 for a patch of 2x2 outputs and channel, 140
-// for one of 4x4 (kernels/winograd.h).
-double winograd_patches(const Problem& p, int64_t outputs) {
-  return double(ceil_div(p.oh, outputs)) * double(ceil_div(p.ow, outputs));
+// An image's patches by Winograd, and the additions of their transforms for one channel in and one out
+// (kernels/winograd.h).
+double winograd_patches(const Problem& p, Winograd winograd) {
+  const Patch patch = patch_of(winograd);
+  return double(ceil_div(p.oh, patch.rows)) * double(ceil_div(p.ow, patch.columns));
 }
-double winograd_sums(const Problem& p, int64_t outputs) {
-  return (outputs == 2 ? 24 : 140) * winograd_patches(p, outputs) * double(p.r1 + p.r2);
+double winograd_sums(const Problem& p, Winograd winograd) {
+  const double sums = winograd == Winograd::k2x2 ? 24 : winograd == Winograd::k4x4 ? 140 : 10;
+  return sums * winograd_patches(p, winograd) * double(p.r1 + p.r2);
 }
 
 Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
   Stages stages = multiply_adds(p, in_pixels);
-  if (const int64_t m = tile.winograd)
-    stages.middle = double((m + 2) * (m + 2)) * winograd_patches(p, m) * p.r1 * p.r2 + winograd_sums(p, m);
+  const Winograd winograd = tile.winograd;
+  if (winograd != Winograd::kNone)
+    stages.middle =
+        double(patch_of(winograd).places * tap_groups(winograd, p.kw)) * winograd_patches(p, winograd) * p.r1 * p.r2 +
+        winograd_sums(p, winograd);
   return stages;
 }
 
@@ -116,7 +121,8 @@ double seconds(const Features& features, const Features& constants) {
 }  // namespace
 
 Features fused_features(const Problem& p, const CpuTile& tile) {
-  const double depthwise = p.n * (tile.winograd ? winograd_sums(p, tile.winograd) : depthwise_sums(p));
+  const double depthwise =
+      p.n * (tile.winograd == Winograd::kNone ? depthwise_sums(p) : winograd_sums(p, tile.winograd));
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
   return {1,
           fused_flops(p, tile) / 2 - depthwise,

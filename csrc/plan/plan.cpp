@@ -50,52 +50,47 @@ constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;      // Winograd: rows of its GEMMs; where these are deep enough,
 constexpr int64_t kLargePatchesPerStep = 8;  // places of 4x4 outputs that stay near count for more
-constexpr int64_t kFewestRanks = 8;          // Winograd 4x4: below, its errors exceed twice those of the direct sum
+constexpr int64_t kFewestRanks = 8;          // Winograd 4x4 and lines: shorter sums do not average their errors enough
 // What a thread could have done while it waits for the others once. A wait takes 0.7 us on two Zen 4 cores (6e4 in
 // fp32, 1e5 in bf16); the rest is for cores that other processes use too.
 constexpr double kWaitMultiplyAdds = 2e5;
 
-// What the core stage of an image takes by Winograd's F(outputs x outputs, 3x3), 0: directly, in multiply-adds.
-// Winograd saves 5 of 9 products an output (2x2) or 3 of 4 (4x4), and costs transforms of hidden values and sums and
-// more weight to transform, pack and read.
-double core_cost(const Problem& p, bool prepared, int64_t outputs) {
+// What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
+// or 4 of 9 (lines), and costs transforms of hidden values and sums and more weight to transform, pack and read.
+double core_cost(const Problem& p, bool prepared, Winograd winograd) {
   const double values = double(p.r1) * p.r2;
-  if (outputs == 0) return double(p.oh) * p.ow * 9 * values;
-  const double places = double((outputs + 2) * (outputs + 2));
-  const double patches = double(ceil_div(p.oh, outputs)) * ceil_div(p.ow, outputs);
+  if (winograd == Winograd::kNone) return double(p.oh) * p.ow * p.kh * p.kw * values;
+  const Patch patch = patch_of(winograd);
+  const double products = double(patch.places) * tap_groups(winograd, p.kw) * values;
+  const double patches = double(ceil_div(p.oh, patch.rows)) * ceil_div(p.ow, patch.columns);
   // What a transform of one value costs an output, what one value of the weight costs more than in the direct core:
   // transformed and packed (measured at 512 channels, 7x7), or, prepared, only read.
   const double transform = p.dtype == DType::kFloat ? 16 : 32;
   const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 6 : 14;
   // Packing it keeps the other threads of a small call waiting.
   const double call = prepared ? 0 : 3e5;
-  return patches * (places * values + double(outputs * outputs) * transform * double(p.r1 + p.r2)) +
-         (weight * places * values + call) / double(std::max<int64_t>(p.n, 1));
+  return patches * (products + double(patch.rows * patch.columns) * transform * double(p.r1 + p.r2)) +
+         (weight * products + call) / double(std::max<int64_t>(p.n, 1));
 }
 
-// How the core is to be run: outputs of Winograd's patches, what is predicted to be fastest first; the direct way, 0,
-// always fits and comes last.
-std::array<int64_t, 3> core_ways(const Problem& p, const CpuCaps& caps, bool prepared) {
-  const bool window = p.op == Op::kTucker && p.kh == 3 && p.kw == 3 && p.stride[0] == 1 && p.stride[1] == 1 &&
-                      p.dilation[0] == 1 && p.dilation[1] == 1;
-  const auto pays = [&](int64_t outputs, CpuCaps::Winograd forced) {
-    return window && winograd_fits(p.r1, p.r2, p.dtype, caps, outputs) &&
-           (caps.winograd == forced ||
-            (caps.winograd == CpuCaps::kAuto && core_cost(p, prepared, outputs) < core_cost(p, prepared, 0)));
-  };
-  const bool small = pays(2, CpuCaps::k2x2), large = pays(4, CpuCaps::k4x4);
-  if (small && large && core_cost(p, prepared, 2) <= core_cost(p, prepared, 4)) return {2, 4, 0};
-  if (large) return {4, small ? 2 : 0, 0};
-  return {small ? 2 : 0, 0, 0};
-}
-
-int64_t multiple_of_rows(const CpuTile& tile) {
-  return std::max<int64_t>(tile.winograd, 1);
+// How the core is to be run, what is predicted to be fastest first; the direct way, which always fits, comes last.
+std::array<Winograd, 3> core_ways(const Problem& p, const CpuCaps& caps, bool prepared) {
+  std::array<Winograd, 3> ways{};  // a window has two kinds of patches at most
+  if (p.op != Op::kTucker) return ways;
+  int count = 0;
+  for (const Winograd winograd : kPatches)
+    if (winograd_fits(p, caps, winograd) &&
+        (caps.winograd_auto ? core_cost(p, prepared, winograd) < core_cost(p, prepared, Winograd::kNone)
+                            : caps.winograd == winograd))
+      ways[count++] = winograd;
+  if (count == 2 && core_cost(p, prepared, ways[1]) < core_cost(p, prepared, ways[0])) std::swap(ways[0], ways[1]);
+  return ways;
 }
 
 // What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread.
 double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
-  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), multiple_of_rows(tile)), strips = ceil_div(p.oh, strip);
+  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), patch_of(tile.winograd).rows),
+                strips = ceil_div(p.oh, strip);
   const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns) * strips;
   double largest = 0;
   for (int64_t first = 0; first < p.oh; first += strip)
@@ -113,7 +108,7 @@ double packing_wait(const Problem& p) {
 // How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
 template <typename ScratchBytes>
 void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratch, CpuTile& tile) {
-  const int64_t even = multiple_of_rows(tile);
+  const int64_t even = patch_of(tile.winograd).rows;
   CpuTile team = tile;
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
   // than it takes to keep every thread busy.
@@ -128,7 +123,7 @@ void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratc
   while (team.rows + even <= p.oh && scratch(team.rows + even, team.columns) <= caps.l2_bytes / 2) team.rows += even;
   const int64_t steps = ceil_div(p.oh, team.rows);
   team.rows = round_up(ceil_div(p.oh, steps), even);
-  const double waits = double(tasks) * double(steps) * (tile.winograd ? 4 : 3);
+  const double waits = double(tasks) * double(steps) * (tile.winograd == Winograd::kNone ? 3 : 4);
   const double shared = fused_flops(p, team) / 2 / double(caps.threads) + waits * kWaitMultiplyAdds;
   if (shared < busiest_thread(p, tile, caps.threads) + (tile.prepared ? 0 : packing_wait(p))) {
     tile = team;
@@ -179,8 +174,13 @@ CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   return tile;
 }
 
-// `winograd`: outputs of its patches, 0: the direct core.
-CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, int64_t winograd) {
+// Half of L2 for the tiles; the other half for weights streaming by and the input. Parts of a line compute the hidden
+// values that its taps share twice: as few as possible.
+int64_t most_scratch(const CpuCaps& caps, Winograd winograd) {
+  return winograd == Winograd::kLine ? caps.l2_bytes / 4 * 3 : caps.l2_bytes / 2;
+}
+
+CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd winograd) {
   const auto [converted, element, sum, r1, r2] = Sizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
@@ -189,41 +189,43 @@ CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, int64_t 
   // Asking for what is in L2 costs up to 2 % of a call; not asking for what is not, 5 %.
   tile.far = block_bytes(p) > 1.25 * double(caps.l2_bytes);
   tile.winograd = winograd;
+  const bool transforms = winograd != Winograd::kNone;
+  const Patch patch = patch_of(winograd);
   // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
-  const int64_t hidden = p.op == Op::kCP || tile.winograd ? sum : element;
+  const int64_t hidden = p.op == Op::kCP || transforms ? sum : element;
   // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
   const bool staged = p.layout == Layout::kContiguous || converted;
   const auto scratch = [&](int64_t tile_rows, int64_t tile_columns) {
     const int64_t span = columns.span(tile_columns);
-    const int64_t patches = winograd ? ceil_div(tile_rows, winograd) * ceil_div(tile_columns, winograd) : 0;
-    return patches * (winograd + 2) * (winograd + 2) * (r1 * element + std::min<int64_t>(r2, 64) * sum) +
+    const int64_t patch_rows = ceil_div(tile_rows, patch.rows), row_patches = ceil_div(tile_columns, patch.columns);
+    const int64_t inputs = patch_rows * (row_patches + tap_groups(winograd, p.kw) - 1);
+    return patch.places * (inputs * r1 * element + patch_rows * row_patches * std::min<int64_t>(r2, 64) * sum) +
            rows.span(tile_rows) * span * r1 * hidden + tile_rows * tile_columns * r2 * element +
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
-  if (winograd) {
-    const int64_t patches = winograd == 4 && r1 > kAlign ? kLargePatchesPerStep : kPatchesPerStep;
-    tile.rows =
-        winograd * std::clamp<int64_t>(ceil_div(patches, ceil_div(p.ow, winograd)), 1, ceil_div(p.oh, winograd));
+  if (transforms) {
+    const int64_t patches = winograd == Winograd::k4x4 && r1 > kAlign ? kLargePatchesPerStep : kPatchesPerStep;
+    tile.rows = patch.rows *
+                std::clamp<int64_t>(ceil_div(patches, ceil_div(p.ow, patch.columns)), 1, ceil_div(p.oh, patch.rows));
   } else {
     tile.rows = std::clamp<int64_t>(ceil_div(kPixelsPerStep, p.ow), 1, p.oh);
   }
   tile.columns = p.ow;
-  const int64_t multiple = multiple_of_rows(tile);
   // What a step touches of input and output has to stay in L2 beside its tile until it is used.
   const auto footprint = [&](int64_t tile_rows) {
     const int64_t touched = tile_rows * tile.columns * (p.s + p.t) * element;
     return scratch(tile_rows, tile.columns) + (tile.far ? touched : 0);
   };
   const auto fits = [&](int64_t tile_rows) { return footprint(tile_rows) <= caps.l2_bytes / 4 * 3; };
-  // Half of L2 for the tiles; the other half for weights streaming by and the input. Winograd's many places leave less.
+  // Winograd's many places leave less.
   const auto too_large = [&] {
-    return scratch(tile.rows, tile.columns) > caps.l2_bytes / 2 ||
-           (winograd == 4 && footprint(tile.rows) > caps.l2_bytes / 5 * 3);
+    return scratch(tile.rows, tile.columns) > most_scratch(caps, winograd) ||
+           (winograd == Winograd::k4x4 && footprint(tile.rows) > caps.l2_bytes / 5 * 3);
   };
-  while (winograd && too_large() && tile.rows > winograd)
-    tile.rows = round_up(tile.rows / 2, winograd);  // large ranks: fewer patches for each reading of the weights
+  while (transforms && too_large() && tile.rows > patch.rows)
+    tile.rows = round_up(tile.rows / 2, patch.rows);  // large ranks: fewer patches for each reading of the weights
   for (int64_t parts = 2; too_large() && tile.columns > kFewestColumns; ++parts)
-    tile.columns = round_up(ceil_div(p.ow, parts), multiple);
+    tile.columns = round_up(ceil_div(p.ow, parts), patch.columns);
   // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
   const bool shares_rows = p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1;
   if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
@@ -235,20 +237,34 @@ CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, int64_t 
 
 }  // namespace
 
-bool winograd_fits(int64_t r1, int64_t r2, DType dtype, const CpuCaps& caps, int64_t outputs) {
-  const bool own_type = dtype == DType::kFloat || (dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
-  if (outputs == 2) return own_type;
-  return dtype == DType::kFloat && std::min(r1, r2) >= kFewestRanks && 36 * r1 * r2 * 4 <= 3 * caps.l2_bytes;
+bool winograd_fits(const Problem& p, const CpuCaps& caps, Winograd winograd) {
+  // The transforms round to the weight's own type, and exist where elements are of that type.
+  const bool own_type = p.dtype == DType::kFloat || (p.dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
+  const bool unit_columns = p.stride[1] == 1 && p.dilation[1] == 1;
+  const bool square = unit_columns && p.stride[0] == 1 && p.dilation[0] == 1 && p.kh == 3 && p.kw == 3;
+  const bool long_sums = std::min(p.r1, p.r2) >= kFewestRanks;
+  switch (winograd) {
+    case Winograd::k2x2:
+      return own_type && square;
+    case Winograd::k4x4:
+      return p.dtype == DType::kFloat && square && long_sums && 36 * p.r1 * p.r2 * 4 <= 3 * caps.l2_bytes;
+    case Winograd::kLine:
+      return own_type && unit_columns && p.kh == 1 && p.kw >= 3 && long_sums;
+    case Winograd::kNone:
+      break;
+  }
+  return false;
 }
 
 CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   if (p.op == Op::kLinear) return linear_tile(p, caps, prepared);
-  for (const int64_t winograd : core_ways(p, caps, prepared)) {
+  for (const Winograd winograd : core_ways(p, caps, prepared)) {
     const CpuTile tile = conv_tile(p, caps, prepared, winograd);
     // Ranks may be too large for all the places even of the narrowest tile.
-    if (winograd == 0 || caps.winograd != CpuCaps::kAuto || tile.scratch_bytes <= caps.l2_bytes / 2) return tile;
+    if (winograd == Winograd::kNone || !caps.winograd_auto || tile.scratch_bytes <= most_scratch(caps, winograd))
+      return tile;
   }
-  return conv_tile(p, caps, prepared, 0);
+  return conv_tile(p, caps, prepared, Winograd::kNone);
 }
 
 namespace {
@@ -258,7 +274,7 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
   if (p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)) kernel += "_converted";
   if (tile.unpacked) kernel += "_unpacked";
   if (tile.depth > 0) kernel += "_streamed";
-  if (tile.winograd) kernel += tile.winograd == 4 ? "_winograd_4x4" : "_winograd_2x2";
+  if (tile.winograd != Winograd::kNone) kernel += std::string("_winograd_") + patch_of(tile.winograd).name;
   return kernel;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/geometry.h"
+#include "plan/patches.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {
@@ -21,22 +22,23 @@ struct CpuCaps {
   int64_t threads = 1;          // at::get_num_threads() at the time of the call
   bool bfloat16_dot = false;    // bf16 products without conversion (avx512_bf16 or AMX)
   bool amx = false;
-  enum Winograd { kNever, kAuto, k2x2, k4x4 } winograd = kAuto;  // 2x2, 4x4: wherever these outputs can be used
+  bool winograd_auto = true;            // Winograd's transform is used where it pays;
+  Winograd winograd = Winograd::kNone;  // otherwise this one, wherever it can be used
 };
 
 // How the fused kernel cuts a problem. Scratch is a thread's (of a team: its share): intermediates live there and
 // nowhere else.
 struct CpuTile {
-  int64_t rows = 1;       // output rows (linear: rows of the input) that go through all stages together
-  int64_t columns = 1;    // output columns of a task
-  int64_t strips = 1;     // tasks along the height of an image
-  int64_t team = 1;       // threads that share every stage of a task; 1: each thread has tasks of its own
-  bool unpacked = false;  // linear: few rows, dot products with the weights where they lie
-  int64_t depth = 0;      // linear: so much of the depth of a weight is packed at a time; 0: all of it
-  int64_t winograd = 0;   // Tucker: the core by F(m x m, 3x3); rows and columns are multiples of m then
-  bool prepared = false;  // the weights were packed before the call
-  bool far = false;       // input and output are beyond L2: asked for ahead of their use,
-  bool ahead = false;     // and through all of a step, as what a step touches of them fits L2 beside the tile
+  int64_t rows = 1;                     // output rows (linear: rows of the input) that go through all stages together
+  int64_t columns = 1;                  // output columns of a task
+  int64_t strips = 1;                   // tasks along the height of an image
+  int64_t team = 1;                     // threads that share every stage of a task; 1: each thread has tasks of its own
+  bool unpacked = false;                // linear: few rows, dot products with the weights where they lie
+  int64_t depth = 0;                    // linear: so much of the depth of a weight is packed at a time; 0: all of it
+  Winograd winograd = Winograd::kNone;  // Tucker's core; rows and columns are multiples of its patch
+  bool prepared = false;                // the weights were packed before the call
+  bool far = false;                     // input and output are beyond L2: asked for ahead of their use,
+  bool ahead = false;  // and through all of a step, as what a step touches of them fits L2 beside the tile
   int64_t scratch_bytes = 0;
 };
 
@@ -89,8 +91,8 @@ const char* name_of(DType dtype);
 // `prepared`: the weights were packed before the call, so that this costs nothing.
 CpuTile cpu_tile(const Problem& problem, const CpuCaps& caps, bool prepared = false);
 
-// Whether the core of some image can be run by Winograd's F(outputs x outputs, 3x3), as far as ranks and type tell.
-bool winograd_fits(int64_t r1, int64_t r2, DType dtype, const CpuCaps& caps, int64_t outputs);
+// Whether the core of this block can be run so, for images of some size.
+bool winograd_fits(const Problem& problem, const CpuCaps& caps, Winograd winograd);
 
 // What a call needs of a decision; plan_cpu tells the same with its reasons.
 struct CpuChoice {

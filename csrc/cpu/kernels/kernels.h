@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "plan/patches.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {
@@ -109,12 +110,11 @@ using DotFunction = void (*)(const DotCall&);
 // call). Sums and bias are readable up to whole vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
 
-// Winograd's transforms for m x m outputs (winograd.h). Input: m + 2 rows [columns, channels] of hidden accumulators ->
-// out [(m + 2)^2 places, out_patches, channels] of elements, patches 0 to `patches`, each m columns further. Channels:
-// whole vectors.
-constexpr int kMostPatchOutputs = 4;
+// Winograd's transforms (winograd.h, plan/patches.h). Input: rows [columns, channels] of hidden accumulators -> out
+// [places, out_patches, channels] of elements, patches 0 to `patches`. Channels: whole vectors.
+constexpr int kMostPatchRows = 4;
 struct WinogradInputCall {
-  const void* rows[kMostPatchOutputs + 2];
+  const void* rows[kMostPatchRows + 2];
   int64_t columns;  // that can be read
   int64_t channels;
   int64_t patches, out_patches;
@@ -122,25 +122,23 @@ struct WinogradInputCall {
 };
 using WinogradInputFunction = void (*)(const WinogradInputCall&);
 
-// sums [places, sums_patches, sums_stride] of accumulators -> m rows of `columns` output pixels, elements, `out_stride`
-// apart, `width` channels (whole vectors). Rows beyond the image are nullptr.
+// sums [places, sums_patches, sums_stride] of accumulators -> a patch's rows of `columns` output pixels, elements,
+// `out_stride` apart, `width` channels (whole vectors). Rows beyond the image are nullptr.
 struct WinogradOutputCall {
   const void* sums;
   int64_t sums_patches, sums_stride;
   int64_t patches, columns;
   int64_t width;
-  void* out[kMostPatchOutputs];
+  void* out[kMostPatchRows];
   int64_t out_stride;
 };
 using WinogradOutputFunction = void (*)(const WinogradOutputCall&);
 
 struct WinogradKernels {
-  int64_t outputs = 0;  // m; 0: not there
+  int64_t input_rows = 0;  // 0: not there
   WinogradInputFunction input = nullptr;
   WinogradOutputFunction output = nullptr;
-  PackFunction pack = nullptr;  // rows of 9 taps into a panel of all places
-  int64_t side() const { return outputs + 2; }
-  int64_t places() const { return side() * side(); }
+  PackFunction pack = nullptr;  // rows of taps into a panel of all places
 };
 
 // Kernels for one way to compute. `Element` is the type of tiles and packed weights, `Accumulator` that of sums.
@@ -161,8 +159,7 @@ struct ComputeKernels {
   FinishFunction finish;
   // Of elements with fp32 sums, and of weights of that very type. 4x4 outputs in fp32 only: bf16 errors would be four
   // times those of the direct core.
-  WinogradKernels winograd_2x2, winograd_4x4;
-  const WinogradKernels& winograd(int64_t outputs) const { return outputs == 4 ? winograd_4x4 : winograd_2x2; }
+  WinogradKernels winograd[4] = {};  // indexed by Winograd
 };
 
 struct KernelTable {

@@ -24,8 +24,7 @@ static const ComputeKernels kComputeFloat = {
     {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
     {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
     &finish_sums<float>,
-    winograd_kernels<2, float>(),
-    winograd_kernels<4, float>(),
+    {{}, square_kernels<2, float>(), square_kernels<4, float>(), line_kernels<float>()},
 };
 
 static const ComputeKernels kComputeDouble = {
@@ -60,7 +59,7 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       {nullptr, nullptr, &pack_panel_pairs, nullptr},
       {nullptr, nullptr, dot, nullptr},
       &finish_sums<float>,
-      winograd_kernels<2, BFloat16>(),
+      {{}, square_kernels<2, BFloat16>(), {}, line_kernels<BFloat16>()},
   };
 }
 
