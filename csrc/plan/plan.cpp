@@ -48,7 +48,6 @@ constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its
 constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
 constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
-constexpr int64_t kPanelColumns = 64;        // at most, of a packed weight
 constexpr int64_t kPatchesPerStep = 28;      // Winograd: rows of its GEMMs; where these are deep enough,
 constexpr int64_t kLargePatchesPerStep = 8;  // places of 4x4 outputs that stay near count for more
 constexpr int64_t kFewestRanks = 8;          // Winograd 4x4 and lines: shorter sums do not average their errors enough
@@ -58,18 +57,17 @@ constexpr double kWaitMultiplyAdds = 2e5;
 
 // What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
 // or 4 of 9 (lines), and costs transforms of hidden values and sums and more weight to transform, pack and read.
-double core_cost(const Problem& p, const CpuCaps& caps, bool prepared, Winograd winograd) {
+double core_cost(const Problem& p, bool prepared, Winograd winograd) {
   const double values = double(p.r1) * p.r2;
   if (winograd == Winograd::kNone) return double(p.oh) * p.ow * p.kh * p.kw * values;
   const Patch patch = patch_of(winograd);
   const double products = double(patch.places) * tap_groups(winograd, p.kw) * values;
   const double patches = double(ceil_div(p.oh, patch.rows)) * ceil_div(p.ow, patch.columns);
   // What a transform of one value costs an output, what one value of the weight costs more than in the direct core:
-  // transformed and packed (measured at 512 channels, 7x7), or, prepared, only read.
+  // transformed and packed, or, prepared, only read. In fp32 6 were measured at one thread (512 channels, 7x7) and up
+  // to 40 at two that share a panel: 9 is between. It cannot depend on the threads, as bits must not.
   const double transform = p.dtype == DType::kFloat ? 16 : 32;
-  double weight = prepared ? 4 : p.dtype == DType::kFloat ? 6 : 14;
-  // Threads that share a panel read what another has packed: 10 ns a cache line between two Zen 4 cores.
-  if (!prepared && ceil_div(p.r2, kPanelColumns) < caps.threads) weight += 38;
+  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 9 : 14;
   // Packing it keeps the other threads of a small call waiting.
   const double call = prepared ? 0 : 3e5;
   return patches * (products + double(patch.rows * patch.columns) * transform * double(p.r1 + p.r2)) +
@@ -83,11 +81,10 @@ std::array<Winograd, 3> core_ways(const Problem& p, const CpuCaps& caps, bool pr
   int count = 0;
   for (const Winograd winograd : kPatches)
     if (winograd_fits(p, caps, winograd) &&
-        (caps.winograd_auto ? core_cost(p, caps, prepared, winograd) < core_cost(p, caps, prepared, Winograd::kNone)
+        (caps.winograd_auto ? core_cost(p, prepared, winograd) < core_cost(p, prepared, Winograd::kNone)
                             : caps.winograd == winograd))
       ways[count++] = winograd;
-  if (count == 2 && core_cost(p, caps, prepared, ways[1]) < core_cost(p, caps, prepared, ways[0]))
-    std::swap(ways[0], ways[1]);
+  if (count == 2 && core_cost(p, prepared, ways[1]) < core_cost(p, prepared, ways[0])) std::swap(ways[0], ways[1]);
   return ways;
 }
 
