@@ -139,7 +139,7 @@ class FactorizedModule(nn.Module):
         return {"in_factor": self.in_factor.detach(), "out_factor": self.out_factor.detach()}
 
     def _has_unit_window(self) -> bool:
-        """Whether stride and dilation are 1, as Winograd's transforms need it."""
+        """Whether stride and dilation are 1 along each axis that has taps, as Winograd's transforms need it."""
         return False
 
     @classmethod

@@ -77,7 +77,7 @@ class _TuckerConv(FactorizedConv):
 
     def _has_unit_window(self) -> bool:
         stride, _, dilation = self._window
-        return stride == dilation == (1, 1)
+        return all(k == 1 or s == d == 1 for k, s, d in zip(self._core().shape[2:], stride, dilation, strict=True))
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         r1, r2 = self.rank

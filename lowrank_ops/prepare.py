@@ -63,8 +63,9 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
 
     Returns:
         A `Preparation`: for each factorized module the bytes that its packed weights take (about as much as its
-        factors, for a Tucker block with a 3x3 core up to 2.8 times as much), or why nothing was packed: training mode,
-        another device than the CPU, inference tensors (they have no version counter), computed parameters.
+        factors, for a Tucker block with a 3x3 core in fp32 up to 7 times as much: each way to run the core has its
+        own), or why nothing was packed: training mode, another device than the CPU, inference tensors (they have no
+        version counter), computed parameters.
 
     Raises:
         TypeError: `model` is no nn.Module.

@@ -313,6 +313,16 @@ def test_modules(fused_policy: None, module: nn.Module, dtype: torch.dtype) -> N
         assert torch.equal(module(x), plain) and not calls_prepared(module, x)
 
 
+def test_lines_are_packed_whatever_the_window_does_along_the_height() -> None:
+    options: list[dict[str, Any]] = [{}, {"stride": (2, 1)}, {"dilation": (3, 1)}, {"stride": (1, 2)}]
+    sizes = []
+    for change in options:
+        module = TuckerConv2d(20, 24, (1, 9), 16, padding=(1, 4), **change).eval()
+        sizes.append(prepare_for_inference_(module).bytes)
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert sizes[3] < sizes[0]  # fp32: every instruction set has lines
+
+
 def test_gradients_of_a_prepared_module(module: nn.Module) -> None:
     x = input_of(module)
     wanted = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))

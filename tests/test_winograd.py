@@ -203,7 +203,7 @@ def test_auto_takes_it_for_large_images_and_not_for_a_few_pixels(fused_policy: N
     large = problem(n=1, h=56, w=56, s=256, r1=64, r2=64, t=256)
     assert kernel_of(large).endswith("_winograd_4x4")
     assert kernel_of(replace(large, r1=6, r2=64)).endswith("_winograd_2x2")
-    assert kernel_of(replace(large, r1=256, r2=256)).endswith("_winograd_2x2")  # 36 places of the weight are 9 MB
+    assert "4x4" not in kernel_of(replace(large, r1=2048, r2=2048))  # 36 places of the weight are 600 MB
     assert "winograd" not in kernel_of(replace(large, h=2, w=2))
     _C.set_cpu_winograd("never")
     try:
@@ -227,6 +227,24 @@ def test_large_ranks_take_fewer_rows_of_patches(fused_policy: None, dtype: torch
         assert_output(call, call.run())
     assert all("_winograd" in plan["kernel"] and plan["scratch_bytes"] <= 1 << 19 for plan in plans)
     assert plans[0]["tile_rows"] < plans[1]["tile_rows"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("rank", "size"), [(128, 28), (192, 28), (256, 28), (320, 56), (512, 28)])
+def test_the_choice_does_not_depend_on_the_threads(
+    fused_policy: None, rank: int, size: int, layout: torch.memory_format
+) -> None:
+    """A team shares the places: what is too large for one thread has to be too large for two."""
+    for dtype in DTYPES:
+        one = problem(n=1, h=size, w=size, s=64, r1=rank, r2=rank, t=64, dtype=dtype, layout=layout)
+        threads, kernels = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 3, 4, 8, 16):
+                torch.set_num_threads(count)
+                kernels.append(kernel_of(one))
+        finally:
+            torch.set_num_threads(threads)
+        assert len(set(kernels)) == 1, kernels
 
 
 @pytest.mark.parametrize("outputs", ["2x2", "4x4"])

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstring>
+#include <vector>
 
 #include "cpu/winograd.h"
 #include "plan/plan.h"
@@ -61,9 +62,15 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
                    bool unit_window) {
   const DType dtype = dtype_of(in_factor.scalar_type());
   const Engine engine = engine_for(dtype);
-  PackedWeight in_weight = pack_matrix(in_factor, dtype, engine);
-  PackedWeight out_weight = pack_matrix(out_factor, dtype, engine);
-  std::optional<PackedWeight> core_weight, winograd_weights[4];
+  Header header{};
+  header.record = record_of(in_factor, core ? &*core : nullptr, out_factor, engine);
+  std::vector<PackedWeight> weights;
+  std::vector<int64_t*> offsets;
+  const auto add = [&](PackedWeight weight, int64_t& offset) {
+    weights.push_back(std::move(weight));
+    offsets.push_back(&offset);
+  };
+  add(pack_matrix(in_factor, dtype, engine), header.in_factor);
   if (core) {
     Problem p;
     p.dtype = dtype;
@@ -72,38 +79,27 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
     p.kh = core->size(2);
     p.kw = core->size(3);
     const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
-    core_weight.emplace(pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, dtype, engine));
+    add(pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, dtype, engine), header.core);
     for (const Winograd winograd : kPatches)  // those that some image size might take
       if (unit_window && winograd_fits(p, cpu_caps(), winograd))
-        winograd_weights[int(winograd)].emplace(pack_winograd(winograd, core_rows, p, engine));
+        add(pack_winograd(winograd, core_rows, p, engine), header.winograd[int(winograd)]);
   }
-  Header header{record_of(in_factor, core ? &*core : nullptr, out_factor, engine), 0, 0, {}, 0};
-  struct Part {
-    PackedWeight* weight;
-    int64_t* offset;
-  };
-  const auto if_any = [](std::optional<PackedWeight>& weight) { return weight ? &*weight : nullptr; };
-  const std::array<Part, 6> parts = {{{&in_weight, &header.in_factor},
-                                      {if_any(core_weight), &header.core},
-                                      {if_any(winograd_weights[1]), &header.winograd[1]},
-                                      {if_any(winograd_weights[2]), &header.winograd[2]},
-                                      {if_any(winograd_weights[3]), &header.winograd[3]},
-                                      {&out_weight, &header.out_factor}}};
-  std::array<PackedWeight*, 6> weights;
+  add(pack_matrix(out_factor, dtype, engine), header.out_factor);
+
+  std::vector<PackedWeight*> to_pack;
   int64_t end = Scratch::padded(sizeof(Header));
-  for (size_t i = 0; i < parts.size(); ++i) {
-    weights[i] = parts[i].weight;
-    if (!weights[i]) continue;
-    *parts[i].offset = end;
-    end += Scratch::padded(weights[i]->bytes());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    to_pack.push_back(&weights[i]);
+    *offsets[i] = end;
+    end += Scratch::padded(weights[i].bytes());
   }
-  pack(weights);
+  pack(to_pack);
 
   const at::Tensor packed = at::empty({end}, at::TensorOptions().dtype(at::kByte));
   char* memory = static_cast<char*>(packed.data_ptr());
   std::memcpy(memory, &header, sizeof(header));
-  for (const Part& part : parts)
-    if (part.weight) std::memcpy(memory + *part.offset, part.weight->data(), size_t(part.weight->bytes()));
+  for (size_t i = 0; i < weights.size(); ++i)
+    std::memcpy(memory + *offsets[i], weights[i].data(), size_t(weights[i].bytes()));
   return packed;
 }
 
@@ -118,10 +114,12 @@ Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, con
   const Record record = record_of(in_factor, core, out_factor, engine_for(dtype_of(in_factor.scalar_type())));
   if (std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
   const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
-  return {at(header.in_factor),
-          at(header.core),
-          {nullptr, at(header.winograd[1]), at(header.winograd[2]), at(header.winograd[3])},
-          at(header.out_factor)};
+  Prepared found;
+  found.in_factor = at(header.in_factor);
+  found.core = at(header.core);
+  for (const Winograd winograd : kPatches) found.winograd[int(winograd)] = at(header.winograd[int(winograd)]);
+  found.out_factor = at(header.out_factor);
+  return found;
 }
 
 }  // namespace lowrank_ops

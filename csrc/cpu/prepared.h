@@ -20,8 +20,8 @@ struct Prepared {
 };
 
 // Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `unit_window` says that stride and
-// dilation are 1, so that Winograd's transforms may run it too. Factors: on the CPU, of one dtype, no inference tensors
-// (they have no version).
+// dilation are 1 along each axis with more than one tap, so that Winograd's transforms may run it too. Factors: on the
+// CPU, of one dtype, no inference tensors (they have no version).
 at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
                    bool unit_window);
 

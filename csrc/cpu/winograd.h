@@ -5,11 +5,11 @@
 //   hidden rows --input transform--> [places, patches, R1] --a GEMM a place--> [places, patches, R2] --output
 //   transform--> tile
 //
-// Patches overlap by two rows and columns of hidden values. They start at multiples of their outputs in the image,
-// whatever the strips and tiles are, which begin there too, so that the bits of a result do not depend on the threads.
-// A line's patch is also what an earlier patch needs for its next three taps: transformed once, and the GEMM of a place
-// runs over KW / 3 neighbours, its depth KW / 3 * R1. The hidden rows are kept as fp32 sums: in bf16 they are rounded
-// once, after the transform, instead of before it.
+// Patches overlap by two rows and columns of hidden values, lines by two columns. They start at multiples of their
+// outputs in the image, whatever the strips and tiles are, which begin there too, so that the bits of a result do not
+// depend on the threads. A line's patch is also what an earlier patch needs for its next three taps: transformed once,
+// and the GEMM of a place runs over ceil(KW / 3) neighbours as one depth. The hidden rows are kept as fp32 sums: in
+// bf16 they are rounded once, after the transform, instead of before it.
 #pragma once
 
 #include "cpu/conv.h"

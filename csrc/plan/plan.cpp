@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <optional>
 
 #include "plan/cost.h"
 
@@ -48,9 +49,10 @@ constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its
 constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
 constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
-constexpr int64_t kPatchesPerStep = 28;      // Winograd: rows of its GEMMs; where these are deep enough,
-constexpr int64_t kLargePatchesPerStep = 8;  // places of 4x4 outputs that stay near count for more
-constexpr int64_t kFewestRanks = 8;          // Winograd 4x4 and lines: shorter sums do not average their errors enough
+constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so that these are worth their calls;
+constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
+constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
+constexpr double kMostPlacesBytes = 3;      // Winograd 4x4: its weight, of L2; larger ones are read too slowly
 // What a thread could have done while it waits for the others once. A wait takes 0.7 us on two Zen 4 cores (6e4 in
 // fp32, 1e5 in bf16); the rest is for cores that other processes use too.
 constexpr double kWaitMultiplyAdds = 2e5;
@@ -181,7 +183,9 @@ int64_t most_scratch(const CpuCaps& caps, Winograd winograd) {
   return winograd == Winograd::kLine ? caps.l2_bytes / 4 * 3 : caps.l2_bytes / 2;
 }
 
-CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd winograd) {
+// Nothing where ranks are too large for all of Winograd's places even in the narrowest tile. That is decided before the
+// threads are known to the tile: bits must not depend on them.
+std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd winograd) {
   const auto [converted, element, sum, r1, r2] = Sizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
@@ -205,7 +209,7 @@ CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd
            (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
   };
   if (transforms) {
-    const int64_t patches = winograd == Winograd::k4x4 && r1 > kAlign ? kLargePatchesPerStep : kPatchesPerStep;
+    const int64_t patches = winograd == Winograd::k4x4 && r1 > kAlign ? kDeepPatchesPerStep : kPatchesPerStep;
     tile.rows = patch.rows *
                 std::clamp<int64_t>(ceil_div(patches, ceil_div(p.ow, patch.columns)), 1, ceil_div(p.oh, patch.rows));
   } else {
@@ -232,6 +236,7 @@ CpuTile conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd
   if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
   tile.ahead = tile.far && fits(tile.rows);
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
+  if (transforms && caps.winograd_auto && tile.scratch_bytes > most_scratch(caps, winograd)) return std::nullopt;
   if (caps.threads > 1) share_out(p, caps, scratch, tile);
   return tile;
 }
@@ -248,7 +253,8 @@ bool winograd_fits(const Problem& p, const CpuCaps& caps, Winograd winograd) {
     case Winograd::k2x2:
       return own_type && square;
     case Winograd::k4x4:
-      return p.dtype == DType::kFloat && square && long_sums && 36 * p.r1 * p.r2 * 4 <= 3 * caps.l2_bytes;
+      return p.dtype == DType::kFloat && square && long_sums &&
+             double(36 * p.r1 * p.r2 * 4) <= kMostPlacesBytes * double(caps.l2_bytes);
     case Winograd::kLine:
       return own_type && unit_columns && p.kh == 1 && p.kw >= 3 && long_sums;
     case Winograd::kNone:
@@ -259,13 +265,9 @@ bool winograd_fits(const Problem& p, const CpuCaps& caps, Winograd winograd) {
 
 CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   if (p.op == Op::kLinear) return linear_tile(p, caps, prepared);
-  for (const Winograd winograd : core_ways(p, caps, prepared)) {
-    const CpuTile tile = conv_tile(p, caps, prepared, winograd);
-    // Ranks may be too large for all the places even of the narrowest tile.
-    if (winograd == Winograd::kNone || !caps.winograd_auto || tile.scratch_bytes <= most_scratch(caps, winograd))
-      return tile;
-  }
-  return conv_tile(p, caps, prepared, Winograd::kNone);
+  for (const Winograd winograd : core_ways(p, caps, prepared))
+    if (const std::optional<CpuTile> tile = conv_tile(p, caps, prepared, winograd)) return *tile;
+  return *conv_tile(p, caps, prepared, Winograd::kNone);
 }
 
 namespace {

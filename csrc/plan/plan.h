@@ -35,7 +35,7 @@ struct CpuTile {
   int64_t team = 1;                     // threads that share every stage of a task; 1: each thread has tasks of its own
   bool unpacked = false;                // linear: few rows, dot products with the weights where they lie
   int64_t depth = 0;                    // linear: so much of the depth of a weight is packed at a time; 0: all of it
-  Winograd winograd = Winograd::kNone;  // Tucker's core; rows and columns are multiples of its patch
+  Winograd winograd = Winograd::kNone;  // Tucker's core; tiles begin at multiples of its patch
   bool prepared = false;                // the weights were packed before the call
   bool far = false;                     // input and output are beyond L2: asked for ahead of their use,
   bool ahead = false;  // and through all of a step, as what a step touches of them fits L2 beside the tile

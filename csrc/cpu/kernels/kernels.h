@@ -8,7 +8,6 @@
 
 #include <cstdint>
 
-#include "plan/patches.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {

@@ -138,14 +138,12 @@ static void winograd_input(const WinogradInputCall& call) {
   const int64_t place_stride = call.out_patches * call.channels;
   for (int64_t channel = 0; channel < call.channels; channel += kLanesFloat) {
     Float columns[kSide][kSide];  // of the patch, each along the height
-    // Columns beyond the last of an output that is wanted are zeros: finite, and the same whoever computes them.
+    // Beyond the last column that an output needs, at the image's edge only, nothing is wanted: any finite values do.
     const auto load_column = [&](int64_t column, Float(&transformed)[kSide]) {
-      Float values[kSide] = {};
-      if (column < call.columns) {
-        const int64_t at = column * call.channels + channel;
+      const int64_t at = (column < call.columns ? column : call.columns - 1) * call.channels + channel;
+      Float values[kSide];
 #pragma GCC unroll 6
-        for (int i = 0; i < kSide; ++i) values[i] = load(static_cast<const Hidden*>(call.rows[i]) + at);
-      }
+      for (int i = 0; i < kSide; ++i) values[i] = load(static_cast<const Hidden*>(call.rows[i]) + at);
       Transform<kOutputs>::input(values, transformed);
     };
     load_column(0, columns[0]);
