@@ -30,28 +30,25 @@ def errors(dtype: torch.dtype, values: str, kernel: tuple[int, int], rank: int, 
     torch.manual_seed(seed)
     of_input, of_factors = VALUES[values]
     channels, size = 2 * rank, (24, 24) if kernel == (3, 3) else (1, 96)
-    tensors = [
-        made.to(dtype)
-        for made in (
-            of_input(2, channels, *size),
-            of_factors(rank, channels),
-            of_factors(rank, rank, *kernel),
-            of_factors(channels, rank),
-        )
-    ]
-    wide = [tensor.double() for tensor in tensors]
+    input = of_input(2, channels, *size).to(dtype)
+    made = of_factors(rank, channels), of_factors(rank, rank, *kernel), of_factors(channels, rank)
+    first, core, last = (factor.to(dtype) for factor in made)
     padding = (kernel[0] // 2, kernel[1] // 2)
-    exact = reference.tucker_conv2d(*wide, padding=padding)
-    magnitude = reference.tucker_conv2d(*(tensor.abs() for tensor in wide), padding=padding)
+
+    def chain(change: Callable[[Tensor], Tensor]) -> Tensor:
+        return reference.tucker_conv2d(change(input), change(first), change(core), change(last), padding=padding)
+
+    exact, magnitude = chain(Tensor.double), chain(lambda tensor: tensor.double().abs())
 
     def relative(output: Tensor) -> float:
         return ((output.double() - exact).norm() / exact.norm()).item()
 
     found = {"u |A|": (torch.finfo(dtype).eps / 2 * magnitude.norm() / exact.norm()).item()}
-    found["chain"] = relative(reference.tucker_conv2d(*tensors, padding=padding))
+    found["chain"] = relative(chain(lambda tensor: tensor))
     for way in WINDOWS[kernel]:
         _C.set_cpu_winograd(way)
-        found["direct" if way == "never" else way] = relative(lowrank_ops.tucker_conv2d(*tensors, padding=padding))
+        output = lowrank_ops.tucker_conv2d(input, first, core, last, padding=padding)
+        found["direct" if way == "never" else way] = relative(output)
     _C.set_cpu_winograd("auto")
     return found
 

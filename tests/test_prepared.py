@@ -314,7 +314,7 @@ def test_modules(fused_policy: None, module: nn.Module, dtype: torch.dtype) -> N
 
 
 def test_lines_are_packed_whatever_the_window_does_along_the_height() -> None:
-    options: list[dict[str, Any]] = [{}, {"stride": (2, 1)}, {"dilation": (3, 1)}, {"stride": (1, 2)}]
+    options: list[dict[str, tuple[int, int]]] = [{}, {"stride": (2, 1)}, {"dilation": (3, 1)}, {"stride": (1, 2)}]
     sizes = []
     for change in options:
         module = TuckerConv2d(20, 24, (1, 9), 16, padding=(1, 4), **change).eval()
