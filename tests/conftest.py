@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -240,6 +240,18 @@ def assert_output(call: Call, output: Tensor) -> None:
     storages = {tensor.untyped_storage().data_ptr() for tensor in call.tensors.values() if tensor.numel()}
     assert output.numel() == 0 or output.untyped_storage().data_ptr() not in storages, "the output aliases"
     assert_within_budget(output, exact, call.magnitude(), call.reference(call.problem.dtype) if low else None)
+
+
+def assert_same_bits_for_any_threads(run: Callable[[], Tensor], counts: tuple[int, ...]) -> None:
+    """Runs with each number of threads."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def assert_strides(tensor: Tensor, like: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, Call, Problem, assert_output
+from conftest import DTYPES, Call, Problem, assert_output, assert_same_bits_for_any_threads
 from test_isa import KNOWN
 
 import lowrank_ops
@@ -71,14 +71,7 @@ def test_bitwise_equal_for_any_number_of_threads(
     fused_policy: None, rows: int, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     call = linear(rows, sizes, dtype)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            found.append(call.run())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert_same_bits_for_any_threads(call.run, (1, 2, 3, 7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

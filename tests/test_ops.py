@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_output, assert_within_budget
+from conftest import (
+    ACTIVATIONS,
+    DEVICES,
+    DTYPES,
+    OPS,
+    Call,
+    Problem,
+    assert_output,
+    assert_same_bits_for_any_threads,
+    assert_within_budget,
+)
 from torch import Tensor
 
 import lowrank_ops
@@ -165,16 +175,8 @@ def test_bitwise_equal_for_any_number_of_threads(
 ) -> None:
     sizes = dict(n=batch, s=70, t=90, r1=40, r2=33, h=29, w=31, kernel=(3, 3), padding=(1, 1))
     call = Problem(op, dtype=dtype, layout=layout, activation="silu", **sizes).make()
-    threads = torch.get_num_threads()
-    try:
-        outputs = []
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            with lowrank_ops.set_policy("fused"):  # the chain's bits are the library's business
-                outputs.append(call.run())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    with lowrank_ops.set_policy("fused"):  # the chain's bits are the library's business
+        assert_same_bits_for_any_threads(call.run, (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("op", OPS)

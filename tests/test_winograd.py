@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, Problem, assert_output
+from conftest import ACTIVATIONS, Problem, assert_output, assert_same_bits_for_any_threads
 from test_isa import KNOWN
 
 import lowrank_ops
@@ -97,14 +97,7 @@ def test_bitwise_equal_for_any_number_of_threads(
 ) -> None:
     winograd(outputs)
     call = problem(n=1, h=size[0], w=size[1], s=32, r1=32, r2=48, t=32, dtype=dtype).make()
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            found.append(call.run())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert_same_bits_for_any_threads(call.run, (1, 2, 3, 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,14 +143,7 @@ def test_lines_are_bitwise_equal_for_any_number_of_threads(
     call = problem(
         n=1, h=height, w=400 // height, kernel=(1, 20), padding=(0, 9), s=96, r1=96, r2=112, t=96, dtype=dtype
     ).make()
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            found.append(call.run())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert_same_bits_for_any_threads(call.run, (1, 2, 3, 5))
 
 
 def test_auto_takes_lines(fused_policy: None) -> None:
