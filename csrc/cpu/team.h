@@ -15,7 +15,7 @@
 
 namespace lowrank_ops {
 
-constexpr int64_t kFewestPixels = 7;  // of a cut row: the rows of a register block, for fewer a panel is read in vain
+constexpr int64_t kFewestPixels = 6;  // of a cut row: the rows of a register block, for fewer a panel is read in vain
 
 // What one of `count` threads does of a stage.
 struct Share {
