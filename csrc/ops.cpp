@@ -155,6 +155,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     set_cpu_winograd(choice);
     forget_measurements();  // of another algorithm
   });
+  m.def("set_cpu_teams", &set_cpu_teams);
   bind_explain(m);
 #ifdef LOWRANK_OPS_WITH_CUDA
   bind_cuda(m);

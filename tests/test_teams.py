@@ -29,9 +29,11 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _former_state() -> Iterator[None]:
     threads = torch.get_num_threads()
+    _C.set_cpu_teams("always")
     with lowrank_ops.set_policy("fused"):
         yield
     torch.set_num_threads(threads)
+    _C.set_cpu_teams("auto")
     _C.set_cpu_winograd("auto")
 
 
@@ -56,14 +58,11 @@ def test_teams_change_no_bit(op: str, shape: str, layout: torch.memory_format, d
     alone, output = plan(call), call.run()
     assert alone["team"] == 1
     assert_output(call, output)
-    teams = 0
     for count in THREADS:
         torch.set_num_threads(count)
         shared = plan(call)
-        teams += shared["team"] == count
-        assert shared["kernel"] == alone["kernel"]
+        assert (shared["team"], shared["kernel"]) == (count, alone["kernel"])
         assert torch.equal(output, call.run()), (count, shared)
-    assert teams > 0
 
 
 @pytest.mark.parametrize(
@@ -76,16 +75,16 @@ def test_winograd_teams_change_no_bit(rank: int, dtype: torch.dtype, outputs: st
     call = Problem("tucker_conv2d", n=1, dtype=dtype, layout=torch.channels_last, **sizes).make()
     _C.set_cpu_winograd(outputs)
     torch.set_num_threads(1)
-    output, teams = call.run(), 0
+    output = call.run()
     for count in THREADS:
         torch.set_num_threads(count)
-        teams += plan(call)["team"] == count
+        assert plan(call)["team"] == count
         assert torch.equal(output, call.run()), count
-    assert teams > 0
 
 
 @pytest.mark.parametrize("op", CONVS)
 def test_many_images_are_shared_out_whole(op: str) -> None:
+    _C.set_cpu_teams("auto")
     call = Problem(op, n=8, **SHAPES["7x7"]).make()
     for count in (2, 4, 8):
         torch.set_num_threads(count)
@@ -95,7 +94,8 @@ def test_many_images_are_shared_out_whole(op: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", [*CONVS, "lowrank_linear"])
 def test_panels_of_its_own_for_each_thread_change_no_bit(op: str, dtype: torch.dtype) -> None:
-    """Small weights and many tasks: each thread packs all factors, with sizes that end within vectors and panels."""
+    """Many tasks: each thread packs all factors, with sizes that end within vectors and panels."""
+    _C.set_cpu_teams("never")
     sizes = dict(n=50, s=70, t=90, r1=33) if op == "lowrank_linear" else dict(n=7, s=70, t=90, r1=33, r2=21, h=9, w=13)
     window = {} if op == "lowrank_linear" else dict(kernel=(3, 3), padding=(1, 1))
     call = Problem(op, dtype=dtype, **sizes, **window).make()
@@ -110,10 +110,25 @@ def test_panels_of_its_own_for_each_thread_change_no_bit(op: str, dtype: torch.d
 
 @pytest.mark.parametrize("op", CONVS)
 def test_small_calls_have_no_team(op: str) -> None:
-    """Waiting for each other would take longer than the work."""
+    """Waiting for each other would take longer than the work; one thread does it all."""
+    _C.set_cpu_teams("auto")
     call = Problem(op, n=1, s=8, t=8, r1=4, r2=4, h=7, w=7, padding=(1, 1)).make()
     torch.set_num_threads(2)
-    assert plan(call)["team"] == 1
+    assert (plan(call)["team"], plan(call)["strips"]) == (1, 1)
+
+
+def test_a_small_image_of_large_ranks_has_a_team() -> None:
+    """Strips of 7x7 pixels repeat much of the first stage; the stages of 28x28 hand on more than strips repeat."""
+    _C.set_cpu_teams("auto")
+    torch.set_num_threads(2)
+    sizes = dict(n=1, s=512, t=512, padding=(1, 1))
+    assert plan(Problem("tucker_conv2d", h=7, w=7, r1=128, r2=128, **sizes).make())["team"] == 2
+    assert plan(Problem("tucker_conv2d", h=28, w=28, r1=64, r2=64, **sizes).make())["team"] == 1
+
+
+def test_unknown_teams_are_refused() -> None:
+    with pytest.raises(ValueError, match="auto, always, never"):
+        _C.set_cpu_teams("sometimes")
 
 
 @pytest.mark.parametrize("op", CONVS)

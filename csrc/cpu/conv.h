@@ -174,8 +174,8 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
       run_tasks(team, 0, tasks);
     });
   } else {
-    const bool each_packs = pack_for_tasks(block.weights(), tasks);
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const bool each_packs = pack_for_tasks(block.weights(), ceil_div(tasks, t.tasks_each));
+    at::parallel_for(0, tasks, t.tasks_each, [&](int64_t begin, int64_t end) {
       if (each_packs) pack_own(block.weights());
       Team alone(1);
       run_tasks(alone, begin, end);

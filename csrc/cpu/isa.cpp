@@ -87,6 +87,22 @@ WinogradChoice& current_winograd() {
   return choice;
 }
 
+Teams parse_teams(const std::string& choice) {
+  if (choice == "auto") return Teams::kAuto;
+  if (choice == "always") return Teams::kAlways;
+  if (choice == "never") return Teams::kNever;
+  TORCH_CHECK_VALUE(false, "lowrank_ops: teams must be one of auto, always, never (LOWRANK_OPS_CPU_TEAMS or ",
+                    "set_cpu_teams), got '", choice, "'");
+}
+
+Teams& current_teams() {
+  static Teams choice = [] {
+    const char* wanted = std::getenv("LOWRANK_OPS_CPU_TEAMS");
+    return parse_teams(wanted ? wanted : "auto");
+  }();
+  return choice;
+}
+
 std::string cpu_name() {
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);)
@@ -134,11 +150,16 @@ CpuCaps cpu_caps() {
   caps.bfloat16_dot = choice.brgemm_bfloat16 || choice.table->compute_bfloat16->gemm != nullptr;
   caps.winograd_auto = current_winograd().automatic;
   caps.winograd = current_winograd().winograd;
+  caps.teams = current_teams();
   return caps;
 }
 
 void set_cpu_winograd(const std::string& choice) {
   current_winograd() = parse_winograd(choice);
+}
+
+void set_cpu_teams(const std::string& choice) {
+  current_teams() = parse_teams(choice);
 }
 
 void set_cpu_isa(const std::string& isa) {

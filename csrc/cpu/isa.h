@@ -38,4 +38,8 @@ void set_cpu_isa(const std::string& isa);
 // LOWRANK_OPS_CPU_WINOGRAD does the same at start. Not to be called while an op runs.
 void set_cpu_winograd(const std::string& choice);
 
+// Whether threads share the stages of a tile (team.h): "auto" where that is predicted to pay, "always" or "never". The
+// environment variable LOWRANK_OPS_CPU_TEAMS does the same at start. No bit of a result depends on it.
+void set_cpu_teams(const std::string& choice);
+
 }  // namespace lowrank_ops

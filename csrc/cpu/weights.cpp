@@ -159,17 +159,22 @@ void pack(Weights weights) {
 }
 
 bool pack_for_tasks(Weights weights, int64_t tasks) {
-  constexpr int64_t kOwnBytes = 256 << 10;
-  const int64_t threads = at::get_num_threads();
+  constexpr int64_t kMostOwnBytes = 64 << 20;  // of all threads together
+  if (!needs_packing(weights)) return false;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  if (threads == 1) {  // one thread reads all of it
+    pack_own(weights);
+    return false;
+  }
   int64_t bytes = 0;
   for (const PackedWeight* weight : weights)
     if (weight && weight->unpacked() > 0) bytes += weight->bytes();
-  if (threads == 1 || tasks == 1 || bytes == 0 || bytes > kOwnBytes) {
+  if (bytes * at::get_num_threads() > kMostOwnBytes) {
     pack(weights);
     return false;
   }
   for (PackedWeight* weight : weights)
-    if (weight && weight->unpacked() > 0) weight->copy_for_each(threads);
+    if (weight && weight->unpacked() > 0) weight->copy_for_each(at::get_num_threads());
   return true;
 }
 

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "plan/cost.h"
+#include "plan/sharing.h"
 
 namespace lowrank_ops {
 
@@ -42,7 +43,6 @@ const char* name_of(DType dtype) {
 
 namespace {
 
-constexpr int64_t kAlign = 16;          // columns of a tile: the lanes of the widest vector
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
 constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its weights unpacked,
@@ -53,9 +53,6 @@ constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so t
 constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
 constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
 constexpr double kMostPlacesBytes = 3;      // Winograd 4x4: its weight, of L2; larger ones are read too slowly
-// What a thread could have done while it waits for the others once. A wait takes 0.7 us on two Zen 4 cores (6e4 in
-// fp32, 1e5 in bf16); the rest is for cores that other processes use too.
-constexpr double kWaitMultiplyAdds = 2e5;
 
 // What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
 // or 4 of 9 (lines), and costs transforms of hidden values and sums and more weight to transform, pack and read.
@@ -90,67 +87,8 @@ std::array<Winograd, 3> core_ways(const Problem& p, const CpuCaps& caps, bool pr
   return ways;
 }
 
-// What a thread needs of a call with one thread a task, in multiply-adds: those of the busiest thread.
-double busiest_thread(const Problem& p, const CpuTile& tile, int64_t threads) {
-  const int64_t strip = round_up(ceil_div(p.oh, tile.strips), patch_of(tile.winograd).rows),
-                strips = ceil_div(p.oh, strip);
-  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns) * strips;
-  double largest = 0;
-  for (int64_t first = 0; first < p.oh; first += strip)
-    largest = std::max(largest, strip_multiply_adds(p, tile, first, std::min(first + strip, p.oh)));
-  return largest * double(ceil_div(tasks, threads));
-}
-
-// What packing for strips takes a thread more than packing for a team, where each packs what it will read: all threads
-// wait for weights that lie in another's cache then. 400 KB: 20 us on two Zen 4 cores.
-double packing_wait(const Problem& p) {
-  const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0;
-  return kWaitMultiplyAdds + 8 * (double(p.r1) * p.s + double(p.r2) * p.t + core);
-}
-
-// How the threads divide a call. Results do not depend on it: each output is one sum in one thread.
-template <typename ScratchBytes>
-void share_out(const Problem& p, const CpuCaps& caps, const ScratchBytes& scratch, CpuTile& tile) {
-  const int64_t even = patch_of(tile.winograd).rows;
-  CpuTile team = tile;
-  // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
-  // than it takes to keep every thread busy.
-  const int64_t tasks = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
-  if (tasks < 4 * caps.threads && tasks % caps.threads != 0)
-    tile.strips = std::min(ceil_div(p.oh, tile.rows), caps.threads);
-  if (tile.strips == 1 && tasks == 1) {  // few rows: strips of less than a step
-    tile.strips = std::min(ceil_div(p.oh, even), caps.threads);
-    tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
-  }
-  // A team: no halo and no thread idle, but threads wait for each other after each stage. Longer steps, fewer waits.
-  while (team.rows + even <= p.oh && scratch(team.rows + even, team.columns) <= caps.l2_bytes / 2) team.rows += even;
-  const int64_t steps = ceil_div(p.oh, team.rows);
-  team.rows = round_up(ceil_div(p.oh, steps), even);
-  const double waits = double(tasks) * double(steps) * (tile.winograd == Winograd::kNone ? 3 : 4);
-  const double shared = fused_flops(p, team) / 2 / double(caps.threads) + waits * kWaitMultiplyAdds;
-  if (shared < busiest_thread(p, tile, caps.threads) + (tile.prepared ? 0 : packing_wait(p))) {
-    tile = team;
-    tile.team = caps.threads;
-    tile.ahead = false;
-    tile.scratch_bytes = ceil_div(scratch(tile.rows, tile.columns), tile.team);
-  }
-}
-
-// What tiles hold.
-struct Sizes {
-  bool converted;        // elements are fp32, whatever the tensors are
-  int64_t element, sum;  // bytes
-  int64_t r1, r2;        // of whole vectors
-  Sizes(const Problem& p, const CpuCaps& caps)
-      : converted(p.dtype == DType::kHalf || (p.dtype == DType::kBFloat16 && !caps.bfloat16_dot)),
-        element(converted ? 4 : element_bytes(p.dtype)),
-        sum(p.dtype == DType::kDouble ? 8 : 4),
-        r1(round_up(p.r1, kAlign)),
-        r2(round_up(p.r2, kAlign)) {}
-};
-
 CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
-  const auto [converted, element, sum, r1, r2] = Sizes(p, caps);
+  const auto [converted, element, sum, r1, r2] = TileSizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
   // Panels that are there already are read in one stream: 1.2 to 1.5 times as fast, where rows and vectors of the
@@ -186,7 +124,7 @@ int64_t most_scratch(const CpuCaps& caps, Winograd winograd) {
 // Nothing where ranks are too large for all of Winograd's places even in the narrowest tile. That is decided before the
 // threads are known to the tile: bits must not depend on them.
 std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd winograd) {
-  const auto [converted, element, sum, r1, r2] = Sizes(p, caps);
+  const auto [converted, element, sum, r1, r2] = TileSizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
@@ -196,18 +134,7 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   tile.winograd = winograd;
   const bool transforms = winograd != Winograd::kNone;
   const Patch patch = patch_of(winograd);
-  // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
-  const int64_t hidden = p.op == Op::kCP || transforms ? sum : element;
-  // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
-  const bool staged = p.layout == Layout::kContiguous || converted;
-  const auto scratch = [&](int64_t tile_rows, int64_t tile_columns) {
-    const int64_t span = columns.span(tile_columns);
-    const int64_t patch_rows = ceil_div(tile_rows, patch.rows), row_patches = ceil_div(tile_columns, patch.columns);
-    const int64_t inputs = patch_rows * (row_patches + tap_groups(winograd, p.kw) - 1);
-    return patch.places * (inputs * r1 * element + patch_rows * row_patches * std::min<int64_t>(r2, 64) * sum) +
-           rows.span(tile_rows) * span * r1 * hidden + tile_rows * tile_columns * r2 * element +
-           (staged ? span * round_up(p.s, kAlign) * element + tile_rows * tile_columns * 64 * sum : 0);
-  };
+  const ConvScratch scratch(p, caps, winograd);
   if (transforms) {
     const int64_t patches = winograd == Winograd::k4x4 && r1 > kAlign ? kDeepPatchesPerStep : kPatchesPerStep;
     tile.rows = patch.rows *

@@ -14,6 +14,9 @@ namespace lowrank_ops {
 
 enum class Policy { kAuto, kFused, kChain, kMeasure };
 
+// Whether the threads of a call share the stages of a tile.
+enum class Teams { kAuto, kAlways, kNever };
+
 // What the planner knows of a CPU. Read once at start (csrc/cpu/isa.cpp); nothing is timed.
 struct CpuCaps {
   std::string isa = "generic";  // generic, avx2, avx512, avx512bf16, amx: the kernels that run here
@@ -24,6 +27,7 @@ struct CpuCaps {
   bool amx = false;
   bool winograd_auto = true;            // Winograd's transform is used where it pays;
   Winograd winograd = Winograd::kNone;  // otherwise this one, wherever it can be used
+  Teams teams = Teams::kAuto;
 };
 
 // How the fused kernel cuts a problem. Scratch is a thread's (of a team: its share): intermediates live there and
@@ -33,6 +37,7 @@ struct CpuTile {
   int64_t columns = 1;                  // output columns of a task
   int64_t strips = 1;                   // tasks along the height of an image
   int64_t team = 1;                     // threads that share every stage of a task; 1: each thread has tasks of its own
+  int64_t tasks_each = 1;               // that a thread takes at least: fewer are not worth waking it
   bool unpacked = false;                // linear: few rows, dot products with the weights where they lie
   int64_t depth = 0;                    // linear: so much of the depth of a weight is packed at a time; 0: all of it
   Winograd winograd = Winograd::kNone;  // Tucker's core; tiles begin at multiples of its patch

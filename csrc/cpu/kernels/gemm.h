@@ -22,8 +22,8 @@ namespace lowrank_ops {
 namespace LOWRANK_ISA {
 
 #if defined(__AVX512F__)
-// 32 registers, for the sums, the vectors of B and one of A. A spilled sum costs little on Zen 4 (7x4 runs at 117 of 118
-// GFLOP/s), but on Zen 5 its way through memory is longer than a step: 7x4 runs at 253 of 270 GFLOP/s (bf16: 450 of
+// 32 registers, for the sums, the vectors of B and one of A. A spilled sum costs little on Zen 4 (7x4 runs at 117 of
+// 118 GFLOP/s), but on Zen 5 its way through memory is longer than a step: 7x4 runs at 253 of 270 GFLOP/s (bf16: 450 of
 // 545), 6x4 at 266 (532).
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows[kMaxVectors + 1] = {0, 14, 14, 8, 6};
