@@ -179,6 +179,18 @@ def test_bitwise_equal_for_any_number_of_threads(
         assert_same_bits_for_any_threads(call.run, (1, 2, 3, 4))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("padding", [(6, 7), (8, 14), (13, 20)], ids=str)
+def test_taps_outside_of_the_image(padding: tuple[int, int], stride: tuple[int, int], dtype: torch.dtype) -> None:
+    """Wide dilations, whose outputs at the edges see some taps, or none, inside the image: those are left out."""
+    sizes = dict(n=2, s=40, t=50, r1=33, r2=70, h=11, w=45, kernel=(3, 3), dilation=(6, 7))
+    call = Problem("tucker_conv2d", dtype=dtype, padding=padding, stride=stride, **sizes).make()
+    with lowrank_ops.set_policy("fused"):
+        assert_output(call, call.run())
+        assert_same_bits_for_any_threads(call.run, (1, 2, 3, 5))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_same_result_every_time(op: str, policy: str) -> None:
     call = Problem(op, s=33, t=17, r1=9, r2=12, h=20, w=20).make()

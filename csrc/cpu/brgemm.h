@@ -32,10 +32,12 @@ void brgemm_call(const GemmCall& call, FinishFunction finish) {
     for (int64_t row = 0; row < call.rows; ++row)
       std::memcpy(&sums[size_t(row * width)], static_cast<const float*>(call.initial) + row * call.initial_stride,
                   size_t(width) * sizeof(float));
-  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth * width)
+  for (int64_t tap = 0; tap < call.num_taps; ++tap, weight += call.depth * width) {
+    if (call.tap_weights) weight = static_cast<const Element*>(call.tap_weights[tap]);
     at::native::cpublas::brgemm(call.rows, width, call.depth, call.row_stride, weight_stride, width,
                                 /*add_C=*/tap > 0 || call.initial, static_cast<const Element*>(call.taps[tap]), weight,
                                 sums.data(), kVnni);
+  }
   finish(sums.data(), width, call);
 }
 

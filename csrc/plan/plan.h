@@ -2,6 +2,7 @@
 // Plain C++17: no torch, no CUDA headers, so that every machine's plans can be tested on any machine.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -82,6 +83,17 @@ struct Axis {
   int64_t coordinate(int64_t z) const { return z * step - padding; }
   int64_t first_inside() const { return (padding + step - 1) / step; }
   int64_t end_inside() const { return (in - 1 + padding) / step + 1; }
+
+  // The taps [begin, end) of an output whose first tap is at position z, that lie in [inside_begin, inside_end).
+  struct Taps {
+    int64_t begin, end;
+    bool operator==(const Taps& other) const { return begin == other.begin && end == other.end; }
+  };
+  Taps taps_inside(int64_t z, int64_t inside_begin, int64_t inside_end) const {
+    const int64_t before = std::max<int64_t>(inside_begin - z, 0), after = std::max<int64_t>(inside_end - z, 0);
+    const int64_t end = std::min(ceil_div(after, dilation), kernel);
+    return {std::min(ceil_div(before, dilation), end), end};
+  }
 };
 
 int64_t element_bytes(DType dtype);

@@ -147,6 +147,7 @@ static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked)
   const int64_t stride = call.row_stride;
   const int64_t step = (call.weight_columns > 0 ? call.weight_columns : kVectors * kLanes) * kGroup;
   for (int64_t tap = 0; tap < call.num_taps; ++tap) {
+    if (call.tap_weights) b = static_cast<const Element*>(call.tap_weights[tap]);
     const Element* base[kBases];
     for (int i = 0; i < kBases; ++i)
       base[i] = static_cast<const Element*>(call.taps[tap]) + (first_row + 3 * i) * stride;

@@ -20,9 +20,10 @@ struct GemmCall {
   int64_t num_taps;
   int64_t depth;  // k per tap, a multiple of `group`
   int64_t rows;
-  int64_t row_stride;          // elements between rows of A
-  const void* weight;          // the packed panel
-  int64_t width;               // columns to write, up to panel_width
+  int64_t row_stride;                        // elements between rows of A
+  const void* weight;                        // the packed panel
+  const void* const* tap_weights = nullptr;  // where each tap's part of it begins; nullptr: one behind the other
+  int64_t width;                             // columns to write, up to panel_width
   int64_t weight_columns = 0;  // of the panel, where these are some of it (one tap only); 0: `width`, in whole vectors
   void* out;
   int64_t out_stride;  // elements between rows of out
