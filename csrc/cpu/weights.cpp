@@ -159,7 +159,6 @@ void pack(Weights weights) {
 }
 
 bool pack_for_tasks(Weights weights, int64_t tasks) {
-  constexpr int64_t kMostOwnBytes = 64 << 20;  // of all threads together
   if (!needs_packing(weights)) return false;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
   if (threads == 1) {  // one thread reads all of it
@@ -169,7 +168,7 @@ bool pack_for_tasks(Weights weights, int64_t tasks) {
   int64_t bytes = 0;
   for (const PackedWeight* weight : weights)
     if (weight && weight->unpacked() > 0) bytes += weight->bytes();
-  if (bytes * at::get_num_threads() > kMostOwnBytes) {
+  if (bytes * at::get_num_threads() > kMostKept) {  // more would be fresh pages at every call
     pack(weights);
     return false;
   }
