@@ -111,6 +111,14 @@ std::string cpu_name() {
   return "unknown CPU";
 }
 
+int64_t cache_bytes(int level, int64_t unknown) {
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+  const long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return int64_t(bytes);
+#endif
+  return unknown;
+}
+
 void gemm_brgemm_bfloat16(const GemmCall& call) {
   brgemm_call<at::BFloat16>(call, current().table->compute_float->finish);
 }
@@ -133,18 +141,13 @@ Engine engine_for(DType dtype) {
 
 CpuCaps cpu_caps() {
   static const std::string name = cpu_name();
-  static const int64_t l2 = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes > 0) return int64_t(bytes);
-#endif
-    return int64_t(1) << 20;
-  }();
+  static const int64_t l2 = cache_bytes(2, 1 << 20), l3 = cache_bytes(3, 0);
   const Choice& choice = current();
   CpuCaps caps;
   caps.isa = choice.isa;
   caps.name = name;
   caps.l2_bytes = l2;
+  caps.l3_bytes = l3;
   caps.threads = at::get_num_threads();
   caps.amx = choice.brgemm_bfloat16;
   caps.bfloat16_dot = choice.brgemm_bfloat16 || choice.table->compute_bfloat16->gemm != nullptr;

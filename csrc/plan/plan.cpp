@@ -52,7 +52,9 @@ constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so that these are worth their calls;
 constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
 constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
-constexpr double kMostPlacesBytes = 3;      // Winograd 4x4: its weight, of L2; larger ones are read too slowly
+constexpr int64_t kMostNearBytes =
+    8 << 20;                            // of input, output and weights: larger blocks are asked for ahead of their use
+constexpr double kMostPlacesBytes = 3;  // Winograd 4x4: its weight, of L2; larger ones are read too slowly
 
 // What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
 // or 4 of 9 (lines), and costs transforms of hidden values and sums and more weight to transform, pack and read.
@@ -129,8 +131,10 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   tile.prepared = prepared;
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
-  // Asking for what is in L2 costs up to 2 % of a call; not asking for what is not, 5 %.
-  tile.far = block_bytes(p) > 1.25 * double(caps.l2_bytes);
+  // Up to some MB in L3 hardware prefetching does as well, and asking costs what it takes (Zen 5: up to 12 % of a
+  // call); beyond, not asking costs up to half.
+  const int64_t near = std::max(caps.l2_bytes / 4 * 5, std::min(caps.l3_bytes / 4, kMostNearBytes));
+  tile.far = block_bytes(p) > double(near);
   tile.winograd = winograd;
   const bool transforms = winograd != Winograd::kNone;
   const Patch patch = patch_of(winograd);

@@ -23,6 +23,7 @@ struct CpuCaps {
   std::string isa = "generic";  // generic, avx2, avx512, avx512bf16, amx: the kernels that run here
   std::string name;             // the CPU's own name, for the reader
   int64_t l2_bytes = 1 << 20;   // a core's
+  int64_t l3_bytes = 32 << 20;  // of all cores that share it; 0: none
   int64_t threads = 1;          // at::get_num_threads() at the time of the call
   bool bfloat16_dot = false;    // bf16 products without conversion (avx512_bf16 or AMX)
   bool amx = false;
