@@ -15,8 +15,8 @@ struct ColumnRun {
 };
 using ColumnRuns = c10::SmallVector<ColumnRun, 8>;
 
-// Zeros around the image need no products: 1/6 of those of a 30x40 image with dilation 6. Runs shorter than a register
-// block, as with dilation 1, would cost more than that.
+// Zeros around the image need no products: with dilation 6 a fifth of those of a 30x40 image. Runs shorter than a
+// register block, as with dilation 1, would cost more than they save.
 ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t count, bool taps_are_joined) {
   const auto taps_of = [&](int64_t column) {
     return axis.taps_inside(column * axis.stride, columns.inside_begin, columns.inside_end);

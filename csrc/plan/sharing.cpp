@@ -50,7 +50,7 @@ double images(const Problem& p) {
   return double(std::max<int64_t>(p.n, 1));
 }
 
-// Of one task with one thread a task: the largest.
+// The multiply-adds of the largest task.
 double largest_task(const Problem& p, const CpuTile& tile, int64_t strip) {
   double largest = 0;
   for (int64_t first = 0; first < p.oh; first += strip)
