@@ -82,7 +82,6 @@ class HiddenRows {
   // Computes what is missing of the rows [begin, end) of the lattice; begin never decreases.
   void produce(int64_t begin, int64_t end);
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
-  int64_t span() const { return columns_.span; }
   const TaskColumns& columns() const { return columns_; }
   int64_t pixel_bytes() const { return pixel_bytes_; }
   // Before a step of `rows` output rows from `row`. After the task's last step comes `next`, nullptr: nothing. Returns

@@ -34,7 +34,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
       call.out_row_stride = columns * block.tile_columns();
       call.kh = p.kh;
       call.kw = p.kw;
-      call.in_pixels = hidden.span();
+      call.in_pixels = hidden.columns().span;
       call.out_pixels = columns;
       call.stride = block.columns.stride;
       call.dilation = block.columns.dilation;

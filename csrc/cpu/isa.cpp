@@ -55,11 +55,13 @@ Choice choose(const std::string& isa) {
                     " on this machine (LOWRANK_OPS_CPU_ISA or set_cpu_isa), got '", isa, "'");
 }
 
+std::string environment(const char* name, const char* otherwise) {
+  const char* wanted = std::getenv(name);
+  return wanted ? wanted : otherwise;
+}
+
 Choice& current() {
-  static Choice choice = [] {
-    const char* wanted = std::getenv("LOWRANK_OPS_CPU_ISA");
-    return choose(wanted ? wanted : "");
-  }();
+  static Choice choice = choose(environment("LOWRANK_OPS_CPU_ISA", ""));
   return choice;
 }
 
@@ -80,10 +82,7 @@ WinogradChoice parse_winograd(const std::string& choice) {
 }
 
 WinogradChoice& current_winograd() {
-  static WinogradChoice choice = [] {
-    const char* wanted = std::getenv("LOWRANK_OPS_CPU_WINOGRAD");
-    return parse_winograd(wanted ? wanted : "auto");
-  }();
+  static WinogradChoice choice = parse_winograd(environment("LOWRANK_OPS_CPU_WINOGRAD", "auto"));
   return choice;
 }
 
@@ -96,10 +95,7 @@ Teams parse_teams(const std::string& choice) {
 }
 
 Teams& current_teams() {
-  static Teams choice = [] {
-    const char* wanted = std::getenv("LOWRANK_OPS_CPU_TEAMS");
-    return parse_teams(wanted ? wanted : "auto");
-  }();
+  static Teams choice = parse_teams(environment("LOWRANK_OPS_CPU_TEAMS", "auto"));
   return choice;
 }
 

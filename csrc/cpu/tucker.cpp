@@ -22,14 +22,15 @@ ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t cou
     return axis.taps_inside(column * axis.stride, columns.inside_begin, columns.inside_end);
   };
   const ColumnRuns all = {{0, count, {0, axis.kernel}}};
+  if (taps_are_joined) return all;
   ColumnRuns runs;
-  for (int64_t column = 0; column < count && !taps_are_joined; column = runs.back().end) {
+  for (int64_t column = 0; column < count; column = runs.back().end) {
     ColumnRun run{column, column + 1, taps_of(column)};
     while (run.end < count && taps_of(run.end) == run.taps) ++run.end;
     if (run.end - run.first < std::min(kFewestPixels, count)) return all;
     runs.push_back(run);
   }
-  return taps_are_joined ? all : runs;
+  return runs;
 }
 
 }  // namespace
@@ -84,6 +85,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         const Axis::Taps inside = block.rows.taps_inside(top, block.rows.first_inside(), block.rows.end_inside());
         const char* weight = static_cast<const char*>(core_weight.panel(panel));
         const int64_t tap_bytes = call.depth * panels.padded_width(panel) * element;
+        call.weight = weight;
         call.num_taps = 0;
         const auto add = [&](int64_t kh, int64_t kw) {
           taps[call.num_taps] = hidden.row(top + kh * block.rows.dilation) +

@@ -50,7 +50,7 @@ void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hid
     // Below the last row that an output needs nothing is wanted: any finite values do.
     const int64_t last_row = block.rows.span(rows) - 1;
     share.pieces(1, patch_rows, row_inputs, 1, [&](int64_t, int64_t patch_row, int64_t first, int64_t count) {
-      input.columns = hidden.span() - patch_.columns * first;
+      input.columns = hidden.columns().span - patch_.columns * first;
       input.patches = count;
       for (int64_t i = 0; i < kernels_.input_rows; ++i)
         input.rows[i] = hidden.row(row + std::min(patch_.rows * patch_row + i, last_row)) +

@@ -40,14 +40,12 @@ Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
   return stages;
 }
 
-double weights(const Problem& p) {
-  const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw
-                      : p.op == Op::kCP   ? double(p.r1) * (p.kh + p.kw)
-                                          : 0.0;
+}  // namespace
+
+double packed_elements(const Problem& p) {
+  const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0.0;
   return double(p.s) * p.r1 + core + double(p.r2) * p.t;
 }
-
-}  // namespace
 
 double block_flops(const Problem& p) {
   const Stages stages = multiply_adds(p, double(p.h) * p.w);
@@ -82,6 +80,14 @@ double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first,
   const double part = double(last - first) / p.oh * std::min(1.0, double(tile.columns) / p.ow);
   return stages.in + (stages.middle + stages.out) * part;
 }
+
+namespace {
+
+double weights(const Problem& p) {
+  return packed_elements(p) + (p.op == Op::kCP ? double(p.r1) * (p.kh + p.kw) : 0.0);
+}
+
+}  // namespace
 
 double block_bytes(const Problem& p) {
   const double elements = double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow) + weights(p);

@@ -16,8 +16,9 @@ double block_flops(const Problem& problem);                       // of the chai
 double fused_flops(const Problem& problem, const CpuTile& tile);  // with the halo that strips and columns recompute
 // Multiply-adds of one task: output rows [first, last) of a tile's columns of one image, halo included.
 double strip_multiply_adds(const Problem& problem, const CpuTile& tile, int64_t first, int64_t last);
-double block_bytes(const Problem& problem);   // input + output + weights, once
-double hidden_bytes(const Problem& problem);  // intermediates of the chain, written and read
+double packed_elements(const Problem& problem);  // of the factors that products read packed: all but CP's taps
+double block_bytes(const Problem& problem);      // input + output + weights, once
+double hidden_bytes(const Problem& problem);     // intermediates of the chain, written and read
 
 // The features of one way to run a problem on one thread, in the order of `kFeatureNames`. Predictions know nothing of
 // the number of threads, so that it cannot change the path, and with it the bits, of a result.

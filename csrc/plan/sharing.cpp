@@ -46,8 +46,8 @@ constexpr double kHandedOn = 80;       // reading an element that another core h
 constexpr double kPacked = 13;         // packing an element of a factor
 constexpr int64_t kPanelVectors = 4;   // of a full panel
 
-double images(const Problem& p) {
-  return double(std::max<int64_t>(p.n, 1));
+int64_t images(const Problem& p) {
+  return std::max<int64_t>(p.n, 1);
 }
 
 // The multiply-adds of the largest task.
@@ -56,10 +56,6 @@ double largest_task(const Problem& p, const CpuTile& tile, int64_t strip) {
   for (int64_t first = 0; first < p.oh; first += strip)
     largest = std::max(largest, strip_multiply_adds(p, tile, first, std::min(first + strip, p.oh)));
   return largest;
-}
-
-double factor_elements(const Problem& p) {
-  return double(p.r1) * p.s + double(p.r2) * p.t + (p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0);
 }
 
 // Elements of the factors whose panels cannot be handed out whole: each thread of a team reads what others have packed.
@@ -80,18 +76,18 @@ double handed_on(const Problem& p, const CpuTile& tile) {
     elements += double(patch.places) * ceil_div(p.oh, patch.rows) * ceil_div(p.ow, patch.columns) * p.r1;
   else
     elements -= double(p.h) * p.w * p.r1;
-  return images(p) * elements;
+  return double(images(p)) * elements;
 }
 
 // A team: no halo and no thread idle, but threads wait for each other after each stage, and read what others wrote.
 double team_cost(const Problem& p, const CpuTile& team, int64_t threads) {
-  const double tasks = images(p) * ceil_div(p.ow, team.columns), steps = ceil_div(p.oh, team.rows);
+  const double tasks = double(images(p) * ceil_div(p.ow, team.columns)), steps = ceil_div(p.oh, team.rows);
   const double waits = tasks * steps * (team.winograd == Winograd::kNone ? 3 : 4);
   const double others = double(threads - 1) / double(threads);  // their part of what all have written
   double cost =
       kRegion + fused_flops(p, team) / 2 / double(threads) + waits * kWait + kHandedOn * handed_on(p, team) * others;
   if (!team.prepared)
-    cost += kPacked * factor_elements(p) / double(threads) + kHandedOn * shared_elements(p, threads) * others;
+    cost += kPacked * packed_elements(p) / double(threads) + kHandedOn * shared_elements(p, threads) * others;
   return cost;
 }
 
@@ -102,14 +98,14 @@ void share_out(const Problem& p, const CpuCaps& caps, const ConvScratch& scratch
   const int64_t threads = caps.threads, even = patch_of(tile.winograd).rows;
   // Tasks: images x column tiles x strips. A strip recomputes the first stage's halo rows, so there are no more strips
   // than it takes to keep every thread busy.
-  const int64_t parts = std::max<int64_t>(p.n, 1) * ceil_div(p.ow, tile.columns);
+  const int64_t parts = images(p) * ceil_div(p.ow, tile.columns);
   if (parts < 4 * threads && parts % threads != 0) tile.strips = std::min(ceil_div(p.oh, tile.rows), threads);
   if (tile.strips == 1 && parts == 1) {  // few rows: strips of less than a step
     tile.strips = std::min(ceil_div(p.oh, even), threads);
     tile.rows = std::min(tile.rows, round_up(ceil_div(p.oh, tile.strips), even));
   }
   const int64_t strip = round_up(ceil_div(p.oh, tile.strips), even), tasks = parts * ceil_div(p.oh, strip);
-  const double task = largest_task(p, tile, strip), packing = tile.prepared ? 0 : kPacked * factor_elements(p);
+  const double task = largest_task(p, tile, strip), packing = tile.prepared ? 0 : kPacked * packed_elements(p);
   // A thread has to find more to do than what waking it takes.
   tile.tasks_each = int64_t(std::clamp(kRegion / task, 1.0, double(tasks)));
   const int64_t busy = ceil_div(tasks, tile.tasks_each);  // threads with tasks, if there were enough
