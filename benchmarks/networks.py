@@ -3,8 +3,9 @@
 Latency: medians, all contenders of a network and dtype interleaved in one run, outputs checked before (against the same
 network in fp64). Peak memory: each contender in a process of its own, the most that is resident while it is called,
 minus what is resident once the libraries are loaded: weights (in every form the contender keeps them), activations,
-workspaces. "prepared" is the fused network after `prepare_for_inference_`. OpenVINO and ONNX Runtime get the chain as
-one ONNX graph; both fuse what they can in it.
+workspaces. "prepared" is the fused network after `prepare_for_inference_`; "compile" is torch.compile with frozen
+weights, of the fused network prepared too. OpenVINO and ONNX Runtime get the chain as one ONNX graph; both fuse what
+they can in it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from examples.demo import unfused
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CONTENDERS = (
-    "fused channels_last", "prepared channels_last", "chain nchw", "chain channels_last",
-    "dense nchw", "dense channels_last", "onnxruntime chain", "openvino chain", "openvino dense",
+    "fused channels_last", "prepared channels_last", "compile fused", "chain nchw", "chain channels_last",
+    "compile chain", "dense nchw", "dense channels_last", "compile dense",
+    "onnxruntime chain", "openvino chain", "openvino dense",
 )  # fmt: skip
 COLUMNS = [
     Column("network", 10, left=True),
@@ -76,13 +78,23 @@ def load(folder: Path, contender: str, dtype: torch.dtype, threads: int) -> Run:
         return OnnxRuntimeRun(str(folder / f"{how}.onnx"), input, threads)
     if kind == "openvino":
         return OpenVinoRun(str(folder / f"{how}.onnx"), input, threads, dtype)
-    file = "fused.pt" if kind == "prepared" else f"{kind}.pt"
-    model: nn.Module = torch.load(folder / file, weights_only=False)  # our own file
+    file = {"prepared": "fused", "compile": how}.get(kind, kind)
+    memory_format = FORMATS["channels_last" if kind == "compile" else how]
+    model: nn.Module = torch.load(folder / f"{file}.pt", weights_only=False)  # our own file
     model = model.to(dtype=dtype)
-    model = model.to(memory_format=FORMATS[how])  # type: ignore[call-overload]
-    if kind == "prepared":
+    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if kind == "prepared" or contender == "compile fused":
         lowrank_ops.prepare_for_inference_(model)
-    return functools.partial(model, input.to(dtype).contiguous(memory_format=FORMATS[how]))
+    run = compiled(model) if kind == "compile" else model
+    return functools.partial(run, input.to(dtype).contiguous(memory_format=memory_format))
+
+
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    """torch.compile for one shape, its weights constants that inductor may lay out anew, as the engines do."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    return torch.compile(model, dynamic=False)
 
 
 def chosen(dtype: str) -> list[str]:
@@ -162,6 +174,9 @@ def weigh(folder: str, contender: str, dtype: str, threads: str) -> int:
     kind = contender.split()[0]
     if kind in ENGINES:
         __import__(kind)
+    if kind == "compile":
+        with torch.inference_mode():
+            compiled(nn.Linear(8, 8).requires_grad_(False))(torch.zeros(1, 8))
     before = resident("VmRSS")
     with torch.inference_mode():
         run = load(Path(folder), contender, DTYPES[dtype], int(threads))

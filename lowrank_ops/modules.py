@@ -61,12 +61,11 @@ class _TuckerConv(FactorizedConv):
         return chains.with_activation([first, core, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
-        core = self.core if self.axes == 2 else self.core.unsqueeze(2)
-        if self._packing is not None and not torch.compiler.is_compiling():
+        core, panels = self._core(), self._panels()
+        # Compiled, a view has a version counter of its own: a change of the core would pass unnoticed.
+        if panels is not None and not (self.axes == 1 and torch.compiler.is_compiling()):
             tensors = (image, self.in_factor, core, self.out_factor, self.bias)
-            return ops_for(*tensors).tucker_conv2d_prepared(
-                *tensors, *self._window, self.activation, self._packing.panels
-            )
+            return ops_for(*tensors).tucker_conv2d_prepared(*tensors, *self._window, self.activation, panels)
         return tucker_conv2d(image, self.in_factor, core, self.out_factor, self.bias, *self._window, self.activation)
 
     def _core(self) -> Tensor:
@@ -243,9 +242,9 @@ class _CPConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
-        if self._packing is not None and not torch.compiler.is_compiling():
+        if (panels := self._panels()) is not None:
             tensors = (image, *factors, self.bias)
-            return ops_for(*tensors).cp_conv2d_prepared(*tensors, *self._window, self.activation, self._packing.panels)
+            return ops_for(*tensors).cp_conv2d_prepared(*tensors, *self._window, self.activation, panels)
         return cp_conv2d(image, *factors, self.bias, *self._window, self.activation)
 
     def _height_factor(self) -> Tensor:
@@ -409,9 +408,9 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
-        if self._packing is not None and not torch.compiler.is_compiling():
+        if (panels := self._panels()) is not None:
             tensors = (input, self.in_factor, self.out_factor, self.bias)
-            return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, self._packing.panels)
+            return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, panels)
         return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)
 
     def to_dense(self) -> nn.Module:

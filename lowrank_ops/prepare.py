@@ -51,8 +51,9 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     fused kernel and Winograd's transform for some more shapes. Call it last: in evaluation mode, with the final dtype
     and values.
 
-    Packed weights are used where no gradient is wanted, outside of autocast and torch.compile, by a call whose factors
-    have the memory and version counters that they had when packed; otherwise the call packs its weights as ever.
+    Packed weights are used where no gradient is wanted, outside of autocast, by a call whose factors have the memory
+    and version counters that they had when packed; otherwise the call packs its weights as ever. torch.compile keeps
+    to that (but a compiled `TuckerConv1d` packs at every call); exported and traced programs carry the ordinary ops.
     `load_state_dict`, in-place operations, new parameters and `.to()` are noticed in this way. Not noticed: `.data`
     edits, `torch.from_numpy` memory written to, and whatever else changes values behind autograd's back. Call this
     again after those. `train()`, `to()` and `load_state_dict` drop what was packed; `state_dict`, `copy.deepcopy` and

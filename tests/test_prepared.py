@@ -339,7 +339,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "load_state_dict": lambda module: module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}),
     "dtype": lambda module: module.to(torch.bfloat16),
     "train": lambda module: module.train(),
-    "middle factor": lambda module: next(iter(module.parameters())).mul_(2),
+    "core": lambda module: getattr(module, "core", module.in_factor).mul_(2),
 }
 
 
@@ -384,17 +384,66 @@ def test_copies_and_files_carry_nothing(module: nn.Module) -> None:
     assert loaded._packing is None and module._packing is not None
 
 
-def test_compile_and_export(module: nn.Module) -> None:
-    """Traced, a prepared module is the ordinary op; what was packed is no part of the graph."""
+def test_compiled(fused_policy: None, module: nn.Module) -> None:
+    """A compiled module takes what was packed, but for a 1-D core, which it sees through a view."""
+    x = input_of(module)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        plain = module(x)
+        prepare_for_inference_(module)
+        compiled = torch.compile(module, fullgraph=True)
+        assert torch.equal(compiled(x), plain)
+        damaged = module._packing._replace(panels=poison(module._packing.panels))
+        module._packing = damaged
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                assert bool(compiled(x).isnan().any()) == (not isinstance(module, TuckerConv1d))
+        unprepare_(module)
+        assert torch.equal(compiled(x), plain)
+
+
+def test_gradients_of_a_compiled_module(module: nn.Module) -> None:
+    x = input_of(module)
+    prepare_for_inference_(module)
+    module._packing = module._packing._replace(panels=poison(module._packing.panels))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True)
+    wanted, found = (
+        torch.autograd.grad(way(x).square().sum(), list(module.parameters())) for way in (module, compiled)
+    )
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_compiled_module_notices_changes(fused_policy: None, module: nn.Module, change: str) -> None:
+    for name, parameter in list(module.named_parameters()):  # versions 0, as a view made by compiled code has
+        setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    prepare_for_inference_(module)
+    module._packing = module._packing._replace(panels=poison(module._packing.panels))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True)
+    with torch.no_grad():
+        compiled(input_of(module))
+        CHANGES[change](module)
+        x = input_of(module, module.in_factor.dtype)
+        fresh = copy.deepcopy(module)
+        assert torch.equal(compiled(x), fresh(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(module: nn.Module, strict: bool) -> None:
+    """What leaves the process is the ordinary op."""
     x = input_of(module)
     prepare_for_inference_(module)
     torch._dynamo.reset()
     with torch.no_grad():
         plain = module(x)
-        assert torch.equal(torch.compile(module, fullgraph=True)(x), plain)
-        exported = torch.export.export(module, (x,))
+        exported = torch.export.export(module, (x,), strict=strict)
+        traced = torch.jit.trace(module, x)
     assert not exported.constants and "_prepared" not in exported.graph_module.code
     assert torch.equal(exported.module()(x), plain)
+    assert "_prepared" not in str(traced.inlined_graph) and torch.equal(traced(x), plain)
 
 
 def test_explain_says_it(module: nn.Module) -> None:
