@@ -348,8 +348,32 @@ static inline void depthwise_windows(const DepthwiseCall& call, int64_t row) {
   for (; channel < call.channels; channel += kLanes) depthwise_window<T, Out, kRows, 1>(call, row, channel);
 }
 
+// 1x1, what a pointwise convolution's CP has between its factors: nothing but a scale for each channel, and no column.
+template <typename T, typename Out>
+static void depthwise_point(const DepthwiseCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const T* height = static_cast<const T*>(call.height_factor);
+  const T* width = static_cast<const T*>(call.width_factor);
+  for (int64_t row = 0; row < call.out_rows; ++row) {
+    const T* in = static_cast<const T*>(call.rows[row]);
+    Out* out = static_cast<Out*>(call.out) + row * call.out_row_stride;
+    for (int64_t p = 0; p < call.out_pixels; ++p) {
+      for (int64_t channel = 0; channel < call.channels; channel += kLanes) {
+        V column = V{}, sum = V{};
+        column += load(in + channel) * load(height + channel);
+        sum += column * load(width + channel);
+        store(out + channel, sum);
+      }
+      in += call.stride * call.channel_stride;
+      out += call.channel_stride;
+    }
+  }
+}
+
 template <typename T, typename Out>
 static void depthwise(const DepthwiseCall& call) {
+  if (call.kh == 1 && call.kw == 1) return depthwise_point<T, Out>(call);
   int64_t row = 0;
   if (call.kh == 3 && call.kw == 3 && call.stride == 1 && call.dilation == 1) {
     constexpr int kRows = kVectorBytes == 64 ? 2 : 1;  // as the number of registers allows
