@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.calls import eval_mode
-from lowrank_ops.module_base import FactorizedConv, FactorizedModule
+from lowrank_ops.conv_base import FactorizedConv
+from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import LowRankLinear
 from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
 from lowrank_ops.surgery import Owners, Site, find_sites

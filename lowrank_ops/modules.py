@@ -1,7 +1,7 @@
 """The factorized layers as nn.Modules: constructors like nn.Conv2d and nn.Linear plus `rank`.
 
 Every module calls one op of `lowrank_ops.functional`. What the ops leave to the modules (padding modes,
-padding="same", unbatched inputs, one-dimensional convolutions as images of height 1) is in `module_base.py`.
+padding="same", unbatched inputs, one-dimensional convolutions as images of height 1) is in `conv_base.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lowrank_ops import chains, ranks, reference
 from lowrank_ops._ops import ops_for
+from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.cp import cp_decompose
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.initialization import Init
 from lowrank_ops.module_base import (
-    FactorizedConv,
     FactorizedModule,
     at_least,
     check_activation,

@@ -17,7 +17,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from lowrank_ops.chains import same_padding
-from lowrank_ops.module_base import FactorizedConv, FactorizedModule
+from lowrank_ops.conv_base import FactorizedConv
+from lowrank_ops.module_base import FactorizedModule
 
 if TYPE_CHECKING:
     import pandas

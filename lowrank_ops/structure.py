@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.chains import activation_name
-from lowrank_ops.module_base import FactorizedConv, FactorizedModule
+from lowrank_ops.conv_base import FactorizedConv
+from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.surgery import move_hooks
 
