@@ -62,10 +62,40 @@ namespace {
 template <typename T>
 using FromPython = std::conditional_t<std::is_same_v<T, at::IntArrayRef>, const Pair&, T>;
 
+// What an argument of the schema has to be, in words; empty where `value` is that.
+std::string requirement(const c10::Argument& argument, py::handle value) {
+  const c10::TypePtr& type = argument.type();
+  if (type->kind() == c10::TypeKind::TensorType) return THPVariable_Check(value.ptr()) ? "" : "a torch.Tensor";
+  if (type->kind() == c10::TypeKind::OptionalType)
+    return value.is_none() || THPVariable_Check(value.ptr()) ? "" : "a torch.Tensor or None";
+  if (type->kind() == c10::TypeKind::StringType) return PyUnicode_Check(value.ptr()) ? "" : "a str";
+  return py::detail::make_caster<Pair>().load(value, false) ? "" : "an int or a pair of ints";
+}
+
+// Raises the TypeError for a call whose arguments are of other kinds than the schema's.
+[[noreturn]] void refuse(const std::string& op, const c10::FunctionSchema& schema, const py::args& values) {
+  const auto& arguments = schema.arguments();
+  for (size_t i = 0; i < std::min(arguments.size(), values.size()); ++i) {
+    const std::string required = requirement(arguments[i], values[i]);
+    if (required.empty()) continue;
+    const auto type = py::str(py::type::handle_of(values[i]).attr("__name__")).cast<std::string>();
+    const bool is_short =
+        values[i].is_none() || py::isinstance<py::str>(values[i]) || py::isinstance<py::float_>(values[i]);
+    throw py::type_error(op + ": " + arguments[i].name() + " must be " + required + ", got " +
+                         (is_short ? py::repr(values[i]).cast<std::string>() : type));
+  }
+  throw py::type_error(op + ": takes " + std::to_string(arguments.size()) + " arguments, got " +
+                       std::to_string(values.size()));
+}
+
 template <typename Handle, typename... Arguments>
 void bind_op(py::module_& m, const char* name, const Handle& handle, at::Tensor (*)(Arguments...)) {
   m.def(name, torch::wrap_pybind_function_no_gil(
                   [handle](FromPython<Arguments>... arguments) { return handle().call(arguments...); }));
+  // Tried where the arguments do not fit the first: pybind11's own message would print whole tensors.
+  m.def(name, [handle, op = std::string(name)](const py::args& values) -> at::Tensor {
+    refuse(op, handle().schema(), values);
+  });
 }
 
 }  // namespace

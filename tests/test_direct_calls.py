@@ -69,6 +69,29 @@ def test_other_windows_are_type_errors(padding: Any) -> None:
         function(*tensors, padding=padding)
 
 
+KINDS: dict[str, tuple[str, Any, str]] = {
+    "a word for the padding": ("padding", "same", "an int or a pair of ints, got 'same'"),
+    "half a stride": ("stride", 1.5, "an int or a pair of ints, got 1.5"),
+    "half a dilation": ("dilation", (1, 0.5), "an int or a pair of ints, got tuple"),
+    "no activation": ("activation", None, "a str, got None"),
+    "a number for the bias": ("bias", 3, "a torch.Tensor or None, got int"),
+    "an array": ("input", np.ones((1, 3, 4, 4)), "a torch.Tensor, got ndarray"),
+    "no factor": ("out_factor", None, "a torch.Tensor, got None"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_of_another_kind_are_refused_by_name(op: str, kind: str) -> None:
+    name, value, wanted = KINDS[kind]
+    if op not in CONVS and name in ("padding", "stride", "dilation"):
+        pytest.skip("no argument of this op")
+    call = Problem(op).make()
+    with pytest.raises(TypeError) as raised:
+        getattr(lowrank_ops, op)(**{**call.tensors, name: value})
+    assert str(raised.value) == f"{op}: {name} must be {wanted}"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_tracing_records_the_op(op: str) -> None:
     function, tensors = make(op)
