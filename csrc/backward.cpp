@@ -29,7 +29,7 @@ bool is_linear(const Stage& stage) {
 
 Tensor forward(const Stage& stage, const Tensor& x, const OptionalTensor& bias) {
   if (is_linear(stage)) return at::linear(x, stage.weight, bias);
-  return at::conv2d(x, stage.weight, bias, stage.stride, stage.padding, stage.dilation, stage.groups);
+  return at::conv2d(library_image(x), stage.weight, bias, stage.stride, stage.padding, stage.dilation, stage.groups);
 }
 
 // A tensor of the shape of forward(stage, x), its values never to be read.
@@ -170,7 +170,7 @@ struct NoAutocast {
 Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
                    const OptionalTensor& bias, const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, window);
+  const auto dtype = library_dtype(input, window, kernel_width(core));
   return {{pointwise(in_factor.to(dtype)),
            {core.to(dtype), {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}},
            pointwise(out_factor.to(dtype))},
@@ -181,7 +181,7 @@ Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& c
 Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
                const Tensor& out_factor, const OptionalTensor& bias, const Window& window, Activation activation) {
   const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, window);
+  const auto dtype = library_dtype(input, window, kernel_width(width_factor));
   const int64_t rank = in_factor.sym_size(0).guard_int(__FILE__, __LINE__);
   const Tensor height = height_factor.to(dtype).unsqueeze(1).unsqueeze(-1);  // [R, 1, KH, 1]
   const Tensor width = width_factor.to(dtype).unsqueeze(1).unsqueeze(1);     // [R, 1, 1, KW]

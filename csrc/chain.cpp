@@ -57,9 +57,9 @@ at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const Op
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                         const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,
                         Activation activation) {
-  const at::ScalarType dtype = library_dtype(input, window);
+  const at::ScalarType dtype = library_dtype(input, window, kernel_width(core));
   at::Tensor hidden = pointwise(input.to(dtype), in_factor);
-  hidden = at::conv2d(hidden, core.to(dtype), {}, window.stride, window.padding, window.dilation);
+  hidden = at::conv2d(library_image(hidden), core.to(dtype), {}, window.stride, window.padding, window.dilation);
   return apply_activation(pointwise(hidden, out_factor, bias), activation)
       .to(input.scalar_type())
       .contiguous(input.suggest_memory_format());
@@ -68,12 +68,12 @@ at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, co
 at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
                     const Window& window, Activation activation) {
-  const at::ScalarType dtype = library_dtype(input, window);
+  const at::ScalarType dtype = library_dtype(input, window, kernel_width(width_factor));
   const int64_t rank = in_factor.size(0);
   at::Tensor hidden = pointwise(input.to(dtype), in_factor);
   const auto depthwise = [&](const at::Tensor& weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
                              std::array<int64_t, 2> dilation) {
-    hidden = at::conv2d(hidden, weight.to(dtype), {}, at::IntArrayRef(stride), at::IntArrayRef(padding),
+    hidden = at::conv2d(library_image(hidden), weight.to(dtype), {}, at::IntArrayRef(stride), at::IntArrayRef(padding),
                         at::IntArrayRef(dilation), rank);
   };
   depthwise(height_factor.unsqueeze(1).unsqueeze(-1), {window.stride[0], 1}, {window.padding[0], 0},

@@ -23,22 +23,33 @@ at::Tensor apply_activation(at::Tensor output, Activation activation);
 
 // The dtype in which the library's convolutions can be trusted with a block of this input.
 // fp16 on a CPU: the library has no fast kernels for it.
-// bf16 on a CPU: oneDNN as of torch 2.13 fails for some windows with a stride along W and a padding or a
-// dilation along W. On Zen 4 (AVX512_BF16), random problems with such a window: a dense forward crashed the
-// process within the first few hundred, 9 of 4,000 dense and 1 of 4,000 depthwise weight gradients were wrong
-// (garbage, NaN), input gradients never. Of 24,000 without such a window none was wrong. All failures seen
-// had the padding; the dilation stands here for the wide dilated kernels that are wrong on AMX machines (not
-// tried again).
-inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window) {
+// bf16 on a CPU: oneDNN as of torch 2.13 fails for some windows with a stride along W. On Zen 4 (AVX512_BF16), random
+// problems with a padding too: a dense forward crashed the process within the first few hundred, 9 of 4,000 dense and 1
+// of 4,000 depthwise weight gradients were wrong (garbage, NaN). On Zen 5 189 of 1,530 without padding, all with one
+// column of output, had wrong outputs and weight gradients (one hidden channel; kernels 4 wide). Kernels 1 wide never
+// failed without padding.
+inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window, int64_t kernel_width) {
   const at::ScalarType dtype = input.scalar_type();
   if (!input.is_cpu()) return dtype;
-  const bool risky = window.stride[1] > 1 && (window.padding[1] > 0 || window.dilation[1] > 1);
+  const bool risky = window.stride[1] > 1 && (kernel_width > 1 || window.padding[1] > 0);
   return dtype == at::kHalf || (dtype == at::kBFloat16 && risky) ? at::kFloat : dtype;
 }
 
-// The same for matrix products, which are sound in bf16.
+// Of a core [R2, R1, KH, KW] or a factor [R, KW].
+inline int64_t kernel_width(const at::Tensor& weight) {
+  return weight.sym_size(-1).guard_int(__FILE__, __LINE__);
+}
+
+// The dtype of matrix products, which are sound in bf16.
 inline at::ScalarType library_dtype(const at::Tensor& input) {
   return input.is_cpu() && input.scalar_type() == at::kHalf ? at::kFloat : input.scalar_type();
+}
+
+// An image as the library's convolutions can be trusted with: one channel as NCHW, which is the same memory. With
+// channels_last strides torch 2.13's gives garbage where a stride along W leaves one column of output (float32 and
+// bf16, Zen 5: 300 of 300 random problems).
+inline at::Tensor library_image(const at::Tensor& image) {
+  return image.sym_size(1).maybe_as_int() == 1 ? image.squeeze(1).unsqueeze(1) : image;
 }
 
 // The chain of library convolutions (in `library_dtype`): any device, differentiable, the output in the memory format

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_gradients, assert_strides
+from conftest import ACTIVATIONS, DEVICES, DTYPES, OPS, Call, Problem, assert_gradients, assert_output, assert_strides
 from test_ops import CONVS, GEOMETRIES, LAYOUTS, integer_call
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+
+import lowrank_ops
 
 SMOOTH = ("none", "silu", "gelu")
 # Larger than the memory of one chunk of csrc/backward.cpp (32 MiB): several chunks, the last one smaller.
@@ -118,6 +120,19 @@ def test_empty_batch(op: str, layout: torch.memory_format) -> None:
     for name, tensor in call.tensors.items():
         assert gradients[name].shape == tensor.shape
         assert not gradients[name].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", ["auto", "chain"])
+@pytest.mark.parametrize(("r1", "kernel"), [(16, (1, 4)), (24, (4, 4)), (1, (4, 3)), (1, (3, 7))], ids=str)
+@pytest.mark.parametrize("op", CONVS)
+def test_one_column_of_output(op: str, r1: int, kernel: tuple[int, int], policy: str, dtype: torch.dtype) -> None:
+    """torch 2.13's convolutions are wrong there."""
+    sizes = dict(n=2, s=64, h=8, w=kernel[1], r1=r1, r2=8, t=16, kernel=kernel, stride=(1, 3))
+    call = Problem(op, dtype=dtype, layout=torch.channels_last, activation="silu", **sizes).make()
+    with lowrank_ops.set_policy(policy):
+        assert_output(call, call.run())
+        assert_gradients(call, output_gradient(call))
 
 
 @pytest.mark.parametrize("op", OPS)
