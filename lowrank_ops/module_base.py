@@ -59,11 +59,11 @@ class FactorizedModule(nn.Module):
         panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
         self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
 
-    def _panels(self) -> Tensor | None:
-        """What `_pack` has made, for this call; not for a graph that may leave this process."""
+    def _panels(self, input: Tensor) -> Tensor | None:
+        """What `_pack` has made, for a call with this input; not for a graph that may leave this process."""
         if self._packing is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return None
-        return self._packing.panels
+        return None if isinstance(input, torch.fx.Proxy) else self._packing.panels
 
     def _unpack(self) -> None:
         """Drops what `_pack` has made."""

@@ -61,7 +61,7 @@ class _TuckerConv(FactorizedConv):
         return chains.with_activation([first, core, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
-        core, panels = self._core(), self._panels()
+        core, panels = self._core(), self._panels(image)
         # Compiled, a view has a version counter of its own: a change of the core would pass unnoticed.
         if panels is not None and not (self.axes == 1 and torch.compiler.is_compiling()):
             tensors = (image, self.in_factor, core, self.out_factor, self.bias)
@@ -242,7 +242,7 @@ class _CPConv(FactorizedConv):
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
-        if (panels := self._panels()) is not None:
+        if (panels := self._panels(image)) is not None:
             tensors = (image, *factors, self.bias)
             return ops_for(*tensors).cp_conv2d_prepared(*tensors, *self._window, self.activation, panels)
         return cp_conv2d(image, *factors, self.bias, *self._window, self.activation)
@@ -408,7 +408,7 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
-        if (panels := self._panels()) is not None:
+        if (panels := self._panels(input)) is not None:
             tensors = (input, self.in_factor, self.out_factor, self.bias)
             return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, panels)
         return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)

@@ -118,12 +118,14 @@ def test_bitwise_the_ordinary_op(
         _C.set_cpu_winograd("auto")
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 5), (torch.bfloat16, 7)], ids=str)
-def test_winograd_pays_sooner_where_its_weights_are_there(fused_policy: None, dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize(("dtype", "size", "rank"), [(torch.float32, 6, 64), (torch.bfloat16, 7, 512)], ids=str)
+def test_winograd_pays_sooner_where_its_weights_are_there(
+    fused_policy: None, dtype: torch.dtype, size: int, rank: int
+) -> None:
     call = Problem(
-        "tucker_conv2d", n=1, h=size, w=size, s=64, r1=128, r2=128, t=64, kernel=(3, 3), padding=(1, 1), dtype=dtype
+        "tucker_conv2d", n=1, h=size, w=size, s=64, r1=rank, r2=rank, t=64, kernel=(3, 3), padding=(1, 1), dtype=dtype
     ).make()
-    sizes = [1, 64, size, size, 64, 128, 128, 3, 3]
+    sizes = [1, 64, size, size, 64, rank, rank, 3, 3]
     name = str(dtype).removeprefix("torch.")
     plain, prepared = (
         _C.explain("tucker_conv2d", name, False, sizes, [1, 1, 1, 1, 1, 1], "none", "cpu", ready)["chosen"]["kernel"]
@@ -444,6 +446,19 @@ def test_export(module: nn.Module, strict: bool) -> None:
     assert not exported.constants and "_prepared" not in exported.graph_module.code
     assert torch.equal(exported.module()(x), plain)
     assert "_prepared" not in str(traced.inlined_graph) and torch.equal(traced(x), plain)
+
+
+def test_symbolic_trace() -> None:
+    model = nn.Sequential(LowRankLinear(20, 24, 8)).eval()
+    prepare_for_inference_(model)
+
+    class Inside(torch.fx.Tracer):
+        def is_leaf_module(self, *args: object) -> bool:
+            return False
+
+    graph = Inside().trace(model)
+    (name,) = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert "lowrank_linear" in name and "prepared" not in name
 
 
 def test_explain_says_it(module: nn.Module) -> None:
