@@ -253,6 +253,20 @@ def test_scratch_does_not_grow_with_the_image(op: str, size: int, rank: int) -> 
     assert found.chosen["scratch_bytes"] <= max(1 << 19, 8 * narrowest * (rank + 64) * 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("policy", ["auto", "measure"])
+@pytest.mark.parametrize("op", ["tucker_conv2d", "cp_conv2d"])
+def test_taps_far_outside_the_image(op: str, policy: str, dtype: torch.dtype) -> None:
+    """A tile that held all that lies between them would take gigabytes."""
+    far = (40000, 40000)
+    problem = Problem(op, s=8, r1=8, r2=8, t=8, h=8, w=8, kernel=(3, 3), padding=far, dilation=far, dtype=dtype)
+    with lowrank_ops.set_policy(policy):
+        call = problem.make()
+        assert_output(call, call.run())
+        found = explain_one(problem)
+    assert found.path == "chain" and "a tile would take" in str(found)
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_regret_on_the_committed_results(path: Path) -> None:
     """What the cost model picks is at most 5 % slower than the faster path, over the cells of a results file."""

@@ -53,7 +53,9 @@ constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so t
 constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
 constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
 constexpr int64_t kMostNearBytes =
-    8 << 20;                            // of input, output and weights: larger blocks are asked for ahead of their use
+    8 << 20;  // of input, output and weights: larger blocks are asked for ahead of their use
+constexpr int64_t kMostScratchBytes =
+    16 << 20;                           // of a tile: more is not kept from call to call, and far too slow to fill
 constexpr double kMostPlacesBytes = 3;  // Winograd 4x4: its weight, of L2; larger ones are read too slowly
 
 // What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
@@ -69,7 +71,7 @@ double core_cost(const Problem& p, bool prepared, Winograd winograd) {
   // to 40 at two that share a panel: 9 is between. It cannot depend on the threads, as bits must not.
   // In bf16 the direct core runs ranks of 16 as fast, on images beyond L2 up to 1.14 times as fast (Zen 5).
   const double transform = p.dtype == DType::kFloat ? 16 : winograd == Winograd::kLine ? 32 : 44;
-  const double weight = prepared ? 4 : p.dtype == DType::kFloat ? 9 : 14;
+  const double weight = prepared ? 10 : p.dtype == DType::kFloat ? 9 : 14;
   // Packing it keeps the other threads of a small call waiting.
   const double call = prepared ? 0 : 3e5;
   return patches * (products + double(patch.rows * patch.columns) * transform * double(p.r1 + p.r2)) +
@@ -215,8 +217,7 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
 // Windows for which torch 2.13's bf16 convolutions crash or compute garbage on some CPUs (csrc/ops.h, library_dtype):
 // the chain runs them in fp32, and is no candidate.
 bool chain_needs_float32(const Problem& p) {
-  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && p.stride[1] > 1 &&
-         (p.padding[1] > 0 || p.dilation[1] > 1);
+  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && p.stride[1] > 1 && (p.kw > 1 || p.padding[1] > 0);
 }
 
 }  // namespace
@@ -231,9 +232,20 @@ CpuChoice choose_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool 
   }
   choice.fused_seconds = fused_seconds(p, choice.one_thread_tile);
   choice.chain_seconds = chain_seconds(p);
-  choice.only_fused = chain_needs_float32(p) && policy != Policy::kChain;
   const bool chain_is_faster = choice.chain_seconds > 0 && choice.chain_seconds < choice.fused_seconds;
-  choice.chain = !choice.only_fused && (policy == Policy::kChain || (policy != Policy::kFused && chain_is_faster));
+  if (policy == Policy::kFused || policy == Policy::kChain) {
+    choice.chain = policy == Policy::kChain;
+  } else if (const int64_t bytes = choice.one_thread_tile.scratch_bytes;
+             p.op != Op::kLinear && bytes > kMostScratchBytes) {
+    choice.chain = true;
+    choice.against_fused = "a tile would take " + std::to_string(bytes >> 20) +
+                           " MB: the window's taps lie far outside the image, or the ranks are very large";
+  } else if (chain_needs_float32(p)) {
+    choice.against_chain =
+        "torch's bf16 convolutions fail for some windows with a stride along the width; the chain would run in fp32";
+  } else {
+    choice.chain = chain_is_faster;
+  }
   return choice;
 }
 
@@ -256,11 +268,10 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   chain.bytes = block_bytes(p) + hidden_bytes(p);
   chain.predicted_seconds = choice.chain_seconds;
 
-  if (choice.only_fused) {
-    decision.chosen = fused;
-    decision.rejections.push_back({chain.kernel,
-                                   "torch's bf16 convolutions fail for some windows with a stride and a padding or "
-                                   "dilation along the width; the chain would run in fp32"});
+  if (!choice.against_fused.empty() || !choice.against_chain.empty()) {
+    decision.chosen = choice.chain ? chain : fused;
+    const std::string& kernel = (choice.chain ? fused : chain).kernel;
+    decision.rejections.push_back({kernel, choice.chain ? choice.against_fused : choice.against_chain});
     return decision;
   }
   decision.chosen = choice.chain ? chain : fused;
