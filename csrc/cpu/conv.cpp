@@ -8,6 +8,7 @@ namespace lowrank_ops {
 
 namespace {
 
+constexpr int64_t kMostAskedBytes = 128 << 10;  // of a weight ahead of its use
 constexpr int64_t kStagedPixels = 64;
 constexpr int64_t kStagedChannels = 16;  // staged by one thread at least
 
@@ -195,6 +196,22 @@ void Ahead::attach(GemmCall& call) {
   }
 }
 
+void Ahead::attach_weight(GemmCall& call, const void* next, int64_t bytes, int64_t part, int64_t parts) const {
+  if (!weights_are_far || call.ahead_lines > 0) return;
+  const int64_t lines = std::min(bytes, kMostAskedBytes) / 64, first = lines * part / parts;
+  call.ahead = static_cast<const char*>(next) + 64 * first;
+  call.ahead_lines = lines * (part + 1) / parts - first;
+}
+
+void Ahead::attach_next_panel(GemmCall& call, const PackedWeight& weight, const PackedWeight* then, int64_t panel,
+                              int64_t part, int64_t parts) const {
+  const bool last = panel + 1 == weight.panels().count;
+  if (last && then == nullptr) return;
+  const PackedWeight& next = last ? *then : weight;
+  const int64_t index = last ? 0 : panel + 1;
+  attach_weight(call, next.panel(index), next.panel_bytes(index), part, parts);
+}
+
 void HiddenRows::stage(int64_t z, int64_t rows) {
   const ComputeKernels& kernels = *block_.engine.kernels;
   const int64_t element = element_bytes(kernels.element), pixels = columns_.inside_end - columns_.inside_begin;
@@ -218,6 +235,7 @@ void HiddenRows::stage(int64_t z, int64_t rows) {
 
 void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t source_bytes) {
   const Panels& panels = block_.in_weight.panels();
+  const PackedWeight* next_weight = block_.core_weight ? block_.core_weight : &block_.out_weight;
   const int64_t hidden_element = element_bytes(block_.hidden_type);
   team_.run([&](const Share& share) {
     const void* pixel;
@@ -241,6 +259,7 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
                    call.out = ring_ + ((z + i) % ring_rows_) * row_bytes_ +
                               (columns_.inside_begin + first) * pixel_bytes_ + panels.first(panel) * hidden_element;
                    ahead_.attach(call);
+                   ahead_.attach_next_panel(call, block_.in_weight, next_weight, panel, i, rows);
                    block_.engine.gemm(call);
                  });
   });
@@ -286,6 +305,7 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
       if (channels_last) {
         call.far_output = block.tile.far && !block.tile.ahead;
         ahead.attach(call);
+        ahead.attach_next_panel(call, block.out_weight, nullptr, panel, i, joined ? 1 : rows);
         call.out = target;
         call.out_stride = out_pixel_stride;
         call.out_type = p.dtype;

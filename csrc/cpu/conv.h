@@ -67,6 +67,13 @@ class Ahead {
   void begin(const Rows& output, const Rows& input, double multiply_adds);
   // Gives a call its share.
   void attach(GemmCall& call);
+  // The same for the weights that come next, where those are on their first way to L2 (`weights_are_far`): to a call
+  // that is part `part` of the `parts` that use a panel.
+  void attach_weight(GemmCall& call, const void* next, int64_t bytes, int64_t part, int64_t parts) const;
+  // What comes after a panel: the next one, or the first of `then` (nullptr: nothing).
+  void attach_next_panel(GemmCall& call, const PackedWeight& weight, const PackedWeight* then, int64_t panel,
+                         int64_t part, int64_t parts) const;
+  bool weights_are_far = false;
 
  private:
   Rows regions_[2];
@@ -138,6 +145,10 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
   const int64_t staging_bytes = std::max(HiddenRows::staging_bytes(block), t.team * output_staging_bytes(block));
   const int64_t scratch_bytes = Scratch::padded(HiddenRows::ring_bytes(block)) + Scratch::padded(tile_bytes) +
                                 Scratch::padded(staging_bytes) + Scratch::padded(extra_bytes);
+  const int64_t tasks = p.n * strips * column_tiles;
+  // Packed in this call, they are near; packed before, they come from wherever the layers between have left them. A
+  // team's threads read panels of their own.
+  const bool far_weights = t.team == 1 && !needs_packing(block.weights());
   const auto run_tasks = [&](Team& team, int64_t begin, int64_t end) {
     Scratch scratch(scratch_bytes);
     void* ring = scratch.take(HiddenRows::ring_bytes(block));
@@ -157,6 +168,7 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
       for (int64_t row = task.first_row; row < task.last_row; row += t.rows) {
         const int64_t rows = std::min(t.rows, task.last_row - row);
         const int64_t top = row * block.rows.stride;
+        hidden.ahead().weights_are_far = far_weights && index == begin && row == task.first_row;
         if (t.ahead) asked = hidden.look_ahead(row, rows, index + 1 < end ? &next : nullptr);
         hidden.produce(top, top + block.rows.span(rows));
         middle(team, hidden, row, rows, task.columns(), tile, extra);
@@ -165,7 +177,6 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
     }
     brgemm_release();
   };
-  const int64_t tasks = p.n * strips * column_tiles;
   if (t.team > 1) {
     Team team(t.team);
     team.call([&] {

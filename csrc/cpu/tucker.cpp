@@ -100,6 +100,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         call.out =
             static_cast<char*>(tile_memory) + ((i * columns + first) * call.out_stride + panels.first(panel)) * element;
         hidden.ahead().attach(call);
+        hidden.ahead().attach_next_panel(call, core_weight, &out_weight, panel, i, rows);
         engine.gemm(call);
       };
       share.pieces(panels.count, rows, columns, kFewestPixels,

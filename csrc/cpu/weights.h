@@ -67,6 +67,7 @@ class PackedWeight {
   const Panels& panels() const { return panels_; }
   int64_t padded_depth() const { return padded_depth_; }  // of a tap
   const void* panel(int64_t index) const { return data_ + own() + panels_.first(index) * column_bytes_; }
+  int64_t panel_bytes(int64_t index) const { return panels_.padded_width(index) * column_bytes_; }
   const char* data() const { return data_; }
   int64_t bytes() const { return panels_.padded_columns() * column_bytes_; }
   // Vectors of columns that are to be packed, by any thread in any order: 0 where they were packed before.

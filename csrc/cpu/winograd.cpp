@@ -81,12 +81,17 @@ void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hid
       call.rows = count;
       call.width = call.out_stride = width;
       const char* weight = static_cast<const char*>(weight_.panel(panel));
+      const int64_t place_bytes = groups_ * weight_.padded_depth() * width * element;
       for (int64_t place = 0; place < patch_.places; ++place) {
         const char* source = inputs + (place * input_patches + patch_row * row_inputs + begin) * channels_ * element;
         for (int64_t tap = 0; tap < call.num_taps; ++tap) taps[tap] = source + tap * channels_ * element;
-        call.weight = weight + place * groups_ * weight_.padded_depth() * width * element;
+        call.weight = weight + place * place_bytes;
         call.out = sums + place * count * width * accumulator;
         hidden.ahead().attach(call);
+        if (place + 1 < patch_.places)
+          hidden.ahead().attach_weight(call, static_cast<const char*>(call.weight) + place_bytes, place_bytes, 0, 1);
+        else
+          hidden.ahead().attach_next_panel(call, weight_, &block.out_weight, panel, 0, 1);
         engine_.gemm(call);
       }
       output.width = output.sums_stride = width;
