@@ -110,12 +110,15 @@ def gather_moments(
         rows = input_rows(layer, (args[0] if args else kwargs["input"]).detach(), chosen).transpose(1, 2).flatten(0, 1)
         of_layer.input = of_layer.input + product(rows)
         of_layer.rows += len(rows)
+        if not torch.is_grad_enabled():  # the model's own no_grad or inference_mode: no gradient passes here
+            return None
         fresh = not output.requires_grad
         if fresh:  # frozen weights behind integer inputs: the graph starts here
             output = output.clone().requires_grad_().clone()
 
         def add(gradient: Tensor) -> None:
-            of_layer.gradient += product(output_rows(layer, gradient))
+            # not in place: a first call in the model's own inference_mode makes an inference tensor of the zeros
+            of_layer.gradient = of_layer.gradient + product(output_rows(layer, gradient))
 
         output.register_hook(add)
         return output if fresh else None

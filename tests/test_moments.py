@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank_ops
 from lowrank_ops.batches import Batches
 from lowrank_ops.moments import Layer, draw_positions, gather_moments, input_rows, output_rows, watch
 
@@ -118,6 +122,36 @@ def test_frozen_weights_behind_integers_and_models_without_gradients() -> None:
     model = Detached(nn.Linear(4, 3))
     found, _ = gather_moments(model, [model[0]], Batches(torch.randn(5, 4), "here"))
     assert torch.equal(found[id(model[0])].gradient, torch.eye(3, dtype=torch.float64))
+
+
+class _FrozenBackbone(nn.Module):
+    """Runs the backbone without gradients and once more with them."""
+
+    def __init__(self, region: Callable[[], AbstractContextManager]) -> None:
+        super().__init__()
+        self.region = region
+        self.backbone = nn.Conv2d(3, 4, 3)
+        self.both = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with self.region():
+            hidden = self.both(self.backbone(input).mean((2, 3)))
+        return self.head(self.both(hidden))
+
+
+@pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
+def test_regions_without_gradients_pass_none(region: Callable[[], AbstractContextManager]) -> None:
+    torch.manual_seed(0)
+    model = _FrozenBackbone(region)
+    layers: list[Layer] = [model.backbone, model.both, model.head]
+    found, calls = gather_moments(model, layers, Batches(torch.randn(8, 3, 6, 6), "here"))
+    assert calls == {id(model.backbone): 1, id(model.both): 2, id(model.head): 1}
+    assert torch.equal(found[id(model.backbone)].gradient, torch.eye(4, dtype=torch.float64))
+    assert not torch.equal(found[id(model.both)].gradient, torch.eye(4, dtype=torch.float64))
+    assert not torch.equal(found[id(model.head)].gradient, torch.eye(2, dtype=torch.float64))
+    report = lowrank_ops.factorize_(model, rank=1, calibration=torch.randn(8, 3, 6, 6), progress=False)
+    assert len(report.replaced) == 3
 
 
 def test_watch_stops_after_the_last_call() -> None:
