@@ -84,7 +84,10 @@ def run_example(model: nn.Module, example_input: Any) -> None:
 
 
 def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Module]) -> Calls:
-    """Runs the model and records how it calls the layers. Raises RuntimeError if the model fails."""
+    """Runs the model and records how it calls the layers, which see padded sequences as ordinary tensors.
+
+    Raises RuntimeError if the model fails.
+    """
     calls = Calls(layers)
 
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -96,7 +99,8 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
-        run_example(model, example_input)
+        with no_nested_tensors():
+            run_example(model, example_input)
     except Exception as error:
         raise RuntimeError(f"factorize_: the model fails on example_input: {error}") from error
     finally:
@@ -168,3 +172,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def no_nested_tensors() -> Iterator[None]:
+    """torch's transformers without their fast path, which packs padded sequences into tensors without a shape."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
+from lowrank_ops.calls import no_nested_tensors
 
 POLICIES = ("auto", "fused", "chain", "measure")
 
@@ -249,7 +250,7 @@ def explain(
 
     args = [meta(value) for value in positional]
     kwargs = {name: meta(value) for name, value in named.items()}
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.no_grad(), no_nested_tensors(), _Recorder() as recorder:
         if module is None:
             op_or_module(*args, **kwargs, **arguments)
         else:

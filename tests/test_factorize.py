@@ -13,9 +13,11 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
+from lowrank_ops.budget import Budget
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.planning import explain
 from lowrank_ops.ranks import Energy
 from lowrank_ops.report import count_macs, count_parameters
 
@@ -358,6 +360,33 @@ def test_transformers_still_run() -> None:
         report = factorize_(model, rank=0.25, example_input=input, progress=False)
         torch.testing.assert_close(model[0](input), expected)
     assert [layer.name for layer in report.replaced] == ["1"]
+
+
+class Padded(nn.Module):
+    """Sequences with a padding mask: torch's fast path makes nested tensors of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 32)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+        self.head = nn.Linear(32, 256)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=padding))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("arguments", [{"rank": 0.25}, {"rank": Budget(macs=0.7)}], ids=["rank", "budget"])
+def test_transformers_with_padded_sequences(arguments: dict) -> None:
+    torch.manual_seed(0)
+    model = Padded().eval()
+    example = (torch.randint(10, (2, 6)), torch.tensor([[False] * 6, [False] * 3 + [True] * 3]))
+    report = factorize_(model, example_input=example, calibration=example, progress=False, **arguments)
+    assert [layer.name for layer in report.replaced] == ["head"]
+    assert report["encoder.layers.0.linear1"].macs_before == 2 * 6 * 32 * 64
+    assert report["head"].macs_before == 2 * 6 * 32 * 256 and report["head"].output_size == (2, 6, 256)
+    assert len(explain(model, example, verbose=False)) == 1
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 class ReadsWeight(nn.Module):
