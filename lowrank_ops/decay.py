@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lowrank_ops.autocast import no_autocast
 from lowrank_ops.initialization import is_sharded, product_norm_squared
 from lowrank_ops.module_base import FactorizedModule
 
@@ -29,9 +30,8 @@ def frobenius_norm_squared(module: FactorizedModule) -> Tensor:
             f"frobenius_norm_squared: module must be a factorized layer, got {type(module).__name__}; for a whole "
             "model there is frobenius_decay"
         )
-    factors = module.factors()
-    with torch.autocast(factors["in_factor"].device.type, enabled=False):
-        return product_norm_squared({name: _whole(factor) for name, factor in factors.items()})
+    with no_autocast():
+        return product_norm_squared({name: _whole(factor) for name, factor in module.factors().items()})
 
 
 def frobenius_decay(model: nn.Module, weight: float) -> Tensor:

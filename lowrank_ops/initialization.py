@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ops.autocast import no_autocast
+
 if TYPE_CHECKING:
     from lowrank_ops.module_base import FactorizedModule
 
@@ -63,7 +65,7 @@ def draw_factors(module: FactorizedModule, init: Init) -> None:
             "before fully_shard, or use init='default'"
         )
     dense_shape = (*factors["out_factor"].shape[:1], factors["in_factor"].shape[1], *getattr(module, "kernel_size", ()))
-    with torch.no_grad(), torch.autocast(factors["in_factor"].device.type, enabled=False):
+    with torch.no_grad(), no_autocast():
         if init == "spectral" or isinstance(init, Spectral):
             source = init.init if isinstance(init, Spectral) else "default"
             weight = _draw(name, source, dense_shape, factors["in_factor"])

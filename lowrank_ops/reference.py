@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_ops.autocast import no_autocast
 from lowrank_ops.functional import Pair
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -72,16 +73,19 @@ def lowrank_linear(
     return _ACTIVATIONS[activation](F.linear(F.linear(input, in_factor), out_factor, bias))
 
 
+@no_autocast()
 def tucker_weight(in_factor: Tensor, core: Tensor, out_factor: Tensor) -> Tensor:
     """The dense convolution weight ``[T, S, KH, KW]`` that Tucker-2 factors stand for."""
     return torch.einsum("tb,baij,as->tsij", out_factor, core, in_factor)
 
 
+@no_autocast()
 def cp_weight(in_factor: Tensor, height_factor: Tensor, width_factor: Tensor, out_factor: Tensor) -> Tensor:
     """The dense convolution weight ``[T, S, KH, KW]`` that CP factors stand for."""
     return torch.einsum("tr,rs,ri,rj->tsij", out_factor, in_factor, height_factor, width_factor)
 
 
+@no_autocast()
 def linear_weight(in_factor: Tensor, out_factor: Tensor) -> Tensor:
     """The dense weight ``[T, S]`` that the two factors stand for."""
     return out_factor @ in_factor

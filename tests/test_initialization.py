@@ -359,6 +359,7 @@ def test_frobenius_norm_in_low_precision_and_under_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(lowrank_ops.frobenius_norm_squared(module), norm)
         assert torch.equal(lowrank_ops.frobenius_norm_squared(module.float()), norm)
+        assert lowrank_ops.frobenius_norm_squared(module.to("meta")).is_meta
 
 
 def test_frobenius_decay_over_a_model() -> None:

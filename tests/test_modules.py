@@ -102,6 +102,32 @@ def test_linear_equals_dense(shape: tuple[int, ...]) -> None:
     assert_equals_dense(LowRankLinear(S, T, 4, bias=False), torch.randn(shape))
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        make(TuckerConv2d, (5, 7), kernel_size=3),
+        make(CPConv2d, 9, kernel_size=3),
+        make(CPConv2d, 9, kernel_size=1),
+        make(TuckerConv1d, (5, 7), kernel_size=3),
+        make(CPConv1d, 9, kernel_size=3),
+        make(LowRankLinear, 4),
+    ],
+    ids=lambda module: f"{type(module).__name__} {getattr(module, 'kernel_size', '')}",
+)
+def test_conversions_lose_nothing_inside_autocast(module: nn.Module) -> None:
+    dense, sequential = module.to_dense(), module.to_sequential()
+    convert = getattr(type(module), f"from_{type(dense).__name__.lower()}")
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = [
+            (dense, module.to_dense()),
+            (sequential, module.to_sequential()),
+            (type(module).from_sequential(sequential), type(module).from_sequential(module.to_sequential())),
+        ]
+        inside = convert(dense, module.rank)
+    for outer, inner in [*pairs, (convert(dense, module.rank), inside)]:
+        assert all(torch.equal(value, inner.state_dict()[name]) for name, value in outer.state_dict().items())
+
+
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
 @pytest.mark.parametrize(("kind", "rank"), CONV2D)
 def test_sequential_round_trip(kind: type, rank: object, window: dict) -> None:
