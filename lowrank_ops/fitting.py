@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ops.autocast import no_autocast
 from lowrank_ops.moments import Moments
 
 # Directions of the input (or of the gradient) that carry less than this share of the largest one's energy count as if
@@ -75,6 +76,7 @@ class Regression:
     prior: Tensor
     gradient: Tensor | None = None
 
+    @no_autocast()
     def solve(self, rank: int | None = None, relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """`out [T, R]`, `map [R, F]` and `bias [T]`, fp64: targets are about `features map^T out^T + bias`.
 
@@ -96,6 +98,7 @@ class Regression:
                 best, least = solution, error
         return best
 
+    @no_autocast()
     def error(self, solution: tuple[Tensor, Tensor, Tensor]) -> float:
         """Relative error of the output on these rows."""
         lost = float((self.targets - self._predict(solution)).double().square().sum())

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_ops.autocast import no_autocast
 from lowrank_ops.batches import Batch, Batches, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.chains import same_padding
@@ -170,12 +171,14 @@ def _backward_through_recurrent_layers() -> Any:
 def watch(
     model: nn.Module, layer: nn.Module, batch: Batch, calls: int, record: Callable[[int, Tensor, Tensor], Any]
 ) -> None:
-    """Runs the model on a batch up to the layer's last call; `record(call, input, output)` sees each of its calls."""
+    """Runs the model on a batch up to the layer's last call; `record(call, input, output)` sees each of its calls,
+    outside of the model's autocast."""
     number = 0
 
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         nonlocal number
-        record(number, args[0] if args else kwargs["input"], output)
+        with no_autocast():
+            record(number, args[0] if args else kwargs["input"], output)
         number += 1
         if number == calls:
             raise _Enough
@@ -201,6 +204,7 @@ def _tracked(batch: Batch) -> Batch:
     return Batch(tuple(map(track, batch.arguments)), {name: track(value) for name, value in batch.keywords.items()})
 
 
+@no_autocast()
 def product(rows: Tensor) -> Tensor:
     """`rows^T rows` in fp64 on the CPU; the products of 4096 rows at a time in fp32 at least."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import Energy, calibration, factorize_
+from lowrank_ops import Budget, Energy, calibration, factorize_
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.report import Report
 
@@ -77,6 +77,22 @@ def test_outputs_on_new_inputs_are_kept_far_better(model: Network, method: str) 
     images = _images(32, 2)
     assert _error(model, dense, images) < 0.5 * _error(plain, dense, images)
     assert "output error" in str(report)
+
+
+@pytest.mark.parametrize("rank", [0.4, Budget(params=0.5)], ids=["rank", "budget"])
+def test_inside_autocast_only_the_model_computes_in_low_precision(model: Network, rank: float | Budget) -> None:
+    images = _images(64, 1)
+    other = copy.deepcopy(model)
+    outside = factorize_(other, rank=rank, calibration=images, progress=False)
+    dtypes: set[torch.dtype] = set()
+    model.mix.register_forward_hook(lambda layer, args, output: dtypes.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = factorize_(model, rank=rank, calibration=images, progress=False)
+    assert dtypes == {torch.bfloat16}
+    assert [layer.ranks for layer in inside.layers] == [layer.ranks for layer in outside.layers]
+    for ours, theirs in zip(inside.replaced, outside.replaced, strict=True):
+        # inputs and outputs in bfloat16 (2^-8) may add about a hundredth
+        assert ours.output_error == pytest.approx(theirs.output_error, rel=0.05, abs=0.01)
 
 
 def test_a_layer_without_bias_gets_one_and_dtypes_stay(model: Network) -> None:

@@ -118,6 +118,18 @@ def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
     assert best == pytest.approx(descended, rel=1e-6)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_same_inside_autocast(relu: bool) -> None:
+    features = _normal(300, 6).float()
+    regression = Regression(features, _normal(300, 5, seed=2).float(), torch.zeros(5, 6))
+    solution = regression.solve(2, relu)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = regression.solve(2, relu)
+        error = regression.error(solution)
+    assert all(torch.equal(*parts) for parts in zip(inside, solution, strict=True))
+    assert error == regression.error(solution)
+
+
 def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
     features = _normal(100, 4)
     features[:, 3] = 0

@@ -154,6 +154,34 @@ def test_regions_without_gradients_pass_none(region: Callable[[], AbstractContex
     assert len(report.replaced) == 3
 
 
+def test_moments_inside_autocast_are_sums_in_fp32_of_what_the_model_computes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    batches, layers = Batches(torch.randn(32, 6), "here"), [model[0], model[2]]
+    outside, _ = gather_moments(model, layers, batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model[1](model[0](next(iter(batches)).arguments[0]))
+        inside, _ = gather_moments(model, layers, batches)
+    assert torch.equal(inside[id(model[0])].input, outside[id(model[0])].input)
+    assert hidden.dtype == torch.bfloat16
+    rows = hidden.detach().double()
+    # fp32 sums of 32 products
+    torch.testing.assert_close(inside[id(model[2])].input, rows.T @ rows / 32, rtol=1e-5, atol=1e-6)
+    gradient = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).bfloat16().double()
+    torch.testing.assert_close(inside[id(model[2])].gradient, gradient.T @ gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_watch_records_outside_of_autocast() -> None:
+    model = _Twice()
+    (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
+    seen: list[tuple[torch.dtype, bool]] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        watch(
+            model, model.shared, batch, 1, lambda *call: seen.append((call[2].dtype, torch.is_autocast_enabled("cpu")))
+        )
+    assert seen == [(torch.bfloat16, False)]
+
+
 def test_watch_stops_after_the_last_call() -> None:
     model = _Twice()
     seen: list[int] = []
