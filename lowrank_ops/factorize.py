@@ -168,6 +168,7 @@ class _Work:
     reasons: dict[int, str] = field(default_factory=dict)
     moments: dict[int, Moments] = field(default_factory=dict)
     calls: dict[int, int] = field(default_factory=dict)
+    batch_count: int = 0
     choices: dict[int, Choice] = field(default_factory=dict)
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
     output_errors: dict[int, float] = field(default_factory=dict)
@@ -194,7 +195,8 @@ class _Work:
     def gather(self, batches: Batches) -> None:
         """The moments of all layers that may be replaced."""
         sites = self.open_sites()
-        with _bar(None, "calibrate", self.progress, _length(batches)) as bar, _failing("calibration"):
+        self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
+        with _bar(None, "calibrate", self.progress, self.batch_count) as bar, _failing("calibration"):
             self.moments, self.calls = gather_moments(
                 self.model,
                 [site.layer for site in sites],  # type: ignore[misc]
@@ -267,14 +269,13 @@ class _Work:
         for site in sites:
             key = id(site.layer)
             fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key], key in relu))
-        count = sum(1 for _ in batches)
-        with _bar(None, "fit", self.progress, len(fits) * count) as bar, _failing("calibration"):
+        with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, _failing("calibration"):
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            self.output_errors = fit_in_order_(self.model, fits, batches, count, step)
+            self.output_errors = fit_in_order_(self.model, fits, batches, self.batch_count, step)
         for site in sites:
             module = self.replacements[id(site.layer)]
             module.relative_error = weight_error(site.layer, module)
@@ -432,13 +433,6 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
         milliseconds_after=None if times is None else times[1],
         aliases=tuple(site.names[1:]),
     )
-
-
-def _length(batches: Batches) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None
 
 
 @contextmanager
