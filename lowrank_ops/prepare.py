@@ -56,8 +56,8 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     to that (but a compiled `TuckerConv1d` packs at every call); exported and traced programs carry the ordinary ops.
     `load_state_dict`, in-place operations, new parameters and `.to()` are noticed in this way. Not noticed: `.data`
     edits, steps of optimizers with `fused=True` (torch 2.13's count no version), `torch.from_numpy` memory written to,
-    and whatever else changes values behind autograd's back. Call this again after those. `train()`, `to()` and `load_state_dict` drop what was packed; `state_dict`, `copy.deepcopy` and
-    pickles leave it out.
+    and whatever else changes values behind autograd's back. Call this again after those. `train()`, `to()` and
+    `load_state_dict` drop what was packed; `state_dict`, `copy.deepcopy` and pickles leave it out.
 
     Args:
         model: any module; it may be a factorized one itself.
