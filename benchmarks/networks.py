@@ -123,6 +123,7 @@ def relative(output: Tensor, expected: Tensor) -> float:
 def measure(folder: Path, dtype: str, seconds: float, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict]:
     """Checks, times and weighs the contenders; their figures by name, and what was wrong with those left out."""
     threads = torch.get_num_threads()
+    torch._dynamo.reset()  # dynamo stops compiling a function (nn.Sequential.forward) after some networks
     expected = {kind: exact(folder, kind) for kind in ("dense", "chain")}
     runs: dict[str, Run] = {}
     found: dict[str, dict[str, Any]] = {}
