@@ -18,6 +18,7 @@ from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 from tensorly.tenalg.svd import truncated_svd
 from torch import Tensor
 
+from lowrank_ops.autocast import no_autocast
 from lowrank_ops.ranks import gram, require_finite, unfolding
 
 
@@ -68,8 +69,7 @@ def arithmetic() -> Iterator[None]:
     try:
         tl.set_backend("pytorch", local_threadsafe=True)
         tl.tenalg.set_backend("lowrank_ops", local_threadsafe=True)
-        no_autocast = torch.autocast("cpu", enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), no_autocast, torch.device("cpu"):
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(), torch.device("cpu"):
             yield
     finally:
         tl.set_backend(previous[0], local_threadsafe=True)

@@ -64,7 +64,6 @@ def test_a_run_on_a_small_network(monkeypatch, tmp_path, capsys) -> None:
         weighed.append((contender, dtype, threads))
         return 123_000_000
 
-    torch._dynamo.reset()
     monkeypatch.setattr(networks, "NETWORKS", {"small": small})
     monkeypatch.setattr(networks, "peak_memory", peak)
     file = tmp_path / "a.json"

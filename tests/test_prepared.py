@@ -285,12 +285,17 @@ def test_gradients_tangents_autocast_and_vmap_are_the_ordinary_ops(op: str) -> N
 # ---- modules
 
 
+def damage(module: nn.Module) -> None:
+    """From now on a call that uses what was packed gives NaN."""
+    module._packing = module._packing._replace(panels=poison(module._packing.panels))
+
+
 def calls_prepared(module: nn.Module, x: Tensor) -> bool:
     """Whether what was packed is what a call computes with."""
     packing = module._packing
     if packing is None:
         return False
-    module._packing = packing._replace(panels=poison(packing.panels))
+    damage(module)
     try:
         return bool(module(x).isnan().any())
     finally:
@@ -395,8 +400,7 @@ def test_compiled(fused_policy: None, module: nn.Module) -> None:
         prepare_for_inference_(module)
         compiled = torch.compile(module, fullgraph=True)
         assert torch.equal(compiled(x), plain)
-        damaged = module._packing._replace(panels=poison(module._packing.panels))
-        module._packing = damaged
+        damage(module)
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 assert bool(compiled(x).isnan().any()) == (not isinstance(module, TuckerConv1d))
@@ -407,7 +411,7 @@ def test_compiled(fused_policy: None, module: nn.Module) -> None:
 def test_gradients_of_a_compiled_module(module: nn.Module) -> None:
     x = input_of(module)
     prepare_for_inference_(module)
-    module._packing = module._packing._replace(panels=poison(module._packing.panels))
+    damage(module)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True)
     wanted, found = (
@@ -422,7 +426,7 @@ def test_a_compiled_module_notices_changes(fused_policy: None, module: nn.Module
     for name, parameter in list(module.named_parameters()):  # versions 0, as a view made by compiled code has
         setattr(module, name, nn.Parameter(parameter.detach().clone()))
     prepare_for_inference_(module)
-    module._packing = module._packing._replace(panels=poison(module._packing.panels))
+    damage(module)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True)
     with torch.no_grad():

@@ -205,6 +205,7 @@ void Ahead::attach_weight(GemmCall& call, const void* next, int64_t bytes, int64
 
 void Ahead::attach_next_panel(GemmCall& call, const PackedWeight& weight, const PackedWeight* then, int64_t panel,
                               int64_t part, int64_t parts) const {
+  if (!weights_are_far) return;
   const bool last = panel + 1 == weight.panels().count;
   if (last && then == nullptr) return;
   const PackedWeight& next = last ? *then : weight;

@@ -20,7 +20,7 @@ at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fu
   const bool is_prepared = prepared.in_factor != nullptr;
   const CpuChoice choice = choose_cpu(problem, caps, policy(), is_prepared);
   bool take_chain = choice.chain;
-  if (policy() == Policy::kMeasure && choice.against_fused.empty() && choice.against_chain.empty())
+  if (policy() == Policy::kMeasure && choice.other_possible)
     take_chain =
         chain_measures_faster(problem, measured_caps(caps, is_prepared), [&] { fused(choice.tile); }, [&] { chain(); });
   return take_chain ? chain() : fused(choice.tile);

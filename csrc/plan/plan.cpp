@@ -214,6 +214,10 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
   return kernel;
 }
 
+bool tile_is_too_large(const Problem& p, const CpuTile& tile) {
+  return p.op != Op::kLinear && tile.scratch_bytes > kMostScratchBytes;
+}
+
 // Windows for which torch 2.13's bf16 convolutions crash or compute garbage on some CPUs (csrc/ops.h, library_dtype):
 // the chain runs them in fp32, and is no candidate.
 bool chain_needs_float32(const Problem& p) {
@@ -235,14 +239,11 @@ CpuChoice choose_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool 
   const bool chain_is_faster = choice.chain_seconds > 0 && choice.chain_seconds < choice.fused_seconds;
   if (policy == Policy::kFused || policy == Policy::kChain) {
     choice.chain = policy == Policy::kChain;
-  } else if (const int64_t bytes = choice.one_thread_tile.scratch_bytes;
-             p.op != Op::kLinear && bytes > kMostScratchBytes) {
+  } else if (tile_is_too_large(p, choice.one_thread_tile)) {
     choice.chain = true;
-    choice.against_fused = "a tile would take " + std::to_string(bytes >> 20) +
-                           " MB: the window's taps lie far outside the image, or the ranks are very large";
+    choice.other_possible = false;
   } else if (chain_needs_float32(p)) {
-    choice.against_chain =
-        "torch's bf16 convolutions fail for some windows with a stride along the width; the chain would run in fp32";
+    choice.other_possible = false;
   } else {
     choice.chain = chain_is_faster;
   }
@@ -268,13 +269,18 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   chain.bytes = block_bytes(p) + hidden_bytes(p);
   chain.predicted_seconds = choice.chain_seconds;
 
-  if (!choice.against_fused.empty() || !choice.against_chain.empty()) {
-    decision.chosen = choice.chain ? chain : fused;
-    const std::string& kernel = (choice.chain ? fused : chain).kernel;
-    decision.rejections.push_back({kernel, choice.chain ? choice.against_fused : choice.against_chain});
+  decision.chosen = choice.chain ? chain : fused;
+  if (!choice.other_possible) {
+    if (choice.chain)
+      decision.rejections.push_back(
+          {fused.kernel, "a tile would take " + std::to_string(choice.one_thread_tile.scratch_bytes >> 20) +
+                             " MB: the window's taps lie far outside the image, or the ranks are very large"});
+    else
+      decision.rejections.push_back({chain.kernel,
+                                     "torch's bf16 convolutions fail for some windows with a stride along the width; "
+                                     "the chain would run in fp32"});
     return decision;
   }
-  decision.chosen = choice.chain ? chain : fused;
   decision.others = {choice.chain ? fused : chain};
   const Plan& other = decision.others.front();
   std::string reason;

@@ -114,11 +114,10 @@ bool winograd_fits(const Problem& problem, const CpuCaps& caps, Winograd winogra
 
 // What a call needs of a decision; plan_cpu tells the same with its reasons.
 struct CpuChoice {
-  CpuTile tile;        // of the fused kernel
-  bool chain = false;  // the chain is to run
-  // Why one of them is no candidate, whatever it would take; empty where it is one.
-  std::string against_fused, against_chain;
-  CpuTile one_thread_tile;  // what the prediction is made for (cost.h)
+  CpuTile tile;                // of the fused kernel
+  bool chain = false;          // the chain is to run
+  bool other_possible = true;  // false: the path not taken is no candidate, whatever it would take
+  CpuTile one_thread_tile;     // what the prediction is made for (cost.h)
   double fused_seconds = 0, chain_seconds = 0;
 };
 CpuChoice choose_cpu(const Problem& problem, const CpuCaps& caps, Policy policy, bool prepared = false);
