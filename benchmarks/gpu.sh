@@ -16,9 +16,20 @@
 #   memcheck, racecheck, synccheck, initcheck     every kernel once under that tool of compute-sanitizer
 #   bf16, fp16, tf32                              the quick list of benchmarks in that dtype; again: goes on
 #
+# or, where a GPU is to be had for a quarter of an hour, six minutes of it (`brief` builds nothing: run `build` before):
+#
+#   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile
+#
+#   checks       the tests of `primitives`, `kernels`, `ops`, `suite` and two sanitizers, all at the same time
+#   blocks       every kernel with several cuts on the three blocks of docs/kernels.md, against chain and dense layer
+#   list         the quick list in bf16, every kernel, without torch.compile
+#   hopper       what the hardware does that a kernel for sm_90 would rest on (hopper.cu)
+#   profile      Nsight Compute of one kernel an op
+#
 # PYTHON (python3) must have torch with CUDA, pytest and what pyproject.toml lists; nvcc comes from CUDA_HOME or PATH.
 set -uo pipefail
 
+BRIEF=(info checks blocks list hopper profile)
 STAGES=(info build primitives kernels ops suite memcheck racecheck synccheck initcheck bf16 fp16 tf32)
 if [ $# -eq 0 ]; then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
@@ -28,9 +39,11 @@ mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
 shift
 [ $# -gt 0 ] || set -- "${STAGES[@]}"
+[ "$1" != brief ] || set -- "${BRIEF[@]}"
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-LIMIT=590 # seconds a stage
+LIMIT=590 # seconds of a stage, where nothing else is said
+declare -A LIMITS=([info]=60 [checks]=100 [blocks]=60 [list]=120 [hopper]=45 [profile]=75)
 export PYTHONUNBUFFERED=1
 
 run_info() {
@@ -63,14 +76,53 @@ PY
 
 tests() { ready && "$PYTHON" -m pytest -p no:cacheprovider -rfE --tb=short "$@"; }
 
-sanitizer() { # $1 the tool, then its options
+sanitizer() { # $1 the tool, then its options, last which tests
   # The allocator's cache would hide accesses beyond a tensor; pytest's capture would hide what the tool says.
-  ready && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$@" --error-exitcode 1 --print-limit 20 \
-    "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/test_cuda_kernels.py -k test_sanitized
+  ready && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "${@:1:$#-1}" --error-exitcode 1 \
+    --print-limit 20 "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/test_cuda_kernels.py -k "${*: -1}"
 }
 OURS=(--kernel-name kernel_substring=block_kernel)
 
 benchmark() { ready && "$PYTHON" -m benchmarks.run --device cuda --dtype "$1" --minutes 9 --resume --json "$OUT/$1.json"; }
+
+# All at once: nothing is timed. Their output comes one after the other.
+run_checks() {
+  local failed=0 job
+  declare -A jobs
+  ready || return
+  tests -n "${WORKERS:-8}" tests/test_cuda_kernels.py tests/test_cuda.py tests/test_ops.py tests/test_autograd.py \
+    -k "cuda and not sanitized" >"$OUT/check_tests.log" 2>&1 &
+  jobs[tests]=$!
+  for job in memcheck racecheck; do
+    sanitizer "$job" "${OURS[@]}" "test_sanitized and bfloat16" >"$OUT/check_$job.log" 2>&1 &
+    jobs[$job]=$!
+  done
+  for job in racecheck memcheck tests; do
+    wait "${jobs[$job]}" || failed=$((failed + 1))
+    echo "-- $job"
+    tail -n 60 "$OUT/check_$job.log"
+  done
+  return "$failed"
+}
+
+run_hopper() {
+  local program=build/hopper
+  if [ ! -x "$program" ] || [ benchmarks/hopper.cu -nt "$program" ]; then
+    "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o "$program" \
+      benchmarks/hopper.cu || return
+  fi
+  "$program" | tee "$OUT/hopper.jsonl"
+}
+
+PROFILED=(tucker_conv2d_sm80_128x64 cp_conv2d_sm80_64x128 lowrank_linear_sm80_64x128)
+run_profile() {
+  ready || return
+  ncu --clock-control none --set full --import-source no --kernel-name regex:block_kernel --force-overwrite \
+    --export "$OUT/profile" "$PYTHON" -m benchmarks.gpu_kernels --profile "${PROFILED[@]}" || return
+  ncu --import "$OUT/profile.ncu-rep" --page details >"$OUT/profile.txt"
+  ncu --import "$OUT/profile.ncu-rep" --page source --csv | gzip >"$OUT/profile_source.csv.gz"
+  grep -E "block_kernel|Duration|Throughput|Registers Per|Issue Slots|Eligible|No Eligible" "$OUT/profile.txt"
+}
 
 run_stage() {
   case $1 in
@@ -81,13 +133,21 @@ run_stage() {
     ops) tests tests/test_cuda.py ;;
     suite) tests tests/test_ops.py tests/test_autograd.py -k cuda ;;
     # initcheck has to see every kernel, torch's too: who wrote what ours read?
-    initcheck) sanitizer initcheck ;;
-    memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" ;;
+    initcheck) sanitizer initcheck test_sanitized ;;
+    memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" test_sanitized ;;
+    checks) run_checks ;;
+    blocks) ready && "$PYTHON" -m benchmarks.gpu_kernels --dtype bfloat16 tf32 --seconds 2 --json "$OUT/blocks.json" ;;
+    list)
+      ready && "$PYTHON" -m benchmarks.run --device cuda --dtype bf16 --peers chain merged dense graph kernels \
+        --seconds 0.5 --minutes 1.8 --json "$OUT/list.json"
+      ;;
+    hopper) run_hopper ;;
+    profile) run_profile ;;
     bf16) benchmark bfloat16 ;;
     fp16) benchmark float16 ;;
     tf32) benchmark tf32 ;;
     *)
-      echo "benchmarks/gpu.sh: unknown stage '$1', known are: ${STAGES[*]}"
+      echo "benchmarks/gpu.sh: unknown stage '$1', known are: brief ${STAGES[*]} ${BRIEF[*]:1}"
       return 64
       ;;
   esac
@@ -114,7 +174,7 @@ failed=0
 for stage in "$@"; do
   echo "== $stage"
   start=$SECONDS
-  timeout --kill-after=5 "$LIMIT" bash "$0" "$OUT" --stage "$stage" 2>&1 | tee "$OUT/$stage.log"
+  timeout --kill-after=5 "${LIMITS[$stage]:-$LIMIT}" bash "$0" "$OUT" --stage "$stage" 2>&1 | tee "$OUT/$stage.log"
   code=${PIPESTATUS[0]}
   record "$stage" "$code" $((SECONDS - start))
   [ "$code" -eq 0 ] || failed=$((failed + 1))

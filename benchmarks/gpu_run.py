@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import lowrank_ops
-from benchmarks import bench, gpu, peers
+from benchmarks import bench, cuts, gpu, peers
 from benchmarks.bench import Column, Table
 from benchmarks.gpu import Device, Peaks
 from benchmarks.gpu_result import COLUMNS, LEGEND, GpuResult, print_summary, summary
@@ -63,6 +63,8 @@ class Bench:
         """
         problem = peers.make_problem(cell, DTYPES[dtype], layout, device=self.where, tf32=dtype == "tf32")
         contenders = {contender.name: contender for contender in peers.contenders(problem, chosen_peers)}
+        if "kernels" in chosen_peers:
+            contenders |= {contender.name: contender for contender in cuts.contenders(problem)}
         try:
             with torch.inference_mode():
                 wrong = check_all(problem, contenders.values(), fatal=("fused",), calls=CHECKED_CALLS)
@@ -207,7 +209,7 @@ def run_dtype(
         start = clock.elapsed()
         try:
             result = workbench.measure(cell, dtype, options.layout, options.peers, options.seconds)
-            failed |= any(result.kinds[name] in ("ours", "forced") for name in result.wrong)
+            failed |= any(result.kinds[name] in ("ours", "forced", "kernel") for name in result.wrong)
             record.results.append(result)
             missing -= 1
             table.row(result.row())

@@ -28,8 +28,8 @@ from lowrank_ops._ops import _C, ops_for
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 EVERYWHERE = ("chain", "merged", "compile", "dense", "forced")
 PEERS = (*EVERYWHERE, *ENGINES, "prepared")
-GPU_PEERS = (*EVERYWHERE, "graph")
-ALL_PEERS = (*EVERYWHERE, *ENGINES, "prepared", "graph")
+GPU_PEERS = (*EVERYWHERE, "graph", "kernels")
+ALL_PEERS = (*EVERYWHERE, *ENGINES, "prepared", "graph", "kernels")
 DEFAULT_PEERS = ("chain", "merged", "dense")
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -40,7 +40,7 @@ class Contender:
     """One way to run a cell. `policy` is set before its turns.
 
     `kind` is fused (the op under "auto"), ours (the same, captured in a CUDA graph), forced, prepared (with weights
-    packed before, as engines have them), peer or dense.
+    packed before, as engines have them), kernel (one CUDA kernel, cuts.py), peer or dense.
     """
 
     name: str

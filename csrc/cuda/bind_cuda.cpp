@@ -58,15 +58,16 @@ Chosen choose(const char* op, const std::string& name, std::array<int, 5> cut, c
   return {std::move(call), std::move(plan)};
 }
 
-// Launches it on the input's GPU, into an output that is full of NaN before.
-template <typename... Arguments>
+// Launches it on the input's GPU, into an output that is full of NaN before (for tests) or not (for timing).
+template <bool poison, typename... Arguments>
 at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
                              const Arguments&... arguments) {
   constexpr const char* op = "launch_gpu_kernel";
   TORCH_CHECK_VALUE(input.is_cuda(), op, ": input must be on a GPU, got ", input.device());
   const c10::DeviceGuard guard(input.device());
   const Chosen chosen = choose(op, name, cut, input, arguments...);
-  const at::Tensor output = chosen.call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
+  const at::Tensor output = chosen.call.empty_output();
+  if (poison) output.fill_(std::numeric_limits<double>::quiet_NaN());
   chosen.call.run(chosen.plan, output);
   return output;
 }
@@ -125,7 +126,9 @@ std::string check_gpu_kernel(const std::string& name, const std::string& dtype, 
 void bind_cuda(py::module_& m) {
   using Optional = OptionalTensor;
   m.def("launch_gpu_kernel",
-        &launch_gpu_kernel<at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
+        &launch_gpu_kernel<true, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
+  m.def("run_gpu_kernel",
+        &launch_gpu_kernel<false, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
   m.def("describe_launch",
         &describe_launch<at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
   m.def("check_gpu_kernel", &check_gpu_kernel);
