@@ -77,7 +77,7 @@ def runner(problem: peers.Problem, cut: Cut) -> Callable[[], Tensor]:
     cell, (first, *middle, last) = problem.cell, problem.factors
     core = middle[0] if cell.op == "tucker_conv2d" else None
     height, width = middle if cell.op == "cp_conv2d" else (None, None)
-    windows = [list(problem.options.get(name, (1, 1))) for name in ("stride", "padding", "dilation")]
+    windows = [[cell.stride] * 2, list(cell.paddings), [cell.dilation] * 2]
     numbers = [*cut.tile, cut.stages, cut.splits]
     tensors = (problem.input, first, core, height, width, last, problem.bias)
     return lambda: _C.run_gpu_kernel(cut.kernel, numbers, *tensors, windows, "none")

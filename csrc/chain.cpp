@@ -85,6 +85,19 @@ at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const 
       .contiguous(input.suggest_memory_format());
 }
 
+at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                           const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                           const Window& window, Activation activation) {
+  const at::ScalarType dtype = library_dtype(input, window, kernel_width(width_factor));
+  const at::Tensor weight = height_factor.to(dtype).unsqueeze(1).unsqueeze(-1).mul(
+      width_factor.to(dtype).unsqueeze(1).unsqueeze(1));  // [R, 1, KH, KW], rounded once
+  const at::Tensor hidden = at::conv2d(library_image(pointwise(input.to(dtype), in_factor)), weight, {}, window.stride,
+                                       window.padding, window.dilation, in_factor.size(0));
+  return apply_activation(pointwise(hidden, out_factor, bias), activation)
+      .to(input.scalar_type())
+      .contiguous(input.suggest_memory_format());
+}
+
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
                         const OptionalTensor& bias, Activation activation) {
   const at::ScalarType dtype = library_dtype(input);

@@ -137,6 +137,11 @@ std::string in_words(const GpuCaps& caps) {
          " multiprocessors)";
 }
 
+std::string source_of_predictions(const GpuCaps& caps) {
+  return is_measured(caps) ? "predictions fitted to measurements on an NVIDIA H200"
+                           : "predictions scaled from measurements on an NVIDIA H200, not checked on this kind of GPU";
+}
+
 std::string known_gpus() {
   std::string names;
   for (const GpuCaps& caps : named_gpus()) names += (names.empty() ? "" : ", ") + caps.name;
@@ -148,7 +153,7 @@ Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
   p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
   if (const GpuCaps* named = find_gpu(device))
     return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
-            in_words(*named) + "; predictions from public figures of this GPU", ""};
+            in_words(*named) + "; " + source_of_predictions(*named), ""};
   std::optional<c10::Device> known;
   try {
     known.emplace(device);
@@ -173,7 +178,7 @@ Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
   p.factor_vector = widths.factor;
   p.output_vector = widths.output;
   Planned planned{plan_gpu(p, *present, policy(), gpu_restrictions(index)),
-                  device + ": " + in_words(*present) + "; predictions from its figures",
+                  device + ": " + in_words(*present) + "; " + source_of_predictions(*present),
                   measurement_key(p, present->name)};
   if (policy() == Policy::kMeasure) apply_measurement(planned.decision, planned.key);
   return planned;

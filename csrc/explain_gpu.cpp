@@ -55,6 +55,7 @@ py::list gpu_list() {
     gpu["memory_bytes_per_second"] = caps.memory_bytes_per_second;
     gpu["fp32_flops"] = caps.fp32_flops;
     gpu["fp16_flops"] = caps.fp16_flops;
+    gpu["clock"] = clock_of(caps);
     gpus.append(gpu);
   }
   return gpus;
@@ -82,6 +83,22 @@ py::dict plan_gpu_kernel(const Described& described, const std::string& kernel, 
   py::dict result = candidate.reason.empty() ? describe(candidate.plan, p.op) : py::dict();
   result["reason"] = candidate.reason;
   return result;
+}
+
+// What the cost model counts for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), and for the chain.
+std::vector<double> fused_gpu_features(const Described& described, const std::string& kernel_name,
+                                       std::array<int, 5> cut, const std::string& gpu) {
+  const Problem p = problem_of(described);
+  const GpuKernel& kernel = kernel_named("fused_gpu_features", kernel_name);
+  const Geometry g = geometry_of(p, cut[0], cut[1], cut[2], cut[3], cut[4]);
+  const FusedFeatures found =
+      fused_features(p, kernel, g, layout_of(p, kernel, g), gpu_named("fused_gpu_features", gpu));
+  return {found.begin(), found.end()};
+}
+
+std::vector<double> chain_gpu_features(const Described& described, const std::string& gpu) {
+  const ChainFeatures found = chain_features(problem_of(described), gpu_named("chain_gpu_features", gpu));
+  return {found.begin(), found.end()};
 }
 
 // How a tile of this size lies on an axis: for each tile the outputs, and for each halo position the input coordinate.
@@ -122,6 +139,9 @@ void bind_gpu_planning(py::module_& m) {
   m.def("plan_gpu_kernel", &plan_gpu_kernel, py::arg("problem"), py::arg("kernel"), py::arg("gpu"),
         py::arg("built_for") = std::vector<int>(), py::arg("built_ptx") = 0, py::arg("architecture") = 0);
   m.def("gpu_tiles", &gpu_tiles);
+  m.def("fused_gpu_features", &fused_gpu_features);
+  m.def("chain_gpu_features", &chain_gpu_features);
+  m.def("merges_depthwise", [](const Described& described) { return merges_depthwise(problem_of(described)); });
   m.def("cached_gpu_plan", &cached_gpu_plan);
   m.def("force_gpu_kernel", [](const std::string& name) {
     if (!name.empty()) kernel_named("force_gpu_kernel", name);

@@ -60,6 +60,11 @@ at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, co
 at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
                     const Window& window, Activation activation);
+// The same with the two depthwise stages multiplied out into one KHxKW convolution: what a GPU's library runs faster
+// (merges_depthwise of plan/gpu.h).
+at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                           const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                           const Window& window, Activation activation);
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
                         const OptionalTensor& bias, Activation activation);
 

@@ -127,8 +127,9 @@ void bind_cuda(py::module_& m) {
   using Optional = OptionalTensor;
   m.def("launch_gpu_kernel",
         &launch_gpu_kernel<true, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
-  m.def("run_gpu_kernel",
-        &launch_gpu_kernel<false, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
+  m.def(
+      "run_gpu_kernel",
+      &launch_gpu_kernel<false, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
   m.def("describe_launch",
         &describe_launch<at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
   m.def("check_gpu_kernel", &check_gpu_kernel);

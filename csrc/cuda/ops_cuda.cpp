@@ -68,8 +68,11 @@ void check_architecture(const FusedCall& call, const Decision& decision) {
 
 // Runs the fused kernel or the chain, as the plan says. A kernel that no GPU has run yet is checked first; while a CUDA
 // graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
-at::Tensor run(const FusedCall& call, const Chain& chain) {
+at::Tensor run(FusedCall call, const Chain& chain) {
   const c10::DeviceGuard guard(call.device());
+  const cudaStream_t stream = current_stream(call.device());
+  const bool captured = is_capturing(stream);
+  call.set_captured(captured);
   const Problem& problem = call.problem();
   if (problem.n == 0) return call.empty_output();
   const int index = call.device().index();
@@ -77,8 +80,6 @@ at::Tensor run(const FusedCall& call, const Chain& chain) {
   const Policy chosen_policy = policy();
   const bool measure = chosen_policy == Policy::kMeasure && forced_gpu_kernel().empty();
   std::shared_ptr<const Decision> decision = cached_plan_gpu(problem, caps, index, chosen_policy);
-  const cudaStream_t stream = current_stream(call.device());
-  const bool capturing = (measure || !may_run(call, decision->chosen)) && is_capturing(stream);
 
   // Under "measure" every candidate has to be right. A kernel that is not leaves the next decision: this ends.
   const auto unchecked = [&]() -> const Plan* {
@@ -87,14 +88,14 @@ at::Tensor run(const FusedCall& call, const Chain& chain) {
       if (measure && !may_run(call, plan)) return &plan;
     return nullptr;
   };
-  while (!capturing) {
+  while (!captured) {
     const Plan* plan = unchecked();
     if (!plan) break;
     verify(call.device(), plan->gpu_kernel, problem.dtype, problem.tf32);
     decision = cached_plan_gpu(problem, caps, index, chosen_policy);
   }
 
-  const Plan& plan = measure ? measured_plan(call, *decision, chain, stream, capturing) : decision->chosen;
+  const Plan& plan = measure ? measured_plan(call, *decision, chain, stream, captured) : decision->chosen;
   if (is_fused(plan) && may_run(call, plan)) return call.run(plan);
   if (chosen_policy == Policy::kFused && !is_fused(plan)) check_architecture(call, *decision);
   return chain();
@@ -120,11 +121,11 @@ at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const
   const Window window{stride, padding, dilation};
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
   const Activation activation = parse_activation(op, activation_name);
-  return run(
-      {op,
-       {input, in_factor, {}, height_factor, width_factor, out_factor, bias},
-       cp_problem(input, height_factor, width_factor, out_factor, window, activation)},
-      [&] { return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation); });
+  const Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, activation);
+  const auto chain = merges_depthwise(problem) ? merged_cp_chain : cp_chain;
+  return run({op, {input, in_factor, {}, height_factor, width_factor, out_factor, bias}, problem}, [&] {
+    return chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation);
+  });
 }
 
 at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,

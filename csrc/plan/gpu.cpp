@@ -235,10 +235,29 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
   plan.gpu_kernel = gpu_kernel_index(kernel.name);
   plan.geometry = found.geometry;
   const SharedLayout layout = layout_of(p, kernel, plan.geometry);
-  cost_fused(plan, gpu_work(p, kernel, plan.geometry, layout), p, kernel, caps, layout);
+  cost_fused(plan, p, kernel, caps, layout);
+  const FusedFeatures features = fused_features(p, kernel, plan.geometry, layout, caps);
+  plan.features.assign(features.begin(), features.end());
   plan.notes = notes_of(p, kernel, plan, layout);
   return candidate;
 }
+
+bool is_measured(const GpuCaps& caps) {
+  return caps.architecture == kMeasuredArchitecture;
+}
+
+namespace {
+
+// Why "auto" does not take a plan.
+std::string why_not(const Plan& plan, const Plan& chosen, double margin) {
+  if (plan.predicted_seconds >= chosen.predicted_seconds) return "predicted to be slower";
+  char text[128];
+  std::snprintf(text, sizeof text,
+                "predicted less than %.1f times as fast, which nobody has measured on this kind of GPU", margin);
+  return text;
+}
+
+}  // namespace
 
 Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const GpuRestrictions& restrictions) {
   const std::vector<GpuKernel>& kernels = gpu_kernels();
@@ -265,8 +284,9 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
 
   const Plan chain = chain_plan(p, caps);
   const bool want_fused = forced || policy == Policy::kFused;
+  const double margin = is_measured(caps) ? 1 : kUnmeasuredMargin;
   const bool take_chain = fused.empty() || (!forced && policy == Policy::kChain) ||
-                          (!want_fused && chain.predicted_seconds < fused.front().predicted_seconds);
+                          (!want_fused && chain.predicted_seconds < margin * fused.front().predicted_seconds);
   decision.chosen = take_chain ? chain : fused.front();
   decision.others.assign(fused.begin() + (take_chain ? 0 : 1), fused.end());
   if (!take_chain)
@@ -276,7 +296,7 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
     decision.rejections.push_back({plan.kernel, by_policy ? std::string("the policy is \"") +
                                                                 (policy == Policy::kFused ? "fused" : "chain") + "\""
                                                 : forced  ? std::string("a kernel is forced (force_gpu_kernel)")
-                                                          : std::string("predicted to be slower")});
+                                                          : why_not(plan, decision.chosen, margin)});
   }
   return decision;
 }

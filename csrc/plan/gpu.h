@@ -54,6 +54,13 @@ struct CopyWidths {
 };
 CopyWidths copy_widths(const Problem& problem);
 
+// Whether the chain of library ops runs CP's two depthwise stages as one convolution with their product as its window:
+// a GPU's library has fast kernels for square windows only, and reads and writes the hidden tensor once less.
+constexpr bool merges_depthwise(const Problem& p) {
+  constexpr int64_t kMostTaps = 25;
+  return p.op == Op::kCP && p.kh > 1 && p.kw > 1 && p.kh * p.kw <= kMostTaps;
+}
+
 // Cuts `problem` for `kernel`: the tile, stages and splits of lowest predicted time, or a reason why it cannot run.
 struct GpuCandidate {
   Plan plan;
@@ -63,6 +70,12 @@ GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const 
 // The same with a given cut, for tests that walk over tiles: tile_n, tile_h, tile_w, stages, splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);
+
+// Whether the cost model was fitted to measurements on this kind of GPU. On others "auto" takes a fused kernel only
+// where it is predicted to be `kUnmeasuredMargin` times as fast as the chain.
+constexpr int kMeasuredArchitecture = 90;  // NVIDIA H200 (gpu_cost_constants.inc)
+constexpr double kUnmeasuredMargin = 1.5;
+bool is_measured(const GpuCaps& caps);
 
 // What narrows the choice, besides the policy.
 struct GpuRestrictions {

@@ -1,38 +1,69 @@
-// The cost model for GPUs: predicted seconds of a fused kernel and of the chain of library convs. Plain C++17.
+// The cost model for GPUs: predicted seconds of a fused kernel and of the chain of library ops. Plain C++17.
 //
-// A CTA's work is counted phase by phase (first stage; core or depthwise; last stage). A multiprocessor that holds k
-// CTAs at a time takes, for each round of k, the longer of two bounds: the sum of their work at the rate of its busiest
-// unit, and the time of one CTA alone, whose phases wait for each other and for every chunk's way from L2. All
-// constants are estimates from public figures: no GPU has confirmed them yet (gpu_cost.cpp says where each comes from).
-// The policy "measure" does not need them.
+// A fused kernel of today waits for its own instructions, not for memory (ncu, docs/kernels.md): a multiprocessor holds
+// few warps, and each takes some five clocks per instruction. So the model counts what a warp of one CTA does (chunks,
+// copies, products, ...), in clocks per item, times the rounds of CTAs that a multiprocessor goes through. Neither
+// device memory nor the tensor cores can be beaten: their times are lower bounds.
+//
+// The constants are fitted by benchmarks/fit_gpu_cost.py from committed measurements and stand in
+// gpu_cost_constants.inc, with the GPU they come from. On other GPUs they are scaled by clock, multiprocessors and
+// bandwidth, which nobody has checked: "auto" asks for a margin there (gpu.cpp). The policy "measure" does not need
+// them.
+//
+// A prediction is the longer of the GPU's time and of the CPU's, which has to launch every kernel: what a call takes in
+// a network of such layers. Launches that a CUDA graph replays cost no time of the CPU (Problem::captured).
 #pragma once
+
+#include <array>
 
 #include "plan/gpu.h"
 
 namespace lowrank_ops {
 
-// What one CTA does in a phase: the one of a tile's splits that has most.
-struct GpuPhase {
-  double multiply_flops = 0;  // of matrix products, padding included: every product of a pass is computed
-  double depthwise_sums = 0;
-  double shared_bytes = 0;    // to and from shared memory, bank conflicts included
-  double l2_bytes = 0;        // to and from global memory, in whole sectors
-  double copies = 0;          // of single lanes
-  double chunks = 0;          // through the ring buffer
-  double blocking_loads = 0;  // rounds of copies that a thread waits for: 2-byte elements pass through registers
-};
-struct GpuWork {
-  GpuPhase first, middle, last;
-};
-// The work does not depend on the stages of the ring buffer, and only its last phase on the splits.
-GpuWork gpu_work(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry, const SharedLayout& layout);
-GpuPhase last_phase(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry,
-                    const SharedLayout& layout);
+// What a warp of a CTA does, and how often the busiest multiprocessor does it.
+//   ctas       once: offsets, the first chunk's way, the last stores
+//   chunks     steps of the ring buffer: a wait, a barrier, the choice of the next chunk
+//   copies     asynchronous copies of a thread
+//   loads      elements of a thread that no asynchronous copy takes
+//   products   steps of matrix products: mma.sync of a warp, or multiply-adds of a thread / 64
+//   stores     values of the hidden tiles that a thread rounds and stores
+//   depthwise  multiply-adds of CP's middle, of a thread
+//   outputs    vectors of 16 bytes (or the elements of one, where they are written one by one) of a thread
+constexpr int kFusedFeatures = 8;
+constexpr const char* kFusedFeatureNames[kFusedFeatures] = {"ctas",     "chunks", "copies",    "loads",
+                                                            "products", "stores", "depthwise", "outputs"};
+using FusedFeatures = std::array<double, kFusedFeatures>;
 
+// What the chain's library calls do.
+//   kernels          of the library, started one after the other
+// and the seconds that these would take at the GPU's best rates:
+//   cold_bytes       read from and written to device memory
+//   warm_bytes       from and to L2: what the kernel before has just written, where that fits
+//   products         the matrix products, in whole tiles, by those multiprocessors that get one
+//   depthwise        the multiply-adds of depthwise convolutions
+//   transposed_bytes read and written between NCHW and the library's own layout
+constexpr int kChainFeatures = 6;
+constexpr const char* kChainFeatureNames[kChainFeatures] = {"kernels",  "cold_bytes", "warm_bytes",
+                                                            "products", "depthwise",  "transposed_bytes"};
+using ChainFeatures = std::array<double, kChainFeatures>;
+
+// Constants for the features: clocks of a multiprocessor, and factors of the seconds (of one kernel: seconds).
+struct FusedConstants {
+  double clocks[kFusedFeatures];
+};
+struct ChainConstants {
+  double factors[kChainFeatures];
+};
+
+FusedFeatures fused_features(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry,
+                             const SharedLayout& layout, const GpuCaps& caps);
+ChainFeatures chain_features(const Problem& problem, const GpuCaps& caps);
+
+double clock_of(const GpuCaps& caps);
 int ctas_per_multiprocessor(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps, int64_t shared_bytes);
 
 // Fills in the counts and the predicted time of a plan whose geometry stands.
-void cost_fused(Plan& plan, const GpuWork& work, const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps,
+void cost_fused(Plan& plan, const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps,
                 const SharedLayout& layout);
 Plan chain_plan(const Problem& problem, const GpuCaps& caps);
 

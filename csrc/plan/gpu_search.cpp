@@ -110,7 +110,6 @@ class Search {
       too_many_ctas_ = true;
       return;
     }
-    GpuWork work = gpu_work(p_, kernel_, g, layout_of(p_, kernel_, g));
     const int64_t out_passes = ceil_div(p_.t, kernel_.shape.columns());
     Plan plan;
     for (; g.stages <= kMaxStages; ++g.stages) {
@@ -120,9 +119,8 @@ class Search {
       for (const int share : halves(out_passes, out_passes)) {
         g.splits = int(ceil_div(out_passes, share));
         if (g.ctas() > INT_MAX) break;  // more splits only make more of them
-        work.last = last_phase(p_, kernel_, g, layout);
         plan.geometry = g;
-        cost_fused(plan, work, p_, kernel_, caps_, layout);
+        cost_fused(plan, p_, kernel_, caps_, layout);
         cuts_.push_back({g, plan.predicted_seconds, plan.flops});
       }
       g.splits = 1;

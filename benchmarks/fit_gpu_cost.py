@@ -1,0 +1,178 @@
+"""`python -m benchmarks.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
+
+Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of `benchmarks.gpu_kernels --json`,
+fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on relative errors), and writes
+csrc/plan/gpu_cost_constants.inc. What it is judged by is the regret: how much longer the planner's choices take on the
+GPU than the fastest of the kernels, each with its planned cut, and the chain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from benchmarks.gpu_kernels import BLOCKS
+from benchmarks.layers import Cell, cell_from_json
+from lowrank_ops._ops import _C
+
+CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
+FUSED_GROUPS = ("kSm80Halves", "kSm80Words", "kSimt")
+CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One way to run a cell: its features and the seconds that it took on the GPU."""
+
+    cell: str
+    group: str
+    way: str
+    features: Vector
+    seconds: float
+
+
+def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[object, ...]:
+    """A cell as `_C` takes it."""
+    tf32 = dtype == "tf32"
+    name = "float32" if tf32 else dtype
+    r1, r2 = cell.rank if isinstance(cell.rank, tuple) else (cell.rank, cell.rank)
+    if cell.is_linear:
+        return (cell.op, name, True, [cell.batch, cell.S, 1, 1, cell.T, r1, r2, 1, 1], [1, 1, 0, 0, 1, 1], tf32)
+    sizes = [cell.batch, cell.S, *cell.size, cell.T, r1, r2, *cell.kernel]
+    window = [cell.stride] * 2 + list(cell.paddings) + [cell.dilation] * 2
+    return (cell.op, name, channels_last, sizes, window, tf32)
+
+
+def group_of(kernel: str, dtype: str) -> str:
+    if "_simt_" in kernel:
+        return "kSimt"
+    return "kSm80Words" if dtype == "tf32" else "kSm80Halves"
+
+
+def parse_cut(way: str) -> tuple[str, list[int]]:
+    """The inverse of `cuts.Cut.name`."""
+    kernel, numbers = way.split(" ")
+    tile, stages, splits = numbers.split("/")
+    return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
+
+
+def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str) -> Observation:
+    kernel, cut = parse_cut(way)
+    features = _C.fused_gpu_features(described(cell, dtype), kernel, cut, gpu)
+    return Observation(f"{cell} {dtype}", group_of(kernel, dtype), way, np.array(features), seconds)
+
+
+def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str) -> Observation | None:
+    """The chain as the op runs it: with CP's depthwise stages merged where the planner says so."""
+    whole = described(cell, dtype, "nchw" not in name)
+    merged = cell.op == "cp_conv2d" and _C.merges_depthwise(whole)
+    if not name.startswith("merged" if merged else "chain") or name.endswith("graph"):
+        return None
+    group = "kChainLinear" if cell.is_linear else "kChainConvolutions"
+    return Observation(f"{cell} {dtype}", group, name, np.array(_C.chain_gpu_features(whole, gpu)), seconds)
+
+
+def read(path: Path) -> tuple[str, list[Observation]]:
+    """The GPU and what was measured on it, by either kind of file.
+
+    Raises:
+        ValueError: no GPU's file, or that of a GPU that the planner has no figures of.
+    """
+    content = json.loads(path.read_text())
+    name = content.get("device", {}).get("name", "")
+    gpu = next((known["name"] for known in _C.named_gpus() if known["name"] in name), None)
+    if gpu is None:
+        raise ValueError(f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpus.cpp, got {name or 'a CPU'!r}")
+    found: list[Observation | None] = []
+    for cell, dtype, times in entries(content):
+        for way, seconds in times.items():
+            kernel = way.startswith(cell.op)
+            found.append((fused if kernel else chain)(cell, dtype, way, seconds, gpu))
+    return gpu, [observation for observation in found if observation is not None]
+
+
+def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, float]]]:
+    """Cell, dtype, and seconds by contender."""
+    for entry in content.get("cells", ()):
+        times = {name: one["median_us"] * 1e-6 for name, one in entry["contenders"].items()}
+        yield cell_from_json(entry), entry["dtype"], times
+    blocks = {str(cell): cell for cell in BLOCKS.values()}
+    for entry in content.get("entries", ()):
+        cuts = {f"{cut['kernel']} {'x'.join(map(str, cut['tile']))}/{cut['stages']}/{cut['splits']}": cut
+                for cut in entry["cuts"]}  # fmt: skip
+        figures = {**cuts, **entry["peers"]}
+        yield blocks[entry["cell"]], entry["dtype"], {way: one["median_us"] * 1e-6 for way, one in figures.items()}
+
+
+def solve(observations: Sequence[Observation]) -> Vector:
+    """Non-negative constants with the least squared relative error."""
+    times = np.array([o.seconds for o in observations])
+    rows = np.array([o.features for o in observations]) / times[:, None]
+    scale = np.maximum(rows.max(axis=0), 1e-30)
+    found, _ = nnls(rows / scale, np.ones(len(times)))
+    return np.asarray(found / scale)
+
+
+def errors(observations: Sequence[Observation], constants: Vector) -> Vector:
+    """Predicted over measured."""
+    return np.array([float(o.features @ constants) / o.seconds for o in observations])
+
+
+def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]:
+    """Constants by group: of fused kernels with `launch` taken off, of the chain as they are."""
+    groups = defaultdict(list)
+    for o in observations:
+        groups[o.group].append(o)
+    found = {}
+    for group, members in groups.items():
+        if group in FUSED_GROUPS:
+            members = [Observation(o.cell, o.group, o.way, o.features, o.seconds - launch) for o in members]
+        found[group] = solve(members)
+        ratios = errors(members, found[group])
+        spread = float(np.exp(np.std(np.log(ratios))))
+        print(f"{group}: {len(members)} figures, predicted / measured {ratios.min():.2f} to {ratios.max():.2f}, "
+              f"spread {spread:.2f}")  # fmt: skip
+    return found
+
+
+def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> None:
+    lines = [f"// Written by benchmarks/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
+             f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
+    for group in FUSED_GROUPS:
+        values = ", ".join(f"{value * clock:.4g}" for value in found[group])
+        lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
+    for group in CHAIN_GROUPS:
+        values = ", ".join(f"{value:.4g}" for value in found[group])
+        lines.append(f"constexpr ChainConstants {group} = {{{{{values}}}}};")
+    CONSTANTS.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_gpu_cost", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of one GPU")
+    parser.add_argument("--launch", type=float, default=2.5e-6, help="seconds of an empty launch (default: 2.5e-6)")
+    parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
+    options = parser.parse_args(arguments)
+    files = [read(path) for path in options.results]
+    (gpu,) = {name for name, _ in files}
+    observations = [observation for _, found in files for observation in found]
+    found = fit(observations, options.launch)
+    for group, values in found.items():
+        print(group, " ".join(f"{value:.4g}" for value in values))
+    if not options.dry_run:
+        (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == gpu)
+        write(gpu, clock, options.launch, found)
+
+
+if __name__ == "__main__":
+    main()
