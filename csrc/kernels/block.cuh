@@ -310,7 +310,9 @@ class Block {
 // Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
 template <typename Kernel, Family family>
 constexpr int resident_ctas() {
-  const int ctas = Kernel::config.resident();
+  // The lean kernel of four warps and 96 sums a thread fits as well, that of 128 sums does not.
+  const int ctas =
+      Kernel::lean && Kernel::threads == 128 && Kernel::config.halo_tiles <= 3 ? 3 : Kernel::config.resident();
   return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
 }
 
@@ -337,6 +339,7 @@ cudaError_t launch_block(const BlockParams& block, cudaStream_t stream) {
   params.longer_splits = passes % g.splits;
   if constexpr (family == Family::kSm80)
     if (is_common_case(block, Kernel::has_core, element)) {
+      params.layout = shared_layout(g, config, element, Kernel::has_core, /*lean=*/true);
       params.lean = lean_params(block, params.layout, config, Kernel::has_core, element);
       return launch(block_kernel<op, Engine, family, index, true>, g.ctas(), config.threads(), params.layout.bytes,
                     stream, params);

@@ -21,7 +21,10 @@ class LeanOutput {
   static constexpr int columns = element == 2 ? 8 * rank_tiles : kStagedColumns, parts = 8 * rank_tiles / columns;
   static constexpr int row_bytes = element == 2 ? columns * element + kVectorBytes : kStagedStride * element;
   static constexpr int size = kVectorBytes / element, vectors = columns / size, copies = 16 * vectors / 32;
-  static_assert(16 * row_bytes <= 16 * kStagedStride * 4 && vectors * copies > 0, "SharedLayout::staging_warp");
+  // The costly activations: sums, `sum_stride` between two rows.
+  static constexpr int sum_columns = element == 2 ? kLeanStagedColumns : kStagedColumns,
+                       sum_stride = element == 2 ? kLeanStagedStride : kStagedStride;
+  static_assert(16 * most(row_bytes, sum_stride * 4) <= lean_staging(Kernel::config, element), "it must fit");
   using Sums = const float (&)[tiles][rank_tiles][4];
 
  public:
@@ -104,15 +107,15 @@ class LeanOutput {
     }
   }
 
-  // 16 pixels x 32 channels at a time, as sums; one loop for all of them.
+  // 16 pixels x `sum_columns` channels at a time, as sums; one loop for all of them.
   LOWRANK_OPS_DEVICE void write_costly(Sums sum, int first_channel) const {
-    constexpr int per_tile = 8 * rank_tiles / kStagedColumns, all = tiles * per_tile;
+    constexpr int per_tile = 8 * rank_tiles / sum_columns, all = tiles * per_tile;
 #pragma unroll 1
     for (int part = 0; part < all; ++part) {
-      const int m = part / per_tile, channel = first_channel + part % per_tile * kStagedColumns;
+      const int m = part / per_tile, channel = first_channel + part % per_tile * sum_columns;
 #pragma unroll
       for (int i = 0; i < all; ++i)  // registers have no index: one branch each
-        if (i == part) stage_sums(sum[i / per_tile], i % per_tile * (kStagedColumns / 8));
+        if (i == part) stage_sums(sum[i / per_tile], i % per_tile * (sum_columns / 8));
       warp_barrier<Barrier::kStagingWritten>();
       write_staged(m, channel);
       warp_barrier<Barrier::kStagingRead>();
@@ -120,14 +123,14 @@ class LeanOutput {
   }
 
   LOWRANK_OPS_DEVICE void write_staged(int m, int first_channel) const {
-    constexpr int vectors_of_part = kStagedColumns / size;
+    constexpr int vectors_of_part = sum_columns / size;
 #pragma unroll 1
     for (int i = lane; i < 16 * vectors_of_part; i += 32) {
       const int row = i / vectors_of_part, column = i % vectors_of_part * size, channel = first_channel + column;
       const uint32_t to = load_shared<uint32_t>(pixel_offset + (m * 16 + row) * offset_bytes);
       if (to == kNowhere || channel >= p.geometry.t) continue;
       float values[size];
-      load_sums(values, reinterpret_cast<const float*>(staging) + row * kStagedStride + column, row);
+      load_sums(values, reinterpret_cast<const float*>(staging) + row * sum_stride + column, row);
       Vector<Element> result;
       finish(result.value, values, p, channel);
       store_global(vectors_behind(tile + int64_t(channel) * element, to), result);
@@ -135,12 +138,12 @@ class LeanOutput {
   }
 
   LOWRANK_OPS_DEVICE void stage_sums(const float (&sum)[rank_tiles][4], int first) const {
-    float* const to = reinterpret_cast<float*>(staging) + lane / 4 * kStagedStride + lane % 4 * 2;
+    float* const to = reinterpret_cast<float*>(staging) + lane / 4 * sum_stride + lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < kStagedColumns / 8; ++n)
+    for (int n = 0; n < sum_columns / 8; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        store_shared(to + half * 8 * kStagedStride + n * 8,
+        store_shared(to + half * 8 * sum_stride + n * 8,
                      Pair<float>{{sum[first + n][2 * half], sum[first + n][2 * half + 1]}});
   }
 };
