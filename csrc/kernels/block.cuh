@@ -75,7 +75,7 @@ class Block {
     if constexpr (has_core) core_stage();
     if constexpr (Kernel::op == Op::kCP) {
       barrier<Barrier::kHiddenWritten>();
-      depthwise<Element, Sum>(shared + l.hidden, l.hidden_row, p, thread, config.threads());
+      depthwise<Kernel>(shared + l.hidden, l.hidden_row, p, thread);
     }
     out_stage(tile);
   }

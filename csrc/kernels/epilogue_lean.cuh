@@ -68,10 +68,11 @@ class LeanOutput {
 
   LOWRANK_OPS_DEVICE void load_bias(float (&bias)[rank_tiles][2], int channel) const {
     const Element* from = static_cast<const Element*>(p.bias) + channel;
+    const int left = p.bias == nullptr ? 0 : p.geometry.t - channel;
 #pragma unroll
     for (int n = 0; n < rank_tiles; ++n) {
       Pair<Element> pair{};
-      if (p.bias != nullptr && channel + n * 8 < p.geometry.t) pair = load_global<Pair<Element>>(from + n * 8);
+      if (n * 8 < left) pair = load_global<Pair<Element>>(from + n * 8);
       bias[n][0] = widen(pair.value[0]);
       bias[n][1] = widen(pair.value[1]);
     }

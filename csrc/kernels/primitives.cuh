@@ -39,6 +39,18 @@ struct alignas(2 * sizeof(Element)) Pair {
   Element value[2];
 };
 
+// The same, as it is loaded and stored: 16-bit elements as one word.
+template <typename Element, bool narrow = sizeof(Element) == 2>
+struct PackedPair {
+  using Type = Pair<Element>;
+};
+template <typename Element>
+struct PackedPair<Element, true> {
+  using Type = Words<1>;
+};
+template <typename Element>
+using Packed = typename PackedPair<Element>::Type;
+
 // Every place of a kernel where threads of a CTA (or lanes of a warp) wait for each other has a number, so that a test
 // can leave each out in turn.
 enum class Barrier : int {
@@ -203,6 +215,20 @@ LOWRANK_OPS_DEVICE float widen(float value) {
 }
 LOWRANK_OPS_DEVICE double widen(double value) {
   return value;
+}
+// Two neighbours, loaded as one word.
+LOWRANK_OPS_DEVICE void widen_pair(BFloat16, const Words<1>& pair, float (&wide)[2]) {
+  wide[0] = __uint_as_float(pair.word[0] << 16);
+  wide[1] = __uint_as_float(pair.word[0] & 0xffff0000);
+}
+LOWRANK_OPS_DEVICE void widen_pair(Half, const Words<1>& pair, float (&wide)[2]) {
+  wide[0] = widen(Half{uint16_t(pair.word[0])});
+  wide[1] = widen(Half{uint16_t(pair.word[0] >> 16)});
+}
+template <typename Element>  // of 4 or 8 bytes
+LOWRANK_OPS_DEVICE void widen_pair(Element, const Pair<Element>& pair, decltype(widen(Element{})) (&wide)[2]) {
+  wide[0] = widen(pair.value[0]);
+  wide[1] = widen(pair.value[1]);
 }
 template <typename Element, typename Sum>
 LOWRANK_OPS_DEVICE Element narrow(Sum value);

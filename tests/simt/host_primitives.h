@@ -163,6 +163,13 @@ inline float widen(float value) {
 inline double widen(double value) {
   return value;
 }
+template <typename Element>
+inline void widen_pair(Element, const Packed<Element>& pair, decltype(widen(Element{})) (&wide)[2]) {
+  Pair<Element> both;
+  std::memcpy(&both, &pair, sizeof both);
+  wide[0] = widen(both.value[0]);
+  wide[1] = widen(both.value[1]);
+}
 template <typename Element, typename Sum>
 inline Element narrow(Sum value);
 template <>
