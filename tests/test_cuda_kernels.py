@@ -112,23 +112,27 @@ def test_multiply_add(primitives: ctypes.CDLL, dtype: torch.dtype) -> None:
     assert (exact - c).norm() > 1
 
 
-def test_load_matrices(primitives: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("name", ["matrices", "matrices_lean"])
+def test_load_matrices(primitives: ctypes.CDLL, name: str) -> None:
     data, simulated = random_words(32, 4), torch.zeros(32, 4, dtype=torch.int32)
-    assert torch.equal(both(primitives, "matrices", data, simulated, threads=32), simulated)
+    assert torch.equal(both(primitives, name, data, simulated, threads=32), simulated)
 
 
-@pytest.mark.parametrize("width", [4, 8, 16])
-def test_copies(primitives: ctypes.CDLL, width: int) -> None:
+@pytest.mark.parametrize(("name", "width"), [("copy_4", 4), ("copy_8", 8), ("copy_16", 16), ("copy_lean", 16)])
+def test_copies(primitives: ctypes.CDLL, name: str, width: int) -> None:
     data = random_words(128 * width // 4)
     simulated = torch.zeros_like(data)
-    assert torch.equal(both(primitives, f"copy_{width}", data, simulated, 3, threads=64), simulated)
+    assert torch.equal(both(primitives, name, data, simulated, 3, threads=64), simulated)
 
 
-@pytest.mark.parametrize("kind", range(5), ids=["to bf16", "to fp16", "to tf32", "from bf16", "from fp16"])
+CONVERSIONS = ["to bf16", "to fp16", "to tf32", "from bf16", "from fp16", "to two bf16", "to two fp16", "clamp"]
+
+
+@pytest.mark.parametrize("kind", range(8), ids=CONVERSIONS)
 def test_conversions(primitives: ctypes.CDLL, kind: int) -> None:
     words = torch.arange(2**16, dtype=torch.int32)
-    data = words if kind >= 3 else torch.cat([(words << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x1000, 0x1001)])
-    if kind == 2:  # a NaN's bits are not promised
+    data = words if kind in (3, 4) else torch.cat([(words << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x1000, 0x1001)])
+    if kind in (2, 7):  # a NaN's bits are not promised
         data = data[~data.view(torch.float32).isnan()]
     simulated = torch.zeros_like(data)
     found = both(primitives, "convert", data, simulated, data.numel(), kind, threads=128)
@@ -180,10 +184,9 @@ def test_linear(kernel: Kernel, dtype: torch.dtype, case: str) -> None:
 # One case of each kernel that has everything: for compute-sanitizer, under which all of them would take hours.
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR], ids=identify)
 def test_sanitized(kernel: Kernel, dtype: torch.dtype) -> None:
-    if kernel.op == "lowrank_linear":
-        assert_right(linear_case("one above", kernel, dtype))
-    else:
-        assert_right(convolution_case("one above", kernel, dtype))
+    make = linear_case if kernel.op == "lowrank_linear" else convolution_case
+    for case in ("one above", "lean edges"):
+        assert_right(make(case, kernel, dtype))
 
 
 # ---- The check before first use

@@ -62,9 +62,10 @@ def test_multiply_add(dtype: str) -> None:
     assert (exact - c).norm() > 1
 
 
-def test_load_matrices() -> None:
+@pytest.mark.parametrize("name", ["matrices", "matrices_lean"])
+def test_load_matrices(name: str) -> None:
     data, output = torch.randint(2**31, (32, 4), dtype=torch.int32), torch.zeros(32, 4, dtype=torch.int32)
-    assert harness.selftest("matrices", data, output).error == ""
+    assert harness.selftest(name, data, output).error == ""
     # Lane i gets of matrix m the word i % 4 of row i / 4.
     assert torch.equal(output, data.view(4, 8, 4).permute(1, 2, 0).reshape(32, 4))
 
@@ -119,6 +120,25 @@ def test_narrow_rounds_to_nearest_even(kind: int, dtype: torch.dtype) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(5, torch.bfloat16), (6, torch.float16)])
+def test_narrow_pair(kind: int, dtype: torch.dtype) -> None:
+    """The first in the low half."""
+    data = floats()
+    found = converted(kind, data).view(torch.int16).view(-1, 2)
+    values = data.view(torch.float32)
+    for half, expected in enumerate((values.to(dtype), (-values).to(dtype))):
+        bits = expected.view(torch.int16).clone()
+        bits[values.isnan()] = 0x7FFF
+        assert torch.equal(found[:, half], bits)
+
+
+def test_clamp_keeps_a_nan() -> None:
+    data = floats()
+    values, found = data.view(torch.float32), converted(7, data).view(torch.float32)
+    assert torch.equal(found.isnan(), values.isnan())
+    assert torch.equal(found[~values.isnan()], values[~values.isnan()].clamp(0, 6))
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [(3, torch.bfloat16), (4, torch.float16)])
 def test_widen(kind: int, dtype: torch.dtype) -> None:
     data = torch.arange(2**16, dtype=torch.int32)
@@ -144,12 +164,12 @@ def test_round_to_tf32() -> None:
 # ---- Shared memory: values, and what must be reported
 
 
-@pytest.mark.parametrize("bytes_", [4, 8, 16])
+@pytest.mark.parametrize(("name", "bytes_"), [("copy_4", 4), ("copy_8", 8), ("copy_16", 16), ("copy_lean", 16)])
 @pytest.mark.parametrize("order", ORDERS)
-def test_copies_arrive(order: str, bytes_: int) -> None:
+def test_copies_arrive(order: str, name: str, bytes_: int) -> None:
     data = words(64 * 2 * bytes_ // 4)
     output = torch.zeros_like(data)
-    result = harness.selftest(f"copy_{bytes_}", data, output, 3, threads=64, settings=ORDERS[order])
+    result = harness.selftest(name, data, output, 3, threads=64, settings=ORDERS[order])
     assert result.error == ""
     expected = data.view(64, -1).clone()
     expected[::3] = 0  # not valid

@@ -52,12 +52,33 @@ def test_linear(kernel: Kernel, dtype: torch.dtype, case: str) -> None:
     found.assert_right(found.run(QUICK))
 
 
+COMMON = {
+    "tucker_conv2d": {"whole tiles", "common factors", "several images", "passes of the halo", "lean edges"},
+    "cp_conv2d": {"whole tiles", "common factors", "several images", "passes of the halo", "lean edges"},
+    "lowrank_linear": {"whole tiles", "lean edges"},
+}
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [pair for pair in KERNELS if pair[0].family == "sm80"], ids=identify)
+def test_which_cases_are_common(kernel: Kernel, dtype: torch.dtype) -> None:
+    """Those run the lean kernel, the others the general one."""
+    linear = kernel.op == "lowrank_linear"
+    make, names = (linear_case, LINEAR_CASES) if linear else (convolution_case, CONVOLUTION_CASES)
+    found = {name for name in names if harness.is_common_case(*make(name, kernel, dtype).launch())}
+    assert found == COMMON[kernel.op]
+    files = {entry["file"].split("/")[-1] for entry in make("whole tiles", kernel, dtype).run().report["conflicts"]}
+    assert {"stream_lean.cuh", "epilogue_lean.cuh"} <= files and not {"stream.cuh", "copy.cuh"} & files
+    files = {entry["file"].split("/")[-1] for entry in make("narrow copies", kernel, dtype).run().report["conflicts"]}
+    assert "copy.cuh" in files and not {"stream_lean.cuh", "epilogue_lean.cuh"} & files
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("kernel", "dtype"), [pair for pair in LINEAR if pair[0].config == 1], ids=identify)
 def test_activations(kernel: Kernel, dtype: torch.dtype, activation: str) -> None:
-    call = Problem(kernel.op, n=1, h=20, s=9, r1=5, t=12, activation=activation, dtype=dtype).make()
-    found = Case(kernel, Cut(1, 1, 32), call)
-    found.assert_right(found.run(QUICK))
+    for s, r1, t in ((9, 5, 12), (16, 8, 24)):  # the general kernel and the lean one
+        call = Problem(kernel.op, n=1, h=20, s=s, r1=r1, t=t, activation=activation, dtype=dtype).make()
+        found = Case(kernel, Cut(1, 1, 32), call)
+        found.assert_right(found.run(QUICK))
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -14,33 +14,36 @@
 // stage are multiplied. Per chunk: wait for one's own copies, one barrier (everybody's copies are there, and everybody
 // is done with the chunk before, whose slot is free), start the copies of a later chunk, multiply.
 //
+// The stream of chunks, the addresses of the products and the way of the output come in two kinds each: general, and
+// lean for the common case (common_case.h), with far fewer instructions.
+//
 // Warps form a grid of warps_m x warps_n over pixels x columns; the warp tile is that of the engine's `multiply`.
 #pragma once
 
-#include "kernels/copy.cuh"
+#include <type_traits>
+
 #include "kernels/depthwise.cuh"
 #include "kernels/epilogue.cuh"
+#include "kernels/epilogue_lean.cuh"
+#include "kernels/stream.cuh"
+#include "kernels/stream_lean.cuh"
 
 namespace lowrank_ops {
 
-struct KernelParams {
-  BlockParams block;
-  SharedLayout layout;
-  // What every thread would otherwise divide for: tiles of the two axes; passes of stage 3 that each split has, and how
-  // many splits have one more.
-  int row_tiles, column_tiles, split_passes, longer_splits;
-};
-
-template <Op op, typename Engine, Family family, int index>
+template <typename Kernel>
 class Block {
-  using Element = typename Engine::Element;
-  using Sum = typename Engine::Sum;
-  static constexpr Config config = config_of(family, index, op != Op::kLinear);
+  using Engine = typename Kernel::Engine;
+  using Element = typename Kernel::Element;
+  using Sum = typename Kernel::Sum;
+  static constexpr Config config = Kernel::config;
   static constexpr int warps_m = config.warps_m, halo_tiles = config.halo_tiles, pixel_tiles = config.pixel_tiles,
                        rank_tiles = config.rank_tiles;
-  static constexpr int element = int(sizeof(Element));
-  static constexpr int input_stride = kInputChunkBytes + kVectorBytes;  // of a row of a chunk of stage 1
-  static constexpr bool has_core = op == Op::kTucker;
+  static constexpr int element = Kernel::element, input_stride = Kernel::input_stride;
+  static constexpr bool has_core = Kernel::has_core, lean = Kernel::lean;
+  // What copies and products take: the lean kernel computes with 32 bits.
+  using Address = std::conditional_t<lean, SharedAddress, unsigned char*>;
+  using Output = std::conditional_t<lean, LeanOutput<Kernel>, GeneralOutput<Kernel>>;
+  using Stream = std::conditional_t<lean, LeanStream<Kernel>, GeneralStream<Kernel>>;
 
  public:
   LOWRANK_OPS_DEVICE explicit Block(const KernelParams& params)
@@ -55,23 +58,26 @@ class Block {
         warp_n(thread / 32 / warps_m),
         s_bytes(g.s * element),
         r1_bytes(l.hidden_row - kVectorBytes),
-        r2_bytes(l.second_row - kVectorBytes) {
-    const int split = int(block_index()) % g.splits;
-    first_pass = split * params.split_passes + least(split, params.longer_splits);
-    last_pass = first_pass + params.split_passes + (split < params.longer_splits ? 1 : 0);
-  }
+        r2_bytes(l.second_row - kVectorBytes),
+        passes(passes_of(params)),
+        stream(params, shared, thread, passes) {}
 
   LOWRANK_OPS_DEVICE void run() {
-    write_tables();
+    const Tile tile = locate();
+    write_tables(tile);
     barrier<Barrier::kTables>();
-    for (int i = 0; i < g.stages - 1; ++i) start_copies();
+    if constexpr (lean)
+      stream.begin(input_of(tile));
+    else
+      stream.begin();
+    for (int i = 0; i < g.stages - 1; ++i) start_copies<1>();
     in_stage();
     if constexpr (has_core) core_stage();
-    if constexpr (op == Op::kCP) {
+    if constexpr (Kernel::op == Op::kCP) {
       barrier<Barrier::kHiddenWritten>();
-      depthwise<Element, Sum>(shared + l.hidden, l.hidden_row, p, thread, config.threads());
+      depthwise<Kernel>(shared + l.hidden, l.hidden_row, p, thread);
     }
-    out_stage();
+    out_stage(tile);
   }
 
  private:
@@ -82,141 +88,99 @@ class Block {
   unsigned char* const shared;
   const int thread, lane, warp_m, warp_n;
   const int s_bytes, r1_bytes, r2_bytes;  // of a row: of the input, and of the hidden tiles, rounded up to whole steps
-  int first_pass, last_pass;              // of stage 3, this CTA's
+  const Passes passes;
+  Stream stream;
+  int copy_slot = 0, multiply_slot = 0;  // the next chunk to be copied, the next to be multiplied: bytes of the ring
 
-  // Where the stream of chunks stands: the next to be copied, the next to be multiplied.
-  struct Cursor {
-    int stage = 1, halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0, byte = 0;  // pass over columns; byte of a row
-  } next;
-  int copy_slot = 0, multiply_slot = 0;
+  static LOWRANK_OPS_DEVICE Passes passes_of(const KernelParams& params) {
+    const int split = int(block_index()) % params.block.geometry.splits;
+    const int first = split * params.split_passes + least(split, params.longer_splits);
+    return {first, first + params.split_passes + (split < params.longer_splits ? 1 : 0)};
+  }
 
-  // Global offsets of the halo's positions and of the tile's pixels, and the hidden row where a pixel's window begins.
-  LOWRANK_OPS_DEVICE void write_tables() {
-    const TileAxis &rows = g.rows, &columns = g.columns;
+  // The tile's first image, first input position (may lie outside) and first output.
+  struct Tile {
+    int image, y, x, out_y, out_x;
+  };
+  LOWRANK_OPS_DEVICE Tile locate() {
     int tile = int(block_index()) / g.splits;
     const int column_tile = tile % params.column_tiles;
     tile /= params.column_tiles;
     const int row_tile = tile % params.row_tiles;
-    const int first_image = tile / params.row_tiles * g.tile_n;
+    return {tile / params.row_tiles * g.tile_n, g.rows.input(row_tile, 0), g.columns.input(column_tile, 0),
+            g.rows.output(row_tile, 0), g.columns.output(column_tile, 0)};
+  }
+
+  // Where the lean kernel's tables count from.
+  LOWRANK_OPS_DEVICE const unsigned char* input_of(const Tile& tile) {
+    return static_cast<const unsigned char*>(p.input) +
+           (tile.image * p.input_stride[0] + most(tile.y, 0) * p.input_stride[2] +
+            most(tile.x, 0) * p.input_stride[3]) *
+               element;
+  }
+  LOWRANK_OPS_DEVICE unsigned char* output_of(const Tile& tile) {
+    return static_cast<unsigned char*>(p.output) +
+           (tile.image * p.output_stride[0] + tile.out_y * p.output_stride[2] + tile.out_x * p.output_stride[3]) *
+               element;
+  }
+
+  // Global offsets of the halo's positions and of the tile's pixels, and the hidden row where a pixel's window begins.
+  // General: in elements from the tensor's beginning, -1 outside. Lean: in 16 bytes from the tile's, kNowhere outside.
+  LOWRANK_OPS_DEVICE void write_tables(const Tile& tile) {
+    const TileAxis &rows = g.rows, &columns = g.columns;
     const int halo_h = rows.halo(), halo_w = columns.halo(), halo = g.halo();
-    const int first_y = rows.input(row_tile, 0), first_x = columns.input(column_tile, 0);
+    const auto store_offset = [&](int table, int i, bool inside, int image, int y, int x, const int64_t (&stride)[4],
+                                  const uint32_t (&lean_stride)[3], int first_y, int first_x) {
+      if constexpr (lean) {
+        uint32_t offset = image * lean_stride[0] + (y - first_y) * lean_stride[1] + (x - first_x) * lean_stride[2];
+        if (!inside) offset = kNowhere;
+        store_shared(shared + table + i * 4, offset);
+      } else {
+        const int64_t offset = (tile.image + image) * stride[0] + y * stride[2] + x * stride[3];
+        store_shared<int64_t>(shared + table + i * 8, inside ? offset : -1);
+      }
+    };
 #pragma unroll 1
     for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
-      const int line = i / halo_w, image_in_tile = line / halo_h;
-      const int image = first_image + image_in_tile;
-      const int y = first_y + (line - image_in_tile * halo_h) * rows.unit;
-      const int x = first_x + (i - line * halo_w) * columns.unit;
-      const bool inside = i < halo && image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
-      const int64_t offset = image * p.input_stride[0] + y * p.input_stride[2] + x * p.input_stride[3];
-      store_shared<int64_t>(shared + l.halo_offset + i * 8, inside ? offset : -1);
+      const int line = i / halo_w, image = line / halo_h;
+      const int y = tile.y + (line - image * halo_h) * rows.unit, x = tile.x + (i - line * halo_w) * columns.unit;
+      const bool inside = i < halo && tile.image + image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+      store_offset(l.halo_offset, i, inside, image, y, x, p.input_stride, params.lean.input_stride, most(tile.y, 0),
+                   most(tile.x, 0));
     }
     // Stage 2 reads a core's windows where they lie in the halo; depthwise stages have moved their results together.
     const int row_stride = has_core ? rows.stride : 1, column_stride = has_core ? columns.stride : 1;
-    const int first_row = rows.output(row_tile, 0), first_column = columns.output(column_tile, 0);
     const int pixels = g.pixels();
 #pragma unroll 1
     for (int i = thread; i < config.pixels(); i += config.threads()) {
-      const int line = i / columns.tile, image_in_tile = line / rows.tile;
-      const int tile_y = line - image_in_tile * rows.tile, tile_x = i - line * columns.tile;
-      const int image = first_image + image_in_tile;
-      const int y = first_row + tile_y * rows.lattice, x = first_column + tile_x * columns.lattice;
-      const bool inside = i < pixels && image < g.n && y < rows.out && x < columns.out;
-      const int64_t offset = image * p.output_stride[0] + y * p.output_stride[2] + x * p.output_stride[3];
-      store_shared<int64_t>(shared + l.pixel_offset + i * 8, inside ? offset : -1);
-      const int row = (image_in_tile * halo_h + tile_y * row_stride) * halo_w + tile_x * column_stride;
+      const int line = i / columns.tile, image = line / rows.tile;
+      const int tile_y = line - image * rows.tile, tile_x = i - line * columns.tile;
+      const int y = tile.out_y + tile_y * rows.lattice, x = tile.out_x + tile_x * columns.lattice;
+      const bool inside = i < pixels && tile.image + image < g.n && y < rows.out && x < columns.out;
+      store_offset(l.pixel_offset, i, inside, image, y, x, p.output_stride, params.lean.output_stride, tile.out_y,
+                   tile.out_x);
+      const int row = (image * halo_h + tile_y * row_stride) * halo_w + tile_x * column_stride;
       store_shared<int>(shared + l.pixel_row + i * 4, i < pixels ? row : 0);
     }
   }
 
-  // Starts the copies of the next chunk of the stream into the next slot, and closes their group (an empty one at the
-  // end, so that counting groups stays simple). All factors are copied by one piece of code, whose arguments are chosen
-  // here.
+  LOWRANK_OPS_DEVICE Address address(int offset) {
+    if constexpr (lean)
+      return shared_address(shared) + offset;
+    else
+      return shared + offset;
+  }
+  LOWRANK_OPS_DEVICE int next_slot(int slot) { return slot + l.slot == g.stages * l.slot ? 0 : slot + l.slot; }
+
+  template <int stage>
   LOWRANK_OPS_DEVICE void start_copies() {
-    unsigned char* slot = shared + l.slots + copy_slot * l.slot;
-    copy_slot = copy_slot + 1 == g.stages ? 0 : copy_slot + 1;
-    if (next.pass < (next.stage == 3 ? last_pass : kAnyPass)) {
-      const bool in = next.stage == 1, core = has_core && next.stage == 2;
-      if (in) copy_input(slot);
-      const Factor factor = in ? p.in_factor : core ? p.core : p.out_factor;
-      const int64_t tap_offset = core ? next.tap_y * factor.tap_stride[0] + next.tap_x * factor.tap_stride[1] : 0;
-      const int row_bytes = in ? s_bytes : core ? r1_bytes : r2_bytes;
-      const int chunk = in ? kInputChunkBytes : core ? l.core_chunk : l.out_chunk;
-      copy_factor<Element>(slot + (in ? config.halo_rows() * input_stride : 0), factor, tap_offset,
-                           next.pass * config.columns(), config.columns(),
-                           in     ? g.r1
-                           : core ? g.r2
-                                  : g.t,
-                           next.byte / element,
-                           in     ? g.s
-                           : core ? g.r1
-                                  : g.r2,
-                           log2(chunk), in ? chunk : least(chunk, row_bytes - next.byte), thread, config.threads());
-      next.byte += chunk;
-      if (next.byte >= row_bytes) advance(in, core);
-    }
-    commit_copies();
-  }
-  static constexpr int kAnyPass = 1 << 30;
-
-  // The cursor at the end of a row of chunks.
-  LOWRANK_OPS_DEVICE void advance(bool in, bool core) {
-    next.byte = 0;
-    if (core) {
-      if (++next.tap_x < g.columns.kernel) return;
-      next.tap_x = 0;
-      if (++next.tap_y < g.rows.kernel) return;
-      next.tap_y = 0;
-    }
-    ++next.pass;
-    if (in && next.pass == l.r1_passes) {
-      next.pass = 0;
-      if (++next.halo_pass < l.halo_passes) return;
-      next.stage = has_core ? 2 : 3;
-      if (!has_core) next.pass = first_pass;
-    } else if (core && next.pass == l.r2_passes) {
-      next.stage = 3;
-      next.pass = first_pass;
-    }
+    stream.template start<stage>(address(l.slots + copy_slot));
+    copy_slot = next_slot(copy_slot);
   }
 
-  static LOWRANK_OPS_DEVICE int log2(int power) { return power == 32 ? 5 : power == 64 ? 6 : power == 128 ? 7 : 8; }
-
-  // 64 bytes of channels of the halo's positions. Neighbouring threads copy what lies side by side in memory: the
-  // channels of a position, or positions of a row where channels lie apart (NCHW).
-  LOWRANK_OPS_DEVICE void copy_input(unsigned char* slot) {
-    constexpr int vectors = kInputChunkBytes / kVectorBytes, rows = config.halo_rows();
-    const Element* input = static_cast<const Element*>(p.input);
-    const int64_t channel_stride = p.input_stride[1];
-    const auto copy = [&](int row, int vector, auto copy_row) {
-      const int position = next.halo_pass * rows + row;
-      const int64_t offset = load_shared<int64_t>(shared + l.halo_offset + position * 8);
-      const int channel = (next.byte + vector * kVectorBytes) / element;
-      const bool inside = offset >= 0 && channel < g.s;
-      copy_row(slot + row * input_stride + vector * kVectorBytes,
-               inside ? input + offset + channel * channel_stride : input, inside ? g.s - channel : 0);
-    };
-    if (p.input_vector == kVectorBytes) {
-#pragma unroll
-      for (int i = 0; i < rows * vectors / config.threads(); ++i) {
-        const int copied = thread + i * config.threads();
-        static_assert(vectors == 4, "the logarithm below");
-        copy(spread_rows(copied / vectors, 2), copied % vectors,
-             [](unsigned char* to, const Element* from, int count) { copy_async<kVectorBytes>(to, from, count > 0); });
-      }
-      static_assert(rows * vectors % config.threads() == 0, "every thread copies as much");
-    } else {
-      const bool side_by_side = channel_stride == 1;
-#pragma unroll 1
-      for (int i = thread; i < rows * vectors; i += config.threads())
-        copy(side_by_side ? i / vectors : i % rows, side_by_side ? i % vectors : i / rows,
-             [&](unsigned char* to, const Element* from, int count) {
-               copy_vector(to, from, channel_stride, count, p.input_vector);
-             });
-    }
-  }
-
-  // The slot of the next chunk, arrived.
-  LOWRANK_OPS_DEVICE const unsigned char* next_chunk() {
+  // The slot of the next chunk, arrived; its stage.
+  template <int stage>
+  LOWRANK_OPS_DEVICE Address next_chunk() {
     if (g.stages == 2)
       wait_copies<0>();
     else if (g.stages == 3)
@@ -224,28 +188,50 @@ class Block {
     else
       wait_copies<2>();
     barrier<Barrier::kChunk>();
-    start_copies();
-    const unsigned char* slot = shared + l.slots + multiply_slot * l.slot;
-    multiply_slot = multiply_slot + 1 == g.stages ? 0 : multiply_slot + 1;
-    return slot;
+    start_copies<stage>();
+    const int slot = multiply_slot;
+    multiply_slot = next_slot(slot);
+    return address(l.slots + slot);
   }
 
-  // Writes a warp tile of sums into a hidden tile: `row` of its first row, `byte` of its first column.
+  // sum += A B^T over `bytes` of K. A: `a` + `a_row`. B: `b`, this warp's rows `b_stride` apart. Lean: a_row and `b`
+  // are the lane's.
+  template <int tiles>
+  LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[tiles][rank_tiles][4], Address a,
+                                   const int (&a_row)[tiles][Engine::a_rows], Address b, int b_stride, int bytes) {
+    if constexpr (lean)
+      Engine::multiply_lean(sum, a, a_row, b, b_stride, bytes);
+    else
+      Engine::multiply(sum, a, a_row, b, b_stride, bytes, lane);
+  }
+  LOWRANK_OPS_DEVICE int first_b(int stride) {
+    const int first = warp_n * 8 * rank_tiles * stride;
+    if constexpr (lean) return first + Engine::b_place(lane, stride);
+    return first;
+  }
+  LOWRANK_OPS_DEVICE int a_place(int row, int stride) {
+    if constexpr (lean) return row * stride + Engine::a_column(lane);
+    return row * stride;
+  }
+
+  // Writes a warp tile of sums into a hidden tile: `row` of its first row, `byte` of its first column. Rows end with a
+  // whole tile of 16, and bytes with a whole tile of 8 columns, in fp64 with half of one.
   template <int tiles>
   LOWRANK_OPS_DEVICE void store_hidden(const Sum (&sum)[tiles][rank_tiles][4], unsigned char* hidden, int row_stride,
                                        int row, int rows, int byte, int bytes) {
+    const int lane_byte = lane % 4 * 2 * element;
 #pragma unroll
-    for (int m = 0; m < tiles; ++m)
+    for (int m = 0; m < tiles; ++m) {
+      if (row + m * 16 >= rows) break;
+      unsigned char* const to = hidden + (row + m * 16 + lane / 4) * row_stride + byte + lane_byte;
 #pragma unroll
       for (int n = 0; n < rank_tiles; ++n)
+        if (byte + n * 8 * element + (element == 8 ? lane_byte : 0) < bytes)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int to_row = row + m * 16 + half * 8 + lane / 4, to_byte = byte + (n * 8 + lane % 4 * 2) * element;
-          if (to_row < rows && to_byte < bytes)
-            store_shared(hidden + to_row * row_stride + to_byte,
-                         Pair<Element>{{narrow<Element, Sum>(sum[m][n][2 * half]),
-                                        narrow<Element, Sum>(sum[m][n][2 * half + 1])}});
-        }
+          for (int half = 0; half < 2; ++half)
+            store_shared(to + half * 8 * row_stride + n * 8 * element,
+                         Engine::narrow_both(sum[m][n][2 * half], sum[m][n][2 * half + 1]));
+    }
   }
 
   LOWRANK_OPS_DEVICE void in_stage() {
@@ -255,14 +241,14 @@ class Block {
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
       for (int i = 0; i < Engine::a_rows; ++i)
-        a_row[m][i] = ((warp_m * tiles + m) * 16 + Engine::a_row(lane, i)) * input_stride;
+        a_row[m][i] = a_place(warp_m * tiles * 16 + Engine::a_row(lane, i), input_stride) + m * 16 * input_stride;
+    const int b_offset = config.halo_rows() * input_stride + first_b(input_stride);
     for (int halo_pass = 0; halo_pass < l.halo_passes; ++halo_pass)
       for (int pass = 0; pass < l.r1_passes; ++pass) {
         Sum sum[tiles][rank_tiles][4] = {};
         for (int byte = 0; byte < s_bytes; byte += kInputChunkBytes) {
-          const unsigned char* chunk = next_chunk();
-          Engine::multiply(sum, chunk, a_row, chunk + (config.halo_rows() + warp_n * 8 * rank_tiles) * input_stride,
-                           input_stride, kInputChunkBytes, lane);
+          const Address chunk = next_chunk<1>();
+          multiply(sum, chunk, a_row, chunk + b_offset, input_stride, kInputChunkBytes);
         }
         store_hidden(sum, shared + l.hidden, l.hidden_row, halo_pass * config.halo_rows() + warp_m * tiles * 16,
                      l.halo_rows, (pass * columns + warp_n * 8 * rank_tiles) * element, r1_bytes);
@@ -276,18 +262,19 @@ class Block {
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
       for (int i = 0; i < Engine::a_rows; ++i)
-        a_row[m][i] = l.hidden_row *
-                      load_shared<int>(shared + l.pixel_row + ((warp_m * tiles + m) * 16 + Engine::a_row(lane, i)) * 4);
-    const int halo_w = g.columns.halo(), stride = l.core_chunk + kVectorBytes;
+        a_row[m][i] =
+            a_place(load_shared<int>(shared + l.pixel_row + ((warp_m * tiles + m) * 16 + Engine::a_row(lane, i)) * 4),
+                    l.hidden_row);
+    const int stride = l.core_chunk + kVectorBytes, b_offset = first_b(stride);
+    const int line = (g.columns.halo() - g.columns.kernel) * l.hidden_row;
     for (int pass = 0; pass < l.r2_passes; ++pass) {
       Sum sum[tiles][rank_tiles][4] = {};
-      for (int y = 0; y < g.rows.kernel; ++y)
-        for (int x = 0; x < g.columns.kernel; ++x)
+      Address tap = address(l.hidden);
+      for (int y = 0; y < g.rows.kernel; ++y, tap += line)
+        for (int x = 0; x < g.columns.kernel; ++x, tap += l.hidden_row)
           for (int byte = 0; byte < r1_bytes; byte += l.core_chunk) {
-            const unsigned char* chunk = next_chunk();
-            Engine::multiply(sum, shared + l.hidden + (y * halo_w + x) * l.hidden_row + byte, a_row,
-                             chunk + warp_n * 8 * rank_tiles * stride, stride, least(l.core_chunk, r1_bytes - byte),
-                             lane);
+            const Address chunk = next_chunk<2>();
+            multiply(sum, tap + byte, a_row, chunk + b_offset, stride, least(l.core_chunk, r1_bytes - byte));
           }
       if (l.r2_passes == 1) barrier<Barrier::kHiddenRead>();  // the second tile lies over the first
       store_hidden(sum, shared + l.second, l.second_row, warp_m * tiles * 16, config.pixels(),
@@ -295,7 +282,7 @@ class Block {
     }
   }
 
-  LOWRANK_OPS_DEVICE void out_stage() {
+  LOWRANK_OPS_DEVICE void out_stage(const Tile& tile) {
     constexpr int tiles = pixel_tiles, columns = config.columns();
     int a_row[tiles][Engine::a_rows];
 #pragma unroll
@@ -303,48 +290,62 @@ class Block {
 #pragma unroll
       for (int i = 0; i < Engine::a_rows; ++i) {
         const int pixel = (warp_m * tiles + m) * 16 + Engine::a_row(lane, i);
-        a_row[m][i] = l.second_row * (has_core ? pixel : load_shared<int>(shared + l.pixel_row + pixel * 4));
+        a_row[m][i] = a_place(has_core ? pixel : load_shared<int>(shared + l.pixel_row + pixel * 4), l.second_row);
       }
-    const int stride = l.out_chunk + kVectorBytes;
-    for (int pass = first_pass; pass < last_pass; ++pass) {
+    const int stride = l.out_chunk + kVectorBytes, b_offset = first_b(stride);
+    const Output output(params, shared + l.staging + thread / 32 * l.staging_warp,
+                        shared + l.pixel_offset + warp_m * tiles * 16 * Output::offset_bytes, output_of(tile), lane);
+    for (int pass = passes.first; pass < passes.last; ++pass) {
       Sum sum[tiles][rank_tiles][4] = {};
       for (int byte = 0; byte < r2_bytes; byte += l.out_chunk) {
-        const unsigned char* chunk = next_chunk();
-        Engine::multiply(sum, shared + l.second + byte, a_row, chunk + warp_n * 8 * rank_tiles * stride, stride,
-                         least(l.out_chunk, r2_bytes - byte), lane);
+        const Address chunk = next_chunk<3>();
+        multiply(sum, address(l.second + byte), a_row, chunk + b_offset, stride, least(l.out_chunk, r2_bytes - byte));
       }
       const int channel = pass * columns + warp_n * 8 * rank_tiles;
-      if (channel < g.t)
-#pragma unroll
-        for (int m = 0; m < tiles; ++m)
-          write_output<Element>(sum[m], shared + l.staging + thread / 32 * l.staging_warp,
-                                shared + l.pixel_offset + (warp_m * tiles + m) * 16 * 8, p, channel, lane);
+      if (channel < g.t) output.write(sum, channel);
     }
   }
 };
 
 // Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
-template <Op op, typename Engine, Family family, int index>
+template <typename Kernel, Family family>
 constexpr int resident_ctas() {
-  const int ctas = config_of(family, index, op != Op::kLinear).resident();
-  return family == Family::kSimt && sizeof(typename Engine::Element) != 4 ? least(ctas, 2) : ctas;
+  // The lean kernel of four warps and 96 sums a thread fits as well, that of 128 sums does not.
+  const int ctas =
+      Kernel::lean && Kernel::threads == 128 && Kernel::config.halo_tiles <= 3 ? 3 : Kernel::config.resident();
+  return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
 }
 
-template <Op op, typename Engine, Family family, int index>
-LOWRANK_OPS_KERNEL(config_of(family, index, op != Op::kLinear).threads(), (resident_ctas<op, Engine, family, index>()))
+template <Op op, typename Engine, Family family, int index, bool lean>
+LOWRANK_OPS_KERNEL((Instance<op, Engine, family, index, lean>::threads),
+                   (resident_ctas<Instance<op, Engine, family, index, lean>, family>()))
 block_kernel(const KernelParams params) {
-  Block<op, Engine, family, index>(params).run();
+  Block<Instance<op, Engine, family, index, lean>>(params).run();
 }
 
 template <Op op, typename Engine, Family family, int index>
-cudaError_t launch_block(const BlockParams& params, cudaStream_t stream) {
-  constexpr Config config = config_of(family, index, op != Op::kLinear);
-  const SharedLayout layout =
-      shared_layout(params.geometry, config, int(sizeof(typename Engine::Element)), op == Op::kTucker);
-  const Geometry& g = params.geometry;
+cudaError_t launch_block(const BlockParams& block, cudaStream_t stream) {
+  using Kernel = Instance<op, Engine, family, index, false>;
+  constexpr Config config = Kernel::config;
+  constexpr int element = Kernel::element;
+  const Geometry& g = block.geometry;
+  KernelParams params{};
+  params.block = block;
+  params.layout = shared_layout(g, config, element, Kernel::has_core);
+  params.row_tiles = g.rows.tiles();
+  params.column_tiles = g.columns.tiles();
   const int passes = int(ceil_div(g.t, config.columns()));
-  return launch(block_kernel<op, Engine, family, index>, g.ctas(), config.threads(), layout.bytes, stream,
-                KernelParams{params, layout, g.rows.tiles(), g.columns.tiles(), passes / g.splits, passes % g.splits});
+  params.split_passes = passes / g.splits;
+  params.longer_splits = passes % g.splits;
+  if constexpr (family == Family::kSm80)
+    if (is_common_case(block, Kernel::has_core, element)) {
+      params.layout = shared_layout(g, config, element, Kernel::has_core, /*lean=*/true);
+      params.lean = lean_params(block, params.layout, config, Kernel::has_core, element);
+      return launch(block_kernel<op, Engine, family, index, true>, g.ctas(), config.threads(), params.layout.bytes,
+                    stream, params);
+    }
+  return launch(block_kernel<op, Engine, family, index, false>, g.ctas(), config.threads(), params.layout.bytes, stream,
+                params);
 }
 
 }  // namespace lowrank_ops

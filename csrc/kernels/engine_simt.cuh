@@ -25,6 +25,10 @@ struct MultiplyAdds {
   static constexpr int a_rows = 2;
   static LOWRANK_OPS_DEVICE int a_row(int lane, int i) { return lane / 4 + 8 * i; }
 
+  static LOWRANK_OPS_DEVICE Pair<Element> narrow_both(Sum first, Sum second) {
+    return {{narrow<Element, Sum>(first), narrow<Element, Sum>(second)}};
+  }
+
   // As TensorCores::multiply.
   template <int M, int N>
   static LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[M][N][4], const unsigned char* a, const int (&a_row)[M][a_rows],

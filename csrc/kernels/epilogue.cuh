@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/engine_simt.cuh"
-#include "kernels/primitives.cuh"
+#include "kernels/kernel_params.cuh"
 
 namespace lowrank_ops {
 
@@ -35,12 +35,6 @@ LOWRANK_OPS_DEVICE void activate(Sum (&values)[size], Activation activation) {
       break;
   }
 }
-
-// Two neighbouring elements.
-template <typename Element>
-struct alignas(2 * sizeof(Element)) Pair {
-  Element value[2];
-};
 
 // `size` neighbouring sums, 16 bytes at a time. Where two loads are needed, every other row takes them in the other
 // order: then the eight lanes of a phase, four to a row, find all banks.
@@ -132,5 +126,32 @@ LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* stag
     warp_barrier<Barrier::kStagingRead>();
   }
 }
+
+// The output of a warp, whatever its layout. `pixel_offset`: the table's entries of the warp's pixels.
+template <typename Kernel>
+class GeneralOutput {
+  static constexpr int tiles = Kernel::config.pixel_tiles, rank_tiles = Kernel::config.rank_tiles;
+  using Sum = typename Kernel::Sum;
+
+ public:
+  static constexpr int offset_bytes = 8;
+
+  LOWRANK_OPS_DEVICE GeneralOutput(const KernelParams& params, unsigned char* staging,
+                                   const unsigned char* pixel_offset, unsigned char*, int lane)
+      : p(params.block), staging(staging), pixel_offset(pixel_offset), lane(lane) {}
+
+  // Channels from `channel` on; there are at least some.
+  LOWRANK_OPS_DEVICE void write(const Sum (&sum)[tiles][rank_tiles][4], int channel) const {
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+      write_output<typename Kernel::Element>(sum[m], staging, pixel_offset + m * 16 * offset_bytes, p, channel, lane);
+  }
+
+ private:
+  const BlockParams& p;
+  unsigned char* const staging;
+  const unsigned char* const pixel_offset;
+  const int lane;
+};
 
 }  // namespace lowrank_ops

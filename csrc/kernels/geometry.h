@@ -114,7 +114,7 @@ struct SharedLayout {
   int slots = 0, slot = 0;            // offset of the ring buffer, bytes of a slot
   int core_chunk = 0, out_chunk = 0;  // bytes of a row in a chunk of core / of out_factor (chunk_bytes)
   int staging = 0, staging_warp = 0;  // offset of the output staging, bytes of a warp's part: 16 rows
-  int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // offsets of the tables: int64 (of whole passes), int64, int32
+  int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // offsets of the tables: of whole passes, and of the pixels
   int bytes = 0;
 
   // Passes over the columns of a stage; over the halo rows of the first.
@@ -136,7 +136,18 @@ LOWRANK_OPS_BOTH constexpr int chunk_bytes(int rows, int slot, int row_bytes) {
   return bytes;
 }
 
-LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const Config& c, int element, bool tucker) {
+// Of a warp of the lean kernel: 16 rows of elements of 2 bytes and all of its columns, or of 16 sums 96 bytes apart. Of
+// 4 bytes: as in the general kernel.
+constexpr int kLeanStagedColumns = 16, kLeanStagedStride = 24;  // sums
+LOWRANK_OPS_BOTH constexpr int lean_staging(const Config& c, int element) {
+  if (element != 2) return 16 * kStagedStride * 4;
+  return 16 * most(8 * c.rank_tiles * element + kVectorBytes, kLeanStagedStride * 4);
+}
+
+// `lean`: of the lean kernel (common_case.h), whose tables have entries of 32 bits, and which stages elements of 2
+// bytes. The planner counts on what the general kernel takes.
+LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const Config& c, int element, bool tucker,
+                                                      bool lean = false) {
   SharedLayout l;
   const int r1_bytes = int(round_up(int64_t(g.r1) * element, kStepBytes));
   const int r2_bytes = int(round_up(int64_t(g.r2) * element, kStepBytes));
@@ -150,11 +161,10 @@ LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const C
   l.core_chunk = chunk_bytes(c.columns(), l.slot, r1_bytes);
   l.out_chunk = chunk_bytes(c.columns(), l.slot, r2_bytes);
 
-  int offset = 0;
-  l.halo_offset = offset;
-  offset += l.halo_passes * c.halo_rows() * 8;
+  const int halo_table = l.halo_passes * c.halo_rows() * (lean ? 4 : 8);
+  int offset = lean ? 0 : halo_table;
   l.pixel_offset = offset;
-  offset += c.pixels() * 8;
+  offset += c.pixels() * (lean ? 4 : 8);
   l.pixel_row = offset;
   offset += c.pixels() * 4;
   offset = int(round_up(offset, 128));
@@ -176,9 +186,10 @@ LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const C
   offset = int(round_up(offset, 128));
   l.slots = offset;
   offset += g.stages * l.slot;
-  l.staging_warp = 16 * kStagedStride * (element == 8 ? 8 : 4);
+  l.staging_warp = lean ? lean_staging(c, element) : 16 * kStagedStride * (element == 8 ? 8 : 4);
   l.staging = int(round_up(offset, 128));
-  l.bytes = l.staging + c.warps_m * c.warps_n * l.staging_warp;
+  if (lean) l.halo_offset = l.staging;  // stage 1 alone reads the table of the halo, stage 3 alone stages output
+  l.bytes = l.staging + most(c.warps_m * c.warps_n * l.staging_warp, lean ? halo_table : 0);
   return l;
 }
 

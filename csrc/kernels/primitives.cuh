@@ -33,6 +33,24 @@ struct alignas(4 * words) Words {
   uint32_t word[words];
 };
 
+// Two neighbouring elements.
+template <typename Element>
+struct alignas(2 * sizeof(Element)) Pair {
+  Element value[2];
+};
+
+// The same, as it is loaded and stored: 16-bit elements as one word.
+template <typename Element, bool narrow = sizeof(Element) == 2>
+struct PackedPair {
+  using Type = Pair<Element>;
+};
+template <typename Element>
+struct PackedPair<Element, true> {
+  using Type = Words<1>;
+};
+template <typename Element>
+using Packed = typename PackedPair<Element>::Type;
+
 // Every place of a kernel where threads of a CTA (or lanes of a warp) wait for each other has a number, so that a test
 // can leave each out in turn.
 enum class Barrier : int {
@@ -96,7 +114,9 @@ LOWRANK_OPS_DEVICE void store_global(void* address, const Value& value) {
   *static_cast<Value*>(address) = value;
 }
 
-LOWRANK_OPS_DEVICE uint32_t shared_address(const void* pointer) {
+// A place in shared memory as instructions take it, 32 bits: adding to it costs one instruction, and a constant none.
+using SharedAddress = uint32_t;
+LOWRANK_OPS_DEVICE SharedAddress shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
@@ -112,6 +132,22 @@ LOWRANK_OPS_DEVICE void copy_async(void* shared, const void* global, bool valid)
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)), "l"(global),
                  "n"(bytes), "r"(size)
                  : "memory");
+}
+// `vectors` times 16 bytes behind `base`, by one instruction whatever the compiler thinks of loops.
+template <typename Byte>  // const or not
+LOWRANK_OPS_DEVICE Byte* vectors_behind(Byte* base, uint32_t vectors) {
+  Byte* sum;
+  asm("mad.wide.u32 %0, %1, 16, %2;\n" : "=l"(sum) : "r"(vectors), "l"(base));
+  return sum;
+}
+
+// Copies 16 bytes asynchronously; zeros where `valid` is 0, and nothing is read then. The hardware takes this as a
+// predicate (cp.async's `ignore-src`). Orders nothing by itself: commit_copies and wait_copies do.
+LOWRANK_OPS_DEVICE void copy_async_if(SharedAddress shared, const void* global, uint32_t valid) {
+  asm volatile(
+      "{\n.reg .pred ignored;\nsetp.eq.u32 ignored, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignored;\n}\n" ::"r"(shared),
+      "l"(global), "r"(valid));
 }
 LOWRANK_OPS_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -129,6 +165,13 @@ LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], const void* row) 
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// The same from an address; orders nothing, the barriers around it do.
+LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row));
 }
 
 // mma: sum [16, 8] += a [16, K] x b [K, 8], K = 16 (bf16, fp16) or 8 (tf32), fp32 sums. A lane holds, of sum, rows
@@ -173,6 +216,20 @@ LOWRANK_OPS_DEVICE float widen(float value) {
 LOWRANK_OPS_DEVICE double widen(double value) {
   return value;
 }
+// Two neighbours, loaded as one word.
+LOWRANK_OPS_DEVICE void widen_pair(BFloat16, const Words<1>& pair, float (&wide)[2]) {
+  wide[0] = __uint_as_float(pair.word[0] << 16);
+  wide[1] = __uint_as_float(pair.word[0] & 0xffff0000);
+}
+LOWRANK_OPS_DEVICE void widen_pair(Half, const Words<1>& pair, float (&wide)[2]) {
+  wide[0] = widen(Half{uint16_t(pair.word[0])});
+  wide[1] = widen(Half{uint16_t(pair.word[0] >> 16)});
+}
+template <typename Element>  // of 4 or 8 bytes
+LOWRANK_OPS_DEVICE void widen_pair(Element, const Pair<Element>& pair, decltype(widen(Element{})) (&wide)[2]) {
+  wide[0] = widen(pair.value[0]);
+  wide[1] = widen(pair.value[1]);
+}
 template <typename Element, typename Sum>
 LOWRANK_OPS_DEVICE Element narrow(Sum value);
 template <>
@@ -193,6 +250,35 @@ LOWRANK_OPS_DEVICE float narrow<float, float>(float value) {
 }
 template <>
 LOWRANK_OPS_DEVICE double narrow<double, double>(double value) {
+  return value;
+}
+// Two neighbours at once, in memory's order: one instruction for 16-bit elements (sm_80 and later).
+template <typename Element>
+LOWRANK_OPS_DEVICE Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second);
+template <>
+LOWRANK_OPS_DEVICE Words<1> narrow_pair<BFloat16>(float first, float second) {
+  Words<1> pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair.word[0]) : "f"(second), "f"(first));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<1> narrow_pair<Half>(float first, float second) {
+  Words<1> pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair.word[0]) : "f"(second), "f"(first));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<2> narrow_pair<Tf32>(float first, float second) {
+  return {{__float_as_uint(first), __float_as_uint(second)}};
+}
+
+// The larger or the smaller of two; a NaN stays one.
+LOWRANK_OPS_DEVICE float at_least(float value, float low) {
+  asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(low));
+  return value;
+}
+LOWRANK_OPS_DEVICE float at_most(float value, float high) {
+  asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(high));
   return value;
 }
 

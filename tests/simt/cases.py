@@ -175,6 +175,11 @@ def convolution_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
         "narrower copies": lambda: convolution(
             kernel, dtype, (4, 6), Cut(1, 4, 6), n=1, s=6, r1=14, r2=10, t=2, **same, layout=CHANNELS_LAST,
         ),
+        "lean edges": lambda: convolution(
+            kernel, dtype, (half + 1, tw + 1), Cut(1, half, tw, 3, splits=2), n=1, s=5 * vector, r1=c + vector,
+            r2=c + 3 * vector, t=2 * c + vector, kernel=(2, 3), padding=(1, 0), layout=CHANNELS_LAST, bias=False,
+            activation="silu",
+        ),
         "strided tensors": lambda: convolution(
             kernel, dtype, (6, 7), Cut(1, 6, 7), n=2, s=11, r1=13, r2=9, t=10, **same,
         ),
@@ -204,6 +209,7 @@ CONVOLUTION_CASES = (
     "wide kernel",
     "narrow copies",
     "narrower copies",
+    "lean edges",
     "strided tensors",
 )
 
@@ -223,6 +229,10 @@ def linear_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
         "whole tiles": (Cut(1, 1, p, 3), dict(n=2, h=p, s=8 * vector, r1=c, t=2 * c, activation="relu")),
         "one below": (Cut(1, 1, p), dict(n=1, h=p - 1, s=vector + 3, r1=c - 1, t=c - 1, activation="gelu")),
         "one above": (Cut(1, 1, p, 4), dict(n=1, h=p + 1, s=5 * vector, r1=c + 8, t=c + 1, bias=False)),
+        "lean edges": (
+            Cut(1, 1, p, 4, splits=2),
+            dict(n=1, h=p + 1, s=5 * vector, r1=c + vector, t=3 * c + vector, activation="relu6"),
+        ),
         "one row": (Cut(1, 1, 16), dict(n=1, h=1, s=17, r1=3, t=9, activation="silu")),
         "splits": (Cut(1, 1, p, splits=3), dict(n=1, h=p // 2, s=vector, r1=vector, t=4 * c + 2)),
         "narrow copies": (Cut(1, 1, 24), dict(n=3, h=16, s=6, r1=10, t=14, activation="hardswish")),
@@ -237,4 +247,13 @@ def linear_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
     return case
 
 
-LINEAR_CASES = ("whole tiles", "one below", "one above", "one row", "splits", "narrow copies", "strided tensors")
+LINEAR_CASES = (
+    "whole tiles",
+    "one below",
+    "one above",
+    "lean edges",
+    "one row",
+    "splits",
+    "narrow copies",
+    "strided tensors",
+)

@@ -222,6 +222,13 @@ def run(
     return Result(output, code, json.loads(library().simt_report().decode()))
 
 
+def is_common_case(
+    kernel: Kernel, cut: Cut, tensors: dict[str, Tensor], options: dict[str, Any], output: Tensor
+) -> bool:
+    """Whether the launcher of a tensor-core kernel takes the lean kernel: arguments of `run`."""
+    return bool(library().simt_is_common_case(ctypes.byref(block_call(kernel, cut, tensors, options, output, {}))))
+
+
 def _settings(settings: Settings | None) -> Any:
     return _SETTINGS(*(int(getattr(settings or Settings(), name)) for name in Settings.__dataclass_fields__))
 

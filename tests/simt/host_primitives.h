@@ -88,6 +88,18 @@ inline void copy_async(void* shared, const void* global, bool valid, LOWRANK_OPS
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   simulator::begin_copy(shared, global, bytes, valid, {file, line});
 }
+// On the host an address is a pointer: the checks are the same.
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(unsigned char* pointer) {
+  return pointer;
+}
+template <typename Byte>
+inline Byte* vectors_behind(Byte* base, uint32_t vectors) {
+  return base + int64_t(vectors) * 16;
+}
+inline void copy_async_if(SharedAddress shared, const void* global, uint32_t valid, LOWRANK_OPS_SITE) {
+  simulator::begin_copy(shared, global, 16, valid != 0, {file, line});
+}
 inline void commit_copies(LOWRANK_OPS_SITE) {
   simulator::Fiber& fiber = *simulator::machine.current;
   fiber.committed++;
@@ -151,6 +163,13 @@ inline float widen(float value) {
 inline double widen(double value) {
   return value;
 }
+template <typename Element>
+inline void widen_pair(Element, const Packed<Element>& pair, decltype(widen(Element{})) (&wide)[2]) {
+  Pair<Element> both;
+  std::memcpy(&both, &pair, sizeof both);
+  wide[0] = widen(both.value[0]);
+  wide[1] = widen(both.value[1]);
+}
 template <typename Element, typename Sum>
 inline Element narrow(Sum value);
 template <>
@@ -172,6 +191,20 @@ inline float narrow<float, float>(float value) {
 template <>
 inline double narrow<double, double>(double value) {
   return value;
+}
+template <typename Element>
+inline Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second) {
+  const Pair<Element> pair{{narrow<Element, float>(first), narrow<Element, float>(second)}};
+  Words<int(sizeof(Element)) / 2> words;
+  std::memcpy(&words, &pair, sizeof pair);
+  return words;
+}
+// A NaN stays one.
+inline float at_least(float value, float low) {
+  return value < low ? low : value;
+}
+inline float at_most(float value, float high) {
+  return value > high ? high : value;
 }
 
 // Runs the whole grid before it returns. The limits are those of the hardware.

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "counters.h"
+#include "kernels/common_case.h"
 #include "kernels/launch.h"
 #include "plan/gpu.h"
 
@@ -90,6 +91,13 @@ LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings
   simulator::machine.settings = *settings;
   const BlockParams params = params_of(*call);
   return launchers[call->op][call->family](params, DType(call->dtype), int(call->config), nullptr);
+}
+
+// Whether the launcher of a tensor-core kernel takes the lean kernel.
+LOWRANK_OPS_EXPORT int simt_is_common_case(const BlockCall* call) {
+  const BlockParams params = params_of(*call);
+  simulator::forget_everything();
+  return is_common_case(params, Op(call->op) == Op::kTucker, int(element_bytes(DType(call->dtype))));
 }
 
 LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut) {

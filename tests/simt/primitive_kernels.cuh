@@ -51,7 +51,8 @@ multiply_kernel(const PrimitiveParams p) {
 }
 
 // One warp. in: 32 rows of 4 words; shared memory holds them 80 bytes apart. out: [lane, 4] as load_matrices returns
-// them.
+// them. `lean`: rows given by address.
+template <bool lean>
 LOWRANK_OPS_KERNEL(32, 1)
 matrices_kernel(const PrimitiveParams p) {
   const int lane = thread_index();
@@ -61,13 +62,17 @@ matrices_kernel(const PrimitiveParams p) {
   wait_copies<0>();
   warp_barrier<Barrier::kStagingWritten>();
   uint32_t matrices[4];
-  load_matrices(matrices, row);
+  if constexpr (lean)
+    load_matrices(matrices, shared_address(shared_memory()) + lane * 80);
+  else
+    load_matrices(matrices, row);
   for (int i = 0; i < 4; i++) put_word(p.out, lane * 4 + i, matrices[i]);
 }
 
 // Copies of `bytes` in two groups; those of threads whose number is a multiple of argument[0] are not valid. Shared
-// memory holds other values before. Threads read what their neighbour copied. out: words.
-template <int bytes>
+// memory holds other values before. Threads read what their neighbour copied. out: words. `lean`: by copy_async_if,
+// from vectors_behind.
+template <int bytes, bool lean>
 LOWRANK_OPS_KERNEL(64, 1)
 copy_kernel(const PrimitiveParams p) {
   constexpr int threads = 64, words = bytes / 4;
@@ -76,7 +81,12 @@ copy_kernel(const PrimitiveParams p) {
   for (int i = 0; i < 2 * words; i++) store_shared(shared + (thread * 2 * words + i) * 4, uint32_t(0xdeadbeef));
   for (int group = 0; group < 2; group++) {
     const int place = (2 * thread + group) * words;
-    copy_async<bytes>(shared + place * 4, static_cast<const uint32_t*>(p.in) + place, thread % p.argument[0] != 0);
+    if constexpr (lean)
+      copy_async_if(shared_address(shared) + place * 4,
+                    vectors_behind(static_cast<const unsigned char*>(p.in), uint32_t(place / 4)),
+                    thread % p.argument[0] != 0 ? 1u << thread % 32 : 0);
+    else
+      copy_async<bytes>(shared + place * 4, static_cast<const uint32_t*>(p.in) + place, thread % p.argument[0] != 0);
     commit_copies();
   }
   for (int group = 0; group < 2; group++) {
@@ -93,7 +103,8 @@ copy_kernel(const PrimitiveParams p) {
 }
 
 // Conversions of argument[0] words: out[i] = f(in[i]) with f by argument[1]: 0 fp32 -> bf16 (bits), 1 fp32 -> fp16,
-// 2 fp32 -> tf32, 3 bf16 -> fp32, 4 fp16 -> fp32.
+// 2 fp32 -> tf32, 3 bf16 -> fp32, 4 fp16 -> fp32, 5 fp32 -> a pair of bf16, of the number and its negative, 6 of fp16,
+// 7 fp32 -> fp32 between 0 and 6.
 LOWRANK_OPS_KERNEL(128, 1)
 convert_kernel(const PrimitiveParams p) {
   for (int64_t i = thread_index(); i < p.argument[0]; i += 128) {
@@ -104,6 +115,9 @@ convert_kernel(const PrimitiveParams p) {
     if (p.argument[1] == 2) result = round_to_tf32(word);
     if (p.argument[1] == 3) result = as_word(widen(BFloat16{uint16_t(word)}));
     if (p.argument[1] == 4) result = as_word(widen(Half{uint16_t(word)}));
+    if (p.argument[1] == 5) result = narrow_pair<BFloat16>(as_float(word), -as_float(word)).word[0];
+    if (p.argument[1] == 6) result = narrow_pair<Half>(as_float(word), -as_float(word)).word[0];
+    if (p.argument[1] == 7) result = as_word(at_most(at_least(as_float(word), 0), 6));
     put_word(p.out, i, result);
   }
 }
@@ -118,10 +132,12 @@ inline cudaError_t launch_primitive(const char* name, const PrimitiveParams& par
   if (named("multiply_bf16")) return launch(multiply_kernel<BFloat16>, 1, 32, 0, stream, params);
   if (named("multiply_fp16")) return launch(multiply_kernel<Half>, 1, 32, 0, stream, params);
   if (named("multiply_tf32")) return launch(multiply_kernel<Tf32>, 1, 32, 0, stream, params);
-  if (named("matrices")) return launch(matrices_kernel, 1, 32, 32 * 80, stream, params);
-  if (named("copy_4")) return launch(copy_kernel<4>, 1, 64, 128 * 4, stream, params);
-  if (named("copy_8")) return launch(copy_kernel<8>, 1, 64, 128 * 8, stream, params);
-  if (named("copy_16")) return launch(copy_kernel<16>, 1, 64, 128 * 16, stream, params);
+  if (named("matrices")) return launch(matrices_kernel<false>, 1, 32, 32 * 80, stream, params);
+  if (named("copy_4")) return launch(copy_kernel<4, false>, 1, 64, 128 * 4, stream, params);
+  if (named("copy_8")) return launch(copy_kernel<8, false>, 1, 64, 128 * 8, stream, params);
+  if (named("copy_16")) return launch(copy_kernel<16, false>, 1, 64, 128 * 16, stream, params);
+  if (named("matrices_lean")) return launch(matrices_kernel<true>, 1, 32, 32 * 80, stream, params);
+  if (named("copy_lean")) return launch(copy_kernel<16, true>, 1, 64, 128 * 16, stream, params);
   if (named("convert")) return launch(convert_kernel, 1, 128, 0, stream, params);
   return cudaErrorInvalidValue;
 }
