@@ -25,7 +25,7 @@ from benchmarks.layers import Cell, cell_from_json
 from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
-FUSED_GROUPS = ("kSm80Halves", "kSm80Words", "kSimt")
+FUSED_GROUPS = ("kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 Vector = NDArray[np.float64]
 

@@ -118,6 +118,9 @@ Launch FusedCall::prepare(const Geometry& geometry, const Tensor& output) const 
   result.core = t.core.defined() && needs_packing(t.core) ? t.core.contiguous(at::MemoryFormat::ChannelsLast) : t.core;
   result.bias = t.bias;
   if (result.bias) result.bias = result.bias->contiguous();
+  // The planner counts on the lean kernel, which reads the bias in vectors (kernels/common_case.h).
+  if (result.bias && reinterpret_cast<uintptr_t>(result.bias->const_data_ptr()) % kVectorBytes != 0)
+    result.bias = result.bias->clone();
 
   BlockParams& params = result.params;
   params.geometry = geometry;

@@ -310,9 +310,7 @@ class Block {
 // Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
 template <typename Kernel, Family family>
 constexpr int resident_ctas() {
-  // The lean kernel of four warps and 96 sums a thread fits as well, that of 128 sums does not.
-  const int ctas =
-      Kernel::lean && Kernel::threads == 128 && Kernel::config.halo_tiles <= 3 ? 3 : Kernel::config.resident();
+  const int ctas = Kernel::config.resident(Kernel::lean);
   return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
 }
 

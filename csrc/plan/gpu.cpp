@@ -158,8 +158,13 @@ Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int s
   return g;
 }
 
+bool is_lean(const Problem& p, const GpuKernel& kernel) {
+  const CopyWidths widths = copy_widths(p);
+  return !is_simt(kernel) && std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
+}
+
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
-  return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker);
+  return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker, is_lean(p, kernel));
 }
 
 CopyWidths copy_widths(const Problem& p) {

@@ -69,6 +69,8 @@ struct GpuCandidate {
 GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps);
 // The same with a given cut, for tests that walk over tiles: tile_n, tile_h, tile_w, stages, splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
+// Whether the launcher takes the kernel's lean variant (kernels/common_case.h): 16-byte vectors everywhere.
+bool is_lean(const Problem& problem, const GpuKernel& kernel);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);
 
 // Whether the cost model was fitted to measurements on this kind of GPU. On others "auto" takes a fused kernel only

@@ -35,7 +35,9 @@ double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps
 
 const FusedConstants& constants_of(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) return kSimt;
-  return element_bytes(p.dtype) == 4 ? kSm80Words : kSm80Halves;
+  const bool words = element_bytes(p.dtype) == 4;
+  if (is_lean(p, kernel)) return words ? kLeanWords : kLeanHalves;
+  return words ? kSm80Words : kSm80Halves;
 }
 
 // How often ldmatrix must repeat for bank conflicts, on average: eight neighbouring pixels of a tile read rows of the
@@ -168,7 +170,8 @@ int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const Gpu
   const int sums = 4 * std::max(c.halo_tiles, c.pixel_tiles) * c.rank_tiles * words;
   const int registers =
       std::min(sums + (p.op == Op::kTucker ? kOtherTuckerRegisters : kOtherRegisters), kMostRegisters);
-  const int64_t by_registers = kRegisters / (int64_t(registers) * c.threads());
+  const int64_t by_registers =
+      std::max<int64_t>(kRegisters / (int64_t(registers) * c.threads()), c.resident(is_lean(p, kernel)));
   const int64_t by_shared = caps.shared_bytes_multiprocessor / (shared_bytes + kReservedShared);
   return int(std::max<int64_t>(1, std::min({by_registers, by_shared, int64_t(kMaxCtas)})));
 }
