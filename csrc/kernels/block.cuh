@@ -93,7 +93,7 @@ class Block {
   int copy_slot = 0, multiply_slot = 0;  // the next chunk to be copied, the next to be multiplied: bytes of the ring
 
   static LOWRANK_OPS_DEVICE Passes passes_of(const KernelParams& params) {
-    const int split = int(block_index()) % params.block.geometry.splits;
+    const int split = params.splits.remainder(int(block_index()));
     const int first = split * params.split_passes + least(split, params.longer_splits);
     return {first, first + params.split_passes + (split < params.longer_splits ? 1 : 0)};
   }
@@ -103,12 +103,18 @@ class Block {
     int image, y, x, out_y, out_x;
   };
   LOWRANK_OPS_DEVICE Tile locate() {
-    int tile = int(block_index()) / g.splits;
-    const int column_tile = tile % params.column_tiles;
-    tile /= params.column_tiles;
-    const int row_tile = tile % params.row_tiles;
-    return {tile / params.row_tiles * g.tile_n, g.rows.input(row_tile, 0), g.columns.input(column_tile, 0),
-            g.rows.output(row_tile, 0), g.columns.output(column_tile, 0)};
+    const int tile = params.splits.quotient(int(block_index()));
+    const int line = params.column_tiles.quotient(tile), column_tile = tile - line * params.column_tiles.divisor;
+    const int images = params.row_tiles.quotient(line), row_tile = line - images * params.row_tiles.divisor;
+    const int y = first_output(g.rows, params.row_lattice, row_tile);
+    const int x = first_output(g.columns, params.column_lattice, column_tile);
+    return {images * g.tile_n, y * g.rows.original_stride - g.rows.padding,
+            x * g.columns.original_stride - g.columns.padding, y, x};
+  }
+  // TileAxis::output(index, 0).
+  static LOWRANK_OPS_DEVICE int first_output(const TileAxis& axis, const Divider& lattice, int index) {
+    const int tile = lattice.quotient(index);
+    return index - tile * axis.lattice + tile * axis.tile * axis.lattice;
   }
 
   // Where the lean kernel's tables count from.
@@ -142,7 +148,7 @@ class Block {
     };
 #pragma unroll 1
     for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
-      const int line = i / halo_w, image = line / halo_h;
+      const int line = params.halo_w.quotient(i), image = params.halo_h.quotient(line);
       const int y = tile.y + (line - image * halo_h) * rows.unit, x = tile.x + (i - line * halo_w) * columns.unit;
       const bool inside = i < halo && tile.image + image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
       store_offset(l.halo_offset, i, inside, image, y, x, p.input_stride, params.lean.input_stride, most(tile.y, 0),
@@ -153,7 +159,7 @@ class Block {
     const int pixels = g.pixels();
 #pragma unroll 1
     for (int i = thread; i < config.pixels(); i += config.threads()) {
-      const int line = i / columns.tile, image = line / rows.tile;
+      const int line = params.tile_w.quotient(i), image = params.tile_h.quotient(line);
       const int tile_y = line - image * rows.tile, tile_x = i - line * columns.tile;
       const int y = tile.out_y + tile_y * rows.lattice, x = tile.out_x + tile_x * columns.lattice;
       const bool inside = i < pixels && tile.image + image < g.n && y < rows.out && x < columns.out;
@@ -330,8 +336,15 @@ cudaError_t launch_block(const BlockParams& block, cudaStream_t stream) {
   KernelParams params{};
   params.block = block;
   params.layout = shared_layout(g, config, element, Kernel::has_core);
-  params.row_tiles = g.rows.tiles();
-  params.column_tiles = g.columns.tiles();
+  params.splits = Divider(g.splits);
+  params.row_tiles = Divider(g.rows.tiles());
+  params.column_tiles = Divider(g.columns.tiles());
+  params.row_lattice = Divider(g.rows.lattice);
+  params.column_lattice = Divider(g.columns.lattice);
+  params.halo_h = Divider(g.rows.halo());
+  params.halo_w = Divider(g.columns.halo());
+  params.tile_h = Divider(g.rows.tile);
+  params.tile_w = Divider(g.columns.tile);
   const int passes = int(ceil_div(g.t, config.columns()));
   params.split_passes = passes / g.splits;
   params.longer_splits = passes % g.splits;

@@ -34,6 +34,23 @@ LOWRANK_OPS_BOTH constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
+// Division by a number that the host knows, for kernels: a multiplication and a shift. Exact for 0 <= n < 2^31: with
+// 2^shift >= divisor, factor is by no more than one above 2^(31 + shift) / divisor.
+struct Divider {
+  uint32_t factor = 0;
+  int shift = 0, divisor = 1;
+
+  Divider() = default;
+  explicit Divider(int by) : divisor(by) {
+    while ((int64_t(1) << shift) < by) ++shift;
+    factor = uint32_t((uint64_t(1) << (31 + shift)) / uint64_t(by) + 1);
+  }
+  LOWRANK_OPS_BOTH constexpr int quotient(int n) const {
+    return int(uint32_t(uint64_t(2 * uint32_t(n)) * factor >> 32) >> shift);
+  }
+  LOWRANK_OPS_BOTH constexpr int remainder(int n) const { return n - quotient(n) * divisor; }
+};
+
 // What is fixed when a kernel is compiled. Warps form a grid of warps_m x warps_n; in the first stage a warp owns
 // 16 * halo_tiles halo pixels, afterwards 16 * pixel_tiles output pixels, in all stages 8 * rank_tiles columns.
 struct Config {

@@ -9,10 +9,10 @@ namespace lowrank_ops {
 struct KernelParams {
   BlockParams block;
   SharedLayout layout;
-  // What every thread would otherwise divide for: tiles of the two axes; passes of stage 3 that each split has, and how
-  // many splits have one more.
-  int row_tiles, column_tiles, split_passes, longer_splits;
-  LeanParams lean;  // of the lean kernel only
+  // What threads divide by: the CTAs of a tile, the tiles of the two axes and their lattices; halo and tile.
+  Divider splits, row_tiles, column_tiles, row_lattice, column_lattice, halo_h, halo_w, tile_h, tile_w;
+  int split_passes, longer_splits;  // passes of stage 3 that each split has, and how many splits have one more
+  LeanParams lean;                  // of the lean kernel only
 };
 
 // The constants of one instance. `is_lean`: for the common case (common_case.h).
