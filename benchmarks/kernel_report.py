@@ -44,6 +44,7 @@ class Instantiation:
 
     kernel: str  # the name in kernel_table.inc
     dtype: str
+    lean: bool  # for the common case (csrc/kernels/common_case.h)
     architecture: int
     registers: int
     stack: int  # bytes of local memory a thread, spills included
@@ -84,13 +85,16 @@ def _demangle(names: set[str]) -> dict[str, str]:
     return dict(zip(ordered, told.splitlines(), strict=True))
 
 
-def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -> tuple[str, str] | None:
-    """(kernel, dtype) of block_kernel<(Op)0, TensorCores<Tf32>, (Family)1, 3> and the like; None: not in the table."""
-    match = re.search(r"block_kernel<.*?, \w+::\w+<(?:\w+::)?(\w+)[^>]*>, .*?(\d+)>", function)
+def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -> tuple[str, str, bool] | None:
+    """(kernel, dtype, lean) of block_kernel<(Op)0, TensorCores<Tf32>, (Family)1, 3, true> and the like.
+
+    None: not in the table.
+    """
+    match = re.search(r"block_kernel<.*?, \w+::\w+<(?:\w+::)?(\w+)[^>]*>, .*?(\d+), (true|false)>", function)
     op, family = source.split("_", 1)
     if match is None or match[1] not in ELEMENTS or (op, family, int(match[2])) not in names:
         return None
-    return names[op, family, int(match[2])], ELEMENTS[match[1]]
+    return names[op, family, int(match[2])], ELEMENTS[match[1]], match[3] == "true"
 
 
 def _disassemble(path: Path) -> dict[tuple[str, str], Counter[str]]:
@@ -154,7 +158,7 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
                 )
             )
     order = list(names.values())
-    return sorted(found, key=lambda one: (order.index(one.kernel), one.dtype, one.architecture))
+    return sorted(found, key=lambda one: (order.index(one.kernel), one.dtype, one.lean, one.architecture))
 
 
 def markdown(report: list[Instantiation], version: str) -> str:
@@ -168,15 +172,15 @@ def markdown(report: list[Instantiation], version: str) -> str:
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
         "Shared memory is dynamic (`shared_layout` of csrc/kernels/geometry.h).",
         "",
-        "| kernel | dtype | registers | spilled bytes | stack bytes | instructions | "
+        "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)
         + " |",
-        "|---|---|" + "---|" * (4 + len(INSTRUCTIONS)),
+        "|---|---|---|" + "---|" * (4 + len(INSTRUCTIONS)),
     ]
-    grouped: dict[tuple[str, str], list[Instantiation]] = {}
+    grouped: dict[tuple[str, str, bool], list[Instantiation]] = {}
     for one in report:
-        grouped.setdefault((one.kernel, one.dtype), []).append(one)
-    for (kernel, dtype), ones in grouped.items():
+        grouped.setdefault((one.kernel, one.dtype, one.lean), []).append(one)
+    for (kernel, dtype, lean), ones in grouped.items():
         counts = ones[0].counts
 
         def each(values: list[int]) -> str:
@@ -185,6 +189,7 @@ def markdown(report: list[Instantiation], version: str) -> str:
         cells = [
             kernel,
             dtype,
+            "common" if lean else "general",
             each([one.registers for one in ones]),
             each([one.spill_stores + one.spill_loads for one in ones]),
             each([one.stack for one in ones]),

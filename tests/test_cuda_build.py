@@ -5,6 +5,7 @@ Compiles csrc/kernels for sm_80; with LOWRANK_OPS_ALL_ARCHITECTURES=1 for all th
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -55,13 +56,13 @@ def disassembled(folder: Path) -> list[Instantiation]:
 
 def test_every_kernel_of_the_table_was_compiled(report: list[Instantiation], wanted: list[Architecture]) -> None:
     """In each dtype of its family, for each architecture."""
-    built = {(one.kernel, one.dtype, one.architecture) for one in report}
+    built = {(one.kernel, one.dtype, one.lean, one.architecture) for one in report}
     assert len(built) == len(report)
     for (_, family, _), kernel in kernel_report.table().items():
-        for entry in wanted:
-            dtypes = {dtype for name, dtype, number in built if (name, number) == (kernel, entry.number)}
+        for entry, lean in itertools.product(wanted, (False, True) if family == "sm80" else (False,)):
+            dtypes = {dtype for name, dtype, *rest in built if [name, *rest] == [kernel, lean, entry.number]}
             assert dtypes - {"fp64"} == DTYPES[family], f"{kernel} for sm_{entry.number}"
-    doubles = {kernel for kernel, dtype, _ in built if dtype == "fp64"}
+    doubles = {kernel for kernel, dtype, *_ in built if dtype == "fp64"}
     assert {kernel.split("_simt_")[0] for kernel in doubles} == set(kernel_report.OPS.values())
 
 

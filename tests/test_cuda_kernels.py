@@ -131,7 +131,9 @@ CONVERSIONS = ["to bf16", "to fp16", "to tf32", "from bf16", "from fp16", "to tw
 @pytest.mark.parametrize("kind", range(8), ids=CONVERSIONS)
 def test_conversions(primitives: ctypes.CDLL, kind: int) -> None:
     words = torch.arange(2**16, dtype=torch.int32)
-    data = words if kind in (3, 4) else torch.cat([(words << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x1000, 0x1001)])
+    data = (
+        words if kind in (3, 4) else torch.cat([(words << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x1000, 0x1001)])
+    )
     if kind in (2, 7):  # a NaN's bits are not promised
         data = data[~data.view(torch.float32).isnan()]
     simulated = torch.zeros_like(data)

@@ -302,13 +302,14 @@ class Block {
     const Output output(params, shared + l.staging + thread / 32 * l.staging_warp,
                         shared + l.pixel_offset + warp_m * tiles * 16 * Output::offset_bytes, output_of(tile), lane);
     for (int pass = passes.first; pass < passes.last; ++pass) {
+      const int channel = pass * columns + warp_n * 8 * rank_tiles;
+      const auto bias = output.load_bias(channel);
       Sum sum[tiles][rank_tiles][4] = {};
       for (int byte = 0; byte < r2_bytes; byte += l.out_chunk) {
         const Address chunk = next_chunk<3>();
         multiply(sum, address(l.second + byte), a_row, chunk + b_offset, stride, least(l.out_chunk, r2_bytes - byte));
       }
-      const int channel = pass * columns + warp_n * 8 * rank_tiles;
-      if (channel < g.t) output.write(sum, channel);
+      if (channel < g.t) output.write(sum, bias, channel);
     }
   }
 };
@@ -316,7 +317,8 @@ class Block {
 // Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
 template <typename Kernel, Family family>
 constexpr int resident_ctas() {
-  const int ctas = Kernel::config.resident(Kernel::lean);
+  // Shared memory can hold three CTAs of 2-byte elements.
+  const int ctas = Kernel::config.resident(Kernel::lean && Kernel::element == 2);
   return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
 }
 

@@ -140,8 +140,11 @@ class GeneralOutput {
                                    const unsigned char* pixel_offset, unsigned char*, int lane)
       : p(params.block), staging(staging), pixel_offset(pixel_offset), lane(lane) {}
 
+  struct Bias {};  // loaded where it is added
+  LOWRANK_OPS_DEVICE Bias load_bias(int) const { return {}; }
+
   // Channels from `channel` on; there are at least some.
-  LOWRANK_OPS_DEVICE void write(const Sum (&sum)[tiles][rank_tiles][4], int channel) const {
+  LOWRANK_OPS_DEVICE void write(const Sum (&sum)[tiles][rank_tiles][4], Bias, int channel) const {
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
       write_output<typename Kernel::Element>(sum[m], staging, pixel_offset + m * 16 * offset_bytes, p, channel, lane);

@@ -40,17 +40,33 @@ class LeanOutput {
         offset[m][i] = load_shared<uint32_t>(pixel_offset + (m * 16 + row_of(i)) * offset_bytes);
   }
 
+  // Of the columns whose sums a lane holds. Loaded before the products of a pass, so that nobody waits for it behind
+  // them.
+  struct Bias {
+    Packed<Element> pair[rank_tiles];
+  };
+  LOWRANK_OPS_DEVICE Bias load_bias(int first_channel) const {
+    Bias bias{};
+    const int channel = first_channel + lane % 4 * 2, left = p.bias == nullptr ? 0 : p.geometry.t - channel;
+    const Element* from = static_cast<const Element*>(p.bias) + channel;
+#pragma unroll
+    for (int n = 0; n < rank_tiles; ++n)
+      if (n * 8 < left) bias.pair[n] = load_global<Packed<Element>>(from + n * 8);
+    return bias;
+  }
+
   // Channels from `channel` on; there are at least some.
-  LOWRANK_OPS_DEVICE void write(Sums sum, int channel) const {
+  LOWRANK_OPS_DEVICE void write(Sums sum, const Bias& bias, int channel) const {
     if (p.activation > Activation::kRelu6) return write_costly(sum, channel);
-    float bias[rank_tiles][2];
-    load_bias(bias, channel + lane % 4 * 2);
+    float wide[rank_tiles][2];
+#pragma unroll
+    for (int n = 0; n < rank_tiles; ++n) widen_pair(Element{}, bias.pair[n], wide[n]);
     if (p.activation == Activation::kNone)
-      write_as(sum, bias, channel, [](float x) { return x; });
+      write_as(sum, wide, channel, [](float x) { return x; });
     else if (p.activation == Activation::kRelu)
-      write_as(sum, bias, channel, [](float x) { return at_least(x, 0); });
+      write_as(sum, wide, channel, [](float x) { return at_least(x, 0); });
     else
-      write_as(sum, bias, channel, [](float x) { return at_most(at_least(x, 0), 6); });
+      write_as(sum, wide, channel, [](float x) { return at_most(at_least(x, 0), 6); });
   }
 
  private:
@@ -64,18 +80,6 @@ class LeanOutput {
   // Of the lane's copies. Four vectors to a row: eight lanes find all banks in rows that lie four apart.
   LOWRANK_OPS_DEVICE int row_of(int i) const {
     return spread_rows(lane / vectors, vectors == 4 ? 2 : 3) + i * (32 / vectors);
-  }
-
-  LOWRANK_OPS_DEVICE void load_bias(float (&bias)[rank_tiles][2], int channel) const {
-    const Element* from = static_cast<const Element*>(p.bias) + channel;
-    const int left = p.bias == nullptr ? 0 : p.geometry.t - channel;
-#pragma unroll
-    for (int n = 0; n < rank_tiles; ++n) {
-      Pair<Element> pair{};
-      if (n * 8 < left) pair = load_global<Pair<Element>>(from + n * 8);
-      bias[n][0] = widen(pair.value[0]);
-      bias[n][1] = widen(pair.value[1]);
-    }
   }
 
   template <typename Function>

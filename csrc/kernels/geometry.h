@@ -57,11 +57,11 @@ struct Config {
   int warps_m, warps_n, halo_tiles, pixel_tiles, rank_tiles;
 
   LOWRANK_OPS_BOTH constexpr int threads() const { return 32 * warps_m * warps_n; }
-  // How many CTAs the registers of a multiprocessor shall hold: what the compiler is told. Of the lean kernel one more
-  // where a thread has at most 96 sums.
-  LOWRANK_OPS_BOTH constexpr int resident(bool lean = false) const {
+  // How many CTAs the registers of a multiprocessor shall hold: what the compiler is told. Of the lean kernel of 2-byte
+  // elements one more where a thread has at most 96 sums.
+  LOWRANK_OPS_BOTH constexpr int resident(bool lean_halves = false) const {
     if (threads() > 128) return 1;
-    return rank_tiles > 4 && !(lean && halo_tiles <= 3) ? 2 : 3;
+    return rank_tiles > 4 && !(lean_halves && halo_tiles <= 3) ? 2 : 3;
   }
   LOWRANK_OPS_BOTH constexpr int halo_rows() const { return 16 * warps_m * halo_tiles; }  // of a pass of stage 1
   LOWRANK_OPS_BOTH constexpr int pixels() const { return 16 * warps_m * pixel_tiles; }    // a tile has at most these

@@ -171,7 +171,7 @@ int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const Gpu
   const int registers =
       std::min(sums + (p.op == Op::kTucker ? kOtherTuckerRegisters : kOtherRegisters), kMostRegisters);
   const int64_t by_registers =
-      std::max<int64_t>(kRegisters / (int64_t(registers) * c.threads()), c.resident(is_lean(p, kernel)));
+      std::max<int64_t>(kRegisters / (int64_t(registers) * c.threads()), c.resident(is_lean(p, kernel) && element_bytes(p.dtype) == 2));
   const int64_t by_shared = caps.shared_bytes_multiprocessor / (shared_bytes + kReservedShared);
   return int(std::max<int64_t>(1, std::min({by_registers, by_shared, int64_t(kMaxCtas)})));
 }
