@@ -1,17 +1,18 @@
 """`python -m benchmarks.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
 
-Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of `benchmarks.gpu_kernels --json`,
-fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on relative errors), and writes
-csrc/plan/gpu_cost_constants.inc. What it is judged by is the regret: how much longer the planner's choices take on the
-GPU than the fastest of the kernels, each with its planned cut, and the chain.
+Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
+`benchmarks.gpu_kernels --json`, fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on
+relative errors), and writes csrc/plan/gpu_cost_constants.inc. What it is judged by is the regret: how much longer the
+planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
+from benchmarks.bench import geometric_mean
 from benchmarks.gpu_kernels import BLOCKS
 from benchmarks.layers import Cell, cell_from_json
 from lowrank_ops._ops import _C
@@ -53,10 +55,10 @@ def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[objec
     return (cell.op, name, channels_last, sizes, window, tf32)
 
 
-def group_of(kernel: str, dtype: str) -> str:
+def group_of(kernel: str, dtype: str, lean: bool) -> str:
     if "_simt_" in kernel:
         return "kSimt"
-    return "kSm80Words" if dtype == "tf32" else "kSm80Halves"
+    return ("kLean" if lean else "kSm80") + ("Words" if dtype == "tf32" else "Halves")
 
 
 def parse_cut(way: str) -> tuple[str, list[int]]:
@@ -66,10 +68,11 @@ def parse_cut(way: str) -> tuple[str, list[int]]:
     return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
 
 
-def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str) -> Observation:
+def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: str, general: bool) -> Observation:
     kernel, cut = parse_cut(way)
-    features = _C.fused_gpu_features(described(cell, dtype), kernel, cut, gpu)
-    return Observation(f"{cell} {dtype}", group_of(kernel, dtype), way, np.array(features), seconds)
+    features, lean = _C.fused_gpu_features(described(cell, dtype, layout != "nchw"), kernel, cut, gpu)
+    group = group_of(kernel, dtype, lean and not general)
+    return Observation(f"{cell} {dtype}", group, way, np.array(features), seconds)
 
 
 def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str) -> Observation | None:
@@ -82,8 +85,8 @@ def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str) -> Observ
     return Observation(f"{cell} {dtype}", group, name, np.array(_C.chain_gpu_features(whole, gpu)), seconds)
 
 
-def read(path: Path) -> tuple[str, list[Observation]]:
-    """The GPU and what was measured on it, by either kind of file.
+def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
+    """The GPU and what was measured on it, by either kind of file; `general`: there were no lean kernels yet.
 
     Raises:
         ValueError: no GPU's file, or that of a GPU that the planner has no figures of.
@@ -96,8 +99,10 @@ def read(path: Path) -> tuple[str, list[Observation]]:
     found: list[Observation | None] = []
     for cell, dtype, times in entries(content):
         for way, seconds in times.items():
-            kernel = way.startswith(cell.op)
-            found.append((fused if kernel else chain)(cell, dtype, way, seconds, gpu))
+            if way.startswith(cell.op):
+                found.append(fused(cell, dtype, way, seconds, gpu, content.get("layout", ""), general))
+            else:
+                found.append(chain(cell, dtype, way, seconds, gpu))
     return gpu, [observation for observation in found if observation is not None]
 
 
@@ -128,8 +133,27 @@ def errors(observations: Sequence[Observation], constants: Vector) -> Vector:
     return np.array([float(o.features @ constants) / o.seconds for o in observations])
 
 
+def regret(observations: Iterable[Observation], found: Mapping[str, Vector], launch: float) -> tuple[float, int]:
+    """What the predictions' choice among the ways that were measured costs, on the GPU, beyond the fastest one.
+
+    Returns:
+        The geometric mean over the cells, minus 1, and the number of cells that have both a kernel and the chain.
+    """
+    cells: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
+    for o in observations:
+        is_fused = o.group in FUSED_GROUPS
+        predicted = float(o.features @ found[o.group]) + (launch if is_fused else 0)
+        cells[o.cell].append((predicted, o.seconds, is_fused))
+    ratios = [min(ways)[1] / min(seconds for _, seconds, _ in ways)
+              for ways in cells.values() if len({is_fused for *_, is_fused in ways}) == 2]  # fmt: skip
+    return geometric_mean(ratios) - 1, len(ratios)
+
+
 def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]:
-    """Constants by group: of fused kernels with `launch` taken off, of the chain as they are."""
+    """Constants by group: of fused kernels with `launch` taken off, of the chain as they are.
+
+    A feature that no observation of a fused group has (element-wise copies, say) costs what it does in the others.
+    """
     groups = defaultdict(list)
     for o in observations:
         groups[o.group].append(o)
@@ -142,13 +166,26 @@ def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]
         spread = float(np.exp(np.std(np.log(ratios))))
         print(f"{group}: {len(members)} figures, predicted / measured {ratios.min():.2f} to {ratios.max():.2f}, "
               f"spread {spread:.2f}")  # fmt: skip
+    for group in filter(found.__contains__, FUSED_GROUPS):
+        unseen = np.all([o.features == 0 for o in groups[group]], axis=0)
+        others = np.max([found[other] for other in FUSED_GROUPS if other in found], axis=0)
+        found[group] = np.where(unseen, others, found[group])
     return found
+
+
+def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
+    """The launch and the constants of gpu_cost_constants.inc, as `fit` gives them: seconds."""
+    found = {}
+    for kind, group, values in re.findall(r"(Fused|Chain)Constants (\w+) = \{\{([^}]*)\}\};", text):
+        found[group] = np.array([float(value) for value in values.split(",")]) / (clock if kind == "Fused" else 1)
+    (launch,) = re.findall(r"kFusedLaunch = (\S+);", text)
+    return float(launch), found
 
 
 def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> None:
     lines = [f"// Written by benchmarks/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
              f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
-    for group in FUSED_GROUPS:
+    for group in FUSED_GROUPS:  # each must have figures, or nothing is written
         values = ", ".join(f"{value * clock:.4g}" for value in found[group])
         lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
     for group in CHAIN_GROUPS:
@@ -160,13 +197,18 @@ def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> No
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_gpu_cost", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of one GPU")
+    general = "files of the kernels before there were lean ones: for the general kernels' constants"
+    parser.add_argument("--general", nargs="*", type=Path, default=[], metavar="FILE", help=general)
     parser.add_argument("--launch", type=float, default=2.5e-6, help="seconds of an empty launch (default: 2.5e-6)")
     parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
     options = parser.parse_args(arguments)
-    files = [read(path) for path in options.results]
+    files = [read(path) for path in options.results] + [read(path, general=True) for path in options.general]
     (gpu,) = {name for name, _ in files}
     observations = [observation for _, found in files for observation in found]
     found = fit(observations, options.launch)
+    of_now = [observation for _, found_here in files[: len(options.results)] for observation in found_here]
+    lost, cells = regret(of_now, found, options.launch)
+    print(f"regret on the GPU: {lost:.1%} over {cells} cells")
     for group, values in found.items():
         print(group, " ".join(f"{value:.4g}" for value in values))
     if not options.dry_run:

@@ -107,9 +107,10 @@ run_checks() {
 
 run_hopper() {
   local program=build/hopper
-  if [ ! -x "$program" ] || [ benchmarks/hopper.cu -nt "$program" ]; then
-    "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o "$program" \
-      benchmarks/hopper.cu || return
+  if [ ! -x "$program" ] || [ -n "$(find benchmarks/hopper -type f -newer "$program")" ]; then
+    mkdir -p build
+    "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --threads 0 -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a \
+      -o "$program" benchmarks/hopper/*.cu || return
   fi
   "$program" | tee "$OUT/hopper.jsonl"
 }

@@ -85,15 +85,16 @@ py::dict plan_gpu_kernel(const Described& described, const std::string& kernel, 
   return result;
 }
 
-// What the cost model counts for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), and for the chain.
-std::vector<double> fused_gpu_features(const Described& described, const std::string& kernel_name,
-                                       std::array<int, 5> cut, const std::string& gpu) {
+// What the cost model counts for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), and whether its
+// lean variant runs; and what it counts for the chain.
+std::pair<std::vector<double>, bool> fused_gpu_features(const Described& described, const std::string& kernel_name,
+                                                        std::array<int, 5> cut, const std::string& gpu) {
   const Problem p = problem_of(described);
   const GpuKernel& kernel = kernel_named("fused_gpu_features", kernel_name);
   const Geometry g = geometry_of(p, cut[0], cut[1], cut[2], cut[3], cut[4]);
   const FusedFeatures found =
       fused_features(p, kernel, g, layout_of(p, kernel, g), gpu_named("fused_gpu_features", gpu));
-  return {found.begin(), found.end()};
+  return {{found.begin(), found.end()}, is_lean(p, kernel)};
 }
 
 std::vector<double> chain_gpu_features(const Described& described, const std::string& gpu) {

@@ -5,6 +5,8 @@ detector) or digits (a CNN trained here in seconds; also taken where the trained
 Prints the metric dense and factorized, the table of layers, and the latency of the dense network, of the
 factorized one as a chain of library layers and of the factorized one on the fused ops, all with the same
 factors, interleaved in one run. Writes the tables and a bar chart to `demo_output/`.
+
+Where torch sees a GPU the networks run there: as they are called from Python, and replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
+from benchmarks import gpu
 from benchmarks.bench import Timing, machine, time_interleaved
+from benchmarks.graphs import Captured
 from examples.tasks import Task, load
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -35,6 +39,7 @@ class Latency:
     network: str
     """dense, chain or fused."""
     layout: str
+    """NCHW or channels_last; with "graph" behind it: replayed from a CUDA graph."""
     dtype: str
     timing: Timing
 
@@ -58,7 +63,10 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 def measure_latency(dense: nn.Module, factorized: nn.Module, input: Tensor, seconds: float = 0.5) -> list[Latency]:
-    """Dense and chain in both layouts, fused in channels_last; interleaved, in fp32 and then in bf16."""
+    """Dense and chain in both layouts, fused in channels_last; interleaved, in fp32 and then in bf16.
+
+    On a GPU: seconds per call on an idle GPU, launches included; and in channels_last as CUDA graphs too.
+    """
     lines = []
     for dtype_name, dtype in DTYPES.items():
         runs: dict[str, Callable[[], Tensor]] = {}
@@ -71,13 +79,24 @@ def measure_latency(dense: nn.Module, factorized: nn.Module, input: Tensor, seco
                 placed = copy.deepcopy(model).to(dtype=dtype)
                 placed = placed.to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
                 image = input.to(dtype).contiguous(memory_format=FORMATS[layout])
-                runs[f"{network} {layout}"] = functools.partial(placed, image)
+                run = functools.partial(placed, image)
+                runs[f"{network}, {layout}"] = run
+                if input.is_cuda and layout == "channels_last":
+                    runs[f"{network}, {layout} graph"] = Captured(run)
         with torch.inference_mode():
-            timings = time_interleaved(runs, seconds=seconds)
+            timings = time_calls(runs, seconds, input.device)
         for name, timing in timings.items():
-            network, layout = name.split()
+            network, layout = name.split(", ")
             lines.append(Latency(network, layout, dtype_name, timing))
     return lines
+
+
+def time_calls(runs: dict[str, Callable[[], Tensor]], seconds: float, device: torch.device) -> dict[str, Timing]:
+    """Seconds per call of each, interleaved: `seconds` for each of them on a CPU, for each two of them on a GPU."""
+    if device.type == "cpu":
+        return time_interleaved(runs, seconds=seconds)
+    found = gpu.time_on(gpu.CudaDevice(), runs, seconds=seconds * len(runs) / 2)
+    return {name: timing.call for name, timing in found.items()}
 
 
 def fastest(lines: Sequence[Latency], network: str, dtype: str) -> Latency:
@@ -122,6 +141,7 @@ def draw_chart(path: Path, task: Task, report: lowrank_ops.Report, lines: Sequen
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    place_name = "GPU" if task.example_input.is_cuda else f"{threads} thread(s)"
     colours = {"dense": "tab:gray", "chain": "tab:orange", "fused": "tab:blue"}
     for place, (network, colour) in enumerate(colours.items()):
         heights = [fastest(lines, network, dtype).milliseconds for dtype in DTYPES]
@@ -130,7 +150,7 @@ def draw_chart(path: Path, task: Task, report: lowrank_ops.Report, lines: Sequen
         left.bar_label(bars, fmt="%.1f")
     left.set_xticks(range(len(DTYPES)), list(DTYPES))
     left.set_ylabel("ms per call, median")
-    left.set_title(f"whole network, {threads} thread(s), faster layout of each")
+    left.set_title(f"whole network, {place_name}, the fastest way of each")
     left.legend()
     layers = [layer for layer in report.layers if layer.milliseconds_before is not None]
     for network, shift, column in (
@@ -158,7 +178,9 @@ def run(task: Task, output: Path, seconds: float = 0.5) -> dict[str, float]:
         The metric of the dense network, of the factorized one in fp32 and in bf16, by name.
     """
     threads = torch.get_num_threads()
-    print(f"{task.title}\n{machine()['cpu']}, {threads} thread(s), torch {torch.__version__}\n", flush=True)
+    on_gpu = task.example_input.is_cuda
+    place = torch.cuda.get_device_name() if on_gpu else f"{machine()['cpu']}, {threads} thread(s)"
+    print(f"{task.title}\n{place}, torch {torch.__version__}\n", flush=True)
     dense = copy.deepcopy(task.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     factorized = copy.deepcopy(dense)
     report = lowrank_ops.factorize_(factorized, example_input=task.example_input, **task.options)
@@ -175,7 +197,7 @@ def run(task: Task, output: Path, seconds: float = 0.5) -> dict[str, float]:
 
     lines = measure_latency(dense, factorized, task.example_input, seconds)
     shape = "x".join(map(str, task.example_input.shape))
-    caption = f"Latency of the whole network, input {shape}, {threads} thread(s), interleaved, medians:"
+    caption = f"Latency of the whole network, input {shape}, {place}, interleaved, medians:"
     latency_table = markdown(LATENCY_TITLES, latency_rows(lines))
     print(f"{caption}\n{latency_table}")
     for dtype in DTYPES:
@@ -201,7 +223,7 @@ def main() -> int:
         return 2
     if note:
         print(f"{note}\n")
-    run(task, Path("demo_output"))
+    run(task.on("cuda") if torch.cuda.is_available() else task, Path("demo_output"))
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +36,11 @@ class Task:
     """For `lowrank_ops.factorize_`."""
     percent: bool = True
 
+    def on(self, device: str) -> Task:
+        """The same task with its network and its example on that device."""
+        model = copy.deepcopy(self.model).to(device)
+        return dataclasses.replace(self, model=model, example_input=self.example_input.to(device))
+
     def shown(self, value: float) -> str:
         return f"{100 * value:.2f} %" if self.percent else f"{value:.4f}"
 
@@ -55,9 +62,9 @@ def load(name: str) -> tuple[Task, str]:
 
 
 def _like(model: nn.Module, images: Tensor) -> Tensor:
-    """Images in the dtype of a model, channels_last."""
-    dtype = next(model.parameters()).dtype
-    return images.to(dtype).contiguous(memory_format=torch.channels_last)
+    """Images in the dtype and on the device of a model, channels_last."""
+    weight = next(model.parameters())
+    return images.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def text_task(characters: int = 5000, batch: int = 4) -> Task:
@@ -101,7 +108,7 @@ def craft_task(height: int = 256, width: int = 384) -> Task:
 
     @torch.inference_mode()
     def evaluate(model: nn.Module) -> float:
-        return float((model(_like(model, page)).float() - expected).norm() / expected.norm())
+        return float((model(_like(model, page)).float().cpu() - expected).norm() / expected.norm())
 
     origin = "a rendered page" if photograph is None else "scikit-image's page.png"
     return Task(
@@ -137,7 +144,7 @@ def digits_task(epochs: int = 6) -> Task:
 
     @torch.inference_mode()
     def evaluate(model: nn.Module) -> float:
-        predicted = model(_like(model, held_out_images)).argmax(1)
+        predicted = model(_like(model, held_out_images)).argmax(1).cpu()
         return float((predicted != held_out_labels).float().mean())
 
     return Task(

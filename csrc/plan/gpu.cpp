@@ -129,6 +129,17 @@ const std::vector<GpuKernel>& gpu_kernels() {
   return kernels;
 }
 
+bool ran_right_on(const GpuKernel& kernel, const GpuCaps& caps) {
+  const std::string names = kernel.verified_on;
+  for (size_t first = 0; first < names.size();) {
+    const size_t end = std::min(names.find(", ", first), names.size());
+    const GpuCaps* gpu = find_gpu(names.substr(first, end - first));
+    if (gpu && gpu->architecture == caps.architecture) return true;
+    first = end + 2;
+  }
+  return false;
+}
+
 int gpu_kernel_index(const std::string& kernel_name) {
   const std::vector<GpuKernel>& kernels = gpu_kernels();
   for (size_t i = 0; i < kernels.size(); ++i)
@@ -185,7 +196,8 @@ CopyWidths copy_widths(const Problem& p) {
 
 namespace {
 
-std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const Plan& plan, const SharedLayout& l) {
+std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const Plan& plan,
+                                  const SharedLayout& l) {
   std::vector<std::string> notes;
   const Geometry& g = plan.geometry;
   const CopyWidths widths = copy_widths(p);
@@ -213,7 +225,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   if (l.halo_passes > 1)
     notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times a tile: its halo is above " +
                     std::to_string(kernel.shape.halo_rows()) + " pixels");
-  if (*kernel.verified_on == 0) notes.push_back("not yet run on a GPU: checked before first use");
+  if (!ran_right_on(kernel, caps)) notes.push_back("not yet run on this kind of GPU: checked before first use");
   return notes;
 }
 
@@ -243,7 +255,7 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
   cost_fused(plan, p, kernel, caps, layout);
   const FusedFeatures features = fused_features(p, kernel, plan.geometry, layout, caps);
   plan.features.assign(features.begin(), features.end());
-  plan.notes = notes_of(p, kernel, plan, layout);
+  plan.notes = notes_of(p, kernel, caps, plan, layout);
   return candidate;
 }
 

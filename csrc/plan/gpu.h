@@ -43,8 +43,10 @@ struct GpuKernel {
   int config;          // index into the family's configurations (geometry.h)
   Config shape;
   int first_architecture;   // runs from here on
-  const char* verified_on;  // GPUs that have run it right, or "" (then it is checked before its first use)
+  const char* verified_on;  // names of GPUs that have run all of its tests, separated by ", "; or ""
 };
+// Whether such a GPU has the architecture of this one. Otherwise the kernel is checked before its first use.
+bool ran_right_on(const GpuKernel& kernel, const GpuCaps& caps);
 const std::vector<GpuKernel>& gpu_kernels();           // the table, kernel_table.inc
 int gpu_kernel_index(const std::string& kernel_name);  // -1: unknown
 

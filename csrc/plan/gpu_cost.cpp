@@ -15,6 +15,7 @@ constexpr double kContention = 0.12;
 constexpr int kSchedulers = 4;
 constexpr double kMemoryShare = 0.9;   // of the bandwidth that the list of GPUs has (a copy: 0.89 on an H200)
 constexpr double kProductShare = 0.9;  // of the peak rate of mma.sync, or of multiply-adds
+constexpr double kOtherLines = 3;      // times the clocks of a sum: lines of other than three taps with a stride of 1
 constexpr double kFusedCall = 10e-6;   // of the CPU, until a call of ours returns (H200's host, Sapphire Rapids)
 
 // Registers of a thread beside its sums (fragments, addresses, loop state), as ptxas of CUDA 13.0 reports for sm_80 and
@@ -80,6 +81,7 @@ class Counter {
     if (p.op == Op::kTucker) core_stage();
     if (p.op == Op::kCP) depthwise_stage();
     last_stage();
+    found_[8] = chunks() / (g.stages - 1);
   }
   FusedFeatures found() const { return found_; }
   // Multiply-adds of a CTA on tensor cores (or FMA units), and beside them.
@@ -125,8 +127,11 @@ class Counter {
   }
   void depthwise_stage() {
     const double between = double(g_.tile_n) * g_.rows.tile * g_.columns.halo();
-    depthwise_ = g_.r1 * (between * g_.rows.kernel + double(g_.pixels()) * g_.columns.kernel);
-    found_[6] += depthwise_ / c_.threads();
+    const double height = g_.r1 * between * g_.rows.kernel;
+    const double width = g_.r1 * double(g_.pixels()) * g_.columns.kernel;
+    const auto weight = [](const TileAxis& axis) { return axis.kernel == 3 && axis.stride == 1 ? 1.0 : kOtherLines; };
+    depthwise_ = height + width;
+    found_[6] += (height * weight(g_.rows) + width * weight(g_.columns)) / c_.threads();
   }
   void last_stage() {
     const double passes = double(ceil_div(ceil_div(g_.t, c_.columns()), g_.splits));
@@ -170,8 +175,8 @@ int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const Gpu
   const int sums = 4 * std::max(c.halo_tiles, c.pixel_tiles) * c.rank_tiles * words;
   const int registers =
       std::min(sums + (p.op == Op::kTucker ? kOtherTuckerRegisters : kOtherRegisters), kMostRegisters);
-  const int64_t by_registers =
-      std::max<int64_t>(kRegisters / (int64_t(registers) * c.threads()), c.resident(is_lean(p, kernel) && element_bytes(p.dtype) == 2));
+  const int64_t by_registers = std::max<int64_t>(kRegisters / (int64_t(registers) * c.threads()),
+                                                 c.resident(is_lean(p, kernel) && element_bytes(p.dtype) == 2));
   const int64_t by_shared = caps.shared_bytes_multiprocessor / (shared_bytes + kReservedShared);
   return int(std::max<int64_t>(1, std::min({by_registers, by_shared, int64_t(kMaxCtas)})));
 }

@@ -22,16 +22,17 @@ namespace lowrank_ops {
 
 // What a warp of a CTA does, and how often the busiest multiprocessor does it.
 //   ctas       once: offsets, the first chunk's way, the last stores
-//   chunks     steps of the ring buffer: a wait, a barrier, the choice of the next chunk
+//   chunks     steps of the ring buffer: a barrier, the choice of the next chunk
+//   waits      chunks / (stages - 1): what is left of a chunk's way through L2 when it is wanted
 //   copies     asynchronous copies of a thread
 //   loads      elements of a thread that no asynchronous copy takes
 //   products   steps of matrix products: mma.sync of a warp, or multiply-adds of a thread / 64
 //   stores     values of the hidden tiles that a thread rounds and stores
-//   depthwise  multiply-adds of CP's middle, of a thread
+//   depthwise  multiply-adds of CP's middle, of a thread; windows other than three taps of stride 1 count more
 //   outputs    vectors of 16 bytes (or the elements of one, where they are written one by one) of a thread
-constexpr int kFusedFeatures = 8;
-constexpr const char* kFusedFeatureNames[kFusedFeatures] = {"ctas",     "chunks", "copies",    "loads",
-                                                            "products", "stores", "depthwise", "outputs"};
+constexpr int kFusedFeatures = 9;
+constexpr const char* kFusedFeatureNames[kFusedFeatures] = {"ctas",   "chunks",    "copies",  "loads", "products",
+                                                            "stores", "depthwise", "outputs", "waits"};
 using FusedFeatures = std::array<double, kFusedFeatures>;
 
 // What the chain's library calls do.
