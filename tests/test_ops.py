@@ -21,6 +21,7 @@ from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import reference
+from lowrank_ops._ops import _C
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 CONVS = ("tucker_conv2d", "cp_conv2d")
@@ -64,6 +65,17 @@ def test_convolutions(
 ) -> None:
     call = Problem(op, device=device, dtype=dtype, layout=layout, **GEOMETRIES[geometry]).make()
     assert_output(call, call.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_merged_depthwise_stages(geometry: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
+    """The chain that GPUs run for CP gives what the two stages give, one after the other."""
+    call = Problem("cp_conv2d", dtype=dtype, layout=layout, activation="relu", **GEOMETRIES[geometry]).make()
+    window = [call.problem.stride, call.problem.padding, call.problem.dilation]
+    output = _C.merged_cp_chain(*call.tensors.values(), *window, "relu")
+    assert_output(call, output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
