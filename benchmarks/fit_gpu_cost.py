@@ -28,6 +28,7 @@ from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
 FUSED_GROUPS = ("kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
+UNKNOWN = 5e-8  # seconds of a feature that nothing has measured: copies of single elements, as of NCHW
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 Vector = NDArray[np.float64]
 
@@ -96,10 +97,13 @@ def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
     gpu = next((known["name"] for known in _C.named_gpus() if known["name"] in name), None)
     if gpu is None:
         raise ValueError(f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpus.cpp, got {name or 'a CPU'!r}")
+    kernels = {line["name"] for line in _C.gpu_kernels()}
     found: list[Observation | None] = []
     for cell, dtype, times in entries(content):
         for way, seconds in times.items():
             if way.startswith(cell.op):
+                if way.split(" ")[0] not in kernels:  # measured, and dropped
+                    continue
                 found.append(fused(cell, dtype, way, seconds, gpu, content.get("layout", ""), general))
             else:
                 found.append(chain(cell, dtype, way, seconds, gpu))
@@ -169,7 +173,7 @@ def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]
     for group in filter(found.__contains__, FUSED_GROUPS):
         unseen = np.all([o.features == 0 for o in groups[group]], axis=0)
         others = np.max([found[other] for other in FUSED_GROUPS if other in found], axis=0)
-        found[group] = np.where(unseen, others, found[group])
+        found[group] = np.where(unseen, np.where(others > 0, others, UNKNOWN), found[group])
     return found
 
 

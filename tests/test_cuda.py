@@ -260,6 +260,26 @@ def test_cuda_graph(op: str, policy: str) -> None:
         assert_output(call, output)
 
 
+def test_a_graph_of_a_problem_whose_chain_runs_in_graphs_only() -> None:
+    """Called from Python it runs fused. Its library convolutions must have run before a graph records them: with
+    cudnn.benchmark they search for algorithms, which ends a capture."""
+    problem = Problem("cp_conv2d", device="cuda", dtype=torch.bfloat16, layout=torch.channels_last, n=1, t=256)
+    call = replace(problem, s=256, r1=256, h=14, w=14, kernel=(3, 3), padding=(1, 1)).make()
+    former = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with lowrank_ops.set_policy("auto"):
+            call.run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = call.run()
+    finally:
+        torch.backends.cudnn.benchmark = former
+    output.fill_(torch.nan)
+    graph.replay()
+    assert_output(call, output)
+
+
 FIRST_CALL_IN_A_GRAPH = """
 import torch, lowrank_ops
 lowrank_ops.set_policy({policy!r})

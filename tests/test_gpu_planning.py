@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lowrank_ops
-from benchmarks import fit_gpu_cost
+from benchmarks import fit_gpu_cost, gpu_choices
 from lowrank_ops._ops import _C
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -191,11 +191,7 @@ def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
     stem = {"tucker_conv2d": "tucker", "cp_conv2d": "cp", "lowrank_linear": "linear"}[line["op"]]
     header = (CSRC / "kernels" / "launch.h").read_text()
     assert f"cudaError_t launch_{stem}_{line['family']}(" in header
-    of_its_size = [
-        one for one in KERNELS if all(one[key] == line[key] for key in ("op", "family", "pixels", "columns"))
-    ]
-    warps = f"w{line['threads'] // 32}" if line["threads"] > min(one["threads"] for one in of_its_size) else ""
-    assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}{warps}"
+    assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}"
     assert line["first_architecture"] == {"sm80": 80, "simt": 75}[line["family"]]
     written = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+), ", (CSRC / "plan" / "kernel_table.inc").read_text(), re.M)
     assert (stem, line["family"], str(line["config"])) in written
@@ -318,7 +314,7 @@ def test_predictions_stay_above_the_roofline() -> None:
 
 
 # Measured with the present kernels; what the constants were fitted to.
-MEASURED = ("h200_bf16.json", "h200_blocks.json")
+MEASURED = ("h200_second_bf16.json", "h200_lean_bf16.json", "h200_lean_blocks.json", "h200_second_blocks.json")
 
 
 def test_choices_are_fast_where_they_were_measured() -> None:
@@ -343,6 +339,37 @@ def test_predictions_agree_with_the_measurements() -> None:
             ratios.append((float(o.features @ constants[o.group]) + launch * fused) / o.seconds)
     assert len(ratios) > 200
     assert sum(0.67 < ratio < 1.5 for ratio in ratios) / len(ratios) > 0.9
+
+
+def test_launches_decide_for_small_problems_except_in_graphs() -> None:
+    """Measured on an H200: 29 us fused, 23 as a chain; called from Python 40 and 75."""
+    small = Problem("tucker_conv2d", n=1, s=512, t=512, h=7, w=7, r1=128, r2=128).explain("H200")
+    assert small.path == "fused"
+    assert any("in a CUDA graph" in note and "the chain runs" in note for note in small.chosen["notes"])
+    large = Problem("tucker_conv2d", n=32, s=256, t=256, h=56, w=56, r1=64, r2=64).explain("H200")
+    assert large.path == "fused" and not any("CUDA graph" in note for note in large.chosen["notes"])
+
+
+def test_a_gpu_that_was_not_measured_needs_a_margin() -> None:
+    """The same prediction is not enough there: 1.5 times as fast as the chain, or the chain runs and says why."""
+    reasons = set()
+    for problem in (drawn(seed) for seed in range(300)):
+        found = replace(problem, dtype="bfloat16").explain("A100")
+        fused = [one for one in (found.chosen, *found.others) if one["path"] == "fused"]
+        chain = [one for one in (found.chosen, *found.others) if one["path"] == "chain"]
+        if not fused:
+            continue
+        ratio = chain[0]["predicted_seconds"] / min(one["predicted_seconds"] for one in fused)
+        assert (found.path == "fused") == (ratio >= 1.5)
+        if 1 < ratio < 1.5:
+            reasons |= {reason for _, reason in found.rejections}
+    assert any(reason.startswith("predicted less than 1.5 times as fast") for reason in reasons)
+
+
+def test_the_choices_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_choices.main([str(RESULTS / "h200_second_bf16.json")])
+    printed = capsys.readouterr().out
+    assert "tucker: 24 cells: " in printed and "cp: 12 cells: " in printed
 
 
 def test_small_problems_use_images_or_splits() -> None:
@@ -371,7 +398,7 @@ def test_notes_say_what_slows_a_plan() -> None:
     assert "input read 2 times: R1 above the 32 columns of a pass" in twice
     dilated = plan(Problem(dilation=(2, 3), padding=(2, 3)), kernel, "A100")["notes"]
     assert "tiles on the dilation's lattice 2x3" in dilated
-    assert "not yet run on this kind of GPU: checked before first use" in dilated
+    assert "its tests have not all run on this kind of GPU: checked before first use" in dilated
 
 
 @pytest.mark.parametrize("gpu", [*GPUS, "h 100", "rtx4090"])
@@ -390,7 +417,7 @@ def test_explain_prints_plans_for_gpus_that_are_not_here(gpu: str, op: str) -> N
     assert {name for name, _ in found.rejections} == set(kernels) - {found.chosen["kernel"]}
     printed = str(found)
     assert all(kernel in printed for kernel in kernels)
-    assert ("checked before first use" in " ".join(printed.split())) == (not measured) and "predicted" in printed
+    assert "checked before first use" in " ".join(printed.split()) and "predicted" in printed
 
 
 def test_explain_refuses_unknown_gpus_and_lists_the_known_ones() -> None:

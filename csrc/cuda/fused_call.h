@@ -26,9 +26,6 @@ class FusedCall {
   // `problem` gets its copy widths and whether fp32 may be rounded to tf32. The tensors are on one GPU, and checked.
   FusedCall(const char* op, BlockTensors tensors, Problem problem);
 
-  // Whether a CUDA graph records the call.
-  void set_captured(bool captured) { problem_.captured = captured; }
-
   const char* op() const { return op_; }
   const Problem& problem() const { return problem_; }
   const at::Tensor& input() const { return tensors_.input; }

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "checks.h"
@@ -66,13 +68,29 @@ void check_architecture(const FusedCall& call, const Decision& decision) {
   }
 }
 
+// Of a problem whose chain runs in CUDA graphs only: whether it is to run now. Its library calls must have run before a
+// graph can record them (they search for algorithms then), so the first call outside of a graph runs it as well.
+bool chain_for_graphs(const std::shared_ptr<const Decision>& decision, bool captured, const Chain& chain) {
+  constexpr size_t kMost = 4096;  // then anew, as the cache of plans
+  static std::mutex mutex;
+  static std::unordered_set<std::shared_ptr<const Decision>> ran;  // they live on: addresses are not used again
+  bool first = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (captured) return ran.count(decision) > 0;
+    if (ran.size() >= kMost) ran.clear();
+    first = ran.insert(decision).second;
+  }
+  if (first) chain();
+  return false;
+}
+
 // Runs the fused kernel or the chain, as the plan says. A kernel that no GPU has run yet is checked first; while a CUDA
 // graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
-at::Tensor run(FusedCall call, const Chain& chain) {
+at::Tensor run(const FusedCall& call, const Chain& chain) {
   const c10::DeviceGuard guard(call.device());
   const cudaStream_t stream = current_stream(call.device());
   const bool captured = is_capturing(stream);
-  call.set_captured(captured);
   const Problem& problem = call.problem();
   if (problem.n == 0) return call.empty_output();
   const int index = call.device().index();
@@ -96,7 +114,10 @@ at::Tensor run(FusedCall call, const Chain& chain) {
   }
 
   const Plan& plan = measure ? measured_plan(call, *decision, chain, stream, captured) : decision->chosen;
-  if (is_fused(plan) && may_run(call, plan)) return call.run(plan);
+  if (is_fused(plan) && may_run(call, plan)) {
+    if (!measure && decision->chain_in_graphs && chain_for_graphs(decision, captured, chain)) return chain();
+    return call.run(plan);
+  }
   if (chosen_policy == Policy::kFused && !is_fused(plan)) check_architecture(call, *decision);
   return chain();
 }

@@ -60,7 +60,7 @@ struct Config {
   // How many CTAs the registers of a multiprocessor shall hold: what the compiler is told. Of the lean kernel of 2-byte
   // elements one more where a thread has at most 96 sums.
   LOWRANK_OPS_BOTH constexpr int resident(bool lean_halves = false) const {
-    if (threads() > 128) return rank_tiles > 4 ? 1 : 512 / threads();
+    if (threads() > 128) return 1;
     return rank_tiles > 4 && !(lean_halves && halo_tiles <= 3) ? 2 : 3;
   }
   LOWRANK_OPS_BOTH constexpr int halo_rows() const { return 16 * warps_m * halo_tiles; }  // of a pass of stage 1
@@ -75,9 +75,6 @@ constexpr Config kSm80Configs[] = {
     {4, 2, 3, 2, 8},  // 128 pixels, ranks up to 128
     {2, 2, 4, 2, 8},  // 64 pixels, ranks up to 128: large hidden tiles
     {2, 2, 4, 2, 4},  // 64 pixels, ranks up to 64: small problems
-    {4, 2, 3, 2, 4},  // as the second to the fourth, with twice the warps of half the sums: more of them hide each
-    {4, 4, 3, 2, 4},  // other's waits, and each multiplies less per ldmatrix
-    {2, 4, 4, 2, 4},
 };
 constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64

@@ -108,13 +108,13 @@ class GeneralStream {
     };
     if (p.input_vector == kVectorBytes) {
 #pragma unroll
-      for (int i = 0; i < int(ceil_div(rows * vectors, config.threads())); ++i) {
+      for (int i = 0; i < rows * vectors / config.threads(); ++i) {
         const int copied = thread + i * config.threads();
         static_assert(vectors == 4, "the logarithm below");
-        if (rows * vectors % config.threads() != 0 && copied >= rows * vectors) continue;
         copy(spread_rows(copied / vectors, 2), copied % vectors,
              [](unsigned char* to, const Element* from, int count) { copy_async<kVectorBytes>(to, from, count > 0); });
       }
+      static_assert(rows * vectors % config.threads() == 0, "every thread copies as much");
     } else {
       const bool side_by_side = channel_stride == 1;
 #pragma unroll 1

@@ -17,10 +17,10 @@ template <typename Kernel>
 class LeanStream {
   static constexpr Config config = Kernel::config;
   static constexpr int threads = Kernel::threads, columns = config.columns();
-  // Of stage 1. Where the copies of the input do not share out evenly, the last warps have one less.
+  // Of stage 1, where every thread has as many copies of the input.
   static constexpr int vectors = kInputChunkBytes / kVectorBytes, input_rows = config.halo_rows(),
-                       all_input_copies = input_rows * vectors, input_copies = int(ceil_div(all_input_copies, threads));
-  static_assert(input_copies <= 32, "a bit of a mask each");
+                       input_copies = input_rows * vectors / threads;
+  static_assert(input_rows * vectors % threads == 0 && input_copies <= 32, "a bit of a mask each");
 
  public:
   LOWRANK_OPS_DEVICE LeanStream(const KernelParams& params, unsigned char* shared, int thread, Passes passes)
@@ -63,9 +63,6 @@ class LeanStream {
   const unsigned char *input_tile = nullptr, *input = nullptr;
   uint32_t input_offset[input_copies] = {}, input_mask = 0;
 
-  LOWRANK_OPS_DEVICE bool has_input_copy(int i) const {
-    return (i + 1) * threads <= all_input_copies || thread < all_input_copies - i * threads;
-  }
   static constexpr LOWRANK_OPS_DEVICE int apart(int log2_vectors) { return threads >> log2_vectors; }
 
   LOWRANK_OPS_DEVICE void mask_rows(int log2_vectors) {
@@ -110,7 +107,6 @@ class LeanStream {
     const int row = halo_pass * input_rows + spread_rows(thread / vectors, log2(vectors));
 #pragma unroll
     for (int i = 0; i < input_copies; ++i) {
-      if (!has_input_copy(i)) continue;
       const uint32_t offset =
           load_shared<uint32_t>(shared + params.layout.halo_offset + (row + i * apart(log2(vectors))) * 4);
       input_mask |= offset == kNowhere ? 0 : 1u << i;
@@ -124,9 +120,8 @@ class LeanStream {
     const uint32_t mask = vector_byte + byte < f.row_bytes ? input_mask : 0;
 #pragma unroll
     for (int i = 0; i < input_copies; ++i)
-      if (has_input_copy(i))
-        copy_async_if(slot + place + i * apart(log2_vectors) * stride, vectors_behind(input, input_offset[i]),
-                      mask & 1u << i);
+      copy_async_if(slot + place + i * apart(log2_vectors) * stride, vectors_behind(input, input_offset[i]),
+                    mask & 1u << i);
     copy_rows<log2_vectors>(slot + input_rows * stride, f);
     input += kInputChunkBytes;
     if (!next_chunk(f)) return;

@@ -225,7 +225,8 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   if (l.halo_passes > 1)
     notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times a tile: its halo is above " +
                     std::to_string(kernel.shape.halo_rows()) + " pixels");
-  if (!ran_right_on(kernel, caps)) notes.push_back("not yet run on this kind of GPU: checked before first use");
+  if (!ran_right_on(kernel, caps))
+    notes.push_back("its tests have not all run on this kind of GPU: checked before first use");
   return notes;
 }
 
@@ -305,6 +306,10 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
   const bool take_chain = fused.empty() || (!forced && policy == Policy::kChain) ||
                           (!want_fused && chain.predicted_seconds < margin * fused.front().predicted_seconds);
   decision.chosen = take_chain ? chain : fused.front();
+  if (!take_chain && !want_fused && chain.gpu_seconds < margin * fused.front().gpu_seconds) {
+    decision.chain_in_graphs = true;
+    decision.chosen.notes.push_back("in a CUDA graph, whose launches cost no time of the CPU, the chain runs");
+  }
   decision.others.assign(fused.begin() + (take_chain ? 0 : 1), fused.end());
   if (!take_chain)
     decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);

@@ -13,7 +13,6 @@ namespace {
 
 constexpr double kLibraryPixels = 128, kLibraryColumns = 64, kLibraryDepth = 256;  // a tile; of a split of the depth
 constexpr double kLibrarySplits = 8;
-constexpr double kLibraryCall = 17e-6;  // of the CPU, for each library call of the chain (H200's host)
 
 bool on_tensor_cores(const Problem& p) {
   return p.dtype == DType::kBFloat16 || p.dtype == DType::kHalf || (p.dtype == DType::kFloat && p.tf32);
@@ -107,9 +106,8 @@ Plan chain_plan(const Problem& p, const GpuCaps& caps) {
   plan.bytes = block_bytes(p) + hidden_bytes(p);
   const ChainFeatures features = chain_features(p, caps);
   const ChainConstants& constants = p.op == Op::kLinear ? kChainLinear : kChainConvolutions;
-  double gpu = 0;
-  for (int i = 0; i < kChainFeatures; ++i) gpu += features[i] * constants.factors[i];
-  plan.predicted_seconds = p.captured ? gpu : std::max(gpu, features[0] * kLibraryCall);
+  for (int i = 0; i < kChainFeatures; ++i) plan.gpu_seconds += features[i] * constants.factors[i];
+  plan.predicted_seconds = std::max(plan.gpu_seconds, features[0] * kLibraryCall);
   plan.features.assign(features.begin(), features.end());
   if (p.op == Op::kCP && merges_depthwise(p))
     plan.notes.push_back("the depthwise stages are multiplied out into one " + std::to_string(p.kh) + "x" +

@@ -213,7 +213,8 @@ void cost_fused(Plan& plan, const Problem& p, const GpuKernel& kernel, const Gpu
   const double memory = plan.bytes / (caps.memory_bytes_per_second * kMemoryShare);
   const double peak = plan.flops / (std::max(peak_flops(p, kernel, caps), caps.fp32_flops) * kProductShare);
   const double gpu = kFusedLaunch + std::max({clocks * times / clock_of(caps), memory, peak});
-  plan.predicted_seconds = p.captured ? gpu : std::max(gpu, kFusedCall);
+  plan.gpu_seconds = gpu;
+  plan.predicted_seconds = std::max(gpu, kFusedCall);
 }
 
 }  // namespace lowrank_ops

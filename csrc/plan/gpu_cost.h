@@ -11,7 +11,7 @@
 // them.
 //
 // A prediction is the longer of the GPU's time and of the CPU's, which has to launch every kernel: what a call takes in
-// a network of such layers. Launches that a CUDA graph replays cost no time of the CPU (Problem::captured).
+// a network of such layers. Launches that a CUDA graph replays cost no time of the CPU (Decision::chain_in_graphs).
 #pragma once
 
 #include <array>
@@ -52,6 +52,7 @@ using ChainFeatures = std::array<double, kChainFeatures>;
 struct FusedConstants {
   double clocks[kFusedFeatures];
 };
+constexpr double kLibraryCall = 17e-6;  // of the CPU, for each library call of the chain (the host of an H200)
 struct ChainConstants {
   double factors[kChainFeatures];
 };

@@ -60,6 +60,7 @@ struct Plan {
   double flops = 0;                // multiplications and additions of the block, halo included
   double bytes = 0;                // that must move between memory and the core
   double predicted_seconds = 0;    // of the cost model, on one thread; 0 where it has no figures
+  double gpu_seconds = 0;          // of these, on a GPU: without the time that the CPU takes to launch the kernels
   std::vector<double> features;    // what the prediction was made of (cost.h)
   std::vector<std::string> notes;  // what the reader of a plan should know of it
 };
@@ -72,6 +73,9 @@ struct Decision {
   Plan chosen;
   std::vector<Plan> others;
   std::vector<Rejection> rejections;
+  // GPUs: `chosen` is fused because launching the chain takes the CPU longer; in a CUDA graph, whose replays cost it
+  // nothing, the chain is predicted to be faster.
+  bool chain_in_graphs = false;
 };
 
 // One axis of a convolution on the lattice of rows (columns) that some tap needs: position z stands for input

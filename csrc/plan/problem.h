@@ -24,7 +24,6 @@ struct Problem {
   // strides of input, factors and output allow (0: as the sizes allow, dense tensors).
   bool tf32 = false;
   int64_t input_vector = 0, factor_vector = 0, output_vector = 0;
-  bool captured = false;  // GPUs: a CUDA graph records the call, and its replays cost the CPU nothing
 };
 
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {

@@ -176,8 +176,7 @@ def convolution_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
             kernel, dtype, (4, 6), Cut(1, 4, 6), n=1, s=6, r1=14, r2=10, t=2, **same, layout=CHANNELS_LAST,
         ),
         "lean edges": lambda: convolution(
-            kernel, dtype, (half + 1, tw + 1), Cut(1, half, tw, 2 if shape.threads == 512 else 3, splits=2), n=1,
-            s=5 * vector, r1=c + vector,
+            kernel, dtype, (half + 1, tw + 1), Cut(1, half, tw, 3, splits=2), n=1, s=5 * vector, r1=c + vector,
             r2=c + 3 * vector, t=2 * c + vector, kernel=(2, 3), padding=(1, 0), layout=CHANNELS_LAST, bias=False,
             activation="silu",
         ),

@@ -252,16 +252,11 @@ def selftest(
 
 def planned(
     kernel: Kernel, tensors: dict[str, Tensor], options: dict[str, Any], output: Tensor, gpu: str
-) -> tuple[Cut, int] | None:
-    """How the planner cuts the problem for a named GPU, and the shared memory that a CTA can have there.
-
-    None where the kernel needs more of it.
-    """
+) -> tuple[Cut, int]:
+    """How the planner cuts the problem for a named GPU, and the shared memory that a CTA can have there."""
     call = block_call(kernel, Cut(), tensors, options, output, {})
     numbers = (_INT * 6)()
     reason = library().simt_plan(ctypes.byref(call), gpu.encode(), numbers).decode()
-    if " of shared memory, this GPU gives a CTA " in reason:
-        return None
     assert reason == "", reason
     *cut, shared_limit = numbers
     return Cut(*cut), shared_limit

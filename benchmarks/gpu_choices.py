@@ -1,0 +1,128 @@
+"""`python -m benchmarks.gpu_choices RESULTS.json`: what the planner of today makes of a GPU's measurements.
+
+Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`. For each cell the
+planner chooses among the ways that were timed: every kernel that exists today with the cut of that run, and the
+chain. Printed are the times of its choice and of the fastest other way to run the block, in microseconds: on the GPU
+alone, as from a CUDA graph, and of a call from Python on an idle GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import fit_gpu_cost
+from benchmarks.bench import Column, Table, geometric_mean
+from benchmarks.layers import Cell, cell_from_json
+from benchmarks.outcome import SHORT_OPS, number
+from lowrank_ops._ops import _C
+
+GPU = "H200"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A cell: the way that the planner takes, and the others. Microseconds."""
+
+    cell: Cell
+    way: str
+    graph: float
+    peer: str
+    peer_graph: float
+    dense: float
+    call: float
+    peer_call: float
+
+    @property
+    def over_peer(self) -> float:
+        return self.peer_graph / self.graph
+
+    @property
+    def over_peer_call(self) -> float:
+        return self.peer_call / self.call
+
+    def row(self) -> list[str]:
+        cell = self.cell
+        return [SHORT_OPS[cell.op], cell.layer, cell.shape, cell.ranks, self.way, f"{self.graph:.1f}",
+                f"{self.peer_graph:.1f}", self.peer, number(self.over_peer), number(self.dense / self.graph),
+                f"{self.call:.0f}", f"{self.peer_call:.0f}", number(self.over_peer_call)]  # fmt: skip
+
+
+COLUMNS = [
+    Column("op", 6, left=True), Column("layer", 17, left=True), Column("shape", 26, left=True),
+    Column("ranks", 7, left=True), Column("choice", 25, left=True), Column("us", 6), Column("peer us", 7),
+    Column("that peer", 17, left=True), Column("x peer", 6), Column("x dense", 7), Column("call us", 7),
+    Column("peer us", 7), Column("x call", 6),
+]  # fmt: skip
+
+
+def choose(entry: dict[str, Any], constants: dict[str, Any], launch: float) -> Choice:
+    """The planner's choice for a cell of the JSON: on the GPU alone, and of a call with its launches."""
+    cell, ways = cell_from_json(entry), entry["contenders"]
+    described = fit_gpu_cost.described(cell, entry["dtype"])
+    times = {name: one["median_us"] * 1e-6 for name, one in ways.items()}
+    kernels = {line["name"] for line in _C.gpu_kernels()}
+    predicted = {}
+    for name in times:
+        if name.split(" ")[0] in kernels:
+            o = fit_gpu_cost.fused(cell, entry["dtype"], name, times[name], GPU, "channels_last", False)
+            predicted[name] = float(o.features @ constants[o.group]) + launch
+    merged = cell.op == "cp_conv2d" and _C.merges_depthwise(described)
+    kind = "merged" if merged else "chain"
+    chain = kind if cell.is_linear else f"{kind} channels_last"
+    of_chain = fit_gpu_cost.chain(cell, entry["dtype"], chain, times[chain], GPU)
+    assert of_chain is not None
+    chain_seconds = float(of_chain.features @ constants[of_chain.group])
+    launches = _C.library_call_seconds * float(of_chain.features[0])
+    best = min(predicted, key=lambda name: predicted[name])
+    in_graph = best if predicted[best] < chain_seconds else f"{kind} graph"
+    called = best if predicted[best] < max(chain_seconds, launches) else chain
+    peers = {name: one for name, one in ways.items() if one["kind"] == "peer"}
+    peer = min(peers, key=lambda name: float(peers[name]["median_us"]))
+    return Choice(
+        cell,
+        "chain" if in_graph.endswith("graph") else in_graph.split("_", 2)[2],
+        ways[in_graph]["median_us"],
+        peer,
+        peers[peer]["median_us"],
+        min(one["median_us"] for one in ways.values() if one["kind"] == "dense"),
+        ways[called]["call"]["median_us"],
+        min(one["call"]["median_us"] for name, one in peers.items() if not name.endswith("graph")),
+    )
+
+
+def choices(path: Path) -> list[Choice]:
+    """Of every cell of a results file in bfloat16 and channels_last."""
+    (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == GPU)
+    launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), clock)
+    return [choose(entry, constants, launch) for entry in json.loads(path.read_text())["cells"]]
+
+
+def summary(found: Iterable[Choice]) -> str:
+    found = list(found)
+    over, call = [one.over_peer for one in found], [one.over_peer_call for one in found]
+    return (f"{len(found)} cells: {geometric_mean(over):.2f} times as fast as the fastest other way in a CUDA graph "
+            f"(worst {min(over):.2f}, below 0.95: {sum(ratio < 0.95 for ratio in over)}); called from Python "
+            f"{geometric_mean(call):.2f} (worst {min(call):.2f})")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_choices", description=__doc__)
+    parser.add_argument("results", type=Path)
+    found = choices(parser.parse_args(arguments).results)
+    table = Table(COLUMNS)
+    table.header()
+    for one in found:
+        table.row(one.row())
+    for op, short in SHORT_OPS.items():
+        of_op = [one for one in found if one.cell.op == op]
+        if of_op:
+            print(f"{short}: {summary(of_op)}")
+
+
+if __name__ == "__main__":
+    main()
