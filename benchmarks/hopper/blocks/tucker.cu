@@ -9,14 +9,27 @@
 // Measured on an NVIDIA H200 (nvcc 13.0, driver 580), in us, with a clean L2 (flushed by reading) and with a dirty one
 // (flushed by writing); all variants that compute the block were right. cuDNN's chain of three convolutions: 136 us.
 //
-//                            clean  dirty
-//   g2_s5                     32.4   34.5
-//   g3_s4                     31.2   35.5
-//   g2_s5_only_copies         28.9   32.2   no products: loads, barriers, stores
-//   g2_s5_no_store            27.6
-//   g2_s5_no_load_no_store    26.6          products and barriers
+//                             clean  dirty
+//   simple                    136.5  138.2
+//   g2_s5                      32.4   34.5
+//   g3_s4                      31.2   35.5
+//   g2_s7_registers            33.8   34.9
+//   g3_s6_registers            32.7   35.1
+//   g2_s4_tma_store            32.0   35.7
+//   g1_s5                      36.1   37.9
+//   g2_s5_only_copies          28.9   32.2   no products: loads, barriers, stores
+//   g2_s5_no_load_no_store     26.6   27.2   products and barriers
+//   g2_s5_no_store             27.6   28.6
+//   g2_s5_no_load              31.8   32.3
+//   g2_s5_no_stage2            29.6   33.8
+//   g2_s5_no_overlap_profile   32.1   34.6   clocks per tile: wait 772, stage 1 1636, hidden 358, stage 2 1444,
+//                                            stage 3 3715
+//   g3_s4_profile              31.3   35.6   wait 4780, stage 1 1700, hidden 339, stage 2 1420, stage 3 3571
 //
-// So loading and storing alone take nine tenths of the time, and the products hide under them but for some 3 us.
+// So copies alone take nine tenths of the time and products alone eight: both are near what the whole takes. An empty
+// kernel takes 2.8 of each. Tried and dropped, as none was faster by more than the noise: stage 1 as pixels times
+// factor (g1 37.8, g2_s4 33.3; transposed g2_s4 32.3), 128 columns per product of stage 3 (32.2), streaming stores
+// (32.8; g3 31.3), prefetching the next tile to L2 (34.1), g2_s5 without overlap in stage 3 (32.1).
 #include "tucker_kernel.cuh"
 #include "tucker_simple.cuh"
 #ifdef EMULATE

@@ -35,12 +35,12 @@
 //   in_ready, core_ready, out_ready   a factor has arrived, once                producer -> all groups
 //
 // Why `full` is one barrier per warpgroup and slice, and not one per slot as `empty` is: a wait names its phase by a
-// parity only, so whoever waits must be at most one phase behind. The ring's slots go round among the groups: with one
-// barrier per slot, a group that waits for its tile's slice may have missed a phase of that slot, which served another
-// group's tile, and would take the phase before the one it needs for it (the parities are equal), then read a slot that
-// is not filled yet. The emulator found this; on the GPU it would have been wrong only now and then. A barrier of its
-// own the group sees every phase of. `turns` of them are used in turn where there are more slots than slices of the
-// groups' tiles, so that none starts a new phase before the slice of the phase before it was consumed.
+// parity only, so whoever waits may be at most one phase behind. The slots go round among the groups: with one barrier
+// per slot, a group may come to wait for a phase while the phase before it, which serves another group's tile, is still
+// incomplete. The last complete phase then has the parity that the group waits for, so it goes on at once and reads
+// another tile's slice or half of its own. The emulator found this; a GPU would have shown it only now and then. Of a
+// barrier of its own the group sees every phase. `turns` of them are used in turn where there are more slots than
+// slices of the groups' tiles, so that none starts a new phase before the slice of the phase before it was consumed.
 #pragma once
 
 #include "tucker_block.cuh"
