@@ -16,7 +16,7 @@
 #   memcheck, racecheck, synccheck, initcheck     every kernel once under that tool of compute-sanitizer
 #   bf16, fp16, tf32                              the quick list of benchmarks in that dtype; again: goes on
 #
-# or, where a GPU is to be had for a quarter of an hour, nine minutes of it (`brief` builds nothing: run `build` before,
+# or, where a GPU is to be had for a quarter of an hour, ten minutes of it (`brief` builds nothing: run `build` before,
 # on any machine with that torch; a build/simt that tests on that kind of machine have left saves the first minute):
 #
 #   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile

@@ -313,7 +313,7 @@ def test_predictions_stay_above_the_roofline() -> None:
                     assert one["predicted_seconds"] >= one["flops"] / max(peak, gpu["fp32_flops"])
 
 
-# Measured with the present kernels; what the constants were fitted to.
+# What the constants were fitted to: the present kernels, and three configurations that were dropped.
 MEASURED = ("h200_second_bf16.json", "h200_lean_bf16.json", "h200_lean_blocks.json", "h200_second_blocks.json")
 
 
@@ -329,7 +329,8 @@ def test_choices_are_fast_where_they_were_measured() -> None:
 
 
 def test_predictions_agree_with_the_measurements() -> None:
-    """As the planner makes them, of the kernels with their planned cuts and of the chain: none off by a factor of 2."""
+    """Of the kernels with their planned cuts and of the chain: none is off by a factor of 2, nine in ten by less than
+    1.5."""
     (_, observations) = fit_gpu_cost.read(RESULTS / MEASURED[0])
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), GPUS["H200"]["clock"])
     ratios = []
@@ -338,6 +339,7 @@ def test_predictions_agree_with_the_measurements() -> None:
             fused = o.group in fit_gpu_cost.FUSED_GROUPS
             ratios.append((float(o.features @ constants[o.group]) + launch * fused) / o.seconds)
     assert len(ratios) > 200
+    assert all(0.5 < ratio < 2 for ratio in ratios)
     assert sum(0.67 < ratio < 1.5 for ratio in ratios) / len(ratios) > 0.9
 
 

@@ -85,8 +85,8 @@ bool chain_for_graphs(const std::shared_ptr<const Decision>& decision, bool capt
   return false;
 }
 
-// Runs the fused kernel or the chain, as the plan says. A kernel that no GPU has run yet is checked first; while a CUDA
-// graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
+// Runs the fused kernel or the chain, as the plan says. A kernel is checked before its first use (verify.h); while a
+// CUDA graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
 at::Tensor run(const FusedCall& call, const Chain& chain) {
   const c10::DeviceGuard guard(call.device());
   const cudaStream_t stream = current_stream(call.device());

@@ -271,7 +271,7 @@ std::string why_not(const Plan& plan, const Plan& chosen, double margin) {
   if (plan.predicted_seconds >= chosen.predicted_seconds) return "predicted to be slower";
   char text[128];
   std::snprintf(text, sizeof text,
-                "predicted less than %.1f times as fast, which nobody has measured on this kind of GPU", margin);
+                "predicted less than %.1f times as fast, which nobody has measured on this architecture", margin);
   return text;
 }
 

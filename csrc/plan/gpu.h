@@ -57,9 +57,9 @@ struct CopyWidths {
 CopyWidths copy_widths(const Problem& problem);
 
 // Whether the chain of library ops runs CP's two depthwise stages as one convolution with their product as its window.
-// On an H200 (benchmarks/results/h200_depthwise.jsonl) that is 15 to 30 times as fast for 3x3 and 5x5 in channels_last,
-// 12 for 7x7, 1.3 for 2x3; in NCHW 2.2 for 3x3, 1.5 for 5x5, and slower for 7x7. Larger windows were not measured. A
-// factor of one tap only scales the other.
+// On an H200 in bfloat16 (benchmarks/results/h200_depthwise.jsonl; the better the larger the image) that was in
+// channels_last 2.5 to 30 times as fast for 3x3, 2 to 19 for 5x5, 1.2 to 12 for 7x7, 1.3 for 2x3; in NCHW 2 to 3.3 for
+// 3x3, 1.5 to 2.4 for 5x5, 0.8 to 1.3 for 7x7. The product costs 2 us more. A factor of one tap only scales the other.
 constexpr bool merges_depthwise(const Problem& p) {
   const int64_t most_taps = p.layout == Layout::kChannelsLast ? 49 : 25;
   return p.op == Op::kCP && (p.kh == 1 || p.kw == 1 || p.kh * p.kw <= most_taps);
@@ -77,8 +77,8 @@ Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w,
 bool is_lean(const Problem& problem, const GpuKernel& kernel);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);
 
-// Whether the cost model was fitted to measurements on this kind of GPU. On others "auto" takes a fused kernel only
-// where it is predicted to be `kUnmeasuredMargin` times as fast as the chain.
+// Whether the cost model was fitted to measurements on a GPU of this architecture. On others "auto" takes a fused
+// kernel only where it is predicted to be `kUnmeasuredMargin` times as fast as the chain.
 constexpr int kMeasuredArchitecture = 90;  // NVIDIA H200 (gpu_cost_constants.inc)
 constexpr double kUnmeasuredMargin = 1.5;
 bool is_measured(const GpuCaps& caps);

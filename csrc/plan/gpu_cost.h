@@ -1,7 +1,7 @@
 // The cost model for GPUs: predicted seconds of a fused kernel and of the chain of library ops. Plain C++17.
 //
-// A fused kernel of today waits for its own instructions, not for memory (ncu, docs/kernels.md): a multiprocessor holds
-// few warps, and each takes some five clocks per instruction. So the model counts what a warp of one CTA does (chunks,
+// A fused kernel of today waits for its own instructions and barriers more than for memory (docs/kernels.md): a
+// multiprocessor holds few warps, and each takes 5 to 9 clocks per instruction. So the model counts what a warp of one CTA does (chunks,
 // copies, products, ...), in clocks per item, times the rounds of CTAs that a multiprocessor goes through. Neither
 // device memory nor the tensor cores can be beaten: their times are lower bounds.
 //
