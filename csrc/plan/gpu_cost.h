@@ -1,9 +1,9 @@
 // The cost model for GPUs: predicted seconds of a fused kernel and of the chain of library ops. Plain C++17.
 //
 // A fused kernel of today waits for its own instructions and barriers more than for memory (docs/kernels.md): a
-// multiprocessor holds few warps, and each takes 5 to 9 clocks per instruction. So the model counts what a warp of one CTA does (chunks,
-// copies, products, ...), in clocks per item, times the rounds of CTAs that a multiprocessor goes through. Neither
-// device memory nor the tensor cores can be beaten: their times are lower bounds.
+// multiprocessor holds few warps, and each takes 5 to 9 clocks per instruction. So the model counts what a warp of one
+// CTA does (chunks, copies, products, ...), in clocks per item, times the rounds of CTAs that a multiprocessor goes
+// through. Neither device memory nor the tensor cores can be beaten: their times are lower bounds.
 //
 // The constants are fitted by benchmarks/fit_gpu_cost.py from committed measurements and stand in
 // gpu_cost_constants.inc, with the GPU they come from. On other GPUs they are scaled by clock, multiprocessors and
