@@ -227,7 +227,9 @@ def assert_within_budget(
         assert library is not None
         library_error = (library.double() - exact).norm().item()
         cap = 2 * eps * (norm if passes == 1 else magnitude.norm().item())
-        budget = 2 * min(library_error, cap) + eps / 2 * norm
+        # The cap first, which also takes the place of NaN: torch's own bf16 convolutions read memory that nothing wrote
+        # for some windows (ops.h).
+        budget = 2 * min(cap, library_error) + eps / 2 * norm
     assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
 
 
