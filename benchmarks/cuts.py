@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lowrank_ops
 from benchmarks import peers
-from lowrank_ops import functional
+from benchmarks.outcome import explain
 from lowrank_ops._ops import _C
 
 HOPELESS = 5  # times the best prediction: kernels beyond it are not timed, as under the policy "measure"
@@ -42,12 +42,17 @@ class Cut:
                 "predicted_us": predicted}  # fmt: skip
 
 
+def parse_cut(name: str) -> tuple[str, list[int]]:
+    """The inverse of `Cut.name`: the kernel, and images, rows, columns, stages and splits."""
+    kernel, numbers = name.split(" ")
+    tile, stages, splits = numbers.split("/")
+    return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
+
+
 def planned_cuts(problem: peers.Problem, device: str | None = None) -> list[Cut]:
     """The planner's cut for every kernel that can run the problem, the lowest prediction first."""
-    op = getattr(functional, problem.cell.op)
-    tensors = [problem.input, *problem.factors, problem.bias]
     with lowrank_ops.set_policy("fused"):
-        (found,) = lowrank_ops.explain(op, tensors, device=device, verbose=False, **problem.options)
+        found = explain(problem, device)
     plans = [plan for plan in (found.chosen, *found.others) if plan["path"] == "fused"]
     return [
         Cut(plan["kernel"], tuple(plan["tile"]), plan["stages"], plan["splits"], plan["predicted_seconds"])

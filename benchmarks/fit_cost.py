@@ -77,16 +77,17 @@ def read(path: str | Path) -> list[Observation]:
     return found
 
 
+def solve(features: Iterable[Vector], times: Iterable[float]) -> Vector:
+    """Non-negative constants with the least squared relative error."""
+    times = np.array(list(times))
+    rows = np.array(list(features)) / times[:, None]
+    scale = np.maximum(rows.max(axis=0), 1e-30)
+    found, _ = nnls(rows / scale, np.ones(len(times)))
+    return np.asarray(found / scale)
+
+
 def fit(observations: Sequence[Observation]) -> Constants:
     """Non-negative constants with the least squared relative error of both paths' times, then of least regret."""
-
-    def solve(features: Iterable[Vector], times: Iterable[float]) -> Vector:
-        times = np.array(list(times))
-        rows = np.array(list(features)) / times[:, None]
-        scale = np.maximum(rows.max(axis=0), 1e-30)
-        found, _ = nnls(rows / scale, np.ones(len(times)))
-        return np.asarray(found / scale)
-
     fused = solve((o.fused_features for o in observations), (o.fused for o in observations))
     chain = solve((o.chain_features for o in observations), (o.chain for o in observations))
     scales = np.arange(0.8, 1.2501, 0.01)

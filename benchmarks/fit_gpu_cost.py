@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from benchmarks.bench import geometric_mean
+from benchmarks.cuts import Cut, parse_cut
+from benchmarks.fit_cost import Vector, solve
 from benchmarks.gpu_kernels import BLOCKS
 from benchmarks.layers import Cell, cell_from_json
 from lowrank_ops._ops import _C
@@ -30,7 +30,6 @@ CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants
 FUSED_GROUPS = ("kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
 UNKNOWN = 5e-8  # seconds of a feature that nothing has measured: copies of single elements, as of NCHW
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
-Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,15 @@ def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[objec
     return (cell.op, name, channels_last, sizes, window, tf32)
 
 
+def chain_kind(described: tuple[object, ...]) -> str:
+    """Which of the peers is the chain that the op runs."""
+    return "merged" if _C.merges_depthwise(described) else "chain"
+
+
 def group_of(kernel: str, dtype: str, lean: bool) -> str:
     if "_simt_" in kernel:
         return "kSimt"
     return ("kLean" if lean else "kSm80") + ("Words" if dtype == "tf32" else "Halves")
-
-
-def parse_cut(way: str) -> tuple[str, list[int]]:
-    """The inverse of `cuts.Cut.name`."""
-    kernel, numbers = way.split(" ")
-    tile, stages, splits = numbers.split("/")
-    return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
 
 
 def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: str, general: bool) -> Observation:
@@ -79,8 +76,7 @@ def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: st
 def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str) -> Observation | None:
     """The chain as the op runs it: with CP's depthwise stages merged where the planner says so."""
     whole = described(cell, dtype, "nchw" not in name)
-    merged = cell.op == "cp_conv2d" and _C.merges_depthwise(whole)
-    if not name.startswith("merged" if merged else "chain") or name.endswith("graph"):
+    if not name.startswith(chain_kind(whole)) or name.endswith("graph"):
         return None
     group = "kChainLinear" if cell.is_linear else "kChainConvolutions"
     return Observation(f"{cell} {dtype}", group, name, np.array(_C.chain_gpu_features(whole, gpu)), seconds)
@@ -117,24 +113,16 @@ def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, floa
         yield cell_from_json(entry), entry["dtype"], times
     blocks = {str(cell): cell for cell in BLOCKS.values()}
     for entry in content.get("entries", ()):
-        cuts = {f"{cut['kernel']} {'x'.join(map(str, cut['tile']))}/{cut['stages']}/{cut['splits']}": cut
+        cuts = {Cut(cut["kernel"], tuple(cut["tile"]), cut["stages"], cut["splits"]).name: cut
                 for cut in entry["cuts"]}  # fmt: skip
         figures = {**cuts, **entry["peers"]}
         yield blocks[entry["cell"]], entry["dtype"], {way: one["median_us"] * 1e-6 for way, one in figures.items()}
 
 
-def solve(observations: Sequence[Observation]) -> Vector:
-    """Non-negative constants with the least squared relative error."""
-    times = np.array([o.seconds for o in observations])
-    rows = np.array([o.features for o in observations]) / times[:, None]
-    scale = np.maximum(rows.max(axis=0), 1e-30)
-    found, _ = nnls(rows / scale, np.ones(len(times)))
-    return np.asarray(found / scale)
-
-
-def errors(observations: Sequence[Observation], constants: Vector) -> Vector:
-    """Predicted over measured."""
-    return np.array([float(o.features @ constants) / o.seconds for o in observations])
+def predict(observation: Observation, constants: Mapping[str, Vector], launch: float) -> float:
+    """Seconds on the GPU, as the planner predicts them where neither memory nor the peak is the limit."""
+    seconds = float(observation.features @ constants[observation.group])
+    return seconds + (launch if observation.group in FUSED_GROUPS else 0)
 
 
 def regret(observations: Iterable[Observation], found: Mapping[str, Vector], launch: float) -> tuple[float, int]:
@@ -145,9 +133,7 @@ def regret(observations: Iterable[Observation], found: Mapping[str, Vector], lau
     """
     cells: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
     for o in observations:
-        is_fused = o.group in FUSED_GROUPS
-        predicted = float(o.features @ found[o.group]) + (launch if is_fused else 0)
-        cells[o.cell].append((predicted, o.seconds, is_fused))
+        cells[o.cell].append((predict(o, found, launch), o.seconds, o.group in FUSED_GROUPS))
     ratios = [min(ways)[1] / min(seconds for _, seconds, _ in ways)
               for ways in cells.values() if len({is_fused for *_, is_fused in ways}) == 2]  # fmt: skip
     return geometric_mean(ratios) - 1, len(ratios)
@@ -163,10 +149,11 @@ def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]
         groups[o.group].append(o)
     found = {}
     for group, members in groups.items():
-        if group in FUSED_GROUPS:
-            members = [Observation(o.cell, o.group, o.way, o.features, o.seconds - launch) for o in members]
-        found[group] = solve(members)
-        ratios = errors(members, found[group])
+        taken_off = launch if group in FUSED_GROUPS else 0
+        times = np.array([o.seconds - taken_off for o in members])
+        features = np.array([o.features for o in members])
+        found[group] = solve(features, times)
+        ratios = features @ found[group] / times
         spread = float(np.exp(np.std(np.log(ratios))))
         print(f"{group}: {len(members)} figures, predicted / measured {ratios.min():.2f} to {ratios.max():.2f}, "
               f"spread {spread:.2f}")  # fmt: skip

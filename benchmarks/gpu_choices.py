@@ -70,13 +70,12 @@ def choose(entry: dict[str, Any], constants: dict[str, Any], launch: float) -> C
     for name in times:
         if name.split(" ")[0] in kernels:
             o = fit_gpu_cost.fused(cell, entry["dtype"], name, times[name], GPU, "channels_last", False)
-            predicted[name] = float(o.features @ constants[o.group]) + launch
-    merged = cell.op == "cp_conv2d" and _C.merges_depthwise(described)
-    kind = "merged" if merged else "chain"
+            predicted[name] = fit_gpu_cost.predict(o, constants, launch)
+    kind = fit_gpu_cost.chain_kind(described)
     chain = kind if cell.is_linear else f"{kind} channels_last"
     of_chain = fit_gpu_cost.chain(cell, entry["dtype"], chain, times[chain], GPU)
     assert of_chain is not None
-    chain_seconds = float(of_chain.features @ constants[of_chain.group])
+    chain_seconds = fit_gpu_cost.predict(of_chain, constants, launch)
     launches = _C.library_call_seconds * float(of_chain.features[0])
     best = min(predicted, key=lambda name: predicted[name])
     in_graph = best if predicted[best] < chain_seconds else f"{kind} graph"

@@ -20,7 +20,7 @@ import torch
 from benchmarks import bench, gpu, gpu_run, layers, peers
 from benchmarks.cuts import hopeful, other_cuts, planned_cuts, runner
 from benchmarks.layers import Cell
-from benchmarks.outcome import DTYPES, complaint
+from benchmarks.outcome import DTYPES, check_all
 
 # What the design of the kernels is judged by: both kinds of block at 256 channels and 56x56, and a linear layer.
 BLOCKS = {
@@ -41,7 +41,7 @@ def measure(cell: Cell, dtype: str, device: gpu.Device, seconds: float, where: s
     found = {name: peers.Contender(name, "kernel", runner(problem, cut)) for name, cut in cuts.items()}
     found |= {peer.name: peer for peer in peers.contenders(problem, ("chain", "merged", "dense", "graph"))}
     with torch.inference_mode():
-        wrong = {name: text for name, contender in found.items() if (text := complaint(problem, contender, calls=2))}
+        wrong = check_all(problem, found.values(), fatal=(), calls=2)
         functions = {name: contender.run for name, contender in found.items() if name not in wrong}
         timings = gpu.time_on(device, functions, seconds=seconds, warmup=0.01)
     taken = {name: {**timing.gpu.as_json(), "call_us": timing.call.median * 1e6} for name, timing in timings.items()}

@@ -52,6 +52,14 @@ at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const Op
   return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()));
 }
 
+// The last 1x1 convolution with its activation, in the dtype and memory format of the block's input.
+at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& out_factor,
+                      const OptionalTensor& bias, Activation activation) {
+  return apply_activation(pointwise(hidden, out_factor, bias), activation)
+      .to(input.scalar_type())
+      .contiguous(input.suggest_memory_format());
+}
+
 }  // namespace
 
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
@@ -60,9 +68,7 @@ at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, co
   const at::ScalarType dtype = library_dtype(input, window, kernel_width(core));
   at::Tensor hidden = pointwise(input.to(dtype), in_factor);
   hidden = at::conv2d(library_image(hidden), core.to(dtype), {}, window.stride, window.padding, window.dilation);
-  return apply_activation(pointwise(hidden, out_factor, bias), activation)
-      .to(input.scalar_type())
-      .contiguous(input.suggest_memory_format());
+  return last_stage(input, hidden, out_factor, bias, activation);
 }
 
 at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
@@ -80,9 +86,7 @@ at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const 
             {window.dilation[0], 1});
   depthwise(width_factor.unsqueeze(1).unsqueeze(1), {1, window.stride[1]}, {0, window.padding[1]},
             {1, window.dilation[1]});
-  return apply_activation(pointwise(hidden, out_factor, bias), activation)
-      .to(input.scalar_type())
-      .contiguous(input.suggest_memory_format());
+  return last_stage(input, hidden, out_factor, bias, activation);
 }
 
 at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
@@ -93,9 +97,7 @@ at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor,
       width_factor.to(dtype).unsqueeze(1).unsqueeze(1));  // [R, 1, KH, KW], rounded once
   const at::Tensor hidden = at::conv2d(library_image(pointwise(input.to(dtype), in_factor)), weight, {}, window.stride,
                                        window.padding, window.dilation, in_factor.size(0));
-  return apply_activation(pointwise(hidden, out_factor, bias), activation)
-      .to(input.scalar_type())
-      .contiguous(input.suggest_memory_format());
+  return last_stage(input, hidden, out_factor, bias, activation);
 }
 
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,

@@ -58,16 +58,20 @@ DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
 DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Whether the phase of this parity is complete; waits a little for it.
+DEVICE bool try_phase(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
 // Waits until the phase of this parity is complete (0 is the first phase). Traps if that never happens.
 DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   for (int tries = 0;; ++tries) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (done) return;
+    if (try_phase(barrier, parity)) return;
     if (tries > (1 << 22)) __trap();
   }
 }

@@ -19,9 +19,8 @@ namespace hopper {
 enum class Box { k64, k64Swizzled, k8, k8x8 };
 inline const char* const kBoxNames[4] = {"box64", "box64_swizzled", "box8", "box8x8"};
 
-// The tensor map for boxes of box_height x box_width pixels. Pixels outside of the image read as zero.
-inline CUtensorMap tensor_map(Box box, void* image, int n, int height, int width, int channels, int box_height,
-                              int box_width) {
+// cuTensorMapEncodeTiled, asked of the driver: nothing is linked with it.
+inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
   if (!encode) {
     void* function = nullptr;
@@ -30,6 +29,13 @@ inline CUtensorMap tensor_map(Box box, void* image, int n, int height, int width
     if (found != cudaDriverEntryPointSuccess || !function) throw std::runtime_error("no cuTensorMapEncodeTiled");
     encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }
+  return encode;
+}
+
+// The tensor map for boxes of box_height x box_width pixels. Pixels outside of the image read as zero.
+inline CUtensorMap tensor_map(Box box, void* image, int n, int height, int width, int channels, int box_height,
+                              int box_width) {
+  const PFN_cuTensorMapEncodeTiled_v12000 encode = encoder();
   const cuuint64_t c = cuuint64_t(channels), w = cuuint64_t(width), h = cuuint64_t(height), images = cuuint64_t(n);
   const bool planes = box == Box::k8x8;
   const cuuint32_t inner = box == Box::k64 || box == Box::k64Swizzled ? 64 : 8;

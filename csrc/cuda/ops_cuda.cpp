@@ -89,8 +89,6 @@ bool chain_for_graphs(const std::shared_ptr<const Decision>& decision, bool capt
 // CUDA graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
 at::Tensor run(const FusedCall& call, const Chain& chain) {
   const c10::DeviceGuard guard(call.device());
-  const cudaStream_t stream = current_stream(call.device());
-  const bool captured = is_capturing(stream);
   const Problem& problem = call.problem();
   if (problem.n == 0) return call.empty_output();
   const int index = call.device().index();
@@ -98,6 +96,9 @@ at::Tensor run(const FusedCall& call, const Chain& chain) {
   const Policy chosen_policy = policy();
   const bool measure = chosen_policy == Policy::kMeasure && forced_gpu_kernel().empty();
   std::shared_ptr<const Decision> decision = cached_plan_gpu(problem, caps, index, chosen_policy);
+  const cudaStream_t stream = current_stream(call.device());
+  const bool captured =
+      (measure || decision->chain_in_graphs || !may_run(call, decision->chosen)) && is_capturing(stream);
 
   // Under "measure" every candidate has to be right. A kernel that is not leaves the next decision: this ends.
   const auto unchecked = [&]() -> const Plan* {

@@ -155,9 +155,12 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
 }
 
 bool is_verified(c10::Device device, int kernel, DType dtype, bool tf32) {
-  if (ran_right_on(gpu_kernels()[size_t(kernel)], gpu_caps(device))) return true;
   const std::lock_guard<std::mutex> lock(mutex);
-  return passed.count(key_of(device, kernel, dtype, tf32)) > 0;
+  const Key key = key_of(device, kernel, dtype, tf32);
+  if (passed.count(key)) return true;
+  if (!ran_right_on(gpu_kernels()[size_t(kernel)], gpu_caps(device))) return false;
+  passed.insert(key);  // its names are not to be looked up at every call
+  return true;
 }
 
 void verify(c10::Device device, int index, DType dtype, bool tf32) {

@@ -34,10 +34,6 @@ std::string whole_number(double value) {  // also beyond 64 bits
   return digits;
 }
 
-bool is_simt(const GpuKernel& kernel) {
-  return std::strcmp(kernel.family, "simt") == 0;
-}
-
 std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) {
     if (p.dtype == DType::kDouble && kernel.config != kSimtDoubleConfig)
@@ -167,6 +163,10 @@ Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int s
   g.stages = stages;
   g.splits = splits;
   return g;
+}
+
+bool is_simt(const GpuKernel& kernel) {
+  return std::strcmp(kernel.family, "simt") == 0;
 }
 
 bool is_lean(const Problem& p, const GpuKernel& kernel) {

@@ -73,6 +73,7 @@ struct GpuCandidate {
 GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps);
 // The same with a given cut, for tests that walk over tiles: tile_n, tile_h, tile_w, stages, splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
+bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
 // Whether the launcher takes the kernel's lean variant (kernels/common_case.h): 16-byte vectors everywhere.
 bool is_lean(const Problem& problem, const GpuKernel& kernel);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);

@@ -46,7 +46,7 @@ std::vector<Call> calls_of(const Problem& p) {
   };
   product(in_pixels, in_pixels, double(p.r1), double(p.s), double(p.s));
   if (p.op == Op::kTucker) product(in_pixels, out_pixels, double(p.r2), double(p.r1), double(p.r1) * p.kh * p.kw);
-  if (p.op == Op::kCP && merges_depthwise(p)) {
+  if (merges_depthwise(p)) {
     depthwise(in_pixels, out_pixels, double(p.kh) * p.kw);
   } else if (p.op == Op::kCP) {
     const double between = double(p.n) * p.oh * p.w;
@@ -71,28 +71,26 @@ double product_seconds(const Call& call, const Problem& p, const GpuCaps& caps) 
 ChainFeatures chain_features(const Problem& p, const GpuCaps& caps) {
   const std::vector<Call> calls = calls_of(p);
   ChainFeatures found{};
-  double& kernels = found[0];
-  double &cold = found[1], &warm = found[2], &transposed = found[5];
   const double memory = caps.memory_bytes_per_second;
   // What the call before has just written is still in L2 if it fits there.
-  const auto moved = [&](double bytes, bool resident) { (resident ? warm : cold) += bytes / memory; };
+  const auto moved = [&](double bytes, bool resident) { found[resident ? kWarmBytes : kColdBytes] += bytes / memory; };
   for (size_t i = 0; i < calls.size(); ++i) {
     const Call& call = calls[i];
     const bool resident = call.in_bytes + call.out_bytes <= caps.l2_bytes / 2.0;
-    ++kernels;
+    ++found[kKernels];
     moved(call.in_bytes, resident && i > 0);
     moved(call.out_bytes, resident && i + 1 < calls.size());
     moved(call.weight_bytes, false);
     if (call.depthwise > 0)
-      found[4] += 2 * call.depthwise / caps.fp32_flops;
+      found[kChainDepthwise] += 2 * call.depthwise / caps.fp32_flops;
     else
-      found[3] += product_seconds(call, p, caps);
+      found[kChainProducts] += product_seconds(call, p, caps);
     // Tensor cores want channels last: in NCHW the library transposes around its products.
     if (call.depthwise == 0 && p.op != Op::kLinear && p.layout == Layout::kContiguous && on_tensor_cores(p))
-      transposed += (call.in_bytes + call.out_bytes) / memory;
+      found[kTransposedBytes] += (call.in_bytes + call.out_bytes) / memory;
   }
   if (p.activation != Activation::kNone) {  // a kernel of its own
-    ++kernels;
+    ++found[kKernels];
     moved(2 * calls.back().out_bytes, 2 * calls.back().out_bytes <= caps.l2_bytes / 2.0);
   }
   return found;
@@ -107,9 +105,9 @@ Plan chain_plan(const Problem& p, const GpuCaps& caps) {
   const ChainFeatures features = chain_features(p, caps);
   const ChainConstants& constants = p.op == Op::kLinear ? kChainLinear : kChainConvolutions;
   for (int i = 0; i < kChainFeatures; ++i) plan.gpu_seconds += features[i] * constants.factors[i];
-  plan.predicted_seconds = std::max(plan.gpu_seconds, features[0] * kLibraryCall);
+  plan.predicted_seconds = std::max(plan.gpu_seconds, features[kKernels] * kLibraryCall);
   plan.features.assign(features.begin(), features.end());
-  if (p.op == Op::kCP && merges_depthwise(p))
+  if (merges_depthwise(p))
     plan.notes.push_back("the depthwise stages are multiplied out into one " + std::to_string(p.kh) + "x" +
                          std::to_string(p.kw) + " convolution");
   return plan;

@@ -24,10 +24,6 @@ constexpr int kOtherRegisters = 104, kOtherTuckerRegisters = 120, kMostRegisters
 constexpr int kRegisters = 65536, kMaxCtas = 16;  // of a multiprocessor; the least of all architectures
 constexpr int64_t kReservedShared = 1024;         // the system's, of each CTA's shared memory
 
-bool is_simt(const GpuKernel& kernel) {
-  return std::string(kernel.family) == "simt";
-}
-
 double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   if (p.dtype == DType::kDouble) return caps.fp64_flops;
   if (is_simt(kernel)) return caps.fp32_flops;
@@ -76,12 +72,12 @@ class Counter {
         widths_(copy_widths(p)),
         simt_(is_simt(kernel)),
         element_(int(element_bytes(p.dtype))) {
-    found_[0] = 1;
+    found_[kCtas] = 1;
     first_stage();
     if (p.op == Op::kTucker) core_stage();
     if (p.op == Op::kCP) depthwise_stage();
     last_stage();
-    found_[8] = chunks() / (g.stages - 1);
+    found_[kWaits] = found_[kChunks] / (g.stages - 1);
   }
   FusedFeatures found() const { return found_; }
   // Multiply-adds of a CTA on tensor cores (or FMA units), and beside them.
@@ -89,26 +85,24 @@ class Counter {
   double depthwise_sums() const { return depthwise_; }
 
  private:
-  double& chunks() { return found_[1]; }
-
   // `vectors` of 16 bytes, in copies of `width`.
   void copy(double vectors, int64_t width) {
     const bool asynchronous = width >= 4 && (width > element_ || element_ <= 4);
     const double a_thread = vectors / c_.threads();
     if (asynchronous)
-      found_[2] += a_thread * double(kVectorBytes / width);
+      found_[kCopies] += a_thread * double(kVectorBytes / width);
     else
-      found_[3] += a_thread * double(kVectorBytes / element_);
+      found_[kLoads] += a_thread * double(kVectorBytes / element_);
   }
   void multiply(int tiles, double steps, double conflicts = 1) {
-    found_[4] += products(c_, simt_, tiles, steps) * (1 + 0.25 * (conflicts - 1));
+    found_[kProducts] += products(c_, simt_, tiles, steps) * (1 + 0.25 * (conflicts - 1));
     const double warps = c_.warps_m * c_.warps_n;
     multiply_adds_ += warps * 16 * tiles * 8 * c_.rank_tiles * steps * (kStepBytes / element_);
   }
   // Chunks of a factor: `passes` over the configuration's columns, `rows_bytes` of a row, `chunk` bytes at a time.
   void stream(double passes, double row_bytes, int chunk, int tiles, double conflicts = 1) {
     const double chunks_of_row = double(ceil_div(int64_t(row_bytes), chunk));
-    chunks() += passes * chunks_of_row;
+    found_[kChunks] += passes * chunks_of_row;
     copy(passes * c_.columns() * row_bytes / kVectorBytes, widths_.factor);
     multiply(tiles, passes * row_bytes / kStepBytes, conflicts);
   }
@@ -118,12 +112,12 @@ class Counter {
     const double row_bytes = double(ceil_div(int64_t(g_.s) * element_, kInputChunkBytes)) * kInputChunkBytes;
     copy(passes * c_.halo_rows() * row_bytes / kVectorBytes, widths_.input);
     stream(passes, row_bytes, kInputChunkBytes, c_.halo_tiles);
-    found_[5] += passes * c_.halo_tiles * c_.rank_tiles * 4;
+    found_[kStores] += passes * c_.halo_tiles * c_.rank_tiles * 4;
   }
   void core_stage() {
     const double passes = double(l_.r2_passes) * g_.taps(), row_bytes = l_.hidden_row - kVectorBytes;
     stream(passes, row_bytes, l_.core_chunk, c_.pixel_tiles, bank_conflicts(g_));
-    found_[5] += l_.r2_passes * c_.pixel_tiles * c_.rank_tiles * 4.0;
+    found_[kStores] += l_.r2_passes * c_.pixel_tiles * c_.rank_tiles * 4.0;
   }
   void depthwise_stage() {
     const double between = double(g_.tile_n) * g_.rows.tile * g_.columns.halo();
@@ -131,13 +125,14 @@ class Counter {
     const double width = g_.r1 * double(g_.pixels()) * g_.columns.kernel;
     const auto weight = [](const TileAxis& axis) { return axis.kernel == 3 && axis.stride == 1 ? 1.0 : kOtherLines; };
     depthwise_ = height + width;
-    found_[6] += (height * weight(g_.rows) + width * weight(g_.columns)) / c_.threads();
+    found_[kDepthwise] += (height * weight(g_.rows) + width * weight(g_.columns)) / c_.threads();
   }
   void last_stage() {
     const double passes = double(ceil_div(ceil_div(g_.t, c_.columns()), g_.splits));
     stream(passes, l_.second_row - kVectorBytes, l_.out_chunk, c_.pixel_tiles);
     const double values = passes * c_.pixels() * c_.columns() / c_.threads();
-    found_[7] += values * element_ / kVectorBytes * (widths_.output < kVectorBytes ? kVectorBytes / element_ : 1);
+    found_[kOutputs] +=
+        values * element_ / kVectorBytes * (widths_.output < kVectorBytes ? kVectorBytes / element_ : 1);
   }
 
   const Problem& p_;

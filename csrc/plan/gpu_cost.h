@@ -23,16 +23,14 @@ namespace lowrank_ops {
 // What a warp of a CTA does, and how often the busiest multiprocessor does it.
 //   ctas       once: offsets, the first chunk's way, the last stores
 //   chunks     steps of the ring buffer: a barrier, the choice of the next chunk
-//   waits      chunks / (stages - 1): what is left of a chunk's way through L2 when it is wanted
 //   copies     asynchronous copies of a thread
 //   loads      elements of a thread that no asynchronous copy takes
 //   products   steps of matrix products: mma.sync of a warp, or multiply-adds of a thread / 64
 //   stores     values of the hidden tiles that a thread rounds and stores
 //   depthwise  multiply-adds of CP's middle, of a thread; windows other than three taps of stride 1 count more
 //   outputs    vectors of 16 bytes (or the elements of one, where they are written one by one) of a thread
-constexpr int kFusedFeatures = 9;
-constexpr const char* kFusedFeatureNames[kFusedFeatures] = {"ctas",   "chunks",    "copies",  "loads", "products",
-                                                            "stores", "depthwise", "outputs", "waits"};
+//   waits      chunks / (stages - 1): what is left of a chunk's way through L2 when it is wanted
+enum FusedFeature { kCtas, kChunks, kCopies, kLoads, kProducts, kStores, kDepthwise, kOutputs, kWaits, kFusedFeatures };
 using FusedFeatures = std::array<double, kFusedFeatures>;
 
 // What the chain's library calls do.
@@ -43,19 +41,26 @@ using FusedFeatures = std::array<double, kFusedFeatures>;
 //   products         the matrix products, in whole tiles, by those multiprocessors that get one
 //   depthwise        the multiply-adds of depthwise convolutions
 //   transposed_bytes read and written between NCHW and the library's own layout
-constexpr int kChainFeatures = 6;
-constexpr const char* kChainFeatureNames[kChainFeatures] = {"kernels",  "cold_bytes", "warm_bytes",
-                                                            "products", "depthwise",  "transposed_bytes"};
+enum ChainFeature {
+  kKernels,
+  kColdBytes,
+  kWarmBytes,
+  kChainProducts,
+  kChainDepthwise,
+  kTransposedBytes,
+  kChainFeatures
+};
 using ChainFeatures = std::array<double, kChainFeatures>;
 
 // Constants for the features: clocks of a multiprocessor, and factors of the seconds (of one kernel: seconds).
 struct FusedConstants {
   double clocks[kFusedFeatures];
 };
-constexpr double kLibraryCall = 17e-6;  // of the CPU, for each library call of the chain (the host of an H200)
 struct ChainConstants {
   double factors[kChainFeatures];
 };
+
+constexpr double kLibraryCall = 17e-6;  // of the CPU, for each library call of the chain (the host of an H200)
 
 FusedFeatures fused_features(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry,
                              const SharedLayout& layout, const GpuCaps& caps);

@@ -44,15 +44,6 @@ DEVICE void pin(uint32_t (&values)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
-DEVICE bool try_phase(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
-}
 // Waits for the phase of this parity to complete (0 is the first phase; 1 is complete at once on a fresh barrier). A
 // wait without end becomes an error after some 20 ms.
 DEVICE void wait_phase(uint32_t barrier, uint32_t parity) {
@@ -162,14 +153,7 @@ DEVICE uint32_t now() {
 // strides in elements, of all dimensions but the innermost.
 inline CUtensorMap tensor_map(const char* name, const void* start, std::vector<uint64_t> sizes,
                               std::vector<uint64_t> strides, std::vector<uint32_t> box) {
-  static PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
-  if (!encode) {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess || !function) throw std::runtime_error("no cuTensorMapEncodeTiled");
-    encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }
+  const PFN_cuTensorMapEncodeTiled_v12000 encode = encoder();
   for (uint64_t& stride : strides) stride *= 2;
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
