@@ -84,22 +84,27 @@ def build(sanitize: bool = False) -> Path:
     folder = REPOSITORY / "build/simt"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: Path) -> Path:
-        flags = _flags(sanitize and source.parent.name != "plan")  # the planner is checked elsewhere
-        key = hashlib.sha256(repr((command, flags)).encode() + _content(source, set())).hexdigest()[:16]
-        target = folder / f"{source.stem}-{key}.o"
+    def flags_for(source: Path) -> list[str]:
+        return _flags(sanitize and source.parent.name != "plan")  # the planner is checked elsewhere
+
+    def object_for(source: Path) -> Path:
+        key = hashlib.sha256(repr((command, flags_for(source))).encode() + _content(source, set())).hexdigest()[:16]
+        return folder / f"{source.stem}-{key}.o"
+
+    def compile_one(source: Path, target: Path) -> None:
         if not target.exists():
             part = target.with_suffix(f".{os.getpid()}.part")  # others may be building the same
-            _call([command, *flags, "-c", str(source.relative_to(REPOSITORY)), "-o", str(part)])
+            _call([command, *flags_for(source), "-c", str(source.relative_to(REPOSITORY)), "-o", str(part)])
             os.replace(part, target)
-        return target
 
     sources = [source for source in SOURCES if sanitize or source.name != "replay.cpp"]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compile_one, sources))
-    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    objects = [object_for(source) for source in sources]
+    names = [path.name for path in objects]  # not where they lie: the library may be carried to another machine
+    key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
     target = folder / (f"kernels_sanitized-{key}" if sanitize else f"kernels-{key}.so")
     if not target.exists():
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(compile_one, sources, objects))
         kind = ["-fsanitize=address,undefined"] if sanitize else ["-shared", "-Wl,--no-undefined"]
         part = target.with_suffix(f".{os.getpid()}.part")
         _call([command, *kind, *map(str, objects), "-o", str(part)])
