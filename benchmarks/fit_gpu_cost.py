@@ -27,7 +27,7 @@ from benchmarks.layers import Cell, cell_from_json
 from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
-FUSED_GROUPS = ("kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
+FUSED_GROUPS = ("kSm90aHalves", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
 UNKNOWN = 5e-8  # seconds of a feature that nothing has measured: copies of single elements, as of NCHW
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 
@@ -63,6 +63,8 @@ def chain_kind(described: tuple[object, ...]) -> str:
 def group_of(kernel: str, dtype: str, lean: bool) -> str:
     if "_simt_" in kernel:
         return "kSimt"
+    if "_sm90a_" in kernel:
+        return "kSm90aHalves"
     return ("kLean" if lean else "kSm80") + ("Words" if dtype == "tf32" else "Halves")
 
 

@@ -34,7 +34,7 @@ py::list kernel_table() {
     line["config"] = kernel.config;
     line["pixels"] = kernel.shape.pixels();
     line["columns"] = kernel.shape.columns();
-    line["threads"] = kernel.shape.threads();
+    line["threads"] = threads_of(kernel);
     line["first_architecture"] = kernel.first_architecture;
     line["verified_on"] = kernel.verified_on;
     table.append(line);

@@ -97,6 +97,7 @@ std::string measurement_key(const Problem& p, const std::string& device) {
   sizes("activation", {int64_t(p.activation)});
   if (p.input_vector + p.factor_vector + p.output_vector > 0)  // GPUs: what the tensors' strides allow
     sizes("copies", {p.input_vector, p.factor_vector, p.output_vector});
+  if (p.repeats) sizes("repeats", {1});
   return key;
 }
 

@@ -52,7 +52,7 @@ Chosen choose(const char* op, const std::string& name, std::array<int, 5> cut, c
   FusedCall call(op, {rows, in_factor, given(core), given(height_factor), given(width_factor), out_factor, bias},
                  problem);
   plan.geometry = geometry_of(call.problem(), cut[0], cut[1], cut[2], cut[3], cut[4]);
-  plan.threads = kernel.shape.threads();
+  plan.threads = threads_of(kernel);
   plan.ctas = plan.geometry.ctas();
   plan.shared_bytes = layout_of(call.problem(), kernel, plan.geometry).bytes;
   return {std::move(call), std::move(plan)};

@@ -76,6 +76,7 @@ using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
 Launcher launcher_of(const GpuKernel& kernel) {
   const std::string family = kernel.family;
   const bool sm80 = family == "sm80";
+  if (family == "sm90a") return kernel.op == Op::kTucker ? launch_tucker_sm90a : nullptr;
   if (!sm80 && family != "simt") return nullptr;
   switch (kernel.op) {
     case Op::kTucker:
@@ -97,6 +98,10 @@ FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
   problem_.input_vector = copy_width(t.input, 1);
   problem_.factor_vector = std::min(copy_width(t.in_factor, 1), copy_width(t.out_factor, 1));
   if (t.core.defined()) problem_.factor_vector = std::min(problem_.factor_vector, core_width(t.core));
+  for (const Tensor* tensor : {&t.input, &t.in_factor, &t.core, &t.out_factor})
+    if (tensor->defined())
+      for (int64_t axis = 0; axis < tensor->dim(); ++axis)
+        problem_.repeats = problem_.repeats || (tensor->size(axis) > 1 && tensor->stride(axis) == 0);
   // Of a new tensor: dense, aligned beyond any vector.
   const bool by_pixel = problem_.op == Op::kLinear || problem_.layout == Layout::kChannelsLast;
   const bool side_by_side = by_pixel || problem_.oh * problem_.ow == 1;

@@ -80,13 +80,18 @@ constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
     {2, 2, 4, 2, 4},  // 64 pixels: small problems, large hidden tiles; the one for fp64
 };
+// A warpgroup's tile: 8x8 pixels, ranks up to 64 (kernels/tucker_sm90a.h has the rest).
+constexpr Config kSm90aConfigs[] = {{4, 1, 2, 1, 8}};
 constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
 constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
+constexpr int kNumSm90aConfigs = sizeof(kSm90aConfigs) / sizeof(Config);
 
-enum class Family { kSimt, kSm80 };
+enum class Family { kSimt, kSm80, kSm90a };
 // Linear layers have no halo: their first stage has as many rows as the others.
 constexpr Config config_of(Family family, int index, bool has_halo) {
-  Config config = family == Family::kSimt ? kSimtConfigs[index] : kSm80Configs[index];
+  Config config = family == Family::kSimt   ? kSimtConfigs[index]
+                  : family == Family::kSm80 ? kSm80Configs[index]
+                                            : kSm90aConfigs[index];
   if (!has_halo) config.halo_tiles = config.pixel_tiles;
   return config;
 }

@@ -9,16 +9,18 @@
 #include "plan/cost.h"
 #include "plan/gpu_cost.h"
 #include "plan/gpu_search.h"
+#include "plan/gpu_sm90a.h"
 
 namespace lowrank_ops {
 namespace {
 
-// What the lines of kernel_table.inc expand to. A new family adds its row to `kFamilies`.
+// What the lines of kernel_table.inc expand to.
 constexpr Op kOp_tucker = Op::kTucker, kOp_cp = Op::kCP, kOp_linear = Op::kLinear;
 #define LOWRANK_OPS_NAME_tucker "tucker_conv2d"
 #define LOWRANK_OPS_NAME_cp "cp_conv2d"
 #define LOWRANK_OPS_NAME_linear "lowrank_linear"
-constexpr Family kFamily_sm80 = Family::kSm80, kFamily_simt = Family::kSimt;
+constexpr Family kFamily_sm90a = Family::kSm90a, kFamily_sm80 = Family::kSm80, kFamily_simt = Family::kSimt;
+constexpr int kFirst_sm90a = 90;  // and no other: wgmma, setmaxnreg
 constexpr int kFirst_sm80 = 80;  // mma.sync with bf16 and tf32, cp.async
 constexpr int kFirst_simt = 75;  // what nvcc 13 still compiles for
 
@@ -53,6 +55,10 @@ std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
   if (caps.architecture < kernel.first_architecture)
     return std::string("runs from sm_") + std::to_string(kernel.first_architecture) + " on, this GPU is sm_" +
            std::to_string(caps.architecture);
+  if (is_sm90a(kernel))  // every build has its code, for that architecture alone
+    return caps.architecture == kernel.first_architecture
+               ? ""
+               : "its instructions exist on sm_90 alone, this GPU is sm_" + std::to_string(caps.architecture);
   if (caps.built_for.empty() && caps.built_ptx == 0) return "";
   // Code of an architecture runs on later ones of the same generation, PTX on all later ones.
   bool runs = caps.built_ptx > 0 && caps.built_ptx <= caps.architecture;
@@ -169,12 +175,21 @@ bool is_simt(const GpuKernel& kernel) {
   return std::strcmp(kernel.family, "simt") == 0;
 }
 
+int threads_of(const GpuKernel& kernel) {
+  return is_sm90a(kernel) ? TuckerSm90a::kThreads : kernel.shape.threads();
+}
+
 bool is_lean(const Problem& p, const GpuKernel& kernel) {
   const CopyWidths widths = copy_widths(p);
-  return !is_simt(kernel) && std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
+  return !is_simt(kernel) && !is_sm90a(kernel) && std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
 }
 
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
+  if (is_sm90a(kernel)) {  // the rest is its own (kernels/tucker_sm90a.h)
+    SharedLayout layout;
+    layout.bytes = sm90a_layout(geometry).bytes;
+    return layout;
+  }
   return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker, is_lean(p, kernel));
 }
 
@@ -234,7 +249,8 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
 
 GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   GpuCandidate candidate;
-  for (const std::string& reason : {dtype_reason(p, kernel), architecture_reason(kernel, caps), size_reason(p)}) {
+  const std::string own = is_sm90a(kernel) ? sm90a_reason(p) : dtype_reason(p, kernel);
+  for (const std::string& reason : {own, architecture_reason(kernel, caps), size_reason(p)}) {
     if (reason.empty()) continue;
     candidate.reason = reason;
     return candidate;

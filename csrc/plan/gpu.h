@@ -39,7 +39,7 @@ void fill_rates(GpuCaps& caps, double clock);
 struct GpuKernel {
   const char* name;  // tucker_conv2d_sm80_128x64: op, family, pixels x columns
   Op op;
-  const char* family;  // simt, sm80
+  const char* family;  // simt, sm80, sm90a
   int config;          // index into the family's configurations (geometry.h)
   Config shape;
   int first_architecture;   // runs from here on
@@ -74,6 +74,7 @@ GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const 
 // The same with a given cut, for tests that walk over tiles: tile_n, tile_h, tile_w, stages, splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
 bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
+int threads_of(const GpuKernel& kernel);
 // Whether the launcher takes the kernel's lean variant (kernels/common_case.h): 16-byte vectors everywhere.
 bool is_lean(const Problem& problem, const GpuKernel& kernel);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);

@@ -11,7 +11,7 @@ namespace {
 
 // Everything of a Problem that a plan depends on, as numbers.
 struct Key {
-  int64_t values[25];
+  int64_t values[26];
   bool operator==(const Key& other) const { return std::memcmp(values, other.values, sizeof values) == 0; }
 };
 
@@ -39,6 +39,7 @@ Key key_of(const Problem& p, int device, Policy policy) {
            p.input_vector,
            p.factor_vector,
            p.output_vector,
+           p.repeats,
            device,
            int64_t(policy)}};
 }

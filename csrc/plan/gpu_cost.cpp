@@ -4,6 +4,7 @@
 #include <string>
 
 #include "plan/cost.h"
+#include "plan/gpu_sm90a.h"
 
 namespace lowrank_ops {
 namespace {
@@ -27,11 +28,13 @@ constexpr int64_t kReservedShared = 1024;         // the system's, of each CTA's
 double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   if (p.dtype == DType::kDouble) return caps.fp64_flops;
   if (is_simt(kernel)) return caps.fp32_flops;
+  if (is_sm90a(kernel)) return caps.library_fp16_flops;
   return p.dtype == DType::kFloat ? caps.tf32_flops : caps.fp16_flops;
 }
 
 const FusedConstants& constants_of(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) return kSimt;
+  if (is_sm90a(kernel)) return kSm90aHalves;
   const bool words = element_bytes(p.dtype) == 4;
   if (is_lean(p, kernel)) return words ? kLeanWords : kLeanHalves;
   return words ? kSm80Words : kSm80Halves;
@@ -178,36 +181,50 @@ int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const Gpu
 
 FusedFeatures fused_features(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l,
                              const GpuCaps& caps) {
+  if (is_sm90a(kernel)) return sm90a_features(g, caps);
   FusedFeatures found = Counter(p, kernel, g, l).found();
   const double times = rounds(g, kernel, caps, ctas_per_multiprocessor(p, kernel, caps, l.bytes));
   for (double& value : found) value *= times;
   return found;
 }
 
-void cost_fused(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
+namespace {
+
+// Everything of a plan but its time; how many CTAs run at the same time is `at_work`.
+void count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
   const Geometry& g = plan.geometry;
+  plan.shared_bytes = l.bytes;
+  plan.threads = threads_of(kernel);
+  plan.bytes = block_bytes(p);
+  if (is_sm90a(kernel)) {
+    plan.ctas = sm90a_ctas(g, caps);
+    plan.waves = double(ceil_div(g.tiles(), plan.ctas)) / sm90a_layout(g).groups;  // tiles of a warpgroup
+    plan.flops = sm90a_flops(g);
+    return;
+  }
   const int64_t together = ctas_per_multiprocessor(p, kernel, caps, l.bytes), sms = caps.multiprocessors;
   const Counter counter(p, kernel, g, l);
-  const double times = rounds(g, kernel, caps, together);
-  plan.shared_bytes = l.bytes;
-  plan.threads = kernel.shape.threads();
   plan.ctas = g.ctas();
   plan.waves = double(plan.ctas) / double(sms * together);
   plan.flops = 2 * double(plan.ctas) * (counter.multiply_adds() + counter.depthwise_sums());
   // Neighbours' halos and the input's further passes come out of L2, as long as the CTAs at work fit into it.
   const double tile_bytes = double(g.halo()) * g.s * element_bytes(p.dtype);
   const double at_work = double(std::min(plan.ctas, sms * together)) * tile_bytes;
-  plan.bytes = block_bytes(p);
   if (l.r1_passes > 1 && at_work > caps.l2_bytes / 2.0)
     plan.bytes += double(plan.ctas) * tile_bytes * (l.r1_passes - 1);
+}
 
-  const FusedFeatures counts = counter.found();
+}  // namespace
+
+void cost_fused(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
+  count(plan, p, kernel, caps, l);
+  const FusedFeatures features = fused_features(p, kernel, plan.geometry, l, caps);
   const FusedConstants& constants = constants_of(p, kernel);
   double clocks = 0;
-  for (int i = 0; i < kFusedFeatures; ++i) clocks += counts[i] * constants.clocks[i];
+  for (int i = 0; i < kFusedFeatures; ++i) clocks += features[i] * constants.clocks[i];
   const double memory = plan.bytes / (caps.memory_bytes_per_second * kMemoryShare);
   const double peak = plan.flops / (std::max(peak_flops(p, kernel, caps), caps.fp32_flops) * kProductShare);
-  const double gpu = kFusedLaunch + std::max({clocks * times / clock_of(caps), memory, peak});
+  const double gpu = kFusedLaunch + std::max({clocks / clock_of(caps), memory, peak});
   plan.gpu_seconds = gpu;
   plan.predicted_seconds = std::max(gpu, kFusedCall);
 }

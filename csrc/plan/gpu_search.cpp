@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "plan/gpu_cost.h"
+#include "plan/gpu_sm90a.h"
 
 namespace lowrank_ops {
 namespace {
@@ -138,7 +139,21 @@ class Search {
 
 }  // namespace
 
+namespace {
+
+// There is nothing to choose.
+FoundCut only_cut(const Problem& problem) {
+  FoundCut found;
+  found.geometry = sm90a_cut(problem, found.least_shared_bytes);
+  found.too_many_ctas = found.geometry.tiles() > INT_MAX;
+  if (found.too_many_ctas || found.least_shared_bytes > TuckerSm90a::kMostBytes) found.geometry.stages = 0;
+  return found;
+}
+
+}  // namespace
+
 FoundCut search_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
+  if (is_sm90a(kernel)) return only_cut(problem);
   return Search(problem, kernel, caps).run();
 }
 

@@ -23,7 +23,7 @@ from simt.building import REPOSITORY, build
 from torch import Tensor
 
 OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
-FAMILIES = ("simt", "sm80")
+FAMILIES = ("simt", "sm80", "sm90a")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
 
@@ -80,7 +80,7 @@ _SETTINGS = _struct("Settings", [(name, _INT) for name in Settings.__dataclass_f
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build()))
     loaded.simt_report.restype = ctypes.c_char_p
-    loaded.simt_plan.restype = ctypes.c_char_p
+    loaded.simt_plan.restype = loaded.hopper_fault.restype = ctypes.c_char_p
     loaded.simt_sizes.restype = _INT
     sizes = loaded.simt_sizes(0), loaded.simt_sizes(1)
     assert sizes == (ctypes.sizeof(_BLOCK), ctypes.sizeof(_SETTINGS)), f"structs differ from module.cpp: {sizes}"
@@ -222,6 +222,18 @@ def run(
     return Result(output, code, json.loads(library().simt_report().decode()))
 
 
+def hopper_fault() -> str:
+    """What the emulator of Hopper found in the last launch of an sm90a kernel, or ""."""
+    return str(library().hopper_fault().decode())
+
+
+def hopper_mutate(**values: int) -> None:
+    """Breaks the next launches of sm90a kernels as emulator_threads.h's Mutation says; none: mends them."""
+    names = ("skip_fence_proxy", "skip_group_barrier", "early_release", "skip_store_wait", "short_expect")
+    assert set(values) <= set(names), values
+    library().hopper_mutate((_INT * len(names))(*(values.get(name, 0) for name in names)))
+
+
 def is_common_case(
     kernel: Kernel, cut: Cut, tensors: dict[str, Tensor], options: dict[str, Any], output: Tensor
 ) -> bool:
@@ -321,6 +333,12 @@ def shape_of(kernel: Kernel) -> Shape:
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
+    """The planner's table, without the kernels that the emulator of Hopper runs (hopper.cpp)."""
+    return tuple(kernel for kernel in all_kernels() if kernel.family != "sm90a")
+
+
+@functools.cache
+def all_kernels() -> tuple[Kernel, ...]:
     """The planner's table."""
     text = (REPOSITORY / "csrc/plan/kernel_table.inc").read_text()
     names = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}

@@ -74,7 +74,8 @@ LOWRANK_OPS_EXPORT int64_t simt_sizes(int64_t which) {
 // Threads, halo positions of a pass, pixels and columns of a configuration; zeros: there is none of that number.
 LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_halo, int64_t* sizes) {
   std::fill_n(sizes, 4, 0);
-  if (index >= (Family(family) == Family::kSimt ? kNumSimtConfigs : kNumSm80Configs)) return;
+  static constexpr int numbers[] = {kNumSimtConfigs, kNumSm80Configs, kNumSm90aConfigs};
+  if (index >= numbers[family]) return;
   const Config config = config_of(Family(family), int(index), has_halo != 0);
   sizes[0] = config.threads();
   sizes[1] = config.halo_rows();
@@ -84,9 +85,9 @@ LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_h
 
 LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings* settings) {
   using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
-  static constexpr Launcher launchers[3][2] = {{launch_tucker_simt, launch_tucker_sm80},
-                                               {launch_cp_simt, launch_cp_sm80},
-                                               {launch_linear_simt, launch_linear_sm80}};
+  static constexpr Launcher launchers[3][3] = {{launch_tucker_simt, launch_tucker_sm80, launch_tucker_sm90a},
+                                               {launch_cp_simt, launch_cp_sm80, nullptr},
+                                               {launch_linear_simt, launch_linear_sm80, nullptr}};
   simulator::forget_everything();
   simulator::machine.settings = *settings;
   const BlockParams params = params_of(*call);
@@ -103,7 +104,8 @@ LOWRANK_OPS_EXPORT int simt_is_common_case(const BlockCall* call) {
 LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut) {
   static std::string reason;
   const GpuCaps* const caps = find_gpu(gpu);
-  const std::string family = Family(call->family) == Family::kSimt ? "simt" : "sm80";
+  static constexpr const char* families[] = {"simt", "sm80", "sm90a"};
+  const std::string family = families[call->family];
   reason = caps == nullptr ? "no GPU of that name" : "no kernel of that number";
   if (caps == nullptr) return reason.c_str();
   for (const GpuKernel& kernel : gpu_kernels()) {

@@ -1,0 +1,355 @@
+// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared memory.
+//
+// A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 8x8 pixels
+// of the output (the 64 rows of a wgmma); with a 3x3 core:
+//
+//   input: 10x10 pixels (halo), S channels          stage 1    hidden: 10x10 pixels, R1 ranks     stage 2
+//   slices [100 of 104 pixels][64 channels]        -------->   [104 rows][64] in shared memory   -------->
+//                                                  in_factor                                       core
+//   second: 8x8 pixels, R2 ranks                    stage 3    out: 8x8 pixels, chunks of 64 channels
+//   in registers, as operand A                     -------->   staged over the hidden tile, stored by the copy engine
+//                                                 out_factor
+//
+// All matrices in shared memory have rows of 128 bytes in the 128-byte swizzle, what a box lacks (channels, ranks,
+// pixels beyond a border) arrives as zeros. Stage 1 computes the transpose, ranks x pixels = [64, S] [S, 104], so that
+// 100 pixels cost 104 columns and not 128 rows. Stage 2's taps are views of the hidden tile: the 8x8 pixels of a tap
+// are 8 groups of 8 rows, a halo's width apart.
+//
+//   warpgroups 0, 1    every other tile of the CTA, all three stages; where shared memory is short the first has all
+//   warpgroup 2        two threads: all copies to shared memory, each of one group's slices
+//
+// Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their way
+// out | in_factor: slices [64 ranks][64 channels] | taps [R2][64 ranks] | out_factor: parts [64 channels][64 ranks] |
+// the ring of each group: slots [104 pixels][64 channels], where in_factor does not fit with its slice behind.
+//
+// Barriers (one thread's copies complete the bytes of a phase):
+//
+//   full[group][slot]    a slice has arrived                         producer -> group
+//   empty[group][slot]   the 4 warps of the group are done with it   group -> producer
+//   in_ready, core_ready, out_ready   a factor has arrived, once     producer -> all groups
+#pragma once
+
+#include "kernels/hopper.cuh"
+#include "kernels/tucker_sm90a.h"
+
+namespace lowrank_ops::hopper {
+
+struct TuckerParams {
+  CUtensorMap input;       // [N, H, W, S], boxes of a halo x 64 channels
+  CUtensorMap in_factor;   // [R1, S], boxes 64 x 64
+  CUtensorMap core;        // [R2, KH, KW, R1], boxes of a tap
+  CUtensorMap out_factor;  // [T, R2], boxes 64 x 64
+  CUtensorMap output;      // [N, OH, OW, T], boxes 8 x 8 x 64
+  const void* bias;        // [T] or null
+  TuckerSm90a layout;
+  Divider across, of_image;  // tiles of a line of tiles, and of an image
+  int tiles, t;
+  int halo_w, taps_h, taps_w, padding_h, padding_w;
+  int slice_box;  // bytes of a slice's box
+  Activation activation;
+};
+
+struct TilePlace {
+  int x, y, n;
+};
+LOWRANK_OPS_HOPPER TilePlace place_of(const TuckerParams& p, int tile) {
+  const int n = p.of_image.quotient(tile), rest = tile - n * p.of_image.divisor, row = p.across.quotient(rest);
+  return {(rest - row * p.across.divisor) * TuckerSm90a::kTileSide, row * TuckerSm90a::kTileSide, n};
+}
+
+// Addresses of the barriers.
+struct Barriers {
+  uint32_t base;
+
+  LOWRANK_OPS_HOPPER uint32_t full(int group, int slot) const { return base + (group * kMaxStages + slot) * 8; }
+  LOWRANK_OPS_HOPPER uint32_t empty(int group, int slot) const {
+    return full(TuckerSm90a::kGroups + group, slot);
+  }
+  LOWRANK_OPS_HOPPER uint32_t in_ready() const { return full(2 * TuckerSm90a::kGroups, 0); }
+  LOWRANK_OPS_HOPPER uint32_t core_ready() const { return in_ready() + 8; }
+  LOWRANK_OPS_HOPPER uint32_t out_ready() const { return in_ready() + 16; }
+
+  LOWRANK_OPS_HOPPER void init(int slots) const {
+    for (int group = 0; group < TuckerSm90a::kGroups; ++group)
+      for (int slot = 0; slot < slots; ++slot) {
+        barrier_init(full(group, slot), 1);
+        barrier_init(empty(group, slot), 4);  // the warps of the group
+      }
+    barrier_init(in_ready(), 1);
+    barrier_init(core_ready(), 1);
+    barrier_init(out_ready(), 1);
+    barrier_init_done();
+  }
+};
+static_assert((4 * kMaxStages + 3) * 8 <= TuckerSm90a::kBarrierBytes, "barriers");
+
+// A place in a group's ring.
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  LOWRANK_OPS_HOPPER void next(int slots) {
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+};
+
+// ---- The threads that copy
+
+LOWRANK_OPS_HOPPER void load_in_factor(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
+  if (p.layout.streamed) return;
+  barrier_expect(barriers.in_ready(), uint32_t(p.layout.slices * TuckerSm90a::kBlockBytes));
+  for (int s = 0; s < p.layout.slices; ++s)
+    load_box(base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes, &p.in_factor, barriers.in_ready(),
+             s * TuckerSm90a::kSlice, 0);
+}
+
+// Core and out_factor, which are needed later than the first tile.
+LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
+  const int tap_bytes = p.layout.ranks * TuckerSm90a::kRowBytes;
+  barrier_expect(barriers.core_ready(), uint32_t(p.taps_h * p.taps_w * tap_bytes));
+  uint32_t to = base + p.layout.core;
+  for (int y = 0; y < p.taps_h; ++y)
+    for (int x = 0; x < p.taps_w; ++x, to += tap_bytes) load_box(to, &p.core, barriers.core_ready(), 0, x, y, 0);
+  barrier_expect(barriers.out_ready(), uint32_t(p.layout.chunks * TuckerSm90a::kBlockBytes));
+  for (int chunk = 0; chunk < p.layout.chunks; ++chunk)
+    load_box(base + p.layout.out_factor + chunk * TuckerSm90a::kBlockBytes, &p.out_factor, barriers.out_ready(), 0,
+             chunk * TuckerSm90a::kSlice);
+}
+
+// All slices of a group's tiles. The first group's thread loads the factors, too.
+LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers, int group) {
+  const uint32_t ring = base + p.layout.ring + group * p.layout.slots * p.layout.slot_bytes();
+  const uint32_t bytes = uint32_t(p.slice_box + (p.layout.streamed ? TuckerSm90a::kBlockBytes : 0));
+  if (group == 0) load_in_factor(p, base, barriers);
+  bool late = group == 0;
+  RingPlace place;
+  for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles;
+       tile += p.layout.groups * int(gridDim.x)) {
+    const TilePlace at = place_of(p, tile);
+#pragma unroll 1
+    for (int s = 0; s < p.layout.slices; ++s) {
+      const uint32_t full = barriers.full(group, place.slot), slot = ring + place.slot * p.layout.slot_bytes();
+      wait_phase(barriers.empty(group, place.slot), place.parity ^ 1);
+      barrier_expect(full, bytes);
+      load_box(slot, &p.input, full, s * TuckerSm90a::kSlice, at.x - p.padding_w, at.y - p.padding_h, at.n);
+      if (p.layout.streamed)
+        load_box(slot + p.layout.slice_bytes(), &p.in_factor, full, s * TuckerSm90a::kSlice, 0);
+      place.next(p.layout.slots);
+      // As soon as the ring is full: nothing waits for them before.
+      if (late && (s + 1 == p.layout.slots || s + 1 == p.layout.slices)) {
+        load_late_factors(p, base, barriers);
+        late = false;
+      }
+    }
+  }
+}
+
+// ---- The threads that compute
+
+// A thread of warpgroup `group`; `half`: fp16, else bf16; `ranks` and `rows` as in TuckerSm90a.
+template <bool half, int ranks, int rows>
+struct TuckerGroup {
+  static constexpr int kSteps = ranks / 16;  // of the inner products over ranks
+
+  const TuckerParams& p;
+  Barriers barriers;
+  uint32_t base;
+  int group, warp, lane;
+  uint32_t hidden;
+  RingPlace place;
+
+  LOWRANK_OPS_HOPPER TuckerGroup(const TuckerParams& params, uint32_t shared, const Barriers& shared_barriers,
+                                 int warp_of_cta, int lane_of_warp)
+      : p(params),
+        barriers(shared_barriers),
+        base(shared),
+        group(warp_of_cta / 4),
+        warp(warp_of_cta % 4),
+        lane(lane_of_warp),
+        hidden(shared + params.layout.hidden + warp_of_cta / 4 * params.layout.hidden_bytes()) {}
+
+  LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
+
+  // Stage 1: hidden' [64 ranks, halo pixels] = in_factor input'. A slot is given back when the products of the next
+  // slice have been issued and its own are done.
+  LOWRANK_OPS_HOPPER void stage1(float (&sums)[rows / 2]) {
+    const uint32_t ring = base + p.layout.ring + group * p.layout.slots * p.layout.slot_bytes();
+#pragma unroll
+    for (int j = 0; j < rows / 2; ++j) sums[j] = 0;
+    pin(sums);
+    uint32_t before = 0;
+#pragma unroll 1
+    for (int s = 0; s < p.layout.slices; ++s) {
+      const uint32_t slot = ring + place.slot * p.layout.slot_bytes();
+      wait_phase(barriers.full(group, place.slot), place.parity);
+      __syncwarp();
+      const uint32_t factor = p.layout.streamed ? slot + p.layout.slice_bytes()
+                                                : base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
+      const uint64_t a = swizzled(factor, 1024), b = swizzled(slot, 1024);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma<half>(sums, further(a, k * 32), further(b, k * 32));
+      wgmma_commit();
+      if (s > 0) {
+        wgmma_wait<1>();
+        if (lane == 0) barrier_arrive(before);
+      }
+      before = barriers.empty(group, place.slot);
+      place.next(p.layout.slots);
+    }
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(before);
+    pin(sums);
+  }
+
+  LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[rows / 2]) {
+    if (first_thread()) wait_stores_read<0>();
+    group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
+    if (warp * 16 < ranks) {
+      // Lanes 8 m to 8 m + 7 give the pixels of matrix m: ranks 16 warp + 8 (m % 2), pixels 8 (m / 2) + lane % 8.
+      const uint32_t row = hidden + (lane / 16 * 8 + lane % 8) * TuckerSm90a::kRowBytes +
+                           ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+      for (int j = 0; j + 1 < rows / 8; j += 2)
+        store_matrices<true>(row + j * 8 * TuckerSm90a::kRowBytes, pack<half>(sums[4 * j], sums[4 * j + 1]),
+                             pack<half>(sums[4 * j + 2], sums[4 * j + 3]), pack<half>(sums[4 * j + 4], sums[4 * j + 5]),
+                             pack<half>(sums[4 * j + 6], sums[4 * j + 7]));
+      if constexpr (rows / 8 % 2 == 1) {
+        constexpr int j = rows / 8 - 1;
+        store_matrices_transposed(row + j * 8 * TuckerSm90a::kRowBytes, pack<half>(sums[4 * j], sums[4 * j + 1]),
+                                  pack<half>(sums[4 * j + 2], sums[4 * j + 3]));
+      }
+    }
+    fence_proxy();
+    group_barrier(group);
+  }
+
+  // Stage 2: the core's taps are windows of the hidden tile. The sums, rounded, are an operand A of stage 3.
+  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
+    float sums[ranks / 2];
+#pragma unroll
+    for (int j = 0; j < ranks / 2; ++j) sums[j] = 0;
+    pin(sums);
+    wgmma_fence();
+    uint64_t line = swizzled(hidden, uint32_t(p.halo_w * TuckerSm90a::kRowBytes));
+    uint64_t core = swizzled(base + p.layout.core, 1024);
+#pragma unroll 1
+    for (int y = 0; y < p.taps_h; ++y) {
+      uint64_t pixels = line;
+#pragma unroll 1
+      for (int x = 0; x < p.taps_w; ++x) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, further(pixels, k * 32), further(core, k * 32));
+        pixels = further(pixels, TuckerSm90a::kRowBytes);
+        core = further(core, ranks * TuckerSm90a::kRowBytes);
+      }
+      line = further(line, p.halo_w * TuckerSm90a::kRowBytes);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(sums);
+#pragma unroll
+    for (int j = 0; j < 4 * kSteps; ++j) second[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
+  }
+
+  // Stage 3: the sums of a chunk of 64 channels start as the bias.
+  LOWRANK_OPS_HOPPER void multiply(float (&sums)[32], uint32_t (&second)[kSteps][4], int chunk) {
+    const uint32_t bias = base + p.layout.bias + (chunk * TuckerSm90a::kSlice + lane % 4 * 2) * 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float a, b;
+      load_shared(bias + j * 32, a, b);
+      sums[4 * j] = sums[4 * j + 2] = a;
+      sums[4 * j + 1] = sums[4 * j + 3] = b;
+    }
+    pin(sums);
+    wgmma_fence();
+    const uint64_t factor = swizzled(base + p.layout.out_factor + chunk * TuckerSm90a::kBlockBytes, 1024);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, second[k], further(factor, k * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(sums);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) pin(second[k]);
+  }
+
+  // The rounded values [64 pixels, 64 channels] to one of two places over the hidden tile, and from there to memory.
+  LOWRANK_OPS_HOPPER void store(const float (&values)[32], int chunk, const TilePlace& at) {
+    const uint32_t staged = hidden + chunk % 2 * TuckerSm90a::kBlockBytes;
+    if (chunk != 1) {  // chunk 0: all warps have read the hidden tile. Later: the chunk before the last has left
+      if (chunk > 1 && first_thread()) wait_stores_read<1>();
+      group_barrier(group);
+    }
+    const uint32_t row = staged + (warp * 16 + lane % 8) * TuckerSm90a::kRowBytes;
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper)
+#pragma unroll
+      for (int j = 0; j < 8; j += 4)
+        store_matrices<false>(row + upper * 8 * TuckerSm90a::kRowBytes + ((j + lane / 8) ^ (lane % 8)) * 16,
+                              pack<half>(values[4 * j + 2 * upper], values[4 * j + 2 * upper + 1]),
+                              pack<half>(values[4 * j + 4 + 2 * upper], values[4 * j + 5 + 2 * upper]),
+                              pack<half>(values[4 * j + 8 + 2 * upper], values[4 * j + 9 + 2 * upper]),
+                              pack<half>(values[4 * j + 12 + 2 * upper], values[4 * j + 13 + 2 * upper]));
+    fence_proxy();
+    group_barrier(group);
+    if (first_thread()) {
+      store_box(&p.output, staged, chunk * TuckerSm90a::kSlice, at.x, at.y, at.n);
+      commit_stores();
+    }
+  }
+
+  LOWRANK_OPS_HOPPER void run() {
+    bool first = true;
+    if (!p.layout.streamed) wait_phase(barriers.in_ready(), 0);
+#pragma unroll 1
+    for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles;
+         tile += p.layout.groups * int(gridDim.x)) {
+      {
+        float sums[rows / 2];
+        stage1(sums);
+        store_hidden(sums);
+      }
+      if (first) wait_phase(barriers.core_ready(), 0);
+      __syncwarp();
+      uint32_t second[kSteps][4];
+      stage2(second);
+      if (first) wait_phase(barriers.out_ready(), 0);
+      __syncwarp();
+      first = false;
+      const TilePlace at = place_of(p, tile);
+#pragma unroll 1
+      for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
+        float sums[32];
+        multiply(sums, second, chunk);
+        activate(sums, p.activation);
+        store(sums, chunk, at);
+      }
+    }
+    if (first_thread()) wait_stores();
+  }
+};
+
+template <bool half, int ranks, int rows>
+__global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
+    tucker_sm90a_kernel(const __grid_constant__ TuckerParams params) {
+  constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  const uint32_t base = shared_base();
+  const Barriers barriers{base};
+  const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  if (threadIdx.x == 0) barriers.init(params.layout.slots);
+  const uint16_t* const bias = static_cast<const uint16_t*>(params.bias);
+  for (int i = int(threadIdx.x); i < params.layout.chunks * TuckerSm90a::kSlice; i += TuckerSm90a::kThreads)
+    store_shared(base + params.layout.bias + i * 4, bias && i < params.t ? widen<half>(bias[i]) : 0);
+  __syncthreads();
+  const int producer = warp - TuckerSm90a::kGroups * 4;
+  if (producer >= 0) {
+    give_registers<kProducerRegisters>();
+    if (producer < params.layout.groups && lane == 0) produce(params, base, barriers, producer);
+  } else {
+    take_registers<kConsumerRegisters>();
+    if (warp / 4 < params.layout.groups) TuckerGroup<half, ranks, rows>(params, base, barriers, warp, lane).run();
+  }
+}
+
+}  // namespace lowrank_ops::hopper
