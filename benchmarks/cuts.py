@@ -68,6 +68,8 @@ def hopeful(cuts: Sequence[Cut]) -> list[Cut]:
 
 def other_cuts(cut: Cut) -> Iterator[Cut]:
     """Cuts around a planned one: other numbers of stages, half of the tile along each axis, the tile turned, splits."""
+    if "_sm90a_" in cut.kernel:  # it has the one cut
+        return
     images, rows, columns = cut.tile
     for stages in (2, 3, 4):
         yield Cut(cut.kernel, cut.tile, stages, cut.splits)

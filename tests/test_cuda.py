@@ -56,7 +56,7 @@ def kernels_of(op: str) -> list[tuple[str, torch.dtype | str]]:
         for dtype in (*DTYPES, TF32):
             tf32 = dtype == TF32
             described = (op, "float32" if tf32 else str(dtype).removeprefix("torch."), True, sizes, window, tf32)
-            fitting = name.startswith(op) and not _C.plan_gpu_kernel(described, name, "A100")["reason"]
+            fitting = name.startswith(op) and not _C.plan_gpu_kernel(described, name, "H100")["reason"]
             if fitting and not (tf32 and "simt" in name):  # there it is the same as fp32
                 found.append((name, dtype))
     return found
@@ -102,7 +102,9 @@ def assert_runs(name: str, call: Call) -> None:
         op = getattr(lowrank_ops, call.problem.op)
         (found,) = lowrank_ops.explain(op, list(call.tensors.values()), verbose=False, **call.problem.options())
         reason = dict(found.rejections).get(name, "")
-        assert " of shared memory, this GPU gives" in reason, f"the chain ran: {reason}"
+        # The sm90a kernels take some problems only; that they take theirs is test_cuda_kernels.py's to see.
+        fits = " of shared memory, this GPU gives" not in reason and not ("sm90a" in name and reason)
+        assert not fits, f"the chain ran: {reason}"
         pytest.skip(reason)
     if call.problem.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
         assert_within_tf32_budget(call, output, call.exact())

@@ -26,6 +26,7 @@ from simt.cases import (
     name_of,
 )
 from simt.harness import Kernel, Result
+from simt.hopper_cases import CASES, CP, HALVES, TUCKER, hopper_case
 from torch import Tensor
 
 import build_cuda
@@ -52,6 +53,8 @@ def architecture() -> int:
 def name_for(kernel: Kernel) -> str:
     """Its name in the table. Skips what this GPU is too old for."""
     name = NAMES[kernel.op, kernel.family, kernel.config]
+    if kernel.family == "sm90a" and architecture() != 90:
+        pytest.skip(f"{name} runs on sm_90 alone, this GPU is sm_{architecture()}")
     (first,) = [line["first_architecture"] for line in _C.gpu_kernels() if line["name"] == name]
     if first > architecture():
         pytest.skip(f"{name} runs from sm_{first} on, this GPU is sm_{architecture()}")
@@ -183,6 +186,12 @@ def test_linear(kernel: Kernel, dtype: torch.dtype, case: str) -> None:
     assert_right(linear_case(case, kernel, dtype))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("kernel", "case"), CASES, ids=str)
+def test_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
+    assert_right(hopper_case(kernel, case, dtype))
+
+
 # One case of each kernel that has everything: for compute-sanitizer, under which all of them would take hours.
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR], ids=identify)
 def test_sanitized(kernel: Kernel, dtype: torch.dtype) -> None:
@@ -191,10 +200,19 @@ def test_sanitized(kernel: Kernel, dtype: torch.dtype) -> None:
         assert_right(make(case, kernel, dtype))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("kernel", "case"), CASES, ids=str)
+def test_sanitized_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
+    assert_right(hopper_case(kernel, case, dtype))
+
+
 # ---- The check before first use
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR], ids=identify)
+HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP) for dtype in HALVES]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR, *HOPPERS], ids=identify)
 def test_the_check_before_first_use(kernel: Kernel, dtype: torch.dtype) -> None:
     """A right kernel passes; one channel wrong is found."""
     name = name_for(kernel)

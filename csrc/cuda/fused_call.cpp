@@ -76,7 +76,8 @@ using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
 Launcher launcher_of(const GpuKernel& kernel) {
   const std::string family = kernel.family;
   const bool sm80 = family == "sm80";
-  if (family == "sm90a") return kernel.op == Op::kTucker ? launch_tucker_sm90a : nullptr;
+  if (family == "sm90a")
+    return kernel.op == Op::kTucker ? launch_tucker_sm90a : kernel.op == Op::kCP ? launch_cp_sm90a : nullptr;
   if (!sm80 && family != "simt") return nullptr;
   switch (kernel.op) {
     case Op::kTucker:

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cuda/fused_call.h"
+#include "plan/gpu_sm90a.h"
 #include "problem_of.h"
 
 namespace lowrank_ops {
@@ -147,7 +148,8 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
   const GpuKernel& kernel = gpu_kernels()[size_t(index)];
   std::string error;
   for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
-    if (!error.empty() || (kernel.op == Op::kLinear && format == at::MemoryFormat::ChannelsLast)) continue;
+    const bool channels_last = format == at::MemoryFormat::ChannelsLast;
+    if (!error.empty() || (kernel.op == Op::kLinear && channels_last) || (is_sm90a(kernel) && !channels_last)) continue;
     const Activation activation = format == at::MemoryFormat::Contiguous ? Activation::kNone : Activation::kSilu;
     error = error_of(device, kernel, Trial(kernel.op, dtype, format, activation), tf32, damaged);
   }

@@ -80,8 +80,11 @@ constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
     {2, 2, 4, 2, 4},  // 64 pixels: small problems, large hidden tiles; the one for fp64
 };
-// A warpgroup's tile: 8x8 pixels, ranks up to 64 (kernels/tucker_sm90a.h has the rest).
-constexpr Config kSm90aConfigs[] = {{4, 1, 2, 1, 8}};
+// Pixels and columns alone; kernels/<op>_sm90a.h has what these kernels are really made of.
+constexpr Config kSm90aConfigs[] = {
+    {4, 1, 2, 1, 8},  // Tucker: 8x8 pixels
+    {7, 1, 2, 1, 8},  // CP: 14x8 pixels
+};
 constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
 constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
 constexpr int kNumSm90aConfigs = sizeof(kSm90aConfigs) / sizeof(Config);

@@ -57,6 +57,10 @@ LOWRANK_OPS_HOPPER void wait_phase(uint32_t barrier, uint32_t parity) {
 LOWRANK_OPS_HOPPER void group_barrier(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
+// Among the 256 threads of the first two warpgroups.
+LOWRANK_OPS_HOPPER void both_groups_barrier() {
+  asm volatile("bar.sync 3, 256;" ::: "memory");
+}
 // Makes this thread's writes to shared memory visible to wgmma and to the copy engine.
 LOWRANK_OPS_HOPPER void fence_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -77,6 +81,14 @@ LOWRANK_OPS_HOPPER void load_box(uint32_t shared, const CUtensorMap* map, uint32
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(shared),
       "l"(map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+LOWRANK_OPS_HOPPER void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b, int c, int d,
+                                 int e) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e)
       : "memory");
 }
 LOWRANK_OPS_HOPPER void store_box(const CUtensorMap* map, uint32_t shared, int a, int b, int c, int d) {
@@ -137,12 +149,21 @@ LOWRANK_OPS_HOPPER void pin(uint32_t (&values)[count]) {
 #define SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
 #define SUMS32(i) SUMS16(i), SUMS16(i + 16)
+#define SUMS40(i) SUMS32(i), SUMS4(i + 32), SUMS4(i + 36)
 #define SUMS52(i) SUMS32(i), SUMS16(i + 32), SUMS4(i + 48)
+#define SUMS64(i) SUMS32(i), SUMS32(i + 32)
+#define SUMS128(i) SUMS64(i), SUMS64(i + 64)
 #define SUMS72(i) SUMS32(i), SUMS32(i + 32), SUMS4(i + 64), SUMS4(i + 68)
 #define PLACES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define PLACES32 PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define PLACES52 PLACES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51"
-#define PLACES72 PLACES52 ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71"
+#define PLACES40 PLACES32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define PLACES52 PLACES40 ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51"
+#define PLACES64 PLACES52 ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define PLACES72 PLACES64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define PLACES128 PLACES72 "," \
+  "%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119," \
+  "%120,%121,%122,%123,%124,%125,%126,%127"
 #define WGMMA(N, PLACES, SUMS, P0, P1, P2, P3, P4)                                                                    \
   template <bool half>                                                                                                 \
   LOWRANK_OPS_HOPPER void wgmma(float (&sums)[N / 2], uint64_t a, uint64_t b) {                                        \
@@ -164,8 +185,11 @@ LOWRANK_OPS_HOPPER void pin(uint32_t (&values)[count]) {
   }
 WGMMA(32, PLACES16, SUMS16, "%16", "%17", "%18", "%19", "%20")
 WGMMA(64, PLACES32, SUMS32, "%32", "%33", "%34", "%35", "%36")
+WGMMA(80, PLACES40, SUMS40, "%40", "%41", "%42", "%43", "%44")
 WGMMA(104, PLACES52, SUMS52, "%52", "%53", "%54", "%55", "%56")
+WGMMA(128, PLACES64, SUMS64, "%64", "%65", "%66", "%67", "%68")
 WGMMA(144, PLACES72, SUMS72, "%72", "%73", "%74", "%75", "%76")
+WGMMA(256, PLACES128, SUMS128, "%128", "%129", "%130", "%131", "%132")
 #undef WGMMA
 // clang-format on
 
@@ -207,11 +231,34 @@ LOWRANK_OPS_HOPPER float widen(uint16_t bits) {
     value = __uint_as_float(uint32_t(bits) << 16);
   return value;
 }
+// Of a pair, its first and its second element.
+template <bool half>
+LOWRANK_OPS_HOPPER float widen_low(uint32_t both) {
+  if constexpr (half) return widen<true>(uint16_t(both));
+  return __uint_as_float(both << 16);
+}
+template <bool half>
+LOWRANK_OPS_HOPPER float widen_high(uint32_t both) {
+  if constexpr (half) return widen<true>(uint16_t(both >> 16));
+  return __uint_as_float(both & 0xFFFF0000u);
+}
 LOWRANK_OPS_HOPPER void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 LOWRANK_OPS_HOPPER void load_shared(uint32_t address, float& a, float& b) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "r"(address));
+}
+
+LOWRANK_OPS_HOPPER void load_shared(uint32_t address, float& a, float& b, float& c, float& d) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(a), "=f"(b), "=f"(c), "=f"(d) : "r"(address));
+}
+LOWRANK_OPS_HOPPER uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+LOWRANK_OPS_HOPPER void store_global(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // A warpgroup's share of the registers, per thread.

@@ -29,7 +29,7 @@
 //   in_ready, core_ready, out_ready   a factor has arrived, once     producer -> all groups
 #pragma once
 
-#include "kernels/hopper.cuh"
+#include "kernels/hopper_tiles.cuh"
 #include "kernels/tucker_sm90a.h"
 
 namespace lowrank_ops::hopper {
@@ -42,20 +42,11 @@ struct TuckerParams {
   CUtensorMap output;      // [N, OH, OW, T], boxes 8 x 8 x 64
   const void* bias;        // [T] or null
   TuckerSm90a layout;
-  Divider across, of_image;  // tiles of a line of tiles, and of an image
-  int tiles, t;
-  int halo_w, taps_h, taps_w, padding_h, padding_w;
+  Tiles tiles;
+  int t, halo_w, taps_h, taps_w, padding_h, padding_w;
   int slice_box;  // bytes of a slice's box
   Activation activation;
 };
-
-struct TilePlace {
-  int x, y, n;
-};
-LOWRANK_OPS_HOPPER TilePlace place_of(const TuckerParams& p, int tile) {
-  const int n = p.of_image.quotient(tile), rest = tile - n * p.of_image.divisor, row = p.across.quotient(rest);
-  return {(rest - row * p.across.divisor) * TuckerSm90a::kTileSide, row * TuckerSm90a::kTileSide, n};
-}
 
 // Addresses of the barriers.
 struct Barriers {
@@ -82,16 +73,6 @@ struct Barriers {
   }
 };
 static_assert((4 * kMaxStages + 3) * 8 <= TuckerSm90a::kBarrierBytes, "barriers");
-
-// A place in a group's ring.
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  LOWRANK_OPS_HOPPER void next(int slots) {
-    if (++slot == slots) slot = 0, parity ^= 1;
-  }
-};
 
 // ---- The threads that copy
 
@@ -123,9 +104,9 @@ LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barr
   if (group == 0) load_in_factor(p, base, barriers);
   bool late = group == 0;
   RingPlace place;
-  for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles;
+  for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles.count;
        tile += p.layout.groups * int(gridDim.x)) {
-    const TilePlace at = place_of(p, tile);
+    const TilePlace at = p.tiles.place(tile);
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
       const uint32_t full = barriers.full(group, place.slot), slot = ring + place.slot * p.layout.slot_bytes();
@@ -303,7 +284,7 @@ struct TuckerGroup {
     bool first = true;
     if (!p.layout.streamed) wait_phase(barriers.in_ready(), 0);
 #pragma unroll 1
-    for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles;
+    for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles.count;
          tile += p.layout.groups * int(gridDim.x)) {
       {
         float sums[rows / 2];
@@ -317,7 +298,7 @@ struct TuckerGroup {
       if (first) wait_phase(barriers.out_ready(), 0);
       __syncwarp();
       first = false;
-      const TilePlace at = place_of(p, tile);
+      const TilePlace at = p.tiles.place(tile);
 #pragma unroll 1
       for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
         float sums[32];

@@ -13,9 +13,7 @@ inline bool tucker_params(TuckerParams& to, const BlockParams& block, DType dtyp
   const Geometry& g = block.geometry;
   to.layout = sm90a_layout(g);
   to.bias = block.bias;
-  to.across = Divider(g.columns.tiles());
-  to.of_image = Divider(g.columns.tiles() * g.rows.tiles());
-  to.tiles = int(g.tiles());
+  to.tiles = tiles_of(g);
   to.t = g.t;
   to.halo_w = g.columns.halo();
   to.taps_h = g.rows.kernel;

@@ -176,7 +176,7 @@ bool is_simt(const GpuKernel& kernel) {
 }
 
 int threads_of(const GpuKernel& kernel) {
-  return is_sm90a(kernel) ? TuckerSm90a::kThreads : kernel.shape.threads();
+  return is_sm90a(kernel) ? sm90a_threads(kernel.op) : kernel.shape.threads();
 }
 
 bool is_lean(const Problem& p, const GpuKernel& kernel) {
@@ -185,9 +185,9 @@ bool is_lean(const Problem& p, const GpuKernel& kernel) {
 }
 
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
-  if (is_sm90a(kernel)) {  // the rest is its own (kernels/tucker_sm90a.h)
+  if (is_sm90a(kernel)) {  // the rest is their own (kernels/<op>_sm90a.h)
     SharedLayout layout;
-    layout.bytes = sm90a_layout(geometry).bytes;
+    layout.bytes = sm90a_bytes(p.op, geometry);
     return layout;
   }
   return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker, is_lean(p, kernel));

@@ -142,18 +142,18 @@ class Search {
 namespace {
 
 // There is nothing to choose.
-FoundCut only_cut(const Problem& problem) {
+FoundCut only_cut(const Problem& problem, const GpuCaps& caps) {
   FoundCut found;
   found.geometry = sm90a_cut(problem, found.least_shared_bytes);
   found.too_many_ctas = found.geometry.tiles() > INT_MAX;
-  if (found.too_many_ctas || found.least_shared_bytes > TuckerSm90a::kMostBytes) found.geometry.stages = 0;
+  if (found.too_many_ctas || found.least_shared_bytes > caps.shared_bytes_cta) found.geometry.stages = 0;
   return found;
 }
 
 }  // namespace
 
 FoundCut search_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
-  if (is_sm90a(kernel)) return only_cut(problem);
+  if (is_sm90a(kernel)) return only_cut(problem, caps);
   return Search(problem, kernel, caps).run();
 }
 

@@ -80,6 +80,10 @@ inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, 
   load(shared, map, barrier, 4, {a, b, c, d, 0});
 }
 
+inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b, int c, int d, int e) {
+  load(shared, map, barrier, 5, {a, b, c, d, e});
+}
+
 // Groups of things that are done as late as the waits allow, by the thread that issued them.
 class Late {
  public:
@@ -147,6 +151,15 @@ uint16_t narrow(float value) {
 template <bool half>
 uint32_t pack(float low, float high) {
   return narrow<half>(low) | uint32_t(narrow<half>(high)) << 16;
+}
+
+template <bool half>
+float widen_low(uint32_t both) {
+  return widen<half>(uint16_t(both));
+}
+template <bool half>
+float widen_high(uint32_t both) {
+  return widen<half>(uint16_t(both >> 16));
 }
 
 // ---- wgmma. A descriptor is of a matrix in the 128-byte swizzle, without base offset.
@@ -252,6 +265,21 @@ inline void load_shared(uint32_t address, float& a, float& b) {
   std::memcpy(&a, at(address, 8), 4);
   std::memcpy(&b, at(address, 8) + 4, 4);
 }
+inline void load_shared(uint32_t address, float& a, float& b, float& c, float& d) {
+  if (address % 16 != 0) fail("a vector at an address that is no multiple of 16");
+  load_shared(address, a, b);
+  load_shared(address + 8, c, d);
+}
+inline uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  std::memcpy(&word, at(address, 4), 4);
+  return word;
+}
+inline void store_global(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("a store to global memory that is no multiple of 16 bytes");
+  const uint32_t values[4] = {a, b, c, d};
+  std::memcpy(to, values, 16);
+}
 template <int count>
 void take_registers() {}
 template <int count>
@@ -278,6 +306,7 @@ bool run_ctas(void (*kernel)(Params), int ctas, int threads, int shared_bytes, c
     cta_meeting.reset(threads);
     for (Meeting& meeting : warp_meetings) meeting.reset(32);
     for (Meeting& meeting : group_meetings) meeting.reset(128);
+    both_groups.reset(256);
     std::vector<std::thread> running;
     for (int i = 0; i < threads; ++i)
       running.emplace_back([&, i] {

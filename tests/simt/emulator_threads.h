@@ -37,9 +37,14 @@ struct Mutation {
   int early_release = 0;       // a slot is given back before its products are done: wgmma_wait does nothing
   int skip_store_wait = 0;     // the copy engine is not waited for
   int short_expect = 0;        // a phase expects 128 bytes less
+  int skip_both_barrier = 0;   // that of two warpgroups
 };
 inline Mutation mutation;
 
+// After which a wait counts as one without end: long, for machines that do other things as well.
+inline std::chrono::seconds patience() {
+  return std::chrono::seconds(mutation.short_expect ? 3 : 120);
+}
 struct Fault {};
 inline std::mutex machine_mutex;
 inline std::condition_variable machine_changed;
@@ -58,7 +63,7 @@ inline std::atomic<bool> faulty{false};
 // Until `ready`, with the lock held.
 template <typename Ready>
 void wait_until(std::unique_lock<std::mutex>& lock, const std::string& what, const Ready& ready) {
-  const bool done = machine_changed.wait_for(lock, std::chrono::seconds(20), [&] { return faulty || ready(); });
+  const bool done = machine_changed.wait_for(lock, patience(), [&] { return faulty || ready(); });
   if (faulty) throw Fault{};
   if (done) return;
   lock.unlock();
@@ -78,7 +83,7 @@ class Meeting {
       changed_.notify_all();
       return;
     }
-    const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    const auto limit = std::chrono::steady_clock::now() + patience();
     while (now == generation_) {
       changed_.wait_for(lock, std::chrono::milliseconds(50));
       if (faulty) throw Fault{};
@@ -95,7 +100,7 @@ class Meeting {
   int count_ = 0, here_ = 0;
   uint64_t generation_ = 0;
 };
-inline Meeting cta_meeting, warp_meetings[32], group_meetings[4];
+inline Meeting cta_meeting, both_groups, warp_meetings[32], group_meetings[4];
 
 // ---- Shared memory. It begins at address 1024, full of NaN.
 
@@ -137,6 +142,10 @@ inline void group_barrier(int group) {
   static thread_local int passed = 0;
   if (mutation.skip_group_barrier != 0 && ++passed % 6 == mutation.skip_group_barrier - 1) return;
   group_meetings[group].wait();
+}
+
+inline void both_groups_barrier() {
+  if (!mutation.skip_both_barrier) both_groups.wait();
 }
 
 // ---- mbarriers, by their addresses

@@ -229,7 +229,8 @@ def hopper_fault() -> str:
 
 def hopper_mutate(**values: int) -> None:
     """Breaks the next launches of sm90a kernels as emulator_threads.h's Mutation says; none: mends them."""
-    names = ("skip_fence_proxy", "skip_group_barrier", "early_release", "skip_store_wait", "short_expect")
+    names = ("skip_fence_proxy", "skip_group_barrier", "early_release", "skip_store_wait", "short_expect",
+             "skip_both_barrier")  # fmt: skip
     assert set(values) <= set(names), values
     library().hopper_mutate((_INT * len(names))(*(values.get(name, 0) for name in names)))
 

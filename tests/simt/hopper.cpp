@@ -2,6 +2,7 @@
 #include <array>
 #include <string>
 
+#include "kernels/cp_sm90a_launch.cuh"
 #include "kernels/tucker_sm90a_launch.cuh"
 #include "module.h"
 
@@ -29,8 +30,16 @@ inline bool encode(CUtensorMap& map, const Boxes& boxes, DType) {
 cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::TuckerParams to{};
   if (config != 0 || !hopper::tucker_params(to, params, dtype)) return cudaErrorInvalidValue;
-  const bool done = hopper::run_ctas(hopper::tucker_kernel(to.layout, dtype), least(to.tiles, 2),
+  const bool done = hopper::run_ctas(hopper::tucker_kernel(to.layout, dtype), least(to.tiles.count, 2),
                                      TuckerSm90a::kThreads, to.layout.bytes, to);
+  return done ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
+  hopper::CpParams to{};
+  if (config != 1 || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
+  const bool done = hopper::run_ctas(hopper::cp_kernel(to.layout, dtype), least(to.tiles.count, 2), CpSm90a::kThreads,
+                                     to.layout.bytes, to);
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -41,5 +50,5 @@ LOWRANK_OPS_EXPORT const char* hopper_fault() {
   return lowrank_ops::hopper::fault.c_str();
 }
 LOWRANK_OPS_EXPORT void hopper_mutate(const int64_t* values) {
-  lowrank_ops::hopper::mutation = {int(values[0]), int(values[1]), int(values[2]), int(values[3]), int(values[4])};
+  lowrank_ops::hopper::mutation = {int(values[0]), int(values[1]), int(values[2]), int(values[3]), int(values[4]), int(values[5])};
 }

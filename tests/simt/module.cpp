@@ -86,7 +86,7 @@ LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_h
 LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings* settings) {
   using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
   static constexpr Launcher launchers[3][3] = {{launch_tucker_simt, launch_tucker_sm80, launch_tucker_sm90a},
-                                               {launch_cp_simt, launch_cp_sm80, nullptr},
+                                               {launch_cp_simt, launch_cp_sm80, launch_cp_sm90a},
                                                {launch_linear_simt, launch_linear_sm80, nullptr}};
   simulator::forget_everything();
   simulator::machine.settings = *settings;
