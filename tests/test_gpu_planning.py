@@ -419,7 +419,16 @@ def test_explain_prints_plans_for_gpus_that_are_not_here(gpu: str, op: str) -> N
     assert {name for name, _ in found.rejections} == set(kernels) - {found.chosen["kernel"]}
     printed = str(found)
     assert all(kernel in printed for kernel in kernels)
-    assert "checked before first use" in " ".join(printed.split()) and "predicted" in printed
+    assert ("checked before first use" in " ".join(printed.split())) == (not measured) and "predicted" in printed
+
+
+def test_kernels_are_checked_where_no_gpu_of_the_architecture_has_run_their_tests() -> None:
+    note = "its tests have not all run on this kind of GPU: checked before first use"
+    for gpu, known in GPUS.items():
+        for line in KERNELS:
+            of_table = {GPUS[name]["architecture"] for name in line["verified_on"].split(", ") if name}
+            found = plan(Problem(line["op"], tf32=True), line["name"], gpu)
+            assert (note in found["notes"]) == (known["architecture"] not in of_table)
 
 
 def test_explain_refuses_unknown_gpus_and_lists_the_known_ones() -> None:
