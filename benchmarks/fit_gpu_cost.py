@@ -13,7 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,26 @@ from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
 FUSED_GROUPS = ("kSm90aTucker", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
-UNKNOWN = 5e-8  # seconds of a feature that nothing has measured: copies of single elements, as of NCHW
+UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One way to run a cell: its features and the seconds that it took on the GPU."""
+    """One way to run a cell: its features and the seconds that it took on the GPU.
+
+    Attributes:
+        beside: seconds that the op takes beside them, where this is a library's way that stands for its chain.
+        is_ours: whether the op has this way for the input of that run; not so the chain in the other layout.
+    """
 
     cell: str
     group: str
     way: str
     features: Vector
     seconds: float
+    beside: float = 0.0
+    is_ours: bool = True
 
 
 def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[object, ...]:
@@ -75,13 +82,20 @@ def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: st
     return Observation(f"{cell} {dtype}", group, way, np.array(features), seconds)
 
 
-def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str) -> Observation | None:
-    """The chain as the op runs it: with CP's depthwise stages merged where the planner says so."""
+def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: str) -> Observation | None:
+    """The chain as the op runs it: with CP's depthwise stages merged where the planner says so.
+
+    A library's way in the input's layout stands for it. For Tucker in NCHW the op took 0.8 to 1.1 times as long where
+    it keeps the core in channels_last (library_core of chain.cpp); elsewhere its copy of the core is not in the times.
+    """
     whole = described(cell, dtype, "nchw" not in name)
     if not name.startswith(chain_kind(whole)) or name.endswith("graph"):
         return None
     group = "kChainLinear" if cell.is_linear else "kChainConvolutions"
-    return Observation(f"{cell} {dtype}", group, name, np.array(_C.chain_gpu_features(whole, gpu)), seconds)
+    is_ours = cell.is_linear or ("nchw" in name) == (layout == "nchw")
+    beside = _C.factor_product_seconds if name.startswith("merged") else 0
+    features = np.array(_C.chain_gpu_features(whole, gpu))
+    return Observation(f"{cell} {dtype}", group, name, features, seconds, beside, is_ours)
 
 
 def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
@@ -96,16 +110,18 @@ def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
     if gpu is None:
         raise ValueError(f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpus.cpp, got {name or 'a CPU'!r}")
     kernels = {line["name"] for line in _C.gpu_kernels()}
+    layout = content.get("layout", "channels_last")
     found: list[Observation | None] = []
     for cell, dtype, times in entries(content):
         for way, seconds in times.items():
             if way.startswith(cell.op):
                 if way.split(" ")[0] not in kernels:  # measured, and dropped
                     continue
-                found.append(fused(cell, dtype, way, seconds, gpu, content.get("layout", ""), general))
+                found.append(fused(cell, dtype, way, seconds, gpu, layout, general))
             else:
-                found.append(chain(cell, dtype, way, seconds, gpu))
-    return gpu, [observation for observation in found if observation is not None]
+                found.append(chain(cell, dtype, way, seconds, gpu, layout))
+    # A cell is what one run measured: times of two runs, or of two layouts, are not compared.
+    return gpu, [replace(one, cell=f"{path.stem} {one.cell}") for one in found if one is not None]
 
 
 def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, float]]]:
@@ -128,26 +144,26 @@ def predict(observation: Observation, constants: Mapping[str, Vector], launch: f
 
 
 def regret(observations: Iterable[Observation], found: Mapping[str, Vector], launch: float) -> tuple[float, int]:
-    """What the predictions' choice among the ways that were measured costs, on the GPU, beyond the fastest one.
+    """What the predictions' choice among the op's ways that were measured costs, on the GPU, beyond the fastest one.
 
     Returns:
         The geometric mean over the cells, minus 1, and the number of cells that have both a kernel and the chain.
     """
     cells: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
-    for o in observations:
-        cells[o.cell].append((predict(o, found, launch), o.seconds, o.group in FUSED_GROUPS))
+    for o in filter(lambda o: o.is_ours, observations):
+        cells[o.cell].append((predict(o, found, launch) + o.beside, o.seconds + o.beside, o.group in FUSED_GROUPS))
     ratios = [min(ways)[1] / min(seconds for _, seconds, _ in ways)
               for ways in cells.values() if len({is_fused for *_, is_fused in ways}) == 2]  # fmt: skip
     return geometric_mean(ratios) - 1, len(ratios)
 
 
 def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]:
-    """Constants by group: of fused kernels with `launch` taken off, of the chain as they are.
+    """Constants by group: of fused kernels with `launch` taken off, of the op's chains as they are.
 
     A feature that no observation of a fused group has (element-wise copies, say) costs what it does in the others.
     """
     groups = defaultdict(list)
-    for o in observations:
+    for o in filter(lambda o: o.is_ours, observations):
         groups[o.group].append(o)
     found = {}
     for group, members in groups.items():

@@ -143,6 +143,7 @@ void bind_gpu_planning(py::module_& m) {
   m.def("fused_gpu_features", &fused_gpu_features);
   m.def("chain_gpu_features", &chain_gpu_features);
   m.attr("library_call_seconds") = kLibraryCall;
+  m.attr("factor_product_seconds") = kFactorProduct;
   m.def("merges_depthwise", [](const Described& described) { return merges_depthwise(problem_of(described)); });
   m.def("cached_gpu_plan", &cached_gpu_plan);
   m.def("force_gpu_kernel", [](const std::string& name) {

@@ -213,6 +213,21 @@ def test_runs_are_equal_bit_by_bit(op: str) -> None:
         assert all(torch.equal(call.run(), first) for _ in range(200))
 
 
+@pytest.mark.parametrize(("images", "stays"), [(8, True), (7, False)])
+def test_the_chain_of_a_large_nchw_image_stays_in_nchw(images: int, stays: bool) -> None:
+    """From 1.5 million output values on; below, images are copied for a core in channels_last."""
+    options = dict(s=16, t=64, r1=24, r2=24, h=56, w=56, kernel=(3, 3), padding=(1, 1))
+    call = Problem("tucker_conv2d", device="cuda", dtype=torch.bfloat16, n=images, **options).make()
+    call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
+    with lowrank_ops.set_policy("chain"):
+        call.run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            output = call.run()
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert any(len(shape) == 4 and shape[0] == images for shape in copied) == (not stays)
+    assert_output(call, output)
+
+
 # ---- Streams, graphs, devices
 
 

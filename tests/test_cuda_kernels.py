@@ -139,8 +139,12 @@ def test_conversions(primitives: ctypes.CDLL, kind: int) -> None:
     )
     if kind in (2, 7):  # a NaN's bits are not promised
         data = data[~data.view(torch.float32).isnan()]
+    if kind == 4:
+        data = data[~data.to(torch.int16).view(torch.float16).isnan()]
     simulated = torch.zeros_like(data)
     found = both(primitives, "convert", data, simulated, data.numel(), kind, threads=128)
+    if kind == 7:  # the bounds as floats: which zero comes out of -0.0 is not promised either
+        found, simulated = found.view(torch.float32), simulated.view(torch.float32)
     assert torch.equal(found, simulated)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -98,6 +100,40 @@ def test_linear(device: str, leading: tuple[int, ...], sizes: tuple[int, ...], d
 def test_activations(device: str, op: str, activation: str, bias: bool, dtype: torch.dtype, policy: str) -> None:
     call = Problem(op, device=device, dtype=dtype, activation=activation, bias=bias, n=3).make()
     assert_output(call, call.run())
+
+
+# Each with its derivative.
+EXACT_ACTIVATIONS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+    "none": (lambda x: x, lambda x: 1.0),
+    "relu": (lambda x: max(x, 0.0), lambda x: float(x > 0)),
+    "relu6": (lambda x: min(max(x, 0.0), 6.0), lambda x: float(0 < x < 6)),
+    "hardswish": (
+        lambda x: x * min(max(x + 3, 0.0), 6.0) / 6,
+        lambda x: float(x > 0) if abs(x) > 3 else (2 * x + 3) / 6,
+    ),
+    "silu": (lambda x: x / (1 + math.exp(-x)), lambda x: (1 + math.exp(-x) * (1 + x)) / (1 + math.exp(-x)) ** 2),
+    "gelu": (
+        lambda x: x * math.erfc(-x * math.sqrt(0.5)) / 2,
+        lambda x: math.erfc(-x * math.sqrt(0.5)) / 2 + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi),
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_float64_activations_are_exact(device: str, activation: str, policy: str) -> None:
+    """The specification, the op and both gradients, against Python's own arithmetic: a library may err as one."""
+    function, derivative = EXACT_ACTIVATIONS[activation]
+    values = torch.linspace(-7.9, 7.9, 98, dtype=torch.float64)  # none at a kink
+    expected = torch.tensor([function(x) for x in values.tolist()], dtype=torch.float64)
+    slopes = torch.tensor([derivative(x) for x in values.tolist()], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64, device=device)
+    for op in (reference.lowrank_linear, lowrank_ops.lowrank_linear):
+        x = values.to(device).unsqueeze(1).requires_grad_()
+        output = op(x, one, one, activation=activation)
+        (gradient,) = torch.autograd.grad(output.sum(), x)
+        for found, exact in ((output.detach(), expected), (gradient, slopes)):
+            torch.testing.assert_close(found.cpu().squeeze(1), exact, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

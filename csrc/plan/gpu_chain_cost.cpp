@@ -86,8 +86,10 @@ ChainFeatures chain_features(const Problem& p, const GpuCaps& caps) {
     else
       found[kChainProducts] += product_seconds(call, p, caps);
     // Tensor cores want channels last: in NCHW the library transposes around its products.
-    if (call.depthwise == 0 && p.op != Op::kLinear && p.layout == Layout::kContiguous && on_tensor_cores(p))
+    if (call.depthwise == 0 && p.op != Op::kLinear && p.layout == Layout::kContiguous && on_tensor_cores(p)) {
+      ++found[kTransposes];
       found[kTransposedBytes] += (call.in_bytes + call.out_bytes) / memory;
+    }
   }
   if (p.activation != Activation::kNone) {  // a kernel of its own
     ++found[kKernels];
@@ -105,6 +107,7 @@ Plan chain_plan(const Problem& p, const GpuCaps& caps) {
   const ChainFeatures features = chain_features(p, caps);
   const ChainConstants& constants = p.op == Op::kLinear ? kChainLinear : kChainConvolutions;
   for (int i = 0; i < kChainFeatures; ++i) plan.gpu_seconds += features[i] * constants.factors[i];
+  if (merges_depthwise(p)) plan.gpu_seconds += kFactorProduct;
   plan.predicted_seconds = std::max(plan.gpu_seconds, features[kKernels] * kLibraryCall);
   plan.features.assign(features.begin(), features.end());
   if (merges_depthwise(p))
