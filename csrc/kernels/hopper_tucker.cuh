@@ -26,8 +26,7 @@ constexpr int kTuckerRow = 128;  // bytes of a row in shared memory, in the 128-
 template <bool half, int rows>
 LOWRANK_OPS_HOPPER void store_ranks(uint32_t tile, const float (&sums)[rows / 2], int warp, int lane) {
   // Lanes 8 m to 8 m + 7 give the pixels of matrix m: ranks 16 warp + 8 (m % 2), pixels 8 (m / 2) + lane % 8.
-  const uint32_t row =
-      tile + (lane / 16 * 8 + lane % 8) * kTuckerRow + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+  const uint32_t row = tile + (lane / 16 * 8 + lane % 8) * kTuckerRow + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
   for (int j = 0; j + 1 < rows / 8; j += 2)
     store_matrices<true>(row + j * 8 * kTuckerRow, pack<half>(sums[4 * j], sums[4 * j + 1]),
