@@ -81,20 +81,18 @@ std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
 namespace {
 
 // As many slots as possible.
-Geometry cp_cut(const Problem& p, int64_t& bytes) {
+Geometry cp_cut(const Problem& p) {
   using L = CpSm90a;
   Geometry g = geometry_of(p, 1, L::kTileHeight, L::kTileWidth, kLeastSlots, 1);
-  bytes = cp_sm90a_layout(g).bytes;
   for (Geometry more = g; more.stages <= kMaxStages && cp_sm90a_layout(more).bytes <= L::kMostBytes; ++more.stages)
     g = more;
   return g;
 }
 
 // As many slots as possible, but none for the price of a group or of streaming in_factor.
-Geometry tucker_cut(const Problem& p, int64_t& bytes) {
+Geometry tucker_cut(const Problem& p) {
   Geometry g = least_tucker_cut(p);
   const TuckerSm90a least = sm90a_layout(g);
-  bytes = least.bytes;
   for (Geometry more = g; more.stages <= kMaxStages; ++more.stages) {
     const TuckerSm90a layout = sm90a_layout(more);
     if (layout.bytes > TuckerSm90a::kMostBytes || layout.groups != least.groups || layout.streamed != least.streamed)
@@ -106,12 +104,13 @@ Geometry tucker_cut(const Problem& p, int64_t& bytes) {
 
 }  // namespace
 
-Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel, int64_t& bytes) {
-  if (p.op == Op::kCP) return cp_cut(p, bytes);
-  if (!is_wide_sm90a(kernel)) return tucker_cut(p, bytes);
-  const Geometry g = least_tucker_cut(p);  // the factors' ring has the rest of shared memory
-  bytes = wide_sm90a_layout(g).bytes;
-  return g;
+std::vector<Geometry> sm90a_cuts(const Problem& p, const GpuKernel& kernel) {
+  if (p.op == Op::kCP) return {cp_cut(p)};
+  if (!is_wide_sm90a(kernel)) return {tucker_cut(p)};
+  std::vector<Geometry> cuts(2, least_tucker_cut(p));  // the factors' ring has the rest of shared memory
+  cuts[1].tile_n = 2;
+  if (p.n == 1) cuts.pop_back();
+  return cuts;
 }
 
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& g) {
@@ -153,11 +152,13 @@ void count_tucker(FusedFeatures& found, double turns, const Geometry& g, const T
   found[kOutputs] = turns * layout.chunks;
 }
 
-// Products are blocks of the core, of both groups; all counts are of 128 ranks.
+// Products are blocks of the core, of both groups; all counts are of 128 ranks. With two images, a block of core or
+// out_factor has twice the products, but is read once.
 void count_wide(FusedFeatures& found, double turns, const Geometry& g, const TuckerWideSm90a& layout) {
-  found[kChunks] = turns * layout.slices * layout.r1_parts / 2.0;
-  found[kProducts] = turns * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
-  found[kOutputs] = turns * layout.chunks * layout.r2_parts / 2.0;
+  const double block = layout.images == 1 ? 1 : 1.5;
+  found[kChunks] = turns * layout.images * layout.slices * layout.r1_parts / 2.0;
+  found[kProducts] = turns * block * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
+  found[kOutputs] = turns * block * layout.chunks * layout.r2_parts / 2.0;
 }
 
 double cp_flops(const CpSm90a& layout) {
@@ -196,7 +197,7 @@ double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {
   if (is_wide_sm90a(kernel)) {
     const TuckerWideSm90a layout = wide_sm90a_layout(g);
     const double r1 = layout.r1_parts * 64, r2 = layout.r2_parts * 64;
-    return tiles * tucker_flops(g, layout.kRows, r1, r1, r2);
+    return tiles * layout.images * tucker_flops(g, layout.kRows, r1, r1, r2);
   }
   const TuckerSm90a layout = sm90a_layout(g);
   return tiles * tucker_flops(g, layout.rows, TuckerSm90a::kSlice, layout.ranks, layout.ranks);

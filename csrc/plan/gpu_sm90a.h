@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "kernels/cp_sm90a.h"
 #include "kernels/tucker_sm90a.h"
@@ -15,9 +16,9 @@ bool is_sm90a(const GpuKernel& kernel);
 bool is_wide_sm90a(const GpuKernel& kernel);
 // Why the kernel cannot take a problem, on any GPU; "": it can.
 std::string sm90a_reason(const Problem& problem, const GpuKernel& kernel);
-// The cut: the kernel's tile, and as many slots of the ring as shared memory holds. `bytes` is what the smallest needs;
-// above what a CTA can have there is no cut.
-Geometry sm90a_cut(const Problem& problem, const GpuKernel& kernel, int64_t& bytes);
+// The cuts to choose from: the kernel's tile, and as many slots of the ring as shared memory holds; for wide Tucker
+// ranks of one image or of two. The first one needs least shared memory, perhaps more than a CTA can have.
+std::vector<Geometry> sm90a_cuts(const Problem& problem, const GpuKernel& kernel);
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& geometry);
 int sm90a_threads(const GpuKernel& kernel);
 int64_t sm90a_ctas(const Geometry& geometry, const GpuCaps& caps);

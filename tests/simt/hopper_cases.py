@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,11 +69,11 @@ KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
 
 
-def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
-    """With the planner's cut."""
+def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype, images: int | None = None) -> Case:
+    """With the planner's cut, or with so many images of a tile."""
     call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **KERNEL_CASES[kernel][name]).make()
     if kernel.op == TUCKER.op:
         call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
     _, _, tensors, numbers, output = Case(kernel, Cut(), call).launch()
     cut, _ = harness.planned(kernel, tensors, numbers, output, "H100")
-    return Case(kernel, cut, call)
+    return Case(kernel, replace(cut, n=images or cut.n), call)
