@@ -40,11 +40,11 @@ std::string cp_reason(const Problem& p) {
 }
 
 struct Tile {
-  int height, width, most_bytes;
+  int height, width, most_slots, most_bytes;
 };
 Tile tile_of(Op op) {
-  if (op == Op::kCP) return {CpSm90a::kTileHeight, CpSm90a::kTileWidth, CpSm90a::kMostBytes};
-  return {TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, TuckerSm90a::kMostBytes};
+  if (op == Op::kCP) return {CpSm90a::kTileHeight, CpSm90a::kTileWidth, kMaxStages, CpSm90a::kMostBytes};
+  return {TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, TuckerSm90a::kMostSlots, TuckerSm90a::kMostBytes};
 }
 
 }  // namespace
@@ -72,7 +72,7 @@ Geometry sm90a_cut(const Problem& p, int64_t& bytes) {
   Geometry g = geometry_of(p, 1, tile.height, tile.width, kLeastSlots, 1);
   const TuckerSm90a least = sm90a_layout(g);
   bytes = sm90a_bytes(p.op, g);
-  for (; g.stages < kMaxStages; ++g.stages) {
+  for (; g.stages < tile.most_slots; ++g.stages) {
     Geometry more = g;
     ++more.stages;
     if (sm90a_bytes(p.op, more) > tile.most_bytes) break;
