@@ -192,7 +192,7 @@ def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
     header = (CSRC / "kernels" / "launch.h").read_text()
     assert f"cudaError_t launch_{stem}_{line['family']}(" in header
     assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}"
-    assert line["first_architecture"] == {"sm80": 80, "simt": 75}[line["family"]]
+    assert line["first_architecture"] == {"sm90a": 90, "sm80": 80, "simt": 75}[line["family"]]
     written = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+), ", (CSRC / "plan" / "kernel_table.inc").read_text(), re.M)
     assert (stem, line["family"], str(line["config"])) in written
     assert len(written) == len(KERNELS)
@@ -206,6 +206,7 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         for op in OPS:
             configs = sorted(line["config"] for line in KERNELS if line["op"] == op and line["family"] == family)
             assert configs == list(range(count)), (op, family)
+    assert [line["config"] for line in KERNELS if line["family"] == "sm90a"] == [0, 1]
     assert len({line["name"] for line in KERNELS}) == len(KERNELS)
 
 
@@ -258,6 +259,18 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem(s=2**28), "tucker_conv2d_sm80_128x64", {}, "channels and ranks must be at most .*, got 268435456"),
         (Problem(w=2**30, stride=(1, 1), padding=(1, 2**30)), "tucker_conv2d_sm80_128x64", {}, "coordinates must be"),
         (Problem(n=0), "tucker_conv2d_sm80_128x64", {}, "nothing to compute"),
+        (Problem(), "tucker_conv2d_sm90a_64x64", {}, "its instructions exist on sm_90 alone, this GPU is sm_80"),
+        (Problem(dtype="float32"), "tucker_conv2d_sm90a_64x64", {}, "takes bfloat16 and float16"),
+        (Problem(channels_last=False), "tucker_conv2d_sm90a_64x64", {}, "takes channels_last, the input is in NCHW"),
+        (Problem(s=12), "tucker_conv2d_sm90a_64x64", {}, "must be multiples of 16 bytes"),
+        (Problem(stride=(2, 1)), "tucker_conv2d_sm90a_64x64", {}, "stride must be 1, got 2x1"),
+        (Problem(dilation=(1, 3)), "tucker_conv2d_sm90a_64x64", {}, "dilation must be 1, got 1x3"),
+        (Problem(r1=72), "tucker_conv2d_sm90a_64x64", {}, "ranks must be at most 64, got 72"),
+        (Problem(kernel=(7, 7), padding=(3, 3)), "tucker_conv2d_sm90a_64x64", {}, "at most 144 pixels, got 14x14"),
+        (Problem(t=2048), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, r"needs \d+ KiB of shared memory"),
+        (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
+        (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
+        (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),
     ],
 )
 def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, object], words: str) -> None:
@@ -309,7 +322,8 @@ def test_predictions_stay_above_the_roofline() -> None:
             for one in (found.chosen, *found.others):
                 if "ctas" in one:
                     assert one["predicted_seconds"] >= one["bytes"] / gpu["memory_bytes_per_second"]
-                    peak = gpu["fp16_flops"] if "sm80" in one["kernel"] else gpu["fp32_flops"]
+                    rates = {"sm90a": "library_fp16_flops", "sm80": "fp16_flops", "simt": "fp32_flops"}
+                    peak = gpu[rates[one["kernel"].rsplit("_", 2)[1]]]
                     assert one["predicted_seconds"] >= one["flops"] / max(peak, gpu["fp32_flops"])
 
 

@@ -122,6 +122,15 @@ FusedFeatures sm90a_features(Op op, const Geometry& g, const GpuCaps& caps) {
   return found;
 }
 
+std::vector<std::string> sm90a_notes(Op op, const Geometry& g) {
+  std::vector<std::string> notes;
+  if (op == Op::kCP) return notes;
+  const TuckerSm90a layout = sm90a_layout(g);
+  if (layout.streamed) notes.push_back("in_factor is read anew for every tile: it does not fit into shared memory");
+  if (layout.groups == 1) notes.push_back("one of two warpgroups computes: shared memory holds one hidden tile");
+  return notes;
+}
+
 double sm90a_flops(Op op, const Geometry& g) {
   const double tiles = 2 * double(g.tiles()), slice = CpSm90a::kSlice;
   if (op == Op::kCP) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "kernels/cp_sm90a.h"
 #include "kernels/tucker_sm90a.h"
@@ -22,6 +23,8 @@ int64_t sm90a_ctas(const Geometry& geometry, const GpuCaps& caps);
 // How many tiles the busiest warpgroup computes one after the other.
 int64_t sm90a_turns(Op op, const Geometry& geometry, const GpuCaps& caps);
 FusedFeatures sm90a_features(Op op, const Geometry& geometry, const GpuCaps& caps);
+// What the reader of a plan should know of it.
+std::vector<std::string> sm90a_notes(Op op, const Geometry& geometry);
 // Multiplications and additions, padding and halos included.
 double sm90a_flops(Op op, const Geometry& geometry);
 
