@@ -27,7 +27,9 @@ from benchmarks.layers import Cell, cell_from_json
 from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
-FUSED_GROUPS = ("kSm90aTucker", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt")
+FUSED_GROUPS = (
+    "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
+)  # fmt: skip
 UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 
@@ -71,7 +73,9 @@ def group_of(kernel: str, dtype: str, lean: bool) -> str:
     if "_simt_" in kernel:
         return "kSimt"
     if "_sm90a_" in kernel:
-        return "kSm90aCp" if kernel.startswith("cp_") else "kSm90aTucker"
+        if kernel.startswith("cp_"):
+            return "kSm90aCp"
+        return "kSm90aWide" if kernel.endswith("_64x128") else "kSm90aTucker"
     return ("kLean" if lean else "kSm80") + ("Words" if dtype == "tf32" else "Halves")
 
 

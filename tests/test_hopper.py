@@ -7,7 +7,7 @@ import torch
 from simt import harness
 from simt.cases import Case
 from simt.harness import Kernel, Result
-from simt.hopper_cases import CASES, CP, HALVES, TUCKER, hopper_case
+from simt.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, hopper_case
 
 
 def run(case: Case) -> Result:
@@ -30,10 +30,9 @@ def test_slots_are_as_many_as_fit() -> None:
 
 
 MUTATIONS = [
-    *((kernel, name) for kernel in (TUCKER, CP) for name in ("early_release", "short_expect")),
-    (TUCKER, "skip_fence_proxy"),
-    (TUCKER, "skip_store_wait"),
-    *((TUCKER, f"skip_group_barrier {number}") for number in range(1, 7)),
+    *((kernel, name) for kernel in (TUCKER, CP, WIDE) for name in ("early_release", "short_expect")),
+    *((kernel, name) for kernel in (TUCKER, WIDE) for name in ("skip_fence_proxy", "skip_store_wait")),
+    *((kernel, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE) for number in range(1, 7)),
     (CP, "skip_both_barrier"),
 ]
 

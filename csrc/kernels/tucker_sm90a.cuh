@@ -35,24 +35,12 @@
 // their way.
 #pragma once
 
-#include "kernels/hopper_tiles.cuh"
+#include "kernels/hopper_tucker.cuh"
 #include "kernels/tucker_sm90a.h"
 
 namespace lowrank_ops::hopper {
 
-struct TuckerParams {
-  CUtensorMap input;       // [N, H, W, S], boxes of a halo x 64 channels
-  CUtensorMap in_factor;   // [R1, S], boxes 64 x 64
-  CUtensorMap core;        // [R2, KH, KW, R1], boxes of a tap
-  CUtensorMap out_factor;  // [T, R2], boxes 64 x 64
-  CUtensorMap output;      // [N, OH, OW, T], boxes 8 x 8 x 64
-  const void* bias;        // [T] or null
-  TuckerSm90a layout;
-  Tiles tiles;
-  int t, halo_w, taps_h, taps_w, padding_h, padding_w;
-  int slice_box;  // bytes of a slice's box
-  Activation activation;
-};
+using TuckerParams = TuckerParamsOf<TuckerSm90a>;
 
 // Addresses of the barriers.
 struct Barriers {
@@ -193,21 +181,7 @@ struct TuckerGroup {
   LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[rows / 2]) {
     if (first_thread()) wait_stores_read<0>();
     group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
-    if (warp * 16 < ranks) {
-      // Lanes 8 m to 8 m + 7 give the pixels of matrix m: ranks 16 warp + 8 (m % 2), pixels 8 (m / 2) + lane % 8.
-      const uint32_t row = hidden + (lane / 16 * 8 + lane % 8) * TuckerSm90a::kRowBytes +
-                           ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
-#pragma unroll
-      for (int j = 0; j + 1 < rows / 8; j += 2)
-        store_matrices<true>(row + j * 8 * TuckerSm90a::kRowBytes, pack<half>(sums[4 * j], sums[4 * j + 1]),
-                             pack<half>(sums[4 * j + 2], sums[4 * j + 3]), pack<half>(sums[4 * j + 4], sums[4 * j + 5]),
-                             pack<half>(sums[4 * j + 6], sums[4 * j + 7]));
-      if constexpr (rows / 8 % 2 == 1) {
-        constexpr int j = rows / 8 - 1;
-        store_matrices_transposed(row + j * 8 * TuckerSm90a::kRowBytes, pack<half>(sums[4 * j], sums[4 * j + 1]),
-                                  pack<half>(sums[4 * j + 2], sums[4 * j + 3]));
-      }
-    }
+    if (warp * 16 < ranks) store_ranks<half, rows>(hidden, sums, warp, lane);
     fence_proxy();
     group_barrier(group);
   }
@@ -242,14 +216,7 @@ struct TuckerGroup {
 
   // Stage 3: the sums of a chunk of 64 channels start as the bias.
   LOWRANK_OPS_HOPPER void multiply(float (&sums)[32], uint32_t (&second)[kSteps][4], int chunk) {
-    const uint32_t bias = base + p.layout.bias + (chunk * TuckerSm90a::kSlice + lane % 4 * 2) * 4;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float a, b;
-      load_shared(bias + j * 32, a, b);
-      sums[4 * j] = sums[4 * j + 2] = a;
-      sums[4 * j + 1] = sums[4 * j + 3] = b;
-    }
+    start_with_bias(sums, base + p.layout.bias + chunk * TuckerSm90a::kSlice * 4, lane);
     pin(sums);
     wgmma_fence();
     const uint64_t factor = swizzled(base + p.layout.out_factor + chunk * TuckerSm90a::kBlockBytes, 1024);
@@ -269,16 +236,7 @@ struct TuckerGroup {
       if (chunk > 1 && first_thread()) wait_stores_read<1>();
       group_barrier(group);
     }
-    const uint32_t row = staged + (warp * 16 + lane % 8) * TuckerSm90a::kRowBytes;
-#pragma unroll
-    for (int upper = 0; upper < 2; ++upper)
-#pragma unroll
-      for (int j = 0; j < 8; j += 4)
-        store_matrices<false>(row + upper * 8 * TuckerSm90a::kRowBytes + ((j + lane / 8) ^ (lane % 8)) * 16,
-                              pack<half>(values[4 * j + 2 * upper], values[4 * j + 2 * upper + 1]),
-                              pack<half>(values[4 * j + 4 + 2 * upper], values[4 * j + 5 + 2 * upper]),
-                              pack<half>(values[4 * j + 8 + 2 * upper], values[4 * j + 9 + 2 * upper]),
-                              pack<half>(values[4 * j + 12 + 2 * upper], values[4 * j + 13 + 2 * upper]));
+    stage_chunk<half>(staged, values, warp, lane);
     fence_proxy();
     group_barrier(group);
     if (first_thread()) {

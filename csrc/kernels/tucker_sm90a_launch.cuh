@@ -1,4 +1,4 @@
-// From the parameters of a call to those of the sm90a Tucker kernel, and its launch.
+// From the parameters of a call to those of the sm90a Tucker kernels, and the instances of the narrow one.
 #pragma once
 
 #include "kernels/launch.h"
@@ -7,11 +7,13 @@
 
 namespace lowrank_ops::hopper {
 
-// False: the driver has made no tensor maps for these tensors.
-inline bool tucker_params(TuckerParams& to, const BlockParams& block, DType dtype) {
-  using L = TuckerSm90a;
+// False: the driver has made no tensor maps for these tensors. `in_rows`, `core_rows`: ranks in a box of in_factor (R1)
+// and of the core (R2).
+template <class L>
+bool tucker_params(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, const L& layout, int in_rows,
+                   int core_rows) {
   const Geometry& g = block.geometry;
-  to.layout = sm90a_layout(g);
+  to.layout = layout;
   to.bias = block.bias;
   to.tiles = tiles_of(g);
   to.t = g.t;
@@ -30,12 +32,17 @@ inline bool tucker_params(TuckerParams& to, const BlockParams& block, DType dtyp
          encode(to.output,
                 {block.output, 4, {g.t, g.columns.out, g.rows.out, g.n}, {1, out[3], out[2], out[0]},
                  {L::kSlice, L::kTileSide, L::kTileSide, 1}}, dtype) &&
-         encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, L::kSlice}}, dtype) &&
+         encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, in_rows}}, dtype) &&
          encode(to.core,
                 {core.data, 4, {g.r1, g.columns.kernel, g.rows.kernel, g.r2},
-                 {1, core.tap_stride[1], core.tap_stride[0], core.row_stride}, {L::kSlice, 1, 1, to.layout.ranks}},
+                 {1, core.tap_stride[1], core.tap_stride[0], core.row_stride}, {L::kSlice, 1, 1, core_rows}},
                 dtype) &&
          encode(to.out_factor, {last.data, 2, {g.r2, g.t}, {1, last.row_stride}, {L::kSlice, L::kSlice}}, dtype);
+}
+
+inline bool tucker_params(TuckerParams& to, const BlockParams& block, DType dtype) {
+  const TuckerSm90a layout = sm90a_layout(block.geometry);
+  return tucker_params(to, block, dtype, layout, TuckerSm90a::kSlice, layout.ranks);
 }
 
 using TuckerKernel = void (*)(TuckerParams);

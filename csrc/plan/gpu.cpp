@@ -177,7 +177,7 @@ bool is_simt(const GpuKernel& kernel) {
 }
 
 int threads_of(const GpuKernel& kernel) {
-  return is_sm90a(kernel) ? sm90a_threads(kernel.op) : kernel.shape.threads();
+  return is_sm90a(kernel) ? sm90a_threads(kernel) : kernel.shape.threads();
 }
 
 bool is_lean(const Problem& p, const GpuKernel& kernel) {
@@ -188,7 +188,7 @@ bool is_lean(const Problem& p, const GpuKernel& kernel) {
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
   if (is_sm90a(kernel)) {  // the rest is their own (kernels/<op>_sm90a.h)
     SharedLayout layout;
-    layout.bytes = sm90a_bytes(p.op, geometry);
+    layout.bytes = sm90a_bytes(kernel, geometry);
     return layout;
   }
   return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker, is_lean(p, kernel));
@@ -215,7 +215,7 @@ namespace {
 std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const Plan& plan,
                                   const SharedLayout& l) {
   const Geometry& g = plan.geometry;
-  std::vector<std::string> notes = is_sm90a(kernel) ? sm90a_notes(p.op, g) : std::vector<std::string>();
+  std::vector<std::string> notes = is_sm90a(kernel) ? sm90a_notes(kernel, g) : std::vector<std::string>();
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images a tile");
@@ -250,7 +250,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
 
 GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   GpuCandidate candidate;
-  const std::string own = is_sm90a(kernel) ? sm90a_reason(p) : dtype_reason(p, kernel);
+  const std::string own = is_sm90a(kernel) ? sm90a_reason(p, kernel) : dtype_reason(p, kernel);
   for (const std::string& reason : {own, architecture_reason(kernel, caps), size_reason(p)}) {
     if (reason.empty()) continue;
     candidate.reason = reason;

@@ -34,6 +34,7 @@ double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps
 
 const FusedConstants& constants_of(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) return kSimt;
+  if (is_wide_sm90a(kernel)) return kSm90aWide;
   if (is_sm90a(kernel)) return p.op == Op::kCP ? kSm90aCp : kSm90aTucker;
   const bool words = element_bytes(p.dtype) == 4;
   if (is_lean(p, kernel)) return words ? kLeanWords : kLeanHalves;
@@ -181,7 +182,7 @@ int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const Gpu
 
 FusedFeatures fused_features(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l,
                              const GpuCaps& caps) {
-  if (is_sm90a(kernel)) return sm90a_features(p.op, g, caps);
+  if (is_sm90a(kernel)) return sm90a_features(kernel, g, caps);
   FusedFeatures found = Counter(p, kernel, g, l).found();
   const double times = rounds(g, kernel, caps, ctas_per_multiprocessor(p, kernel, caps, l.bytes));
   for (double& value : found) value *= times;
@@ -198,8 +199,8 @@ void count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps&
   plan.bytes = block_bytes(p);
   if (is_sm90a(kernel)) {
     plan.ctas = sm90a_ctas(g, caps);
-    plan.waves = double(sm90a_turns(p.op, g, caps));
-    plan.flops = sm90a_flops(p.op, g);
+    plan.waves = double(sm90a_turns(kernel, g, caps));
+    plan.flops = sm90a_flops(kernel, g);
     return;
   }
   const int64_t together = ctas_per_multiprocessor(p, kernel, caps, l.bytes), sms = caps.multiprocessors;

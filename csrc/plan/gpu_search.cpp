@@ -142,9 +142,9 @@ class Search {
 namespace {
 
 // There is nothing to choose.
-FoundCut only_cut(const Problem& problem, const GpuCaps& caps) {
+FoundCut only_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
   FoundCut found;
-  found.geometry = sm90a_cut(problem, found.least_shared_bytes);
+  found.geometry = sm90a_cut(problem, kernel, found.least_shared_bytes);
   found.too_many_ctas = found.geometry.tiles() > INT_MAX;
   if (found.too_many_ctas || found.least_shared_bytes > caps.shared_bytes_cta) found.geometry.stages = 0;
   return found;
@@ -153,7 +153,7 @@ FoundCut only_cut(const Problem& problem, const GpuCaps& caps) {
 }  // namespace
 
 FoundCut search_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
-  if (is_sm90a(kernel)) return only_cut(problem, caps);
+  if (is_sm90a(kernel)) return only_cut(problem, kernel, caps);
   return Search(problem, kernel, caps).run();
 }
 

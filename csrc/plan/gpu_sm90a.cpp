@@ -19,15 +19,30 @@ std::string above(const char* what, int64_t value, int64_t most) {
   return value <= most ? "" : std::string(what) + " must be at most " + number(most) + ", got " + number(value);
 }
 
-std::string tucker_reason(const Problem& p) {
-  using L = TuckerSm90a;
-  std::string reason = above("ranks", std::max(p.r1, p.r2), L::kMostRank);
+// Of either Tucker kernel: its ranks, and the pixels of a tile with its halo.
+std::string tucker_reason(const Problem& p, int most_rank, int most_pixels) {
+  std::string reason = above("ranks", std::max(p.r1, p.r2), most_rank);
   if (reason.empty()) reason = above("channels", std::max(p.s, p.t), kMostChannels);
   if (!reason.empty()) return reason;
-  const int64_t height = L::kTileSide - 1 + p.kh, width = L::kTileSide - 1 + p.kw;
-  if (height > L::kMostRows || width > L::kMostRows || height * width > L::kMostRows)
-    return "a tile with its halo must have at most " + number(L::kMostRows) + " pixels, got " + pair(height, width);
+  const int64_t height = TuckerSm90a::kTileSide - 1 + p.kh, width = TuckerSm90a::kTileSide - 1 + p.kw;
+  if (height > most_pixels || width > most_pixels || height * width > most_pixels)
+    return "a tile with its halo must have at most " + number(most_pixels) + " pixels, got " + pair(height, width);
   return "";
+}
+std::string tucker_reason(const Problem& p) {
+  return tucker_reason(p, TuckerSm90a::kMostRank, TuckerSm90a::kMostRows);
+}
+
+Geometry least_tucker_cut(const Problem& p) {
+  return geometry_of(p, 1, TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, kLeastSlots, 1);
+}
+
+std::string wide_reason(const Problem& p) {
+  const std::string reason = tucker_reason(p, TuckerWideSm90a::kMostRank, TuckerWideSm90a::kRows);
+  if (!reason.empty()) return reason;
+  const bool other_fits =
+      tucker_reason(p).empty() && sm90a_layout(least_tucker_cut(p)).bytes <= TuckerSm90a::kMostBytes;
+  return other_fits ? "ranks up to " + number(TuckerSm90a::kMostRank) + " have a kernel of their own" : "";
 }
 
 std::string cp_reason(const Problem& p) {
@@ -39,21 +54,17 @@ std::string cp_reason(const Problem& p) {
   return reason;
 }
 
-struct Tile {
-  int height, width, most_slots, most_bytes;
-};
-Tile tile_of(Op op) {
-  if (op == Op::kCP) return {CpSm90a::kTileHeight, CpSm90a::kTileWidth, kMaxStages, CpSm90a::kMostBytes};
-  return {TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, TuckerSm90a::kMostSlots, TuckerSm90a::kMostBytes};
-}
-
 }  // namespace
 
 bool is_sm90a(const GpuKernel& kernel) {
   return std::strcmp(kernel.family, "sm90a") == 0;
 }
 
-std::string sm90a_reason(const Problem& p) {
+bool is_wide_sm90a(const GpuKernel& kernel) {
+  return is_sm90a(kernel) && kernel.config == kSm90aWideConfig;
+}
+
+std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kHalf) return "takes bfloat16 and float16";
   if (p.layout != Layout::kChannelsLast) return "takes channels_last, the input is in NCHW";
   const CopyWidths widths = copy_widths(p);
@@ -63,87 +74,141 @@ std::string sm90a_reason(const Problem& p) {
   if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + pair(p.stride[0], p.stride[1]);
   const bool dilated = (p.kh > 1 && p.dilation[0] != 1) || (p.kw > 1 && p.dilation[1] != 1);
   if (dilated) return "dilation must be 1, got " + pair(p.dilation[0], p.dilation[1]);
-  return p.op == Op::kCP ? cp_reason(p) : tucker_reason(p);
+  if (p.op == Op::kCP) return cp_reason(p);
+  return is_wide_sm90a(kernel) ? wide_reason(p) : tucker_reason(p);
 }
 
-// As many slots as possible, but for Tucker none more for the price of a group or of streaming in_factor.
-Geometry sm90a_cut(const Problem& p, int64_t& bytes) {
-  const Tile tile = tile_of(p.op);
-  Geometry g = geometry_of(p, 1, tile.height, tile.width, kLeastSlots, 1);
+namespace {
+
+// As many slots as possible.
+Geometry cp_cut(const Problem& p, int64_t& bytes) {
+  using L = CpSm90a;
+  Geometry g = geometry_of(p, 1, L::kTileHeight, L::kTileWidth, kLeastSlots, 1);
+  bytes = cp_sm90a_layout(g).bytes;
+  for (Geometry more = g; more.stages <= kMaxStages && cp_sm90a_layout(more).bytes <= L::kMostBytes; ++more.stages)
+    g = more;
+  return g;
+}
+
+// As many slots as possible, but none for the price of a group or of streaming in_factor.
+Geometry tucker_cut(const Problem& p, int64_t& bytes) {
+  Geometry g = least_tucker_cut(p);
   const TuckerSm90a least = sm90a_layout(g);
-  bytes = sm90a_bytes(p.op, g);
-  for (; g.stages < tile.most_slots; ++g.stages) {
-    Geometry more = g;
-    ++more.stages;
-    if (sm90a_bytes(p.op, more) > tile.most_bytes) break;
+  bytes = least.bytes;
+  for (Geometry more = g; more.stages <= TuckerSm90a::kMostSlots; ++more.stages) {
     const TuckerSm90a layout = sm90a_layout(more);
-    if (p.op == Op::kTucker && (layout.groups != least.groups || layout.streamed != least.streamed)) break;
+    if (layout.bytes > TuckerSm90a::kMostBytes || layout.groups != least.groups || layout.streamed != least.streamed)
+      break;
+    g = more;
   }
   return g;
 }
 
-int sm90a_bytes(Op op, const Geometry& g) {
-  return op == Op::kCP ? cp_sm90a_layout(g).bytes : sm90a_layout(g).bytes;
+}  // namespace
+
+Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel, int64_t& bytes) {
+  if (p.op == Op::kCP) return cp_cut(p, bytes);
+  if (!is_wide_sm90a(kernel)) return tucker_cut(p, bytes);
+  const Geometry g = least_tucker_cut(p);  // the factors' ring has the rest of shared memory
+  bytes = wide_sm90a_layout(g).bytes;
+  return g;
 }
 
-int sm90a_threads(Op op) {
-  return op == Op::kCP ? CpSm90a::kThreads : TuckerSm90a::kThreads;
+int sm90a_bytes(const GpuKernel& kernel, const Geometry& g) {
+  if (kernel.op == Op::kCP) return cp_sm90a_layout(g).bytes;
+  return is_wide_sm90a(kernel) ? wide_sm90a_layout(g).bytes : sm90a_layout(g).bytes;
+}
+
+int sm90a_threads(const GpuKernel& kernel) {
+  if (kernel.op == Op::kCP) return CpSm90a::kThreads;
+  return is_wide_sm90a(kernel) ? TuckerWideSm90a::kThreads : TuckerSm90a::kThreads;
 }
 
 int64_t sm90a_ctas(const Geometry& g, const GpuCaps& caps) {
   return std::min<int64_t>(g.tiles(), caps.multiprocessors);
 }
 
-int64_t sm90a_turns(Op op, const Geometry& g, const GpuCaps& caps) {
-  const int groups = op == Op::kCP ? 1 : sm90a_layout(g).groups;  // CP's share a tile
+int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& g, const GpuCaps& caps) {
+  const int groups = kernel.op == Op::kCP    ? 1  // they share a tile
+                     : is_wide_sm90a(kernel) ? TuckerWideSm90a::kGroups
+                                             : sm90a_layout(g).groups;
   return ceil_div(ceil_div(g.tiles(), sm90a_ctas(g, caps)), int64_t(groups));
 }
 
+namespace {
+
 // Steps of products are wgmmas of depth 16 and 64 columns.
-FusedFeatures sm90a_features(Op op, const Geometry& g, const GpuCaps& caps) {
-  const double turns = double(sm90a_turns(op, g, caps));
-  FusedFeatures found{};
-  found[kCtas] = 1;
-  found[kWaits] = turns;
-  if (op == Op::kCP) {
-    const CpSm90a layout = cp_sm90a_layout(g);
-    found[kChunks] = turns * layout.slices;
-    found[kDepthwise] = turns * layout.parts;
-    found[kProducts] = turns * layout.parts * 4 * (1.25 * layout.slices + layout.channels / 64.0);
-    found[kOutputs] = turns * layout.channels / 64;
-    return found;
-  }
-  const TuckerSm90a layout = sm90a_layout(g);
+void count_cp(FusedFeatures& found, double turns, const CpSm90a& layout) {
+  found[kChunks] = turns * layout.slices;
+  found[kDepthwise] = turns * layout.parts;
+  found[kProducts] = turns * layout.parts * 4 * (1.25 * layout.slices + layout.channels / 64.0);
+  found[kOutputs] = turns * layout.channels / 64;
+}
+
+void count_tucker(FusedFeatures& found, double turns, const Geometry& g, const TuckerSm90a& layout) {
   const double taps = g.taps() * layout.ranks / double(TuckerSm90a::kSlice);
   found[kCopies] = (layout.streamed ? 0 : layout.slices) + layout.chunks + taps;  // blocks of factors, once
   found[kChunks] = turns * layout.slices * (layout.streamed ? 1.5 : 1);
   found[kProducts] = turns * taps * layout.ranks / 16;
   found[kOutputs] = turns * layout.chunks;
+}
+
+// Products are blocks of the core, of both groups; all counts are of 128 ranks.
+void count_wide(FusedFeatures& found, double turns, const Geometry& g, const TuckerWideSm90a& layout) {
+  found[kChunks] = turns * layout.slices * layout.r1_parts / 2.0;
+  found[kProducts] = turns * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
+  found[kOutputs] = turns * layout.chunks * layout.r2_parts / 2.0;
+}
+
+double cp_flops(const CpSm90a& layout) {
+  const double slice = CpSm90a::kSlice, rank = layout.parts * slice;
+  const double pixels = CpSm90a::kTileHeight * CpSm90a::kTileWidth;
+  const double first = CpSm90a::kHaloPixels * rank * layout.slices * slice;
+  const double middle = rank * CpSm90a::kTaps * pixels * (1 + CpSm90a::kHaloWidth / double(CpSm90a::kTileWidth));
+  return first + middle + 2 * slice * layout.channels * rank;
+}
+
+// `first_rows`: ranks that stage 1 computes, R1 and R2 padded; all tiles have 64 pixels.
+double tucker_flops(const Geometry& g, double halo_rows, double first_rows, double r1, double r2) {
+  const double s = double(round_up(g.s, 64)), t = double(round_up(g.t, 64));
+  return halo_rows * first_rows * s + 64 * (g.taps() * r1 * r2 + t * r2);
+}
+
+}  // namespace
+
+FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const GpuCaps& caps) {
+  const double turns = double(sm90a_turns(kernel, g, caps));
+  FusedFeatures found{};
+  found[kCtas] = 1;
+  found[kWaits] = turns;
+  if (kernel.op == Op::kCP)
+    count_cp(found, turns, cp_sm90a_layout(g));
+  else if (is_wide_sm90a(kernel))
+    count_wide(found, turns, g, wide_sm90a_layout(g));
+  else
+    count_tucker(found, turns, g, sm90a_layout(g));
   return found;
 }
 
-std::vector<std::string> sm90a_notes(Op op, const Geometry& g) {
+std::vector<std::string> sm90a_notes(const GpuKernel& kernel, const Geometry& g) {
   std::vector<std::string> notes;
-  if (op == Op::kCP) return notes;
+  if (kernel.op == Op::kCP || is_wide_sm90a(kernel)) return notes;
   const TuckerSm90a layout = sm90a_layout(g);
   if (layout.streamed) notes.push_back("in_factor is read anew for every tile: it does not fit into shared memory");
   if (layout.groups == 1) notes.push_back("one of two warpgroups computes: shared memory holds one hidden tile");
   return notes;
 }
 
-double sm90a_flops(Op op, const Geometry& g) {
-  const double tiles = 2 * double(g.tiles()), slice = CpSm90a::kSlice;
-  if (op == Op::kCP) {
-    const CpSm90a layout = cp_sm90a_layout(g);
-    const double rank = layout.parts * slice, pixels = CpSm90a::kTileHeight * CpSm90a::kTileWidth;
-    const double first = CpSm90a::kHaloPixels * rank * layout.slices * slice;
-    const double middle = rank * CpSm90a::kTaps * pixels * (1 + CpSm90a::kHaloWidth / double(CpSm90a::kTileWidth));
-    return tiles * (first + middle + 2 * slice * layout.channels * rank);
+double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {
+  const double tiles = 2 * double(g.tiles());
+  if (kernel.op == Op::kCP) return tiles * cp_flops(cp_sm90a_layout(g));
+  if (is_wide_sm90a(kernel)) {
+    const TuckerWideSm90a layout = wide_sm90a_layout(g);
+    const double r1 = layout.r1_parts * 64, r2 = layout.r2_parts * 64;
+    return tiles * tucker_flops(g, layout.kRows, r1, r1, r2);
   }
   const TuckerSm90a layout = sm90a_layout(g);
-  const double first = layout.rows * slice * layout.slices * slice;
-  const double middle = slice * g.taps() * layout.ranks * layout.ranks;
-  return tiles * (first + middle + slice * layout.chunks * slice * layout.ranks);
+  return tiles * tucker_flops(g, layout.rows, TuckerSm90a::kSlice, layout.ranks, layout.ranks);
 }
 
 }  // namespace lowrank_ops

@@ -4,6 +4,7 @@
 
 #include "kernels/cp_sm90a_launch.cuh"
 #include "kernels/tucker_sm90a_launch.cuh"
+#include "kernels/tucker_wide_sm90a_launch.cuh"
 #include "module.h"
 
 namespace lowrank_ops {
@@ -26,21 +27,34 @@ inline bool encode(CUtensorMap& map, const Boxes& boxes, DType) {
 
 }  // namespace hopper
 
+namespace {
+
 // Two CTAs, so that each has several tiles.
-cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
-  hopper::TuckerParams to{};
-  if (config != 0 || !hopper::tucker_params(to, params, dtype)) return cudaErrorInvalidValue;
-  const bool done = hopper::run_ctas(hopper::tucker_kernel(to.layout, dtype), least(to.tiles.count, 2),
-                                     TuckerSm90a::kThreads, to.layout.bytes, to);
+template <typename Params>
+cudaError_t run_on_two(void (*kernel)(Params), int threads, const Params& params) {
+  const bool done = hopper::run_ctas(kernel, least(params.tiles.count, 2), threads, params.layout.bytes, params);
   return done ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+cudaError_t launch_wide(const BlockParams& params, DType dtype) {
+  hopper::WideParams to{};
+  if (!hopper::wide_params(to, params, dtype)) return cudaErrorInvalidValue;
+  return run_on_two(hopper::wide_kernel(to.layout, dtype), TuckerWideSm90a::kThreads, to);
+}
+
+}  // namespace
+
+cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
+  if (config == kSm90aWideConfig) return launch_wide(params, dtype);
+  hopper::TuckerParams to{};
+  if (config != kSm90aTuckerConfig || !hopper::tucker_params(to, params, dtype)) return cudaErrorInvalidValue;
+  return run_on_two(hopper::tucker_kernel(to.layout, dtype), TuckerSm90a::kThreads, to);
 }
 
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::CpParams to{};
-  if (config != 1 || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
-  const bool done = hopper::run_ctas(hopper::cp_kernel(to.layout, dtype), least(to.tiles.count, 2), CpSm90a::kThreads,
-                                     to.layout.bytes, to);
-  return done ? cudaSuccess : cudaErrorLaunchFailure;
+  if (config != kSm90aCpConfig || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
+  return run_on_two(hopper::cp_kernel(to.layout, dtype), CpSm90a::kThreads, to);
 }
 
 }  // namespace lowrank_ops

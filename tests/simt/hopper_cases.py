@@ -12,6 +12,7 @@ from simt.harness import Cut, Kernel
 
 TUCKER = Kernel("tucker_conv2d", "sm90a", 0)
 CP = Kernel("cp_conv2d", "sm90a", 1)
+WIDE = Kernel("tucker_conv2d", "sm90a", 2)
 HALVES = (torch.bfloat16, torch.float16)
 SAME = dict(kernel=(3, 3), padding=(1, 1))
 
@@ -46,14 +47,31 @@ CP_CASES: dict[str, dict[str, Any]] = {
     "one pixel": dict(n=3, s=32, t=32, r1=16, h=1, w=1, **SAME),
     "much of everything": dict(n=3, s=136, t=160, r1=136, h=17, w=16, **SAME),
 }
-CASES = [*((TUCKER, name) for name in TUCKER_CASES), *((CP, name) for name in CP_CASES)]
+WIDE_CASES: dict[str, dict[str, Any]] = {
+    "whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=16, **SAME),
+    "every size padded": dict(n=2, s=72, t=136, r1=104, r2=88, h=9, w=11, **SAME, activation="relu"),
+    "a wide R1": dict(n=1, s=40, t=72, r1=128, r2=72, h=8, w=17, **SAME, activation="silu"),
+    "a wide R2": dict(n=1, s=72, t=40, r1=72, r2=128, h=9, w=8, **SAME, bias=False),
+    "R1 alone above 64": dict(n=1, s=64, t=72, r1=80, r2=64, h=8, w=17, **SAME),
+    "R2 alone above 64": dict(n=1, s=72, t=64, r1=24, r2=72, h=9, w=8, **SAME),
+    "narrow ranks, large factors": dict(n=1, s=72, t=1480, r1=48, r2=40, h=4, w=5, **SAME, activation="relu"),
+    "many slices and chunks": dict(n=1, s=328, t=328, r1=96, r2=96, h=9, w=9, **SAME, activation="gelu"),
+    "1x1 core": dict(n=1, s=64, t=64, r1=72, r2=80, h=9, w=9, kernel=(1, 1), activation="relu6"),
+    "tall core": dict(n=1, s=32, t=32, r1=72, r2=72, h=12, w=9, kernel=(5, 1), padding=(2, 0)),
+    "uneven core, no padding": dict(n=1, s=32, t=32, r1=96, r2=72, h=12, w=11, kernel=(2, 3)),
+    "padding beyond the core": dict(n=1, s=32, t=32, r1=72, r2=72, h=4, w=5, kernel=(3, 3), padding=(4, 2)),
+    "one pixel": dict(n=3, s=32, t=32, r1=72, r2=72, h=1, w=1, **SAME),
+    "an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=15, w=24, kernel=(1, 1)),
+    "much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=17, w=16, **SAME, activation="hardswish"),
+}
+KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
+CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
 
 
 def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
     """With the planner's cut."""
-    options = (TUCKER_CASES if kernel == TUCKER else CP_CASES)[name]
-    call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **options).make()
-    if kernel == TUCKER:
+    call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **KERNEL_CASES[kernel][name]).make()
+    if kernel.op == TUCKER.op:
         call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
     _, _, tensors, numbers, output = Case(kernel, Cut(), call).launch()
     cut, _ = harness.planned(kernel, tensors, numbers, output, "H100")
