@@ -25,7 +25,7 @@ import build_cuda
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "plan" / "kernel_table.inc"
 OPS = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
-HOPPER_CONFIGS = {"tucker": 0, "cp": 1}  # by the kernel's name
+HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2}  # by the kernel's name
 ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64", "float": "fp32"}
 # Tensor cores by warp and by warpgroup; ldmatrix; asynchronous copies, the copy engine's loads; shared, global and
 # local memory; barriers.
@@ -95,7 +95,7 @@ def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -
     if hopper := re.search(r"(\w+)_sm90a_kernel<(true|false), ([^>]*)>", function):
         config = HOPPER_CONFIGS.get(hopper[1], -1)
         name = names.get((hopper[1].split("_")[0], "sm90a", config))
-        return name and (name, "fp16" if hopper[2] == "true" else "bf16", hopper[3])
+        return (name, "fp16" if hopper[2] == "true" else "bf16", str(hopper[3])) if name else None
     match = re.search(r"block_kernel<.*?, \w+::\w+<(?:\w+::)?(\w+)[^>]*>, .*?(\d+), (true|false)>", function)
     op, family = source.split("_", 1)
     if match is None or match[1] not in ELEMENTS or (op, family, int(match[2])) not in names:
@@ -176,8 +176,9 @@ def markdown(report: list[Instantiation], version: str) -> str:
         "",
         f"Written by `make kernel-report` with nvcc {version}; nothing here was measured on a GPU. A number for each "
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
-        "Shared memory is dynamic (`shared_layout` of csrc/kernels/geometry.h). sm90a kernels are compiled for sm_90a alone, "
-        "once per case: padded ranks and rows of a slice (Tucker), padded output channels and input slices (CP).",
+        "Shared memory is dynamic (`shared_layout` of csrc/kernels/geometry.h). Kernels of sm90a are compiled for "
+        "sm_90a alone, once per case: padded ranks and rows of a slice (Tucker 64x64), parts of 64 of R1 and R2 (Tucker "
+        "64x128), padded output channels and input slices (CP).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)

@@ -61,7 +61,10 @@ def test_every_kernel_of_the_table_was_compiled(report: list[Instantiation], wan
     assert len(built) == len(report)
     for (_, family, _), kernel in kernel_report.table().items():
         if family == "sm90a":
-            assert {(dtype, number) for name, dtype, _, number in built if name == kernel} == {("bf16", 90), ("fp16", 90)}
+            assert {(dtype, number) for name, dtype, _, number in built if name == kernel} == {
+                ("bf16", 90),
+                ("fp16", 90),
+            }
         for entry, case in itertools.product(wanted, CASES[family]):
             dtypes = {dtype for name, dtype, *rest in built if [name, *rest] == [kernel, case, entry.number]}
             assert dtypes - {"fp64"} == DTYPES[family], f"{kernel} for sm_{entry.number}"

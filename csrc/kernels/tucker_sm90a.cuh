@@ -1,4 +1,5 @@
-// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared memory.
+// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared
+// memory.
 //
 // A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 8x8 pixels
 // of the output (the 64 rows of a wgmma); with a 3x3 core:
@@ -99,7 +100,8 @@ LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barr
     RingPlace place = second ? of_group[1] : of_group[0];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t full = barriers.full(second, place.slot), slot = base + p.layout.ring + ring.slot * p.layout.slot_bytes();
+      const uint32_t full = barriers.full(second, place.slot),
+                     slot = base + p.layout.ring + ring.slot * p.layout.slot_bytes();
       wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
       barrier_expect(full, bytes);
       load_box(slot, &p.input, full, s * TuckerSm90a::kSlice, at.x - p.padding_w, at.y - p.padding_h, at.n);
@@ -156,8 +158,8 @@ struct TuckerGroup {
       const uint32_t slice = base + p.layout.ring + slot * p.layout.slot_bytes();
       wait_phase(barriers.full(group, arrival.slot), arrival.parity);
       __syncwarp();
-      const uint32_t factor = p.layout.streamed ? slice + p.layout.slice_bytes()
-                                                : base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
+      const uint32_t factor =
+          p.layout.streamed ? slice + p.layout.slice_bytes() : base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
       const uint64_t a = swizzled(factor, 1024), b = swizzled(slice, 1024);
       wgmma_fence();
 #pragma unroll

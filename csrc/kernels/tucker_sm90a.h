@@ -15,16 +15,16 @@ struct TuckerSm90a {
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kMostRank = 64, kMostRows = 144;  // of the hidden tile
   static constexpr int kMostSlots = 8;
-  static constexpr int kBarrierBytes = 256;              // kMostSlots x (kGroups + 1) and 3 more, of 8 bytes
-  static constexpr int kMostBytes = 232448;              // of a CTA's shared memory on every GPU of this architecture
+  static constexpr int kBarrierBytes = 256;  // kMostSlots x (kGroups + 1) and 3 more, of 8 bytes
+  static constexpr int kMostBytes = 232448;  // of a CTA's shared memory on every GPU of this architecture
 
-  int rows = 0;              // of a slice of the input and of the hidden tile: halo pixels, padded to what wgmma takes
-  int ranks = 0;             // 32 or 64: R1 and R2, padded
+  int rows = 0;   // of a slice of the input and of the hidden tile: halo pixels, padded to what wgmma takes
+  int ranks = 0;  // 32 or 64: R1 and R2, padded
   int slices = 0, chunks = 0;  // of 64 input channels, of 64 output channels
-  int groups = kGroups;      // warpgroups that compute: the second one idles where shared memory is short
-  int slots = 0;             // of the ring of slices that the groups share
-  int skip = 0;              // slots from the end of a group's tile to its next one
-  bool streamed = false;     // in_factor comes with the input's slices for each tile; else it stays in shared memory
+  int groups = kGroups;        // warpgroups that compute: the second one idles where shared memory is short
+  int slots = 0;               // of the ring of slices that the groups share
+  int skip = 0;                // slots from the end of a group's tile to its next one
+  bool streamed = false;       // in_factor comes with the input's slices for each tile; else it stays in shared memory
 
   // Offsets in shared memory.
   int bias = 0, hidden = 0, in_factor = 0, core = 0, out_factor = 0, ring = 0, bytes = 0;

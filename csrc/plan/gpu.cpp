@@ -21,8 +21,8 @@ constexpr Op kOp_tucker = Op::kTucker, kOp_cp = Op::kCP, kOp_linear = Op::kLinea
 #define LOWRANK_OPS_NAME_linear "lowrank_linear"
 constexpr Family kFamily_sm90a = Family::kSm90a, kFamily_sm80 = Family::kSm80, kFamily_simt = Family::kSimt;
 constexpr int kFirst_sm90a = 90;  // and no other: wgmma, setmaxnreg
-constexpr int kFirst_sm80 = 80;  // mma.sync with bf16 and tf32, cp.async
-constexpr int kFirst_simt = 75;  // what nvcc 13 still compiles for
+constexpr int kFirst_sm80 = 80;   // mma.sync with bf16 and tf32, cp.async
+constexpr int kFirst_simt = 75;   // what nvcc 13 still compiles for
 
 constexpr int kSimtDoubleConfig = 1;  // the one whose fp64 sums fit into the registers
 
@@ -182,7 +182,8 @@ int threads_of(const GpuKernel& kernel) {
 
 bool is_lean(const Problem& p, const GpuKernel& kernel) {
   const CopyWidths widths = copy_widths(p);
-  return !is_simt(kernel) && !is_sm90a(kernel) && std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
+  return !is_simt(kernel) && !is_sm90a(kernel) &&
+         std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
 }
 
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
