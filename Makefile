@@ -73,7 +73,7 @@ check-cuda-build:
 	cd build/cuda_torch/src && ../venv/bin/python -m pytest $(CUDA_BUILD_TESTS)
 
 # initcheck looks at every kernel, torch's too: it has to see who wrote what ours read.
-OURS := --kernel-name kernel_substring=block_kernel
+OURS := --kernel-name kernel_substring=lowrank_ops
 sanitize: .venv/built
 	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $$tool \

@@ -82,7 +82,7 @@ sanitizer() { # $1 the tool, then its options, last which tests
   ready && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "${@:1:$#-1}" --error-exitcode 1 \
     --print-limit 20 "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/test_cuda_kernels.py -k "${*: -1}"
 }
-OURS=(--kernel-name kernel_substring=block_kernel)
+OURS=(--kernel-name kernel_substring=lowrank_ops)
 
 benchmark() { ready && "$PYTHON" -m benchmarks.run --device cuda --dtype "$1" --minutes 9 --resume --json "$OUT/$1.json"; }
 

@@ -25,9 +25,11 @@ import build_cuda
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "plan" / "kernel_table.inc"
 OPS = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
+HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2}  # by the kernel's name
 ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64", "float": "fp32"}
-# Tensor cores; ldmatrix; asynchronous copies; shared, global and local memory; barriers.
-INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
+# Tensor cores by warp and by warpgroup; ldmatrix; asynchronous copies, the copy engine's loads; shared, global and
+# local memory; barriers.
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -44,7 +46,7 @@ class Instantiation:
 
     kernel: str  # the name in kernel_table.inc
     dtype: str
-    lean: bool  # for the common case (csrc/kernels/common_case.h)
+    case: str  # common (csrc/kernels/common_case.h) or general; of sm90a: what else it is compiled for
     architecture: int
     registers: int
     stack: int  # bytes of local memory a thread, spills included
@@ -85,16 +87,20 @@ def _demangle(names: set[str]) -> dict[str, str]:
     return dict(zip(ordered, told.splitlines(), strict=True))
 
 
-def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -> tuple[str, str, bool] | None:
-    """(kernel, dtype, lean) of block_kernel<(Op)0, TensorCores<Tf32>, (Family)1, 3, true> and the like.
+def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -> tuple[str, str, str] | None:
+    """(kernel, dtype, case) of block_kernel<(Op)0, TensorCores<Tf32>, (Family)1, 3, true> and the like.
 
     None: not in the table.
     """
+    if hopper := re.search(r"(\w+)_sm90a_kernel<(true|false), ([^>]*)>", function):
+        config = HOPPER_CONFIGS.get(hopper[1], -1)
+        name = names.get((hopper[1].split("_")[0], "sm90a", config))
+        return (name, "fp16" if hopper[2] == "true" else "bf16", str(hopper[3])) if name else None
     match = re.search(r"block_kernel<.*?, \w+::\w+<(?:\w+::)?(\w+)[^>]*>, .*?(\d+), (true|false)>", function)
     op, family = source.split("_", 1)
     if match is None or match[1] not in ELEMENTS or (op, family, int(match[2])) not in names:
         return None
-    return names[op, family, int(match[2])], ELEMENTS[match[1]], match[3] == "true"
+    return names[op, family, int(match[2])], ELEMENTS[match[1]], "common" if match[3] == "true" else "general"
 
 
 def _disassemble(path: Path) -> dict[tuple[str, str], Counter[str]]:
@@ -158,7 +164,7 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
                 )
             )
     order = list(names.values())
-    return sorted(found, key=lambda one: (order.index(one.kernel), one.dtype, one.lean, one.architecture))
+    return sorted(found, key=lambda one: (order.index(one.kernel), one.dtype, one.case, one.architecture))
 
 
 def markdown(report: list[Instantiation], version: str) -> str:
@@ -170,17 +176,19 @@ def markdown(report: list[Instantiation], version: str) -> str:
         "",
         f"Written by `make kernel-report` with nvcc {version}; nothing here was measured on a GPU. A number for each "
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
-        "Shared memory is dynamic (`shared_layout` of csrc/kernels/geometry.h).",
+        "Shared memory is dynamic (`shared_layout` of csrc/kernels/geometry.h). Kernels of sm90a are compiled for "
+        "sm_90a alone, once per case: padded ranks and rows of a slice (Tucker 64x64), parts of 64 of R1 and R2 (Tucker "
+        "64x128), padded output channels and input slices (CP).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)
         + " |",
         "|---|---|---|" + "---|" * (4 + len(INSTRUCTIONS)),
     ]
-    grouped: dict[tuple[str, str, bool], list[Instantiation]] = {}
+    grouped: dict[tuple[str, str, str], list[Instantiation]] = {}
     for one in report:
-        grouped.setdefault((one.kernel, one.dtype, one.lean), []).append(one)
-    for (kernel, dtype, lean), ones in grouped.items():
+        grouped.setdefault((one.kernel, one.dtype, one.case), []).append(one)
+    for (kernel, dtype, case), ones in grouped.items():
         counts = ones[0].counts
 
         def each(values: list[int]) -> str:
@@ -189,7 +197,7 @@ def markdown(report: list[Instantiation], version: str) -> str:
         cells = [
             kernel,
             dtype,
-            "common" if lean else "general",
+            case,
             each([one.registers for one in ones]),
             each([one.spill_stores + one.spill_loads for one in ones]),
             each([one.stack for one in ones]),

@@ -55,6 +55,7 @@ py::list gpu_list() {
     gpu["memory_bytes_per_second"] = caps.memory_bytes_per_second;
     gpu["fp32_flops"] = caps.fp32_flops;
     gpu["fp16_flops"] = caps.fp16_flops;
+    gpu["library_fp16_flops"] = caps.library_fp16_flops;
     gpu["clock"] = clock_of(caps);
     gpus.append(gpu);
   }

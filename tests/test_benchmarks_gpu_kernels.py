@@ -33,6 +33,9 @@ def test_other_cuts_stay_within_the_tile(cell: layers.Cell) -> None:
     pixels = {line["name"]: line["pixels"] for line in _C.gpu_kernels()}
     for planned in cuts.planned_cuts(problem, "H200"):
         found = list(cuts.other_cuts(planned))
+        if "_sm90a_" in planned.kernel:
+            assert found == []
+            continue
         assert len({cut.name for cut in found}) > 3
         for cut in found:
             images, rows, columns = cut.tile

@@ -19,7 +19,8 @@ from benchmarks.kernel_report import Instantiation
 from build_cuda import Architecture, Toolkit
 
 ALL = os.environ.get("LOWRANK_OPS_ALL_ARCHITECTURES") == "1"
-DTYPES = {"sm80": {"tf32", "bf16", "fp16"}, "simt": {"fp32", "bf16", "fp16"}}
+DTYPES = {"sm90a": {"bf16", "fp16"}, "sm80": {"tf32", "bf16", "fp16"}, "simt": {"fp32", "bf16", "fp16"}}
+CASES = {"sm90a": (), "sm80": ("general", "common"), "simt": ("general",)}  # each of them for every architecture
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,16 @@ def disassembled(folder: Path) -> list[Instantiation]:
 
 def test_every_kernel_of_the_table_was_compiled(report: list[Instantiation], wanted: list[Architecture]) -> None:
     """In each dtype of its family, for each architecture."""
-    built = {(one.kernel, one.dtype, one.lean, one.architecture) for one in report}
+    built = {(one.kernel, one.dtype, one.case, one.architecture) for one in report}
     assert len(built) == len(report)
     for (_, family, _), kernel in kernel_report.table().items():
-        for entry, lean in itertools.product(wanted, (False, True) if family == "sm80" else (False,)):
-            dtypes = {dtype for name, dtype, *rest in built if [name, *rest] == [kernel, lean, entry.number]}
+        if family == "sm90a":
+            assert {(dtype, number) for name, dtype, _, number in built if name == kernel} == {
+                ("bf16", 90),
+                ("fp16", 90),
+            }
+        for entry, case in itertools.product(wanted, CASES[family]):
+            dtypes = {dtype for name, dtype, *rest in built if [name, *rest] == [kernel, case, entry.number]}
             assert dtypes - {"fp64"} == DTYPES[family], f"{kernel} for sm_{entry.number}"
     doubles = {kernel for kernel, dtype, *_ in built if dtype == "fp64"}
     assert {kernel.split("_simt_")[0] for kernel in doubles} == set(kernel_report.OPS.values())
@@ -72,7 +78,7 @@ def test_nothing_is_spilled(report: list[Instantiation]) -> None:
 
 
 def test_tensor_core_kernels_use_no_local_memory(report: list[Instantiation]) -> None:
-    fast = [one for one in report if one.family == "sm80"]
+    fast = [one for one in report if one.family in ("sm80", "sm90a")]
     assert fast
     for one in fast:
         assert one.stack == 0, one
@@ -91,6 +97,15 @@ def test_tensor_core_kernels_use_the_tensor_cores(disassembled: list[Instantiati
         for instruction in ("HMMA", "LDSM", "LDGSTS"):
             assert one.counts[instruction] > 0, f"{instruction} of {one}"
         assert one.counts["LDL"] == one.counts["STL"] == 0, one
+
+
+def test_hopper_kernels_use_what_hopper_has(disassembled: list[Instantiation]) -> None:
+    fast = [one for one in disassembled if one.family == "sm90a"]
+    assert fast
+    for one in fast:
+        for instruction in ("HGMMA", "UTMALDG"):
+            assert one.counts[instruction] > 0, f"{instruction} of {one}"
+        assert one.counts["LDL"] == one.counts["STL"] == one.counts["HMMA"] == 0, one
 
 
 def test_simt_kernels_use_no_tensor_cores(disassembled: list[Instantiation]) -> None:

@@ -26,7 +26,7 @@ from simt.cases import (
     name_of,
 )
 from simt.harness import Kernel, Result
-from simt.hopper_cases import CASES, CP, HALVES, TUCKER, hopper_case
+from simt.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, hopper_case
 from torch import Tensor
 
 import build_cuda
@@ -213,7 +213,7 @@ def test_sanitized_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None
 # ---- The check before first use
 
 
-HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP) for dtype in HALVES]
+HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP, WIDE) for dtype in HALVES]
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR, *HOPPERS], ids=identify)

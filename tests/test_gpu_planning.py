@@ -185,6 +185,12 @@ def test_a_dilated_tile_has_the_halo_of_an_undilated_one() -> None:
     assert (len(rows["inputs"][0]), len(columns["inputs"][0])) == (10, 18)
 
 
+def problem_for(line: dict[str, object]) -> Problem:
+    """One that this kernel takes on a GPU of its architecture."""
+    wide = line["family"] == "sm90a" and line["columns"] == 128
+    return Problem(str(line["op"]), r1=72 if wide else 32, r2=72 if wide else 32, tf32=line["family"] == "sm80")
+
+
 @pytest.mark.parametrize("line", KERNELS, ids=lambda line: line["name"])
 def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
     """Each line has a launcher, and its name says what geometry.h says."""
@@ -192,7 +198,7 @@ def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
     header = (CSRC / "kernels" / "launch.h").read_text()
     assert f"cudaError_t launch_{stem}_{line['family']}(" in header
     assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}"
-    assert line["first_architecture"] == {"sm80": 80, "simt": 75}[line["family"]]
+    assert line["first_architecture"] == {"sm90a": 90, "sm80": 80, "simt": 75}[line["family"]]
     written = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+), ", (CSRC / "plan" / "kernel_table.inc").read_text(), re.M)
     assert (stem, line["family"], str(line["config"])) in written
     assert len(written) == len(KERNELS)
@@ -206,6 +212,7 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         for op in OPS:
             configs = sorted(line["config"] for line in KERNELS if line["op"] == op and line["family"] == family)
             assert configs == list(range(count)), (op, family)
+    assert sorted(line["config"] for line in KERNELS if line["family"] == "sm90a") == [0, 1, 2]
     assert len({line["name"] for line in KERNELS}) == len(KERNELS)
 
 
@@ -258,6 +265,18 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem(s=2**28), "tucker_conv2d_sm80_128x64", {}, "channels and ranks must be at most .*, got 268435456"),
         (Problem(w=2**30, stride=(1, 1), padding=(1, 2**30)), "tucker_conv2d_sm80_128x64", {}, "coordinates must be"),
         (Problem(n=0), "tucker_conv2d_sm80_128x64", {}, "nothing to compute"),
+        (Problem(), "tucker_conv2d_sm90a_64x64", {}, "its instructions exist on sm_90 alone, this GPU is sm_80"),
+        (Problem(dtype="float32"), "tucker_conv2d_sm90a_64x64", {}, "takes bfloat16 and float16"),
+        (Problem(channels_last=False), "tucker_conv2d_sm90a_64x64", {}, "takes channels_last, the input is in NCHW"),
+        (Problem(s=12), "tucker_conv2d_sm90a_64x64", {}, "must be multiples of 16 bytes"),
+        (Problem(stride=(2, 1)), "tucker_conv2d_sm90a_64x64", {}, "stride must be 1, got 2x1"),
+        (Problem(dilation=(1, 3)), "tucker_conv2d_sm90a_64x64", {}, "dilation must be 1, got 1x3"),
+        (Problem(r1=72), "tucker_conv2d_sm90a_64x64", {}, "ranks must be at most 64, got 72"),
+        (Problem(kernel=(7, 7), padding=(3, 3)), "tucker_conv2d_sm90a_64x64", {}, "at most 144 pixels, got 14x14"),
+        (Problem(t=2048), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, r"needs \d+ KiB of shared memory"),
+        (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
+        (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
+        (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),
     ],
 )
 def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, object], words: str) -> None:
@@ -309,7 +328,8 @@ def test_predictions_stay_above_the_roofline() -> None:
             for one in (found.chosen, *found.others):
                 if "ctas" in one:
                     assert one["predicted_seconds"] >= one["bytes"] / gpu["memory_bytes_per_second"]
-                    peak = gpu["fp16_flops"] if "sm80" in one["kernel"] else gpu["fp32_flops"]
+                    rates = {"sm90a": "library_fp16_flops", "sm80": "fp16_flops", "simt": "fp32_flops"}
+                    peak = gpu[rates[one["kernel"].rsplit("_", 2)[1]]]
                     assert one["predicted_seconds"] >= one["flops"] / max(peak, gpu["fp32_flops"])
 
 
@@ -448,8 +468,11 @@ def test_kernels_are_checked_where_no_gpu_of_the_architecture_has_run_their_test
     for gpu, known in GPUS.items():
         for line in KERNELS:
             of_table = {GPUS[name]["architecture"] for name in line["verified_on"].split(", ") if name}
-            found = plan(Problem(line["op"], tf32=True), line["name"], gpu)
-            assert (note in found["notes"]) == (known["architecture"] not in of_table)
+            found = plan(problem_for(line), line["name"], gpu)
+            if found["reason"]:
+                assert line["family"] == "sm90a" and known["architecture"] != 90
+            else:
+                assert (note in found["notes"]) == (known["architecture"] not in of_table)
 
 
 def test_explain_refuses_unknown_gpus_and_lists_the_known_ones() -> None:
@@ -500,14 +523,14 @@ def test_force_one_kernel() -> None:
     for line in KERNELS:
         _C.force_gpu_kernel(line["name"])
         with lowrank_ops.set_policy("chain"):
-            found = replace(Problem(line["op"]), tf32=True).explain("A100")
+            found = problem_for(line).explain("H100")
         assert found.chosen["kernel"] == line["name"]
         other = next(op for op in OPS if op != line["op"])
-        assert Problem(other).explain("A100").others, "other ops are planned as ever"
+        assert Problem(other).explain("H100").others, "other ops are planned as ever"
     _C.force_gpu_kernel("")
     assert _C.forced_gpu_kernel() == ""
     with pytest.raises(
-        ValueError, match=r"force_gpu_kernel: kernel must be one of tucker_conv2d_sm80_128x32, .* 'fast'"
+        ValueError, match=r"force_gpu_kernel: kernel must be one of tucker_conv2d_sm90a_64x64, .* 'fast'"
     ):
         _C.force_gpu_kernel("fast")
 

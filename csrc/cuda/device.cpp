@@ -20,6 +20,20 @@ int64_t attribute(int index, cudaDeviceAttr name) {
   return -1;
 }
 
+bool has_tensor_maps() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+  if (error == cudaSuccess) return found == cudaDriverEntryPointSuccess && function;
+  cudaGetLastError();  // or it would be found after the next launch
+  return false;
+}
+
 GpuCaps read_caps(int index) {
   GpuCaps caps;
   cudaDeviceProp properties{};
@@ -39,6 +53,7 @@ GpuCaps read_caps(int index) {
   fill_rates(caps, double(attribute(index, cudaDevAttrClockRate)) * 1e3);
   caps.built_for = {LOWRANK_OPS_CUDA_ARCHITECTURES};
   caps.built_ptx = LOWRANK_OPS_CUDA_PTX;
+  caps.tensor_maps = has_tensor_maps();
   return caps;
 }
 

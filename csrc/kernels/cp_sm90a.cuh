@@ -1,8 +1,8 @@
 // The fused CP block on Hopper: the copy engine brings boxes of the input and parts of the factors, two warpgroups
 // multiply from shared memory and compute the depthwise stages from it.
 //
-// A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 14x8 pixels
-// of the output. Its ranks are computed in parts of 64:
+// A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 14x8
+// pixels of the output. Its ranks are computed in parts of 64:
 //
 //   input: 16x10 pixels (halo), S channels           stage 1     hidden: 16x10 pixels, 64 ranks    depthwise
 //   slices [160 pixels][64 channels], for all       -------->    [160 rows of 144 bytes] in       --------->
@@ -40,9 +40,9 @@
 namespace lowrank_ops::hopper {
 
 struct CpParams {
-  CUtensorMap input;       // [N, H, W, S], boxes of a halo x 64 channels
-  CUtensorMap in_factor;   // [R, S], boxes 64 x 64
-  CUtensorMap out_factor;  // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
+  CUtensorMap input;              // [N, H, W, S], boxes of a halo x 64 channels
+  CUtensorMap in_factor;          // [R, S], boxes 64 x 64
+  CUtensorMap out_factor;         // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
   const uint16_t *down, *across;  // [R, 3] by these strides, in elements
   int64_t down_rank, down_tap, across_rank, across_tap;
   const uint16_t* bias;  // [T] or null
@@ -174,8 +174,8 @@ struct CpGroup {
   uint32_t base;
   CpBarriers barriers;
   int group, warp, lane;
-  int row;      // of the output tile, the first of the warp's two
-  bool inside;  // which the last warp's are not
+  int row;         // of the output tile, the first of the warp's two
+  bool inside;     // which the last warp's are not
   RingPlace ring;  // of the next part to be waited for
   RingPlace done;  // of the next part to be given back: they are in the order in which they were waited for
 

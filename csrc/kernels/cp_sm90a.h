@@ -18,7 +18,7 @@ struct CpSm90a {
   static constexpr int kThreads = 384;                    // two warpgroups that compute, and one that copies
   static constexpr int kMostChannels = 256;               // S, T
   static constexpr int kMostRank = 1024;
-  static constexpr int kMostBytes = 232448;               // of a CTA's shared memory on every GPU of this architecture
+  static constexpr int kMostBytes = 232448;  // of a CTA's shared memory on every GPU of this architecture
 
   int slices = 0, parts = 0;  // of 64 input channels, of 64 ranks
   int channels = 0;           // T, padded to 64, 128 or 256

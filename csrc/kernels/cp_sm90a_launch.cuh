@@ -28,7 +28,7 @@ inline bool cp_params(CpParams& to, const BlockParams& block, DType dtype) {
   to.padding_h = g.rows.padding;
   to.padding_w = g.columns.padding;
   to.activation = block.activation;
-  const int64_t(&in)[4] = block.input_stride;
+  const int64_t (&in)[4] = block.input_stride;
   const int64_t first = block.in_factor.row_stride, last = block.out_factor.row_stride;
   return encode(to.input,
                 {block.input,

@@ -2,7 +2,8 @@
 // and the products of a warpgroup (wgmma). Under g++ the same functions come from tests/simt/emulator.h, which runs
 // the kernels on a CPU.
 //
-// Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions".
+// Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix
+// Instructions".
 #pragma once
 
 #include <cstdint>
@@ -142,9 +143,9 @@ LOWRANK_OPS_HOPPER void pin(uint32_t (&values)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
-// wgmma m64nNk16 with N = 2 x `count`, K-major A and B: sums += A B, with A from shared memory or from registers. Warp w
-// holds rows 16 w to 16 w + 15. A lane's sums 4 j and 4 j + 1 are of row lane / 4, 4 j + 2 and 4 j + 3 of row
-// lane / 4 + 8; of both rows they are columns 8 j + lane % 4 * 2 and the next.
+// wgmma m64nNk16 with N = 2 x `count`, K-major A and B: sums += A B, with A from shared memory or from registers. Warp
+// w holds rows 16 w to 16 w + 15. A lane's sums 4 j and 4 j + 1 are of row lane / 4, 4 j + 2 and 4 j + 3 of row lane /
+// 4 + 8; of both rows they are columns 8 j + lane % 4 * 2 and the next.
 // clang-format off
 #define SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)

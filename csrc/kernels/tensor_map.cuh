@@ -1,5 +1,5 @@
-// tensor_map.h by the driver's cuTensorMapEncodeTiled, which is looked up at run time: nothing is linked with the driver,
-// and a machine without one can still import this library.
+// tensor_map.h by the driver's cuTensorMapEncodeTiled, which is looked up at run time: nothing is linked with the
+// driver, and a machine without one can still import this library.
 #pragma once
 
 #include <cudaTypedefs.h>

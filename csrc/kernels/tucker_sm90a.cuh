@@ -1,4 +1,5 @@
-// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared memory.
+// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared
+// memory.
 //
 // A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 8x8 pixels
 // of the output (the 64 rows of a wgmma); with a 3x3 core:
@@ -16,17 +17,23 @@
 // are 8 groups of 8 rows, a halo's width apart.
 //
 //   warpgroups 0, 1    every other tile of the CTA, all three stages; where shared memory is short the first has all
-//   warpgroup 2        two threads: all copies to shared memory, each of one group's slices
+//   warpgroup 2        one thread: all copies to shared memory, in the order of the tiles
 //
 // Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their way
 // out | in_factor: slices [64 ranks][64 channels] | taps [R2][64 ranks] | out_factor: parts [64 channels][64 ranks] |
-// the ring of each group: slots [104 pixels][64 channels], where in_factor does not fit with its slice behind.
+// the ring: slots [104 pixels][64 channels], where in_factor does not fit with its slice behind.
 //
 // Barriers (one thread's copies complete the bytes of a phase):
 //
-//   full[group][slot]    a slice has arrived                         producer -> group
-//   empty[group][slot]   the 4 warps of the group are done with it   group -> producer
-//   in_ready, core_ready, out_ready   a factor has arrived, once     producer -> all groups
+//   full[group][n]   the slice n of the group has arrived, n modulo slots   producer -> group
+//   empty[slot]      the 4 warps of a group are done with the slot          group -> producer
+//   in_ready, core_ready, out_ready   a factor has arrived, once            producer -> all groups
+//
+// Why `full` is not one barrier per slot: a wait names its phase by a parity only, so whoever waits may be at most one
+// phase behind. The slots go round among the groups, and a group may come to a slot while the slice before, which is
+// the other group's, has not arrived yet: the parity would be that of the phase before it, and the group would go on at
+// once. Of a barrier of its own the group sees every phase, and one per slot is enough: more slices of it cannot be on
+// their way.
 #pragma once
 
 #include "kernels/hopper_tucker.cuh"
@@ -40,29 +47,26 @@ using TuckerParams = TuckerParamsOf<TuckerSm90a>;
 struct Barriers {
   uint32_t base;
 
-  LOWRANK_OPS_HOPPER uint32_t full(int group, int slot) const { return base + (group * kMaxStages + slot) * 8; }
-  LOWRANK_OPS_HOPPER uint32_t empty(int group, int slot) const {
-    return full(TuckerSm90a::kGroups + group, slot);
-  }
-  LOWRANK_OPS_HOPPER uint32_t in_ready() const { return full(2 * TuckerSm90a::kGroups, 0); }
+  LOWRANK_OPS_HOPPER uint32_t full(int group, int n) const { return base + (group * TuckerSm90a::kMostSlots + n) * 8; }
+  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return full(TuckerSm90a::kGroups, slot); }
+  LOWRANK_OPS_HOPPER uint32_t in_ready() const { return full(TuckerSm90a::kGroups + 1, 0); }
   LOWRANK_OPS_HOPPER uint32_t core_ready() const { return in_ready() + 8; }
   LOWRANK_OPS_HOPPER uint32_t out_ready() const { return in_ready() + 16; }
 
   LOWRANK_OPS_HOPPER void init(int slots) const {
-    for (int group = 0; group < TuckerSm90a::kGroups; ++group)
-      for (int slot = 0; slot < slots; ++slot) {
-        barrier_init(full(group, slot), 1);
-        barrier_init(empty(group, slot), 4);  // the warps of the group
-      }
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int group = 0; group < TuckerSm90a::kGroups; ++group) barrier_init(full(group, slot), 1);
+      barrier_init(empty(slot), 4);  // the warps of a group
+    }
     barrier_init(in_ready(), 1);
     barrier_init(core_ready(), 1);
     barrier_init(out_ready(), 1);
     barrier_init_done();
   }
 };
-static_assert((4 * kMaxStages + 3) * 8 <= TuckerSm90a::kBarrierBytes, "barriers");
+static_assert(((TuckerSm90a::kGroups + 1) * TuckerSm90a::kMostSlots + 3) * 8 <= TuckerSm90a::kBarrierBytes, "barriers");
 
-// ---- The threads that copy
+// ---- The thread that copies
 
 LOWRANK_OPS_HOPPER void load_in_factor(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
   if (p.layout.streamed) return;
@@ -85,31 +89,32 @@ LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, 
              chunk * TuckerSm90a::kSlice);
 }
 
-// All slices of a group's tiles. The first group's thread loads the factors, too.
-LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers, int group) {
-  const uint32_t ring = base + p.layout.ring + group * p.layout.slots * p.layout.slot_bytes();
+// All slices of the tiles, in the order in which the groups take them; the factors where nothing waits for them before.
+LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
   const uint32_t bytes = uint32_t(p.slice_box + (p.layout.streamed ? TuckerSm90a::kBlockBytes : 0));
-  if (group == 0) load_in_factor(p, base, barriers);
-  bool late = group == 0;
-  RingPlace place;
-  for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles.count;
-       tile += p.layout.groups * int(gridDim.x)) {
+  load_in_factor(p, base, barriers);
+  RingPlace ring, of_group[TuckerSm90a::kGroups];
+  bool late = true, second = false;  // whether core and out_factor are still to come; whose tile it is
+  for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x)) {
     const TilePlace at = p.tiles.place(tile);
+    RingPlace place = second ? of_group[1] : of_group[0];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t full = barriers.full(group, place.slot), slot = ring + place.slot * p.layout.slot_bytes();
-      wait_phase(barriers.empty(group, place.slot), place.parity ^ 1);
+      const uint32_t full = barriers.full(second, place.slot),
+                     slot = base + p.layout.ring + ring.slot * p.layout.slot_bytes();
+      wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
       barrier_expect(full, bytes);
       load_box(slot, &p.input, full, s * TuckerSm90a::kSlice, at.x - p.padding_w, at.y - p.padding_h, at.n);
-      if (p.layout.streamed)
-        load_box(slot + p.layout.slice_bytes(), &p.in_factor, full, s * TuckerSm90a::kSlice, 0);
+      if (p.layout.streamed) load_box(slot + p.layout.slice_bytes(), &p.in_factor, full, s * TuckerSm90a::kSlice, 0);
       place.next(p.layout.slots);
-      // As soon as the ring is full: nothing waits for them before.
-      if (late && (s + 1 == p.layout.slots || s + 1 == p.layout.slices)) {
+      ring.next(p.layout.slots);
+      if (late && (ring.slot == 0 || s + 1 == p.layout.slices)) {
         load_late_factors(p, base, barriers);
         late = false;
       }
     }
+    (second ? of_group[1] : of_group[0]) = place;
+    second = p.layout.groups > 1 && !second;
   }
 }
 
@@ -125,7 +130,8 @@ struct TuckerGroup {
   uint32_t base;
   int group, warp, lane;
   uint32_t hidden;
-  RingPlace place;
+  RingPlace arrival;  // of the group's next slice
+  int slot;           // where it lies
 
   LOWRANK_OPS_HOPPER TuckerGroup(const TuckerParams& params, uint32_t shared, const Barriers& shared_barriers,
                                  int warp_of_cta, int lane_of_warp)
@@ -135,26 +141,26 @@ struct TuckerGroup {
         group(warp_of_cta / 4),
         warp(warp_of_cta % 4),
         lane(lane_of_warp),
-        hidden(shared + params.layout.hidden + warp_of_cta / 4 * params.layout.hidden_bytes()) {}
+        hidden(shared + params.layout.hidden + warp_of_cta / 4 * params.layout.hidden_bytes()),
+        slot(warp_of_cta / 4 == 0 ? 0 : params.layout.skip) {}
 
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
 
   // Stage 1: hidden' [64 ranks, halo pixels] = in_factor input'. A slot is given back when the products of the next
   // slice have been issued and its own are done.
   LOWRANK_OPS_HOPPER void stage1(float (&sums)[rows / 2]) {
-    const uint32_t ring = base + p.layout.ring + group * p.layout.slots * p.layout.slot_bytes();
 #pragma unroll
     for (int j = 0; j < rows / 2; ++j) sums[j] = 0;
     pin(sums);
     uint32_t before = 0;
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t slot = ring + place.slot * p.layout.slot_bytes();
-      wait_phase(barriers.full(group, place.slot), place.parity);
+      const uint32_t slice = base + p.layout.ring + slot * p.layout.slot_bytes();
+      wait_phase(barriers.full(group, arrival.slot), arrival.parity);
       __syncwarp();
-      const uint32_t factor = p.layout.streamed ? slot + p.layout.slice_bytes()
-                                                : base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
-      const uint64_t a = swizzled(factor, 1024), b = swizzled(slot, 1024);
+      const uint32_t factor =
+          p.layout.streamed ? slice + p.layout.slice_bytes() : base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
+      const uint64_t a = swizzled(factor, 1024), b = swizzled(slice, 1024);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma<half>(sums, further(a, k * 32), further(b, k * 32));
@@ -163,9 +169,12 @@ struct TuckerGroup {
         wgmma_wait<1>();
         if (lane == 0) barrier_arrive(before);
       }
-      before = barriers.empty(group, place.slot);
-      place.next(p.layout.slots);
+      before = barriers.empty(slot);
+      arrival.next(p.layout.slots);
+      if (++slot == p.layout.slots) slot = 0;
     }
+    slot += p.layout.skip;
+    if (slot >= p.layout.slots) slot -= p.layout.slots;
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(before);
     pin(sums);
@@ -284,7 +293,7 @@ __global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
   const int producer = warp - TuckerSm90a::kGroups * 4;
   if (producer >= 0) {
     give_registers<kProducerRegisters>();
-    if (producer < params.layout.groups && lane == 0) produce(params, base, barriers, producer);
+    if (producer == 0 && lane == 0) produce(params, base, barriers);
   } else {
     take_registers<kConsumerRegisters>();
     if (warp / 4 < params.layout.groups) TuckerGroup<half, ranks, rows>(params, base, barriers, warp, lane).run();

@@ -14,15 +14,17 @@ struct TuckerSm90a {
   static constexpr int kGroups = 2;                       // warpgroups that may compute
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kMostRank = 64, kMostRows = 144;  // of the hidden tile
-  static constexpr int kBarrierBytes = 256;              // kMaxStages x 2 x kGroups barriers and 3 more, of 8 bytes
-  static constexpr int kMostBytes = 232448;              // of a CTA's shared memory on every GPU of this architecture
+  static constexpr int kMostSlots = 8;
+  static constexpr int kBarrierBytes = 256;  // kMostSlots x (kGroups + 1) and 3 more, of 8 bytes
+  static constexpr int kMostBytes = 232448;  // of a CTA's shared memory on every GPU of this architecture
 
-  int rows = 0;              // of a slice of the input and of the hidden tile: halo pixels, padded to what wgmma takes
-  int ranks = 0;             // 32 or 64: R1 and R2, padded
+  int rows = 0;   // of a slice of the input and of the hidden tile: halo pixels, padded to what wgmma takes
+  int ranks = 0;  // 32 or 64: R1 and R2, padded
   int slices = 0, chunks = 0;  // of 64 input channels, of 64 output channels
-  int groups = kGroups;      // warpgroups that compute: the second one idles where shared memory is short
-  int slots = 0;             // of each group's ring of slices
-  bool streamed = false;     // in_factor comes with the input's slices for each tile; else it stays in shared memory
+  int groups = kGroups;        // warpgroups that compute: the second one idles where shared memory is short
+  int slots = 0;               // of the ring of slices that the groups share
+  int skip = 0;                // slots from the end of a group's tile to its next one
+  bool streamed = false;       // in_factor comes with the input's slices for each tile; else it stays in shared memory
 
   // Offsets in shared memory.
   int bias = 0, hidden = 0, in_factor = 0, core = 0, out_factor = 0, ring = 0, bytes = 0;
@@ -32,7 +34,7 @@ struct TuckerSm90a {
   LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(slice_bytes(), 2 * kBlockBytes); }
 };
 
-// With so many groups, and in_factor in shared memory or not. `g.stages` are the slots of a group.
+// With so many groups, and in_factor in shared memory or not. `g.stages` are the slots.
 constexpr TuckerSm90a sm90a_layout(const Geometry& g, int groups, bool streamed) {
   using L = TuckerSm90a;
   L l;
@@ -42,6 +44,7 @@ constexpr TuckerSm90a sm90a_layout(const Geometry& g, int groups, bool streamed)
   l.chunks = int(ceil_div(g.t, L::kSlice));
   l.groups = groups;
   l.slots = g.stages;
+  l.skip = (groups - 1) * l.slices % l.slots;
   l.streamed = streamed;
   l.bias = L::kBarrierBytes;
   l.hidden = int(round_up(l.bias + int64_t(l.chunks) * L::kSlice * 4, 1024));
@@ -49,7 +52,7 @@ constexpr TuckerSm90a sm90a_layout(const Geometry& g, int groups, bool streamed)
   l.core = l.in_factor + (streamed ? 0 : l.slices * L::kBlockBytes);
   l.out_factor = l.core + g.taps() * l.ranks * L::kRowBytes;
   l.ring = l.out_factor + l.chunks * L::kBlockBytes;
-  l.bytes = l.ring + groups * g.stages * l.slot_bytes();
+  l.bytes = l.ring + l.slots * l.slot_bytes();
   return l;
 }
 

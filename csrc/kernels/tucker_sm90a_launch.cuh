@@ -24,18 +24,29 @@ bool tucker_params(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype,
   to.padding_w = g.columns.padding;
   to.slice_box = g.rows.halo() * g.columns.halo() * L::kRowBytes;
   to.activation = block.activation;
-  const int64_t(&in)[4] = block.input_stride, (&out)[4] = block.output_stride;
+  const int64_t (&in)[4] = block.input_stride, (&out)[4] = block.output_stride;
   const Factor &first = block.in_factor, &core = block.core, &last = block.out_factor;
   return encode(to.input,
-                {block.input, 4, {g.s, g.columns.in, g.rows.in, g.n}, {1, in[3], in[2], in[0]},
-                 {L::kSlice, g.columns.halo(), g.rows.halo(), 1}}, dtype) &&
+                {block.input,
+                 4,
+                 {g.s, g.columns.in, g.rows.in, g.n},
+                 {1, in[3], in[2], in[0]},
+                 {L::kSlice, g.columns.halo(), g.rows.halo(), 1}},
+                dtype) &&
          encode(to.output,
-                {block.output, 4, {g.t, g.columns.out, g.rows.out, g.n}, {1, out[3], out[2], out[0]},
-                 {L::kSlice, L::kTileSide, L::kTileSide, 1}}, dtype) &&
+                {block.output,
+                 4,
+                 {g.t, g.columns.out, g.rows.out, g.n},
+                 {1, out[3], out[2], out[0]},
+                 {L::kSlice, L::kTileSide, L::kTileSide, 1}},
+                dtype) &&
          encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, in_rows}}, dtype) &&
          encode(to.core,
-                {core.data, 4, {g.r1, g.columns.kernel, g.rows.kernel, g.r2},
-                 {1, core.tap_stride[1], core.tap_stride[0], core.row_stride}, {L::kSlice, 1, 1, core_rows}},
+                {core.data,
+                 4,
+                 {g.r1, g.columns.kernel, g.rows.kernel, g.r2},
+                 {1, core.tap_stride[1], core.tap_stride[0], core.row_stride},
+                 {L::kSlice, 1, 1, core_rows}},
                 dtype) &&
          encode(to.out_factor, {last.data, 2, {g.r2, g.t}, {1, last.row_stride}, {L::kSlice, L::kSlice}}, dtype);
 }

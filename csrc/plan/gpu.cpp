@@ -21,8 +21,8 @@ constexpr Op kOp_tucker = Op::kTucker, kOp_cp = Op::kCP, kOp_linear = Op::kLinea
 #define LOWRANK_OPS_NAME_linear "lowrank_linear"
 constexpr Family kFamily_sm90a = Family::kSm90a, kFamily_sm80 = Family::kSm80, kFamily_simt = Family::kSimt;
 constexpr int kFirst_sm90a = 90;  // and no other: wgmma, setmaxnreg
-constexpr int kFirst_sm80 = 80;  // mma.sync with bf16 and tf32, cp.async
-constexpr int kFirst_simt = 75;  // what nvcc 13 still compiles for
+constexpr int kFirst_sm80 = 80;   // mma.sync with bf16 and tf32, cp.async
+constexpr int kFirst_simt = 75;   // what nvcc 13 still compiles for
 
 constexpr int kSimtDoubleConfig = 1;  // the one whose fp64 sums fit into the registers
 
@@ -52,13 +52,14 @@ std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
 }
 
 std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
+  if (is_sm90a(kernel)) {  // every build has its code, for that architecture alone
+    if (caps.architecture != kernel.first_architecture)
+      return "its instructions exist on sm_90 alone, this GPU is sm_" + std::to_string(caps.architecture);
+    return caps.tensor_maps ? "" : "this driver has no cuTensorMapEncodeTiled: install one of CUDA 12.0 or newer";
+  }
   if (caps.architecture < kernel.first_architecture)
     return std::string("runs from sm_") + std::to_string(kernel.first_architecture) + " on, this GPU is sm_" +
            std::to_string(caps.architecture);
-  if (is_sm90a(kernel))  // every build has its code, for that architecture alone
-    return caps.architecture == kernel.first_architecture
-               ? ""
-               : "its instructions exist on sm_90 alone, this GPU is sm_" + std::to_string(caps.architecture);
   if (caps.built_for.empty() && caps.built_ptx == 0) return "";
   // Code of an architecture runs on later ones of the same generation, PTX on all later ones.
   bool runs = caps.built_ptx > 0 && caps.built_ptx <= caps.architecture;
@@ -181,7 +182,8 @@ int threads_of(const GpuKernel& kernel) {
 
 bool is_lean(const Problem& p, const GpuKernel& kernel) {
   const CopyWidths widths = copy_widths(p);
-  return !is_simt(kernel) && !is_sm90a(kernel) && std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
+  return !is_simt(kernel) && !is_sm90a(kernel) &&
+         std::min({widths.input, widths.factor, widths.output}) == kVectorBytes;
 }
 
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
@@ -213,8 +215,8 @@ namespace {
 
 std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const Plan& plan,
                                   const SharedLayout& l) {
-  std::vector<std::string> notes;
   const Geometry& g = plan.geometry;
+  std::vector<std::string> notes = is_sm90a(kernel) ? sm90a_notes(kernel, g) : std::vector<std::string>();
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images a tile");

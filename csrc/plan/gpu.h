@@ -27,6 +27,7 @@ struct GpuCaps {
   // as everything (plans for GPUs that are not there).
   std::vector<int> built_for;
   int built_ptx = 0;
+  bool tensor_maps = true;  // whether the driver can make them (kernels/tensor_map.cuh)
 };
 
 const std::vector<GpuCaps>& named_gpus();          // A100, RTX 3090, RTX 4090, H100, H200, B200

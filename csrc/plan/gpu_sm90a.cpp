@@ -93,7 +93,7 @@ Geometry cp_cut(const Problem& p) {
 Geometry tucker_cut(const Problem& p) {
   Geometry g = least_tucker_cut(p);
   const TuckerSm90a least = sm90a_layout(g);
-  for (Geometry more = g; more.stages <= kMaxStages; ++more.stages) {
+  for (Geometry more = g; more.stages <= TuckerSm90a::kMostSlots; ++more.stages) {
     const TuckerSm90a layout = sm90a_layout(more);
     if (layout.bytes > TuckerSm90a::kMostBytes || layout.groups != least.groups || layout.streamed != least.streamed)
       break;
@@ -189,6 +189,15 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
   else
     count_tucker(found, turns, g, sm90a_layout(g));
   return found;
+}
+
+std::vector<std::string> sm90a_notes(const GpuKernel& kernel, const Geometry& g) {
+  std::vector<std::string> notes;
+  if (kernel.op == Op::kCP || is_wide_sm90a(kernel)) return notes;
+  const TuckerSm90a layout = sm90a_layout(g);
+  if (layout.streamed) notes.push_back("in_factor is read anew for every tile: it does not fit into shared memory");
+  if (layout.groups == 1) notes.push_back("one of two warpgroups computes: shared memory holds one hidden tile");
+  return notes;
 }
 
 double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {

@@ -1,5 +1,5 @@
-// The planner's part of the sm90a kernels (kernels/tucker_sm90a.cuh,
-// tucker_wide_sm90a.cuh, cp_sm90a.cuh): what they take, their one cut, what they cost. Plain C++17.
+// The planner's part of the sm90a kernels (kernels/tucker_sm90a.cuh, tucker_wide_sm90a.cuh, cp_sm90a.cuh): what they
+// take, their cuts, what they cost. Plain C++17.
 #pragma once
 
 #include <string>
@@ -25,6 +25,8 @@ int64_t sm90a_ctas(const Geometry& geometry, const GpuCaps& caps);
 // How many tiles the busiest warpgroup computes one after the other.
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& geometry, const GpuCaps& caps);
 FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& geometry, const GpuCaps& caps);
+// What the reader of a plan should know of it.
+std::vector<std::string> sm90a_notes(const GpuKernel& kernel, const Geometry& geometry);
 // Multiplications and additions, padding and halos included.
 double sm90a_flops(const GpuKernel& kernel, const Geometry& geometry);
 

@@ -64,5 +64,6 @@ LOWRANK_OPS_EXPORT const char* hopper_fault() {
   return lowrank_ops::hopper::fault.c_str();
 }
 LOWRANK_OPS_EXPORT void hopper_mutate(const int64_t* values) {
-  lowrank_ops::hopper::mutation = {int(values[0]), int(values[1]), int(values[2]), int(values[3]), int(values[4]), int(values[5])};
+  lowrank_ops::hopper::mutation = {int(values[0]), int(values[1]), int(values[2]),
+                                   int(values[3]), int(values[4]), int(values[5])};
 }
