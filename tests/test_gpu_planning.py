@@ -274,6 +274,10 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem(r1=72), "tucker_conv2d_sm90a_64x64", {}, "ranks must be at most 64, got 72"),
         (Problem(kernel=(7, 7), padding=(3, 3)), "tucker_conv2d_sm90a_64x64", {}, "at most 144 pixels, got 14x14"),
         (Problem(t=2048), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, r"needs \d+ KiB of shared memory"),
+        (Problem(), "tucker_conv2d_sm90a_64x128", {}, "ranks up to 64 have a kernel of their own"),
+        (Problem(r2=136), "tucker_conv2d_sm90a_64x128", {}, "ranks must be at most 128, got 136"),
+        (Problem(r1=72, kernel=(5, 5)), "tucker_conv2d_sm90a_64x128", {}, "at most 104 pixels, got 12x12"),
+        (Problem(r1=72, t=65536), "tucker_conv2d_sm90a_64x128", {"architecture": 90}, r"needs \d+ KiB"),
         (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
         (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
         (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),
@@ -281,6 +285,16 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
 )
 def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, object], words: str) -> None:
     assert re.search(words, plan(problem, kernel, "A100", **options)["reason"])
+
+
+def test_the_wide_kernel_takes_two_images_a_tile_where_there_are_many() -> None:
+    """And factors of narrow ranks that do not fit into shared memory."""
+    wide = "tucker_conv2d_sm90a_64x128"
+    problem = Problem(n=32, s=256, t=256, r1=128, r2=128)
+    tiles = {n: plan(replace(problem, n=n), wide, "H100")["tile"] for n in (1, 2, 32, 33)}
+    assert tiles == {1: [1, 8, 8], 2: [1, 8, 8], 32: [2, 8, 8], 33: [2, 8, 8]}
+    assert plan(Problem(t=2048), wide, "H100")["reason"] == ""
+    assert plan(problem, wide, "H100")["shared_bytes"] <= GPUS["H100"]["shared_bytes_cta"]
 
 
 @pytest.mark.parametrize(

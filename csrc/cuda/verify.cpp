@@ -75,8 +75,9 @@ struct Trial {
   Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation) {
     const Op op = kernel.op;
     const bool square = op == Op::kCP && is_sm90a(kernel);  // it takes windows of 3x3 and T in multiples of 32
-    constexpr int64_t n = 3, s = 40, h = 9, w = 19, r1 = 24, r2 = 40, kh = 3, rows = 150;
-    const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
+    const bool wide = is_wide_sm90a(kernel);                // it leaves ranks up to 64 to the other one
+    constexpr int64_t n = 3, s = 40, h = 9, w = 19, kh = 3, rows = 150;
+    const int64_t t = square ? 160 : 144, kw = square ? 3 : 2, r1 = wide ? 72 : 24, r2 = wide ? 104 : 40;
     const at::Generator generator = at::detail::createCPUGenerator(1234);
     const auto draw = [&](at::IntArrayRef sizes, int64_t summed) {
       const Tensor values = at::randn(sizes, generator, at::dtype(at::kDouble)) / std::sqrt(double(summed));

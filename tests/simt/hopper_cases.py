@@ -71,7 +71,17 @@ CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in ca
 
 def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype, images: int | None = None) -> Case:
     """With the planner's cut, or with so many images of a tile."""
-    call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **KERNEL_CASES[kernel][name]).make()
+    return _planned(kernel, KERNEL_CASES[kernel][name], dtype, images)
+
+
+def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype, images: int) -> Case:
+    """More tiles than two for each multiprocessor, not the same number for all: minutes on the emulator."""
+    ranks = {TUCKER: dict(r1=64, r2=48), WIDE: dict(r1=104, r2=128), CP: dict(r1=136)}[kernel]
+    return _planned(kernel, dict(n=47, s=136, t=160, h=28, w=20, **ranks, **SAME, activation="silu"), dtype, images)
+
+
+def _planned(kernel: Kernel, options: dict[str, Any], dtype: torch.dtype, images: int | None) -> Case:
+    call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **options).make()
     if kernel.op == TUCKER.op:
         call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
     _, _, tensors, numbers, output = Case(kernel, Cut(), call).launch()
