@@ -18,8 +18,10 @@ BLOCKS = [pytest.param(cell, id=name) for name, cell in gpu_kernels.BLOCKS.items
 def test_planned_cuts_are_what_the_planner_says(cell: layers.Cell) -> None:
     problem = peers.make_problem(cell, torch.bfloat16, device="meta")
     found = cuts.planned_cuts(problem, "H200")
-    assert {cut.kernel for cut in found} == {line["name"] for line in _C.gpu_kernels() if line["op"] == cell.op}
     described = fit_gpu_cost.described(cell, "bfloat16")
+    of_op = [line["name"] for line in _C.gpu_kernels() if line["op"] == cell.op]
+    taking = {name for name in of_op if _C.plan_gpu_kernel(described, name, "H200")["reason"] == ""}
+    assert {cut.kernel for cut in found} == taking and len(taking) >= len(of_op) - 1
     for cut in found:
         plan = _C.plan_gpu_kernel(described, cut.kernel, "H200")
         assert (list(cut.tile), cut.stages, cut.splits) == (plan["tile"], plan["stages"], plan["splits"])
