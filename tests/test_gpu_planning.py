@@ -287,14 +287,14 @@ def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, ob
     assert re.search(words, plan(problem, kernel, "A100", **options)["reason"])
 
 
-def test_the_wide_kernel_takes_two_images_a_tile_where_there_are_many() -> None:
-    """And factors of narrow ranks that do not fit into shared memory."""
-    wide = "tucker_conv2d_sm90a_64x128"
-    problem = Problem(n=32, s=256, t=256, r1=128, r2=128)
-    tiles = {n: plan(replace(problem, n=n), wide, "H100")["tile"] for n in (1, 2, 32, 65)}
-    assert tiles == {1: [1, 8, 8], 2: [1, 8, 8], 32: [2, 8, 8], 65: [2, 8, 8]}
-    assert plan(Problem(t=2048), wide, "H100")["reason"] == ""
-    assert plan(problem, wide, "H100")["shared_bytes"] <= GPUS["H100"]["shared_bytes_cta"]
+def test_the_wide_kernel_takes_what_the_other_cannot_hold() -> None:
+    wide, narrow = "tucker_conv2d_sm90a_64x128", "tucker_conv2d_sm90a_64x64"
+    for t, taking in ((96, narrow), (512, narrow), (1024, wide)):
+        problem = Problem(s=256, t=t, r1=64, r2=64)
+        assert [plan(problem, name, "H100")["reason"] == "" for name in (narrow, wide)] == [
+            taking == narrow,
+            taking == wide,
+        ]
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@
 // 100 pixels cost 104 columns and not 128 rows. Stage 2's taps are views of the hidden tile: the 8x8 pixels of a tap
 // are 8 groups of 8 rows, a halo's width apart.
 //
-//   warpgroups 0, 1    every other tile of the CTA, all three stages; where shared memory is short the first has all
+//   warpgroups 0, 1    every other tile of the CTA, all three stages
 //   warpgroup 2        one thread: all copies to shared memory, in the order of the tiles
 //
 // Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their way
 // out | in_factor: slices [64 ranks][64 channels] | taps [R2][64 ranks] | out_factor: parts [64 channels][64 ranks] |
-// the ring: slots [104 pixels][64 channels], where in_factor does not fit with its slice behind.
+// the ring: slots [104 pixels][64 channels].
 //
 // Barriers (one thread's copies complete the bytes of a phase):
 //
@@ -69,7 +69,6 @@ static_assert(((TuckerSm90a::kGroups + 1) * TuckerSm90a::kMostSlots + 3) * 8 <= 
 // ---- The thread that copies
 
 LOWRANK_OPS_HOPPER void load_in_factor(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
-  if (p.layout.streamed) return;
   barrier_expect(barriers.in_ready(), uint32_t(p.layout.slices * TuckerSm90a::kBlockBytes));
   for (int s = 0; s < p.layout.slices; ++s)
     load_box(base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes, &p.in_factor, barriers.in_ready(),
@@ -91,7 +90,6 @@ LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, 
 
 // All slices of the tiles, in the order in which the groups take them; the factors where nothing waits for them before.
 LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
-  const uint32_t bytes = uint32_t(p.slice_box + (p.layout.streamed ? TuckerSm90a::kBlockBytes : 0));
   load_in_factor(p, base, barriers);
   RingPlace ring, of_group[TuckerSm90a::kGroups];
   bool late = true, second = false;  // whether core and out_factor are still to come; whose tile it is
@@ -101,11 +99,10 @@ LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barr
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
       const uint32_t full = barriers.full(second, place.slot),
-                     slot = base + p.layout.ring + ring.slot * p.layout.slot_bytes();
+                     slot = base + p.layout.ring + ring.slot * p.layout.slice_bytes();
       wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
-      barrier_expect(full, bytes);
+      barrier_expect(full, uint32_t(p.slice_box));
       load_box(slot, &p.input, full, s * TuckerSm90a::kSlice, at.x - p.padding_w, at.y - p.padding_h, at.n);
-      if (p.layout.streamed) load_box(slot + p.layout.slice_bytes(), &p.in_factor, full, s * TuckerSm90a::kSlice, 0);
       place.next(p.layout.slots);
       ring.next(p.layout.slots);
       if (late && (ring.slot == 0 || s + 1 == p.layout.slices)) {
@@ -114,7 +111,7 @@ LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barr
       }
     }
     (second ? of_group[1] : of_group[0]) = place;
-    second = p.layout.groups > 1 && !second;
+    second = !second;
   }
 }
 
@@ -155,11 +152,10 @@ struct TuckerGroup {
     uint32_t before = 0;
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t slice = base + p.layout.ring + slot * p.layout.slot_bytes();
+      const uint32_t slice = base + p.layout.ring + slot * p.layout.slice_bytes();
       wait_phase(barriers.full(group, arrival.slot), arrival.parity);
       __syncwarp();
-      const uint32_t factor =
-          p.layout.streamed ? slice + p.layout.slice_bytes() : base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
+      const uint32_t factor = base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
       const uint64_t a = swizzled(factor, 1024), b = swizzled(slice, 1024);
       wgmma_fence();
 #pragma unroll
@@ -249,10 +245,10 @@ struct TuckerGroup {
 
   LOWRANK_OPS_HOPPER void run() {
     bool first = true;
-    if (!p.layout.streamed) wait_phase(barriers.in_ready(), 0);
+    wait_phase(barriers.in_ready(), 0);
 #pragma unroll 1
     for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles.count;
-         tile += p.layout.groups * int(gridDim.x)) {
+         tile += TuckerSm90a::kGroups * int(gridDim.x)) {
       {
         float sums[rows / 2];
         stage1(sums);
@@ -296,7 +292,7 @@ __global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
     if (producer == 0 && lane == 0) produce(params, base, barriers);
   } else {
     take_registers<kConsumerRegisters>();
-    if (warp / 4 < params.layout.groups) TuckerGroup<half, ranks, rows>(params, base, barriers, warp, lane).run();
+    TuckerGroup<half, ranks, rows>(params, base, barriers, warp, lane).run();
   }
 }
 

@@ -11,7 +11,7 @@ namespace lowrank_ops {
 struct TuckerSm90a {
   static constexpr int kTileSide = 8, kRowBytes = 128, kSlice = 64;
   static constexpr int kBlockBytes = kSlice * kRowBytes;  // of 64 rows: a slice of a factor, a chunk of the output
-  static constexpr int kGroups = 2;                       // warpgroups that may compute
+  static constexpr int kGroups = 2;                       // warpgroups that compute
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kMostRank = 64, kMostRows = 144;  // of the hidden tile
   static constexpr int kMostSlots = 8;
@@ -21,49 +21,33 @@ struct TuckerSm90a {
   int rows = 0;   // of a slice of the input and of the hidden tile: halo pixels, padded to what wgmma takes
   int ranks = 0;  // 32 or 64: R1 and R2, padded
   int slices = 0, chunks = 0;  // of 64 input channels, of 64 output channels
-  int groups = kGroups;        // warpgroups that compute: the second one idles where shared memory is short
   int slots = 0;               // of the ring of slices that the groups share
   int skip = 0;                // slots from the end of a group's tile to its next one
-  bool streamed = false;       // in_factor comes with the input's slices for each tile; else it stays in shared memory
 
   // Offsets in shared memory.
   int bias = 0, hidden = 0, in_factor = 0, core = 0, out_factor = 0, ring = 0, bytes = 0;
 
   LOWRANK_OPS_BOTH constexpr int slice_bytes() const { return rows * kRowBytes; }  // a multiple of 1024: rows / 8
-  LOWRANK_OPS_BOTH constexpr int slot_bytes() const { return slice_bytes() + (streamed ? kBlockBytes : 0); }
   LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(slice_bytes(), 2 * kBlockBytes); }
 };
 
-// With so many groups, and in_factor in shared memory or not. `g.stages` are the slots.
-constexpr TuckerSm90a sm90a_layout(const Geometry& g, int groups, bool streamed) {
+// `g.stages` are the slots.
+constexpr TuckerSm90a sm90a_layout(const Geometry& g) {
   using L = TuckerSm90a;
   L l;
   l.rows = g.halo() <= 104 ? 104 : L::kMostRows;
   l.ranks = most(g.r1, g.r2) <= 32 ? 32 : L::kMostRank;
   l.slices = int(ceil_div(g.s, L::kSlice));
   l.chunks = int(ceil_div(g.t, L::kSlice));
-  l.groups = groups;
   l.slots = g.stages;
-  l.skip = (groups - 1) * l.slices % l.slots;
-  l.streamed = streamed;
+  l.skip = l.slices % l.slots;
   l.bias = L::kBarrierBytes;
   l.hidden = int(round_up(l.bias + int64_t(l.chunks) * L::kSlice * 4, 1024));
-  l.in_factor = l.hidden + groups * l.hidden_bytes();
-  l.core = l.in_factor + (streamed ? 0 : l.slices * L::kBlockBytes);
+  l.in_factor = l.hidden + L::kGroups * l.hidden_bytes();
+  l.core = l.in_factor + l.slices * L::kBlockBytes;
   l.out_factor = l.core + g.taps() * l.ranks * L::kRowBytes;
   l.ring = l.out_factor + l.chunks * L::kBlockBytes;
-  l.bytes = l.ring + l.slots * l.slot_bytes();
-  return l;
-}
-
-// The first that fits; else the smallest, whose `bytes` are above kMostBytes.
-constexpr TuckerSm90a sm90a_layout(const Geometry& g) {
-  TuckerSm90a l;
-  for (int groups = TuckerSm90a::kGroups; groups >= 1; --groups)
-    for (const bool streamed : {false, true}) {
-      l = sm90a_layout(g, groups, streamed);
-      if (l.bytes <= TuckerSm90a::kMostBytes) return l;
-    }
+  l.bytes = l.ring + l.slots * l.slice_bytes();
   return l;
 }
 

@@ -2,8 +2,7 @@
 // factors stream through one ring of slots, and two warpgroups with a tile each read every block of it.
 //
 // A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ..., two at a time. A
-// tile is 8x8 pixels of the output (the 64 rows of a wgmma), of one image or of two. Per image, with a 3x3 core and
-// ranks of two parts of 64:
+// tile is 8x8 pixels of the output (the 64 rows of a wgmma); with a 3x3 core and ranks of two parts of 64:
 //
 //   input: 10x10 pixels (halo), S channels          stage 1    hidden: 10x10 pixels, R1 ranks        stage 2
 //   slices [100 of 104 pixels][64 channels]        -------->   parts [104 rows][64] in shared       -------->
@@ -14,7 +13,7 @@
 //
 // The blocks of a turn (two tiles), in the order of their use:
 //
-//   for each image, each slice of S   in_factor   [128 ranks of R1][64 channels]
+//   for each slice of S               in_factor   [128 ranks of R1][64 channels]
 //   for each tap, each part of R1     core        [128 ranks of R2][64 ranks of R1]
 //   for each chunk of T               out_factor  parts of R2 [64 channels][64 ranks]
 //
@@ -25,10 +24,8 @@
 //                      the blocks back
 //   warpgroup 2        one thread: all copies to shared memory
 //
-// Two images halve what a product reads of core and out_factor through L2, which else is more than it delivers.
-//
-// Shared memory (tucker_wide_sm90a.h), from the bottom: barriers, bias | hidden tile of each group (its images'), two
-// chunks on their way out | ring of slices of each group | ring of blocks.
+// Shared memory (tucker_wide_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their
+// way out | ring of slices of each group | ring of blocks.
 //
 // Barriers, of each ring's slots:
 //
@@ -84,8 +81,8 @@ struct WideProducer {
   uint32_t base;
   RingPlace block, slice;  // the groups' slices are in step: the last turn alone may lack the second group's
 
-  // The input's slices of an image of a turn's tiles, each behind its block of in_factor.
-  LOWRANK_OPS_HOPPER void load_inputs(int tile, int image) {
+  // The input's slices of a turn, each behind its block of in_factor.
+  LOWRANK_OPS_HOPPER void load_inputs(int tile) {
     const Ring blocks = block_ring(base, p.layout);
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
@@ -100,7 +97,7 @@ struct WideProducer {
         const TilePlace at = p.tiles.place(own);
         open_slot(slices, slice, p.slice_box);
         load_box(slices.at(slice.slot), &p.input, slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
-                 at.x - p.padding_w, at.y - p.padding_h, at.n * p.layout.images + image);
+                 at.x - p.padding_w, at.y - p.padding_h, at.n);
       }
       slice.next(p.layout.input_slots);
     }
@@ -135,8 +132,7 @@ struct WideProducer {
   LOWRANK_OPS_HOPPER void run() {
 #pragma unroll 1
     for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += TuckerWideSm90a::kGroups * int(gridDim.x)) {
-#pragma unroll 1
-      for (int image = 0; image < p.layout.images; ++image) load_inputs(tile, image);
+      load_inputs(tile);
       load_core();
       load_out_factor();
     }
@@ -163,8 +159,8 @@ struct RingReader {
   }
 };
 
-// A thread of warpgroup `group`; `half`: fp16, else bf16; the others as in TuckerWideSm90a.
-template <bool half, int images, int r1_parts, int r2_parts>
+// A thread of warpgroup `group`; `half`: fp16, else bf16; parts of the ranks as in TuckerWideSm90a.
+template <bool half, int r1_parts, int r2_parts>
 struct WideGroup {
   using L = TuckerWideSm90a;
   static constexpr int kSteps = 4 * r2_parts;  // of stage 3's inner products
@@ -219,25 +215,22 @@ struct WideGroup {
     for (int part = 0; part < r1_parts; ++part) pin(sums[part]);
   }
 
-  LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[r1_parts][L::kRows / 2], int image) {
-    if (image == 0) {  // all warps have read the hidden tile before, and the copy engine what was staged over it
-      if (first_thread()) wait_stores_read<0>();
-      group_barrier(group);
-    }
+  LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[r1_parts][L::kRows / 2]) {
+    if (first_thread()) wait_stores_read<0>();
+    group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
 #pragma unroll
     for (int part = 0; part < r1_parts; ++part)
-      store_ranks<half, L::kRows>(hidden + (image * r1_parts + part) * L::kSliceBytes, sums[part], warp, lane);
+      store_ranks<half, L::kRows>(hidden + part * L::kSliceBytes, sums[part], warp, lane);
+    fence_proxy();
+    group_barrier(group);
   }
 
   // Stage 2: the core's taps are windows of the hidden tile. The sums, rounded, are an operand A of stage 3.
-  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[images][kSteps][4]) {
-    float sums[images][32 * r2_parts];
+  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
+    float sums[32 * r2_parts];
 #pragma unroll
-    for (int image = 0; image < images; ++image) {
-#pragma unroll
-      for (int j = 0; j < 32 * r2_parts; ++j) sums[image][j] = 0;
-      pin(sums[image]);
-    }
+    for (int j = 0; j < 32 * r2_parts; ++j) sums[j] = 0;
+    pin(sums);
     uint64_t line = swizzled(hidden, uint32_t(p.halo_w * L::kRowBytes));
     bool first = true;
 #pragma unroll 1
@@ -251,10 +244,7 @@ struct WideGroup {
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k)
-#pragma unroll
-            for (int image = 0; image < images; ++image)
-              wgmma<half>(sums[image], further(pixels, (image * r1_parts + part) * L::kSliceBytes + k * 32),
-                          further(core, k * 32));
+            wgmma<half>(sums, further(pixels, part * L::kSliceBytes + k * 32), further(core, k * 32));
           wgmma_commit();
           if (!first) {
             wgmma_wait<1>();
@@ -268,77 +258,57 @@ struct WideGroup {
     }
     wgmma_wait<0>();
     blocks.release(lane);
+    pin(sums);
 #pragma unroll
-    for (int image = 0; image < images; ++image) {
-      pin(sums[image]);
-#pragma unroll
-      for (int j = 0; j < 4 * kSteps; ++j)
-        second[image][j / 4][j % 4] = pack<half>(sums[image][2 * j], sums[image][2 * j + 1]);
-    }
+    for (int j = 0; j < 4 * kSteps; ++j) second[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
   }
 
   // Stage 3: a chunk of 64 channels.
-  LOWRANK_OPS_HOPPER void multiply(float (&sums)[images][32], uint32_t (&second)[images][kSteps][4], int chunk) {
-#pragma unroll
-    for (int image = 0; image < images; ++image)
-      start_with_bias(sums[image], base + p.layout.bias + chunk * L::kSlice * 4, lane);
+  LOWRANK_OPS_HOPPER void multiply(float (&sums)[32], uint32_t (&second)[kSteps][4], int chunk) {
+    start_with_bias(sums, base + p.layout.bias + chunk * L::kSlice * 4, lane);
     const uint64_t factor = swizzled(blocks.wait(), 1024);
-#pragma unroll
-    for (int image = 0; image < images; ++image) pin(sums[image]);
+    pin(sums);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-      for (int image = 0; image < images; ++image)
-        wgmma<half>(sums[image], second[image][k], further(factor, k / 4 * L::kPartBytes + k % 4 * 32));
+    for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, second[k], further(factor, k / 4 * L::kPartBytes + k % 4 * 32));
     wgmma_commit();
     wgmma_wait<0>();
     blocks.release(lane);
+    pin(sums);
 #pragma unroll
-    for (int image = 0; image < images; ++image) {
-      pin(sums[image]);
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) pin(second[image][k]);
-    }
+    for (int k = 0; k < kSteps; ++k) pin(second[k]);
   }
 
-  // The rounded values [64 pixels, 64 channels] of an image to one of two places over the hidden tile, and from there
-  // to memory. The tile's stores are numbered by `turn`.
-  LOWRANK_OPS_HOPPER void store(const float (&values)[32], int turn, int chunk, const TilePlace& at, int image) {
-    const uint32_t staged = hidden + turn % 2 * L::kPartBytes;
-    if (turn != 1) {  // 0: all warps have read the hidden tile. Later: the store before the last has left
-      if (turn > 1 && first_thread()) wait_stores_read<1>();
+  // The rounded values [64 pixels, 64 channels] to one of two places over the hidden tile, and from there to memory.
+  LOWRANK_OPS_HOPPER void store(const float (&values)[32], int chunk, const TilePlace& at) {
+    const uint32_t staged = hidden + chunk % 2 * L::kPartBytes;
+    if (chunk != 1) {  // chunk 0: all warps have read the hidden tile. Later: the chunk before the last has left
+      if (chunk > 1 && first_thread()) wait_stores_read<1>();
       group_barrier(group);
     }
     stage_chunk<half>(staged, values, warp, lane);
     fence_proxy();
     group_barrier(group);
     if (first_thread()) {
-      store_box(&p.output, staged, chunk * L::kSlice, at.x, at.y, at.n * images + image);
+      store_box(&p.output, staged, chunk * L::kSlice, at.x, at.y, at.n);
       commit_stores();
     }
   }
 
   LOWRANK_OPS_HOPPER void compute(const TilePlace& at) {
-#pragma unroll 1
-    for (int image = 0; image < images; ++image) {
+    {
       float sums[r1_parts][L::kRows / 2];
       stage1(sums);
-      store_hidden(sums, image);
+      store_hidden(sums);
     }
-    fence_proxy();
-    group_barrier(group);
-    uint32_t second[images][kSteps][4];
+    uint32_t second[kSteps][4];
     stage2(second);
 #pragma unroll 1
     for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
-      float sums[images][32];
+      float sums[32];
       multiply(sums, second, chunk);
-#pragma unroll
-      for (int image = 0; image < images; ++image) {
-        activate(sums[image], p.activation);
-        store(sums[image], chunk * images + image, chunk, at, image);
-      }
+      activate(sums, p.activation);
+      store(sums, chunk, at);
     }
   }
 
@@ -364,7 +334,7 @@ struct WideGroup {
   }
 };
 
-template <bool half, int images, int r1_parts, int r2_parts>
+template <bool half, int r1_parts, int r2_parts>
 __global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
     tucker_wide_sm90a_kernel(const __grid_constant__ WideParams params) {
   using L = TuckerWideSm90a;
@@ -385,7 +355,7 @@ __global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
     if (warp == 4 * L::kGroups && lane == 0) WideProducer{params, base, {}, {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
-    WideGroup<half, images, r1_parts, r2_parts>(params, base, warp, lane).run();
+    WideGroup<half, r1_parts, r2_parts>(params, base, warp, lane).run();
   }
 }
 

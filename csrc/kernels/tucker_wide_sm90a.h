@@ -6,9 +6,8 @@
 
 namespace lowrank_ops {
 
-// A tile is 8x8 pixels of the output of one image, the 64 rows of a wgmma, or of two images: those share the blocks of
-// core and out_factor that a group reads. The CTA computes two tiles at a time, one per warpgroup. Matrices in shared
-// memory have rows of 128 bytes: 64 channels or ranks of 2 bytes. Ranks come in parts of 64.
+// A tile is 8x8 pixels of the output, the 64 rows of a wgmma; the CTA computes two at a time, one per warpgroup.
+// Matrices in shared memory have rows of 128 bytes: 64 channels or ranks of 2 bytes. Ranks come in parts of 64.
 struct TuckerWideSm90a {
   static constexpr int kTileSide = 8, kRowBytes = 128, kSlice = 64;
   static constexpr int kPartBytes = kSlice * kRowBytes;  // of 64 rows
@@ -21,7 +20,6 @@ struct TuckerWideSm90a {
   static constexpr int kBarrierBytes = 256;              // 2 x (kMostSlots + kGroups x kMaxStages), of 8 bytes
   static constexpr int kMostBytes = 232448;              // of a CTA's shared memory on every GPU of this architecture
 
-  int images = 1;                  // of a tile
   int r1_parts = 0, r2_parts = 0;  // of 64 ranks
   int slices = 0, chunks = 0;      // of 64 input channels, of 64 output channels
   int input_slots = 0;             // of each group's ring of slices
@@ -30,17 +28,16 @@ struct TuckerWideSm90a {
   // Offsets in shared memory.
   int bias = 0, hidden = 0, inputs = 0, ring = 0, bytes = 0;
 
-  LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(images * r1_parts * kSliceBytes, 2 * kPartBytes); }
+  LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(r1_parts * kSliceBytes, 2 * kPartBytes); }
   // Blocks of the factors that the ring brings for every pair of tiles.
-  LOWRANK_OPS_BOTH constexpr int blocks(int taps) const { return images * slices + taps * r1_parts + chunks; }
+  LOWRANK_OPS_BOTH constexpr int blocks(int taps) const { return slices + taps * r1_parts + chunks; }
 };
 
-// `g.tile_n` is 1 or 2, `g.stages` are the slots of a group's ring of slices. The factors' ring gets what is left of
-// shared memory, at least kLeastSlots: then `bytes` may be above kMostBytes.
+// `g.stages` are the slots of a group's ring of slices. The factors' ring gets what is left of shared memory, at least
+// kLeastSlots: then `bytes` may be above kMostBytes.
 constexpr TuckerWideSm90a wide_sm90a_layout(const Geometry& g) {
   using L = TuckerWideSm90a;
   L l;
-  l.images = g.tile_n;
   l.r1_parts = g.r1 <= L::kSlice ? 1 : 2;
   l.r2_parts = g.r2 <= L::kSlice ? 1 : 2;
   l.slices = int(ceil_div(g.s, L::kSlice));

@@ -16,16 +16,11 @@ inline bool wide_params(WideParams& to, const BlockParams& block, DType dtype) {
 using WideKernel = void (*)(WideParams);
 
 // The instance for a layout.
-template <bool half, int images>
-WideKernel wide_kernel(const TuckerWideSm90a& layout) {
-  const bool narrow = layout.r2_parts == 1;
-  if (layout.r1_parts == 1)
-    return narrow ? tucker_wide_sm90a_kernel<half, images, 1, 1> : tucker_wide_sm90a_kernel<half, images, 1, 2>;
-  return narrow ? tucker_wide_sm90a_kernel<half, images, 2, 1> : tucker_wide_sm90a_kernel<half, images, 2, 2>;
-}
 template <bool half>
 WideKernel wide_kernel(const TuckerWideSm90a& layout) {
-  return layout.images == 1 ? wide_kernel<half, 1>(layout) : wide_kernel<half, 2>(layout);
+  if (layout.r1_parts == 1)
+    return layout.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 1, 1> : tucker_wide_sm90a_kernel<half, 1, 2>;
+  return layout.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 2, 1> : tucker_wide_sm90a_kernel<half, 2, 2>;
 }
 inline WideKernel wide_kernel(const TuckerWideSm90a& layout, DType dtype) {
   return dtype == DType::kHalf ? wide_kernel<true>(layout) : wide_kernel<false>(layout);

@@ -216,7 +216,7 @@ namespace {
 std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const Plan& plan,
                                   const SharedLayout& l) {
   const Geometry& g = plan.geometry;
-  std::vector<std::string> notes = is_sm90a(kernel) ? sm90a_notes(kernel, g) : std::vector<std::string>();
+  std::vector<std::string> notes;
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images a tile");

@@ -141,28 +141,20 @@ class Search {
 
 namespace {
 
-// The sm90a kernels: the fastest of a few.
-FoundCut best_sm90a_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
-  const std::vector<Geometry> cuts = sm90a_cuts(problem, kernel);
+// There is nothing to choose.
+FoundCut only_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
   FoundCut found;
-  found.geometry.stages = 0;
-  found.least_shared_bytes = sm90a_bytes(kernel, cuts.front());
-  Plan plan, best;
-  for (const Geometry& cut : cuts) {
-    const SharedLayout layout = layout_of(problem, kernel, cut);
-    found.too_many_ctas = cut.tiles() > INT_MAX;
-    if (found.too_many_ctas || layout.bytes > caps.shared_bytes_cta) continue;
-    plan.geometry = cut;
-    cost_fused(plan, problem, kernel, caps, layout);
-    if (found.geometry.stages == 0 || plan.gpu_seconds < best.gpu_seconds) best = plan, found.geometry = cut;
-  }
+  found.geometry = sm90a_cut(problem, kernel);
+  found.least_shared_bytes = sm90a_bytes(kernel, found.geometry);
+  found.too_many_ctas = found.geometry.tiles() > INT_MAX;
+  if (found.too_many_ctas || found.least_shared_bytes > caps.shared_bytes_cta) found.geometry.stages = 0;
   return found;
 }
 
 }  // namespace
 
 FoundCut search_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
-  if (is_sm90a(kernel)) return best_sm90a_cut(problem, kernel, caps);
+  if (is_sm90a(kernel)) return only_cut(problem, kernel, caps);
   return Search(problem, kernel, caps).run();
 }
 

@@ -33,15 +33,18 @@ std::string tucker_reason(const Problem& p) {
   return tucker_reason(p, TuckerSm90a::kMostRank, TuckerSm90a::kMostRows);
 }
 
-Geometry least_tucker_cut(const Problem& p) {
-  return geometry_of(p, 1, TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, kLeastSlots, 1);
+Geometry tucker_cut(const Problem& p, int slots) {
+  return geometry_of(p, 1, TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, slots, 1);
 }
+// With two slots the wide kernel, which reads the factors anew for each pair of tiles, is faster (on an H200, 256
+// channels and ranks of 64: 45 us against 52).
+constexpr int kLeastSharedSlots = 3;
 
 std::string wide_reason(const Problem& p) {
   const std::string reason = tucker_reason(p, TuckerWideSm90a::kMostRank, TuckerWideSm90a::kRows);
   if (!reason.empty()) return reason;
   const bool other_fits =
-      tucker_reason(p).empty() && sm90a_layout(least_tucker_cut(p)).bytes <= TuckerSm90a::kMostBytes;
+      tucker_reason(p).empty() && sm90a_layout(tucker_cut(p, kLeastSharedSlots)).bytes <= TuckerSm90a::kMostBytes;
   return other_fits ? "ranks up to " + number(TuckerSm90a::kMostRank) + " have a kernel of their own" : "";
 }
 
@@ -80,37 +83,30 @@ std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
 
 namespace {
 
-// As many slots as possible.
-Geometry cp_cut(const Problem& p) {
-  using L = CpSm90a;
-  Geometry g = geometry_of(p, 1, L::kTileHeight, L::kTileWidth, kLeastSlots, 1);
-  for (Geometry more = g; more.stages <= kMaxStages && cp_sm90a_layout(more).bytes <= L::kMostBytes; ++more.stages)
-    g = more;
-  return g;
-}
-
-// As many slots as possible, but none for the price of a group or of streaming in_factor.
-Geometry tucker_cut(const Problem& p) {
-  Geometry g = least_tucker_cut(p);
-  const TuckerSm90a least = sm90a_layout(g);
-  for (Geometry more = g; more.stages <= TuckerSm90a::kMostSlots; ++more.stages) {
-    const TuckerSm90a layout = sm90a_layout(more);
-    if (layout.bytes > TuckerSm90a::kMostBytes || layout.groups != least.groups || layout.streamed != least.streamed)
-      break;
-    g = more;
-  }
+// From a cut with the fewest slots on as many as `fits` allows.
+template <typename Fits>
+Geometry most_slots(Geometry g, int most, const Fits& fits) {
+  for (Geometry more = g; more.stages <= most && fits(more); ++more.stages) g = more;
   return g;
 }
 
 }  // namespace
 
-std::vector<Geometry> sm90a_cuts(const Problem& p, const GpuKernel& kernel) {
-  if (p.op == Op::kCP) return {cp_cut(p)};
-  if (!is_wide_sm90a(kernel)) return {tucker_cut(p)};
-  std::vector<Geometry> cuts(2, least_tucker_cut(p));  // the factors' ring has the rest of shared memory
-  cuts[1].tile_n = 2;
-  if (p.n == 1) cuts.pop_back();
-  return cuts;
+Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel) {
+  if (p.op == Op::kCP) {
+    using L = CpSm90a;
+    return most_slots(geometry_of(p, 1, L::kTileHeight, L::kTileWidth, kLeastSlots, 1), kMaxStages,
+                      [](const Geometry& g) { return cp_sm90a_layout(g).bytes <= L::kMostBytes; });
+  }
+  if (!is_wide_sm90a(kernel))
+    return most_slots(tucker_cut(p, kLeastSharedSlots), TuckerSm90a::kMostSlots,
+                      [](const Geometry& g) { return sm90a_layout(g).bytes <= TuckerSm90a::kMostBytes; });
+  // The factors' ring has the rest of shared memory: enough for what is on its way through L2.
+  constexpr int kEnough = 4;
+  return most_slots(tucker_cut(p, kLeastSlots), kMaxStages, [](const Geometry& g) {
+    const TuckerWideSm90a layout = wide_sm90a_layout(g);
+    return layout.bytes <= TuckerWideSm90a::kMostBytes && layout.slots >= kEnough;
+  });
 }
 
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& g) {
@@ -128,10 +124,8 @@ int64_t sm90a_ctas(const Geometry& g, const GpuCaps& caps) {
 }
 
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& g, const GpuCaps& caps) {
-  const int groups = kernel.op == Op::kCP    ? 1  // they share a tile
-                     : is_wide_sm90a(kernel) ? TuckerWideSm90a::kGroups
-                                             : sm90a_layout(g).groups;
-  return ceil_div(ceil_div(g.tiles(), sm90a_ctas(g, caps)), int64_t(groups));
+  const int64_t groups = kernel.op == Op::kCP ? 1 : TuckerSm90a::kGroups;  // CP's share a tile
+  return ceil_div(ceil_div(g.tiles(), sm90a_ctas(g, caps)), groups);
 }
 
 namespace {
@@ -146,19 +140,17 @@ void count_cp(FusedFeatures& found, double turns, const CpSm90a& layout) {
 
 void count_tucker(FusedFeatures& found, double turns, const Geometry& g, const TuckerSm90a& layout) {
   const double taps = g.taps() * layout.ranks / double(TuckerSm90a::kSlice);
-  found[kCopies] = (layout.streamed ? 0 : layout.slices) + layout.chunks + taps;  // blocks of factors, once
-  found[kChunks] = turns * layout.slices * (layout.streamed ? 1.5 : 1);
+  found[kCopies] = layout.slices + layout.chunks + taps;  // blocks of factors, once
+  found[kChunks] = turns * layout.slices;
   found[kProducts] = turns * taps * layout.ranks / 16;
   found[kOutputs] = turns * layout.chunks;
 }
 
-// Products are blocks of the core, of both groups; all counts are of 128 ranks. With two images, a block of core or
-// out_factor has twice the products, but is read once.
+// Products are blocks of the core, of both groups; all counts are of 128 ranks.
 void count_wide(FusedFeatures& found, double turns, const Geometry& g, const TuckerWideSm90a& layout) {
-  const double block = layout.images == 1 ? 1 : 1.5;
-  found[kChunks] = turns * layout.images * layout.slices * layout.r1_parts / 2.0;
-  found[kProducts] = turns * block * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
-  found[kOutputs] = turns * block * layout.chunks * layout.r2_parts / 2.0;
+  found[kChunks] = turns * layout.slices * layout.r1_parts / 2.0;
+  found[kProducts] = turns * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
+  found[kOutputs] = turns * layout.chunks * layout.r2_parts / 2.0;
 }
 
 double cp_flops(const CpSm90a& layout) {
@@ -191,22 +183,13 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
   return found;
 }
 
-std::vector<std::string> sm90a_notes(const GpuKernel& kernel, const Geometry& g) {
-  std::vector<std::string> notes;
-  if (kernel.op == Op::kCP || is_wide_sm90a(kernel)) return notes;
-  const TuckerSm90a layout = sm90a_layout(g);
-  if (layout.streamed) notes.push_back("in_factor is read anew for every tile: it does not fit into shared memory");
-  if (layout.groups == 1) notes.push_back("one of two warpgroups computes: shared memory holds one hidden tile");
-  return notes;
-}
-
 double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {
   const double tiles = 2 * double(g.tiles());
   if (kernel.op == Op::kCP) return tiles * cp_flops(cp_sm90a_layout(g));
   if (is_wide_sm90a(kernel)) {
     const TuckerWideSm90a layout = wide_sm90a_layout(g);
     const double r1 = layout.r1_parts * 64, r2 = layout.r2_parts * 64;
-    return tiles * layout.images * tucker_flops(g, layout.kRows, r1, r1, r2);
+    return tiles * tucker_flops(g, layout.kRows, r1, r1, r2);
   }
   const TuckerSm90a layout = sm90a_layout(g);
   return tiles * tucker_flops(g, layout.rows, TuckerSm90a::kSlice, layout.ranks, layout.ranks);

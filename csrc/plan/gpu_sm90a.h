@@ -3,7 +3,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "kernels/cp_sm90a.h"
 #include "kernels/tucker_sm90a.h"
@@ -16,17 +15,14 @@ bool is_sm90a(const GpuKernel& kernel);
 bool is_wide_sm90a(const GpuKernel& kernel);
 // Why the kernel cannot take a problem, on any GPU; "": it can.
 std::string sm90a_reason(const Problem& problem, const GpuKernel& kernel);
-// The cuts to choose from: the kernel's tile, and as many slots of the ring as shared memory holds; for wide Tucker
-// ranks of one image or of two. The first one needs least shared memory, perhaps more than a CTA can have.
-std::vector<Geometry> sm90a_cuts(const Problem& problem, const GpuKernel& kernel);
+// The cut: the kernel's tile, and as many slots of the ring as shared memory holds, which may be too few.
+Geometry sm90a_cut(const Problem& problem, const GpuKernel& kernel);
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& geometry);
 int sm90a_threads(const GpuKernel& kernel);
 int64_t sm90a_ctas(const Geometry& geometry, const GpuCaps& caps);
 // How many tiles the busiest warpgroup computes one after the other.
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& geometry, const GpuCaps& caps);
 FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& geometry, const GpuCaps& caps);
-// What the reader of a plan should know of it.
-std::vector<std::string> sm90a_notes(const GpuKernel& kernel, const Geometry& geometry);
 // Multiplications and additions, padding and halos included.
 double sm90a_flops(const GpuKernel& kernel, const Geometry& geometry);
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ TUCKER_CASES: dict[str, dict[str, Any]] = {
     "one narrow rank": dict(n=1, s=8, t=8, r1=8, r2=48, h=8, w=8, **SAME, bias=False),
     "many slices": dict(n=1, s=328, t=64, r1=32, r2=32, h=10, w=9, **SAME, activation="gelu"),
     "many chunks": dict(n=1, s=64, t=328, r1=64, r2=32, h=8, w=9, **SAME, activation="hardswish"),
-    "streamed in_factor": dict(n=1, s=512, t=512, r1=64, r2=64, h=7, w=7, **SAME),
     "1x1 core": dict(n=1, s=64, t=64, r1=16, r2=24, h=9, w=9, kernel=(1, 1), activation="relu6"),
     "tall core": dict(n=1, s=32, t=32, r1=32, r2=32, h=12, w=9, kernel=(5, 1), padding=(2, 0)),
     "wide core": dict(n=1, s=32, t=32, r1=64, r2=40, h=9, w=12, kernel=(1, 7), padding=(0, 3)),
@@ -55,6 +53,7 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "a wide R2": dict(n=1, s=72, t=40, r1=72, r2=128, h=9, w=8, **SAME, bias=False),
     "R1 alone above 64": dict(n=1, s=64, t=72, r1=80, r2=64, h=8, w=17, **SAME),
     "R2 alone above 64": dict(n=1, s=72, t=64, r1=24, r2=72, h=9, w=8, **SAME),
+    "narrow ranks, many channels": dict(n=1, s=512, t=512, r1=64, r2=64, h=7, w=7, **SAME),
     "narrow ranks, large factors": dict(n=1, s=72, t=1480, r1=48, r2=40, h=4, w=5, **SAME, activation="relu"),
     "many slices and chunks": dict(n=1, s=328, t=328, r1=96, r2=96, h=9, w=9, **SAME, activation="gelu"),
     "1x1 core": dict(n=1, s=64, t=64, r1=72, r2=80, h=9, w=9, kernel=(1, 1), activation="relu6"),
@@ -69,21 +68,21 @@ KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
 
 
-def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype, images: int | None = None) -> Case:
-    """With the planner's cut, or with so many images of a tile."""
-    return _planned(kernel, KERNEL_CASES[kernel][name], dtype, images)
+def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
+    """With the planner's cut."""
+    return _planned(kernel, KERNEL_CASES[kernel][name], dtype)
 
 
-def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype, images: int) -> Case:
+def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype) -> Case:
     """More tiles than two for each multiprocessor, not the same number for all: minutes on the emulator."""
     ranks = {TUCKER: dict(r1=64, r2=48), WIDE: dict(r1=104, r2=128), CP: dict(r1=136)}[kernel]
-    return _planned(kernel, dict(n=47, s=136, t=160, h=28, w=20, **ranks, **SAME, activation="silu"), dtype, images)
+    return _planned(kernel, dict(n=47, s=136, t=160, h=28, w=20, **ranks, **SAME, activation="silu"), dtype)
 
 
-def _planned(kernel: Kernel, options: dict[str, Any], dtype: torch.dtype, images: int | None) -> Case:
+def _planned(kernel: Kernel, options: dict[str, Any], dtype: torch.dtype) -> Case:
     call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **options).make()
     if kernel.op == TUCKER.op:
         call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
     _, _, tensors, numbers, output = Case(kernel, Cut(), call).launch()
     cut, _ = harness.planned(kernel, tensors, numbers, output, "H100")
-    return Case(kernel, replace(cut, n=images or cut.n), call)
+    return Case(kernel, cut, call)
