@@ -119,14 +119,14 @@ run_hopper() {
   "$program" | tee "$OUT/hopper.jsonl"
 }
 
-PROFILED=(tucker_conv2d_sm80_128x64 cp_conv2d_sm80_64x128 lowrank_linear_sm80_64x128)
+PROFILED=(tucker_conv2d_sm90a_64x64 cp_conv2d_sm90a_112x64 tucker_conv2d_sm80_128x64 cp_conv2d_sm80_64x128 lowrank_linear_sm80_64x128)
 run_profile() {
   ready || return
-  ncu --clock-control none --set full --import-source no --kernel-name regex:block_kernel --force-overwrite \
+  ncu --clock-control none --set full --import-source no --kernel-name "regex:(block|sm90a)_kernel" --force-overwrite \
     --export "$OUT/profile" "$PYTHON" -m benchmarks.gpu_kernels --profile "${PROFILED[@]}" || return
   ncu --import "$OUT/profile.ncu-rep" --page details >"$OUT/profile.txt"
   ncu --import "$OUT/profile.ncu-rep" --page source --csv | gzip >"$OUT/profile_source.csv.gz"
-  grep -E "block_kernel|Duration|Throughput|Registers Per|Issue Slots|Eligible|No Eligible" "$OUT/profile.txt"
+  grep -E "block_kernel|sm90a_kernel|Duration|Throughput|Registers Per|Issue Slots|Eligible|No Eligible" "$OUT/profile.txt"
 }
 
 run_stage() {

@@ -289,7 +289,7 @@ def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, ob
 
 def test_the_wide_kernel_takes_what_the_other_cannot_hold() -> None:
     wide, narrow = "tucker_conv2d_sm90a_64x128", "tucker_conv2d_sm90a_64x64"
-    for t, taking in ((96, narrow), (512, narrow), (1024, wide)):
+    for t, taking in ((96, narrow), (384, narrow), (512, wide)):
         problem = Problem(s=256, t=t, r1=64, r2=64)
         assert [plan(problem, name, "H100")["reason"] == "" for name in (narrow, wide)] == [
             taking == narrow,
@@ -370,7 +370,7 @@ def test_choices_are_fast_where_they_were_measured() -> None:
     for found in observations.values():
         assert fit_gpu_cost.regret(found, constants, launch)[0] < 0.05
     lost, cells = fit_gpu_cost.regret(itertools.chain(*observations.values()), constants, launch)
-    assert cells == 150 and lost < 0.05
+    assert cells == 185 and lost < 0.05
 
 
 def test_choices_are_judged_against_the_chain_in_the_layout_of_the_input() -> None:
