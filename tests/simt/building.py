@@ -88,7 +88,9 @@ def build(sanitize: bool = False) -> Path:
         return _flags(sanitize and source.parent.name != "plan")  # the planner is checked elsewhere
 
     def object_for(source: Path) -> Path:
-        key = hashlib.sha256(repr((Path(command).name, flags_for(source))).encode() + _content(source, set())).hexdigest()[:16]
+        key = hashlib.sha256(
+            repr((Path(command).name, flags_for(source))).encode() + _content(source, set())
+        ).hexdigest()[:16]
         return folder / f"{source.stem}-{key}.o"
 
     def compile_one(source: Path, target: Path) -> None:
