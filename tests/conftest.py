@@ -201,7 +201,7 @@ def assert_within_budget(
     actual: Tensor,
     exact: Tensor,
     magnitude: Tensor,
-    library: Tensor | None = None,
+    library: Tensor | float | None = None,
     what: str = "output",
     passes: int = 1,
 ) -> None:
@@ -210,8 +210,8 @@ def assert_within_budget(
     fp32, fp64: ``|actual - exact| <= 2 u |magnitude|`` for each pass through the chain, with ``u = eps / 2``
     and ``magnitude`` the fp64 computation on absolute values. A gradient takes two passes, there and back:
     over 6,500 random ones PyTorch's own autograd in fp32 reaches 2.3 in units of ``u |magnitude|``, its
-    forward chain 1.06. bf16, fp16: twice the error of the chain in that dtype (``library``), plus one
-    rounding of the output. The chain's share is capped at 2 eps,
+    forward chain 1.06. bf16, fp16: twice the error of the chain in that dtype (``library``: its result, or that error),
+    plus one rounding of the output. The chain's share is capped at 2 eps,
     for a gradient at 2 eps of ``magnitude``: a number that much cancels to has no relative precision.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, required {tuple(exact.shape)}"
@@ -225,7 +225,7 @@ def assert_within_budget(
         budget = passes * eps * magnitude.norm().item()
     else:
         assert library is not None
-        library_error = (library.double() - exact).norm().item()
+        library_error = library if isinstance(library, float) else (library.double() - exact).norm().item()
         cap = 2 * eps * (norm if passes == 1 else magnitude.norm().item())
         # The cap first, which also takes the place of NaN: torch's own bf16 convolutions read memory that nothing wrote
         # for some windows (ops.h).
@@ -267,7 +267,13 @@ def assert_strides(tensor: Tensor, like: Tensor) -> None:
 
 
 def assert_gradients(call: Call, grad_output: Tensor) -> None:
-    """Shape, strides, dtype and value of the gradient of every argument."""
+    """Shape, strides, dtype and value of the gradient of every argument.
+
+    The library's error over a handful of numbers says little: it may be a sixth of what is usual (a gradient of five
+    elements on a CPU without bf16 instructions, where ours and the plain chain's had the same bits). So where a small
+    gradient is beyond it, the usual error counts.
+    """
+    few = 64
     dtype = call.problem.dtype
     actual = call.gradients(grad_output)
     exact = call.reference_gradients(grad_output, torch.float64)
@@ -276,5 +282,27 @@ def assert_gradients(call: Call, grad_output: Tensor) -> None:
     for name, tensor in call.tensors.items():
         assert actual[name].dtype == dtype
         assert_strides(actual[name], tensor)
-        what = f"gradient of {name}"
-        assert_within_budget(actual[name], exact[name], magnitudes[name], library[name], what, passes=2)
+        arguments = (actual[name], exact[name], magnitudes[name])
+        try:
+            assert_within_budget(*arguments, library[name], f"gradient of {name}", passes=2)
+        except AssertionError:
+            if dtype not in (torch.bfloat16, torch.float16) or tensor.numel() >= few:
+                raise
+            usual = _usual_error(call, name, grad_output)
+            assert_within_budget(*arguments, usual * magnitudes[name].norm().item(), f"gradient of {name}", passes=2)
+
+
+def _usual_error(call: Call, name: str, grad_output: Tensor, draws: int = 8) -> float:
+    """Of the library's gradient of an argument in the call's dtype, over other gradients of the output.
+
+    Returns:
+        The root mean square of ``|library - exact| / |magnitude|``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    squares = 0.0
+    for _ in range(draws):
+        drawn = torch.randn(grad_output.shape, generator=generator).to(grad_output)
+        library, exact = (call.reference_gradients(drawn, dtype)[name] for dtype in (call.problem.dtype, torch.float64))
+        error = (library.double() - exact).norm() / call.gradient_magnitudes(drawn)[name].norm()
+        squares += error.item() ** 2
+    return (squares / draws) ** 0.5
