@@ -253,8 +253,6 @@ Gradients5 tucker_conv2d_backward(const Tensor& grad_output, const Tensor& input
   return as_tuple(chunked_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
-namespace {
-
 // With both depthwise stages as one convolution with their product, in fp32: what merges_depthwise says of the forward
 // pass holds all the more of the backward one. On an H200 (bfloat16, channels_last, 3x3) a step of 32x256-256 56x56 R64
 // took 1482 us with two stages, the chain with one 380 (benchmarks/results/h200_training.jsonl).
@@ -275,8 +273,6 @@ Gradients6 merged_cp_backward(const Tensor& grad_output, const Tensor& input, co
   return {found[0], found[1], grad_height, grad_width, found[3], found[4]};
 }
 
-}  // namespace
-
 Gradients6 cp_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
                               const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
                               const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
@@ -287,9 +283,12 @@ Gradients6 cp_conv2d_backward(const Tensor& grad_output, const Tensor& input, co
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
   check_grad_output(op, grad_output, input, out_factor.size(0), height_factor.size(1), width_factor.size(1), window);
   const NoAutocast no_autocast;
-  Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, function);
-  problem.layout = Layout::kChannelsLast;  // what chunks are computed in
-  if (input.is_cuda() && merges_depthwise(problem))
+  const auto merges = [&] {
+    Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, function);
+    problem.layout = Layout::kChannelsLast;  // what chunks are computed in
+    return merges_depthwise(problem);
+  };
+  if (input.is_cuda() && merges())
     return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias, window,
                               function, output_mask);
   const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window, function);

@@ -51,6 +51,11 @@ Gradients5 tucker_conv2d_backward(const at::Tensor& grad_output, const at::Tenso
                                   const at::Tensor& core, const at::Tensor& out_factor, const OptionalTensor& bias,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   std::string_view activation, std::array<bool, 5> output_mask);
+// CP's gradients with both depthwise stages as one convolution: what GPUs run where that is faster.
+Gradients6 merged_cp_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+                              const at::Tensor& height_factor, const at::Tensor& width_factor,
+                              const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,
+                              Activation activation, const std::array<bool, 6>& mask);
 Gradients6 cp_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
                               const at::Tensor& height_factor, const at::Tensor& width_factor,
                               const at::Tensor& out_factor, const OptionalTensor& bias, at::IntArrayRef stride,

@@ -110,7 +110,7 @@ void bind_ops(py::module_& m) {
   LOWRANK_OPS_BIND(cp_conv2d_prepared, CPPrepared);
   LOWRANK_OPS_BIND(lowrank_linear_prepared, LinearPrepared);
 #undef LOWRANK_OPS_BIND
-  // The chain that GPUs run for CP, on any device: for tests.
+  // The chain that GPUs run for CP and its gradients, on any device: for tests.
   m.def("merged_cp_chain",
         [](const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
            const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias, const Pair& stride,
@@ -118,6 +118,14 @@ void bind_ops(py::module_& m) {
           return merged_cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias,
                                  {stride, padding, dilation}, parse_activation("merged_cp_chain", activation));
         });
+  m.def("merged_cp_backward", [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+                                 const at::Tensor& height_factor, const at::Tensor& width_factor,
+                                 const at::Tensor& out_factor, const OptionalTensor& bias, const Pair& stride,
+                                 const Pair& padding, const Pair& dilation, const std::string& activation,
+                                 const std::array<bool, 6>& mask) {
+    return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias,
+                              {stride, padding, dilation}, parse_activation("merged_cp_backward", activation), mask);
+  });
 }
 
 }  // namespace lowrank_ops

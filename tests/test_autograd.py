@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import lowrank_ops
+from lowrank_ops._ops import _C
 
 SMOOTH = ("none", "silu", "gelu")
 # Larger than the memory of one chunk of csrc/backward.cpp (32 MiB): several chunks, the last one smaller.
@@ -52,6 +53,22 @@ def test_gradcheck(op: str, activation: str, bias: bool) -> None:
 def test_convolutions(device: str, op: str, geometry: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
     call = Problem(op, device=device, dtype=dtype, layout=layout, **GEOMETRIES[geometry]).make()
     assert_gradients(call, output_gradient(call))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_merged_depthwise_stages(geometry: str) -> None:
+    """CP's gradients as GPUs compute them are those of the two stages, for any that are wanted."""
+    call = Problem("cp_conv2d", dtype=torch.float64, activation="silu", **GEOMETRIES[geometry]).make()
+    problem, tensors, grad = call.problem, list(call.tensors.values()), output_gradient(call)
+    window = [list(problem.stride), list(problem.padding), list(problem.dilation)]
+    for wanted in ([True] * 6, [False, False, True, False, False, False], [True, False, False, True, False, True]):
+        expected = torch.ops.lowrank_ops.cp_conv2d_backward(grad, *tensors, *window, "silu", wanted)
+        found = _C.merged_cp_backward(grad, *tensors, *window, "silu", wanted)
+        for one, other, is_wanted in zip(found, expected, wanted, strict=True):
+            assert (one is not None and one.numel() > 0) == is_wanted or tensors[0].numel() == 0
+            if is_wanted:
+                assert one.dtype == other.dtype and one.shape == other.shape
+                torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

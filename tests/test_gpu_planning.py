@@ -278,6 +278,14 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem(r2=136), "tucker_conv2d_sm90a_64x128", {}, "ranks must be at most 128, got 136"),
         (Problem(r1=72, kernel=(5, 5)), "tucker_conv2d_sm90a_64x128", {}, "at most 104 pixels, got 12x12"),
         (Problem(r1=72, t=65536), "tucker_conv2d_sm90a_64x128", {"architecture": 90}, r"needs \d+ KiB"),
+        # Tiles beyond 64 bits.
+        (Problem(n=1024, h=1, w=1, padding=(2**29, 2**29)), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, "CTAs"),
+        (
+            Problem("cp_conv2d", n=2**20, h=1, w=1, padding=(2**29,) * 2),
+            "cp_conv2d_sm90a_112x64",
+            {"architecture": 90},
+            "CTAs",
+        ),
         (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
         (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
         (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "cuda/fused_call.h"
 #include "cuda/verify.h"
+#include "plan/gpu_sm90a.h"
 #include "problem_of.h"
 
 namespace lowrank_ops {
@@ -52,6 +53,16 @@ Chosen choose(const char* op, const std::string& name, std::array<int, 5> cut, c
   FusedCall call(op, {rows, in_factor, given(core), given(height_factor), given(width_factor), out_factor, bias},
                  problem);
   plan.geometry = geometry_of(call.problem(), cut[0], cut[1], cut[2], cut[3], cut[4]);
+  if (is_sm90a(kernel)) {  // these rely on the planner
+    const std::string reason = sm90a_reason(call.problem(), kernel);
+    TORCH_CHECK_VALUE(reason.empty(), op, ": ", name, " ", reason);
+    const Geometry planned = sm90a_cut(call.problem(), kernel);
+    TORCH_CHECK_VALUE(cut[0] == planned.tile_n && cut[1] == planned.rows.tile && cut[2] == planned.columns.tile &&
+                          cut[3] >= 2 && cut[3] <= planned.stages && cut[4] == 1,
+                      op, ": ", name, " takes tiles of 1x", planned.rows.tile, "x", planned.columns.tile, ", 2 to ",
+                      planned.stages, " stages and 1 split here, got ", cut[0], "x", cut[1], "x", cut[2], ", ", cut[3],
+                      ", ", cut[4]);
+  }
   plan.threads = threads_of(kernel);
   plan.ctas = plan.geometry.ctas();
   plan.shared_bytes = layout_of(call.problem(), kernel, plan.geometry).bytes;

@@ -9,6 +9,8 @@
 #include <map>
 #include <mutex>
 
+#include "kernels/driver.h"
+
 namespace lowrank_ops {
 namespace {
 
@@ -18,20 +20,6 @@ int64_t attribute(int index, cudaDeviceAttr name) {
   if (cudaDeviceGetAttribute(&value, name, index) == cudaSuccess) return value;
   cudaGetLastError();  // or it would be found after the next launch
   return -1;
-}
-
-bool has_tensor_maps() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  if (error == cudaSuccess) return found == cudaDriverEntryPointSuccess && function;
-  cudaGetLastError();  // or it would be found after the next launch
-  return false;
 }
 
 GpuCaps read_caps(int index) {
@@ -53,7 +41,7 @@ GpuCaps read_caps(int index) {
   fill_rates(caps, double(attribute(index, cudaDevAttrClockRate)) * 1e3);
   caps.built_for = {LOWRANK_OPS_CUDA_ARCHITECTURES};
   caps.built_ptx = LOWRANK_OPS_CUDA_PTX;
-  caps.tensor_maps = has_tensor_maps();
+  caps.tensor_maps = driver_function("cuTensorMapEncodeTiled") != nullptr;
   return caps;
 }
 

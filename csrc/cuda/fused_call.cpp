@@ -40,6 +40,16 @@ int64_t core_width(const Tensor& core) {
   return core.element_size();
 }
 
+// Of a tensor whose channels (axis 1) lie side by side: whether their rows overlap, or an axis has a stride of 0.
+bool repeats_elements(const Tensor& tensor) {
+  const bool side_by_side = tensor.size(1) > 1 && tensor.stride(1) == 1;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    const int64_t least = axis != 1 && side_by_side ? tensor.size(1) : 1;
+    if (tensor.size(axis) > 1 && tensor.stride(axis) < least) return true;
+  }
+  return false;
+}
+
 Factor factor_of(const Tensor& matrix) {
   Factor factor;
   factor.data = matrix.const_data_ptr();
@@ -99,10 +109,9 @@ FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
   problem_.input_vector = copy_width(t.input, 1);
   problem_.factor_vector = std::min(copy_width(t.in_factor, 1), copy_width(t.out_factor, 1));
   if (t.core.defined()) problem_.factor_vector = std::min(problem_.factor_vector, core_width(t.core));
-  for (const Tensor* tensor : {&t.input, &t.in_factor, &t.core, &t.out_factor})
-    if (tensor->defined())
-      for (int64_t axis = 0; axis < tensor->dim(); ++axis)
-        problem_.repeats = problem_.repeats || (tensor->size(axis) > 1 && tensor->stride(axis) == 0);
+  for (const Tensor& tensor : {t.input, t.in_factor, t.core, t.out_factor})
+    problem_.repeats = problem_.repeats || (tensor.defined() && !(tensor.is_same(t.core) && needs_packing(t.core)) &&
+                                            repeats_elements(tensor));
   // Of a new tensor: dense, aligned beyond any vector.
   const bool by_pixel = problem_.op == Op::kLinear || problem_.layout == Layout::kChannelsLast;
   const bool side_by_side = by_pixel || problem_.oh * problem_.ow == 1;

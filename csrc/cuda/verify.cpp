@@ -74,10 +74,13 @@ struct Trial {
 
   Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation) {
     const Op op = kernel.op;
-    const bool square = op == Op::kCP && is_sm90a(kernel);  // it takes windows of 3x3 and T in multiples of 32
-    const bool wide = is_wide_sm90a(kernel);                // it leaves ranks up to 64 to the other one
-    constexpr int64_t n = 3, s = 40, h = 9, w = 19, kh = 3, rows = 150;
-    const int64_t t = square ? 160 : 144, kw = square ? 3 : 2, r1 = wide ? 72 : 24, r2 = wide ? 104 : 40;
+    // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
+    // third part of CP's ranks. CP takes windows of 3x3 and T in multiples of 32, the wide kernel ranks above 64.
+    const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
+    constexpr int64_t h = 9, w = 19, kh = 3, rows = 150;
+    const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
+    const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
+    const int64_t r1 = wide ? 72 : 24, r2 = square ? 136 : wide ? 104 : 40;
     const at::Generator generator = at::detail::createCPUGenerator(1234);
     const auto draw = [&](at::IntArrayRef sizes, int64_t summed) {
       const Tensor values = at::randn(sizes, generator, at::dtype(at::kDouble)) / std::sqrt(double(summed));

@@ -126,7 +126,7 @@ struct Geometry {
   TileAxis rows, columns;  // height, width
   int n = 0, tile_n = 1;   // images, images of a tile
   int s = 0, t = 0, r1 = 0, r2 = 0;
-  int stages = 2;  // of the ring buffer, 2 to kMaxStages
+  int stages = 2;  // of the ring buffer, 2 to kMaxStages (sm90a: as its kernels say)
   int splits = 1;  // CTAs that share a tile's pixels, each with T / splits output channels
 
   LOWRANK_OPS_BOTH constexpr int halo() const { return tile_n * rows.halo() * columns.halo(); }

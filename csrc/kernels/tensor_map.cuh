@@ -1,27 +1,16 @@
-// tensor_map.h by the driver's cuTensorMapEncodeTiled, which is looked up at run time: nothing is linked with the
-// driver, and a machine without one can still import this library.
+// tensor_map.h by the driver's cuTensorMapEncodeTiled.
 #pragma once
 
 #include <cudaTypedefs.h>
 
+#include "kernels/driver.h"
 #include "kernels/tensor_map.h"
 
 namespace lowrank_ops::hopper {
 
 inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  static const PFN_cuTensorMapEncodeTiled_v12000 found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    if (error != cudaSuccess) cudaGetLastError();  // or it would be found after the next launch
-    const bool usable = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return usable ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function) : nullptr;
-  }();
+  static const auto found =
+      reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(driver_function("cuTensorMapEncodeTiled"));
   return found;
 }
 

@@ -43,7 +43,7 @@ struct GpuKernel {
   const char* family;  // simt, sm80, sm90a
   int config;          // index into the family's configurations (geometry.h)
   Config shape;
-  int first_architecture;   // runs from here on
+  int first_architecture;   // runs from here on; sm90a on this one alone
   const char* verified_on;  // names of GPUs that have run all of its tests, separated by ", "; or ""
 };
 // Whether such a GPU has the architecture of this one. Otherwise the kernel is checked before its first use.

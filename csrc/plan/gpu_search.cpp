@@ -137,16 +137,15 @@ class Search {
   bool too_many_ctas_ = false;
 };
 
-}  // namespace
-
-namespace {
-
 // There is nothing to choose.
 FoundCut only_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
   FoundCut found;
   found.geometry = sm90a_cut(problem, kernel);
   found.least_shared_bytes = sm90a_bytes(kernel, found.geometry);
-  found.too_many_ctas = found.geometry.tiles() > INT_MAX;
+  // Also beyond what 64 bits hold; a CTA's last step goes two grids beyond the tiles.
+  const Geometry& g = found.geometry;
+  const double tiles = double(g.n) * g.rows.tiles() * g.columns.tiles() + 2 * caps.multiprocessors;
+  found.too_many_ctas = tiles > INT_MAX;
   if (found.too_many_ctas || found.least_shared_bytes > caps.shared_bytes_cta) found.geometry.stages = 0;
   return found;
 }

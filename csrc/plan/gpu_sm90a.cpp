@@ -73,7 +73,9 @@ std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
   const CopyWidths widths = copy_widths(p);
   if (std::min({widths.input, widths.factor, widths.output}) < kVectorBytes)
     return "channels, ranks and strides must be multiples of 16 bytes";
-  if (p.repeats) return "the input or a factor repeats elements (a stride of 0), which the copy engine cannot";
+  if (p.repeats)
+    return "the input or a factor repeats elements (a stride of 0, rows that overlap): the copy engine takes none of "
+           "those";
   if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + pair(p.stride[0], p.stride[1]);
   const bool dilated = (p.kh > 1 && p.dilation[0] != 1) || (p.kw > 1 && p.dilation[1] != 1);
   if (dilated) return "dilation must be 1, got " + pair(p.dilation[0], p.dilation[1]);

@@ -24,7 +24,7 @@ struct Problem {
   // strides of input, factors and output allow (0: as the sizes allow, dense tensors).
   bool tf32 = false;
   int64_t input_vector = 0, factor_vector = 0, output_vector = 0;
-  bool repeats = false;  // GPUs: an axis of the input or of a factor has a stride of 0
+  bool repeats = false;  // GPUs: rows of the input or of a factor overlap, or an axis has a stride of 0
 };
 
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
