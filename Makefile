@@ -1,5 +1,6 @@
 # make demo    set everything up and run the main job on real input (DEMO=text|craft|digits)
 # make test    set everything up and run the tests
+# make test-avx2    the tests as on a CPU with AVX2 alone (kernels, torch, oneDNN, MKL capped), one thread: before a release
 # make lint    ruff, clang-format, mypy
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make wheel   build a wheel into dist/ and try it in a folder of its own
@@ -24,12 +25,17 @@ CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 CUDA_TORCH ?= torch==2.11.0
 CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py cuda_kernels.py cuda_host.py)
 
-.PHONY: demo test lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
+.PHONY: demo test test-avx2 lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
 test: .venv/built
 	$(VENV)/python -m pytest $(ARGS)
+
+# Compiled graphs have a cache of their own: torch.compile would run code that it has compiled for a wider machine.
+test-avx2: .venv/built
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 LOWRANK_OPS_CPU_ISA=avx2 \
+	  OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_avx2 $(VENV)/python -m pytest $(ARGS)
 
 bench: .venv/built
 	$(VENV)/python -m benchmarks.run $(ARGS)
