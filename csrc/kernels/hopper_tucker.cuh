@@ -65,4 +65,32 @@ LOWRANK_OPS_HOPPER void stage_chunk(uint32_t staged, const float (&values)[32], 
                             pack<half>(values[4 * j + 12 + 2 * upper], values[4 * j + 13 + 2 * upper]));
 }
 
+// The same to one of two places over the group's hidden tile, and from there to memory by the copy engine: chunk number
+// `chunk` of the tile's channels. The group's first thread has to wait for these stores before it ends.
+template <bool half>
+LOWRANK_OPS_HOPPER void store_chunk(const CUtensorMap* output, uint32_t hidden, const float (&values)[32], int chunk,
+                                    const TilePlace& at, int group, int warp, int lane) {
+  const bool first_thread = warp == 0 && lane == 0;
+  const uint32_t staged = hidden + chunk % 2 * 64 * kTuckerRow;
+  if (chunk != 1) {  // chunk 0: all warps have read the hidden tile. Later: the chunk before the last has left
+    if (chunk > 1 && first_thread) wait_stores_read<1>();
+    group_barrier(group);
+  }
+  stage_chunk<half>(staged, values, warp, lane);
+  fence_proxy();
+  group_barrier(group);
+  if (first_thread) {
+    store_box(output, staged, chunk * 64, at.x, at.y, at.n);
+    commit_stores();
+  }
+}
+
+// All threads of the CTA put the bias into shared memory as floats, zeros beyond T or without one.
+template <bool half, class Layout>
+LOWRANK_OPS_HOPPER void store_bias(const TuckerParamsOf<Layout>& p, uint32_t base) {
+  const uint16_t* const bias = static_cast<const uint16_t*>(p.bias);
+  for (int i = int(threadIdx.x); i < p.layout.chunks * 64; i += Layout::kThreads)
+    store_shared(base + p.layout.bias + i * 4, bias && i < p.t ? widen<half>(bias[i]) : 0);
+}
+
 }  // namespace lowrank_ops::hopper

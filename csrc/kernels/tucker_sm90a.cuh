@@ -227,22 +227,6 @@ struct TuckerGroup {
     for (int k = 0; k < kSteps; ++k) pin(second[k]);
   }
 
-  // The rounded values [64 pixels, 64 channels] to one of two places over the hidden tile, and from there to memory.
-  LOWRANK_OPS_HOPPER void store(const float (&values)[32], int chunk, const TilePlace& at) {
-    const uint32_t staged = hidden + chunk % 2 * TuckerSm90a::kBlockBytes;
-    if (chunk != 1) {  // chunk 0: all warps have read the hidden tile. Later: the chunk before the last has left
-      if (chunk > 1 && first_thread()) wait_stores_read<1>();
-      group_barrier(group);
-    }
-    stage_chunk<half>(staged, values, warp, lane);
-    fence_proxy();
-    group_barrier(group);
-    if (first_thread()) {
-      store_box(&p.output, staged, chunk * TuckerSm90a::kSlice, at.x, at.y, at.n);
-      commit_stores();
-    }
-  }
-
   LOWRANK_OPS_HOPPER void run() {
     bool first = true;
     wait_phase(barriers.in_ready(), 0);
@@ -267,7 +251,7 @@ struct TuckerGroup {
         float sums[32];
         multiply(sums, second, chunk);
         activate(sums, p.activation);
-        store(sums, chunk, at);
+        store_chunk<half>(&p.output, hidden, sums, chunk, at, group, warp, lane);
       }
     }
     if (first_thread()) wait_stores();
@@ -282,9 +266,7 @@ __global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
   const Barriers barriers{base};
   const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
   if (threadIdx.x == 0) barriers.init(params.layout.slots);
-  const uint16_t* const bias = static_cast<const uint16_t*>(params.bias);
-  for (int i = int(threadIdx.x); i < params.layout.chunks * TuckerSm90a::kSlice; i += TuckerSm90a::kThreads)
-    store_shared(base + params.layout.bias + i * 4, bias && i < params.t ? widen<half>(bias[i]) : 0);
+  store_bias<half>(params, base);
   __syncthreads();
   const int producer = warp - TuckerSm90a::kGroups * 4;
   if (producer >= 0) {

@@ -279,22 +279,6 @@ struct WideGroup {
     for (int k = 0; k < kSteps; ++k) pin(second[k]);
   }
 
-  // The rounded values [64 pixels, 64 channels] to one of two places over the hidden tile, and from there to memory.
-  LOWRANK_OPS_HOPPER void store(const float (&values)[32], int chunk, const TilePlace& at) {
-    const uint32_t staged = hidden + chunk % 2 * L::kPartBytes;
-    if (chunk != 1) {  // chunk 0: all warps have read the hidden tile. Later: the chunk before the last has left
-      if (chunk > 1 && first_thread()) wait_stores_read<1>();
-      group_barrier(group);
-    }
-    stage_chunk<half>(staged, values, warp, lane);
-    fence_proxy();
-    group_barrier(group);
-    if (first_thread()) {
-      store_box(&p.output, staged, chunk * L::kSlice, at.x, at.y, at.n);
-      commit_stores();
-    }
-  }
-
   LOWRANK_OPS_HOPPER void compute(const TilePlace& at) {
     {
       float sums[r1_parts][L::kRows / 2];
@@ -308,7 +292,7 @@ struct WideGroup {
       float sums[32];
       multiply(sums, second, chunk);
       activate(sums, p.activation);
-      store(sums, chunk, at);
+      store_chunk<half>(&p.output, hidden, sums, chunk, at, group, warp, lane);
     }
   }
 
@@ -346,9 +330,7 @@ __global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
     for (int group = 0; group < L::kGroups; ++group) slice_ring(base, params.layout, group).init(4);
     barrier_init_done();
   }
-  const uint16_t* const bias = static_cast<const uint16_t*>(params.bias);
-  for (int i = int(threadIdx.x); i < params.layout.chunks * L::kSlice; i += L::kThreads)
-    store_shared(base + params.layout.bias + i * 4, bias && i < params.t ? widen<half>(bias[i]) : 0);
+  store_bias<half>(params, base);
   __syncthreads();
   if (warp >= 4 * L::kGroups) {
     give_registers<kProducerRegisters>();
