@@ -109,9 +109,8 @@ FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
   problem_.input_vector = copy_width(t.input, 1);
   problem_.factor_vector = std::min(copy_width(t.in_factor, 1), copy_width(t.out_factor, 1));
   if (t.core.defined()) problem_.factor_vector = std::min(problem_.factor_vector, core_width(t.core));
-  for (const Tensor& tensor : {t.input, t.in_factor, t.core, t.out_factor})
-    problem_.repeats = problem_.repeats || (tensor.defined() && !(tensor.is_same(t.core) && needs_packing(t.core)) &&
-                                            repeats_elements(tensor));
+  problem_.repeats = repeats_elements(t.input) || repeats_elements(t.in_factor) || repeats_elements(t.out_factor) ||
+                     (t.core.defined() && !needs_packing(t.core) && repeats_elements(t.core));
   // Of a new tensor: dense, aligned beyond any vector.
   const bool by_pixel = problem_.op == Op::kLinear || problem_.layout == Layout::kChannelsLast;
   const bool side_by_side = by_pixel || problem_.oh * problem_.ow == 1;

@@ -215,8 +215,8 @@ namespace {
 
 std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const Plan& plan,
                                   const SharedLayout& l) {
-  const Geometry& g = plan.geometry;
   std::vector<std::string> notes;
+  const Geometry& g = plan.geometry;
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images a tile");

@@ -161,6 +161,15 @@ double rounds(const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps, i
   return double(whole) * contention(double(together)) + (rest > 0 ? contention(double(last)) : 0);
 }
 
+// One CTA's counts, as often as the busiest multiprocessor goes through them.
+FusedFeatures features_of(const Counter& counter, const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps,
+                          int64_t together) {
+  FusedFeatures found = counter.found();
+  const double times = rounds(g, kernel, caps, together);
+  for (double& value : found) value *= times;
+  return found;
+}
+
 }  // namespace
 
 double clock_of(const GpuCaps& caps) {
@@ -183,16 +192,13 @@ int ctas_per_multiprocessor(const Problem& p, const GpuKernel& kernel, const Gpu
 FusedFeatures fused_features(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l,
                              const GpuCaps& caps) {
   if (is_sm90a(kernel)) return sm90a_features(kernel, g, caps);
-  FusedFeatures found = Counter(p, kernel, g, l).found();
-  const double times = rounds(g, kernel, caps, ctas_per_multiprocessor(p, kernel, caps, l.bytes));
-  for (double& value : found) value *= times;
-  return found;
+  return features_of(Counter(p, kernel, g, l), g, kernel, caps, ctas_per_multiprocessor(p, kernel, caps, l.bytes));
 }
 
 namespace {
 
-// Everything of a plan but its time; how many CTAs run at the same time is `at_work`.
-void count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
+// Fills in everything of a plan but its time. Returns what that is made of.
+FusedFeatures count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
   const Geometry& g = plan.geometry;
   plan.shared_bytes = l.bytes;
   plan.threads = threads_of(kernel);
@@ -201,7 +207,7 @@ void count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps&
     plan.ctas = sm90a_ctas(g, caps);
     plan.waves = double(sm90a_turns(kernel, g, caps));
     plan.flops = sm90a_flops(kernel, g);
-    return;
+    return sm90a_features(kernel, g, caps);
   }
   const int64_t together = ctas_per_multiprocessor(p, kernel, caps, l.bytes), sms = caps.multiprocessors;
   const Counter counter(p, kernel, g, l);
@@ -213,13 +219,13 @@ void count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps&
   const double at_work = double(std::min(plan.ctas, sms * together)) * tile_bytes;
   if (l.r1_passes > 1 && at_work > caps.l2_bytes / 2.0)
     plan.bytes += double(plan.ctas) * tile_bytes * (l.r1_passes - 1);
+  return features_of(counter, g, kernel, caps, together);
 }
 
 }  // namespace
 
 void cost_fused(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
-  count(plan, p, kernel, caps, l);
-  const FusedFeatures features = fused_features(p, kernel, plan.geometry, l, caps);
+  const FusedFeatures features = count(plan, p, kernel, caps, l);
   const FusedConstants& constants = constants_of(p, kernel);
   double clocks = 0;
   for (int i = 0; i < kFusedFeatures; ++i) clocks += features[i] * constants.clocks[i];
