@@ -65,6 +65,19 @@ def git_sha() -> str:
         return "unknown"
 
 
+def write_version() -> pathlib.Path:
+    """The folder of a generated header with what the build is of: the one file that includes it is compiled anew when
+    the commit changes, and not all of them."""
+    folder = ROOT / "build/generated"
+    values = {"VERSION": VERSION, "GIT_SHA": git_sha(), "TORCH_VERSION": torch.__version__}
+    text = "".join(f'#define LOWRANK_OPS_{name} "{value}"\n' for name, value in values.items())
+    header = folder / "version.h"
+    if not header.exists() or header.read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return folder
+
+
 def set_max_jobs() -> None:
     """One compile job a core, but never more than the free memory carries (torch headers: up to 2 GiB a job)."""
     if "MAX_JOBS" in os.environ:
@@ -162,15 +175,8 @@ setup(
         CppExtension(
             "lowrank_ops._C",
             sources(),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=[
-                *OPTIMIZE,
-                *OPENMP,
-                "-Wall",
-                f'-DLOWRANK_OPS_VERSION="{VERSION}"',
-                f'-DLOWRANK_OPS_GIT_SHA="{git_sha()}"',
-                f'-DLOWRANK_OPS_TORCH_VERSION="{torch.__version__}"',
-            ],
+            include_dirs=[str(ROOT / "csrc"), str(write_version())],
+            extra_compile_args=[*OPTIMIZE, *OPENMP, "-Wall"],
         )
     ],
     cmdclass={"build_ext": Build},

@@ -164,7 +164,7 @@ def ways(cell: Cell, peers: Iterable[str]) -> list[Way]:
     if "prepared" in chosen:
         found.append(Way("prepared", "prepared", _prepared))
     if "forced" in chosen:
-        found.append(Way("fused (forced)", "forced", _fused, policy="fused"))
+        found += [Way(f"{policy} (forced)", "forced", _fused, policy) for policy in ("fused", "chain")]
     formats = {"": torch.contiguous_format} if cell.is_linear else FORMATS
     merges = {"chain": False, **({"merged": True} if cell.op == "cp_conv2d" else {})}
     for name, memory_format in formats.items():

@@ -29,6 +29,7 @@ from benchmarks.cpu_result import COLUMNS, LEGEND, CpuResult, print_summary, sum
 from benchmarks.layers import Cell
 from benchmarks.limits import Limits, intermediate_bytes, measure_limits, scratch_bytes
 from benchmarks.outcome import DTYPES, check_all, explain, plan, use_policy
+from benchmarks.random_cells import random_cells
 
 
 def measure(
@@ -73,9 +74,14 @@ def measure(
 
 
 def select(
-    use_full: bool, pattern: str | None, sample: int | None = None, part: str | None = None, device: str = "cpu"
+    use_full: bool,
+    pattern: str | None,
+    sample: int | None = None,
+    part: str | None = None,
+    device: str = "cpu",
+    drawn: int | None = None,
 ) -> list[Cell]:
-    """The quick or the full list, `sample` cells drawn from the full one, or the cells whose text matches a pattern.
+    """The quick or the full list, `sample` cells of the full one, `drawn` random ones, or those that match a pattern.
 
     `part` is a slice of that: "a:b".
 
@@ -83,7 +89,9 @@ def select(
         ValueError: a pattern that matches nothing, a slice that is none or is empty.
     """
     quick, full = (layers.quick, layers.full) if device == "cpu" else (layers.quick_gpu, layers.full_gpu)
-    if sample is not None:
+    if drawn is not None:
+        found = random_cells(drawn)
+    elif sample is not None:
         found = random.Random(0).sample(full(), sample)
     elif pattern is None:
         found = full() if use_full else quick()
@@ -113,6 +121,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     which.add_argument(
         "--sample", type=int, metavar="N", help="N cells drawn from the whole grid, always the same ones"
     )
+    which.add_argument("--random", type=int, metavar="N", help="N random blocks, always the same ones, for every layout")
     parser.add_argument("--cells", metavar="A:B", help="only these of the cells chosen, counted from 0")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     default = "default: float32 bfloat16; cuda: bfloat16 float16 tf32"
@@ -164,7 +173,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if not on_cpu and len(options.dtype) > 1 and (options.json or "").endswith(".json"):
         parser.error("--json: for several dtypes must be a folder, got " + options.json)
     try:
-        options.cells = select(options.full, options.layer, options.sample, options.cells, options.device)
+        options.cells = select(options.full, options.layer, options.sample, options.cells, options.device, options.random)
     except ValueError as error:
         parser.error(str(error))
     return options

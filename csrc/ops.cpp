@@ -20,6 +20,7 @@
 #endif
 #include "explain.h"
 #include "policy.h"
+#include "version.h"
 
 namespace lowrank_ops {
 namespace {

@@ -128,19 +128,25 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
   }
 }
 
+MemoryRows HiddenRows::output_rows(int64_t row, int64_t rows) const {
+  const at::Tensor& o = block_.output;
+  if (o.stride(1) != 1) return {};  // stored from a staging buffer: nothing is asked for
+  const int64_t element = element_bytes(block_.problem.dtype);
+  const int64_t first = task_.image * o.stride(0) + row * o.stride(2) + task_.first_column * o.stride(3);
+  return {static_cast<const char*>(o.const_data_ptr()) + first * element, rows,
+          task_.columns() * block_.problem.t * element, o.stride(2) * element};
+}
+
+void HiddenRows::map_output(int64_t row, int64_t rows) const {
+  map_for_writing(output_rows(row, std::min(rows + 1, task_.last_row - row)));
+}
+
 int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) {
   const Problem& p = block_.problem;
   const Axis& axis = block_.rows;
   const int64_t element = element_bytes(p.dtype);
-  Ahead::Rows output, input;
-  if (block_.output.stride(1) == 1) {
-    const at::Tensor& o = block_.output;
-    output.first = static_cast<const char*>(o.const_data_ptr()) +
-                   (task_.image * o.stride(0) + row * o.stride(2) + task_.first_column * o.stride(3)) * element;
-    output.count = rows;
-    output.bytes = task_.columns() * p.t * element;
-    output.stride = o.stride(2) * element;
-  }
+  const MemoryRows output = output_rows(row, rows);
+  MemoryRows input;
   const auto ask = [&](const ConvTask& task, int64_t begin, int64_t end) {
     begin = std::max(begin, axis.first_inside());
     end = std::min(end, axis.end_inside());
@@ -167,7 +173,7 @@ int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) 
   return asked_of_next;
 }
 
-void Ahead::begin(const Rows& output, const Rows& input, double multiply_adds) {
+void Ahead::begin(const MemoryRows& output, const MemoryRows& input, double multiply_adds) {
   regions_[0] = output;
   regions_[1] = input;
   region_ = row_ = byte_ = 0;
@@ -184,7 +190,7 @@ void Ahead::attach(GemmCall& call) {
     row_ = byte_ = 0;
   }
   if (region_ == 2) return;
-  const Rows& rows = regions_[region_];
+  const MemoryRows& rows = regions_[region_];
   const int64_t bytes = std::min(int64_t(due_), rows.bytes - byte_);
   call.ahead = rows.first + row_ * rows.stride + byte_;
   call.ahead_lines = bytes / 64;

@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "cpu/brgemm.h"
+#include "cpu/pages.h"
 #include "cpu/team.h"
 #include "cpu/weights.h"
 #include "plan/plan.h"
@@ -59,12 +60,8 @@ struct TaskColumns {
 // all the time then, and not only beside the two outer stages.
 class Ahead {
  public:
-  // Begins a step of `multiply_adds`: output rows first, then input rows, each `stride` bytes from the next.
-  struct Rows {
-    const char* first = nullptr;
-    int64_t count = 0, bytes = 0, stride = 0;
-  };
-  void begin(const Rows& output, const Rows& input, double multiply_adds);
+  // Begins a step of `multiply_adds`: output rows first, then input rows.
+  void begin(const MemoryRows& output, const MemoryRows& input, double multiply_adds);
   // Gives a call its share.
   void attach(GemmCall& call);
   // The same for the weights that come next, where those are on their first way to L2 (`weights_are_far`): to a call
@@ -76,7 +73,7 @@ class Ahead {
   bool weights_are_far = false;
 
  private:
-  Rows regions_[2];
+  MemoryRows regions_[2];
   int64_t region_ = 2, row_ = 0, byte_ = 0;
   double rate_ = 0, due_ = 0;  // bytes a multiply-add, bytes
 };
@@ -91,6 +88,9 @@ class HiddenRows {
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
   const TaskColumns& columns() const { return columns_; }
   int64_t pixel_bytes() const { return pixel_bytes_; }
+  // Before a step of `rows` output rows from `row`, where output is asked for before it is written: gives it pages, and
+  // the row after them, where asking for it begins.
+  void map_output(int64_t row, int64_t rows) const;
   // Before a step of `rows` output rows from `row`. After the task's last step comes `next`, nullptr: nothing. Returns
   // how far the rows of `next` were asked for.
   int64_t look_ahead(int64_t row, int64_t rows, const ConvTask* next);
@@ -100,6 +100,8 @@ class HiddenRows {
   static int64_t staging_bytes(const ConvBlock& block);
 
  private:
+  // `rows` rows of the task's part of the output from `row`; nothing where its channels are not next to each other.
+  MemoryRows output_rows(int64_t row, int64_t rows) const;
   // The input rows of `rows` lattice rows from z, copied to where the kernel can read them.
   void stage(int64_t z, int64_t rows);
   // The first stage for `rows` rows from z, from their pixels at `source`, `source_bytes` a row.
@@ -169,6 +171,7 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
         const int64_t rows = std::min(t.rows, task.last_row - row);
         const int64_t top = row * block.rows.stride;
         hidden.ahead().weights_are_far = far_weights && index == begin && row == task.first_row;
+        if (t.far) hidden.map_output(row, rows);
         if (t.ahead) asked = hidden.look_ahead(row, rows, index + 1 < end ? &next : nullptr);
         hidden.produce(top, top + block.rows.span(rows));
         middle(team, hidden, row, rows, task.columns(), tile, extra);

@@ -265,7 +265,7 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
         call.out_type = last ? p.dtype : kernels.accumulator;
         call.bias = last ? bias.data(column) : nullptr;
         call.activation = last ? p.activation : Activation::kNone;
-        call.far_output = last;
+        call.far_output = last;  // the first slice of a page maps it: few prefetches are in vain (pages.h)
         engine.gemm(call);
       }
     }

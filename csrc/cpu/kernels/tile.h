@@ -211,6 +211,9 @@ static void pack_panel_pairs(const PackCall& call) {
   }
 }
 
+// Many taps: so many sums side by side, or each waits for its own last addition and each product reads its weight.
+constexpr int kSumsTogether = 8;
+
 // Vertical taps into a column buffer in L1, horizontal taps out of it; one vector of channels at a time, its weights in
 // registers when the kernel is at most kTaps long.
 template <typename T, typename Out, int kTaps>
@@ -225,7 +228,23 @@ static void depthwise_taps(const DepthwiseCall& call, int64_t row) {
     const T* width = static_cast<const T*>(call.width_factor) + channel;
     if constexpr (kTaps > 0)
       for (int i = 0; i < kTaps; ++i) weight[i] = load(height + i * call.channel_stride);
-    for (int64_t p = 0; p < call.in_pixels; ++p) {
+    int64_t p = 0;
+    if constexpr (kTaps == 0) {
+      for (; p + kSumsTogether <= call.in_pixels; p += kSumsTogether) {
+        V sums[kSumsTogether];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSumsTogether; ++j) sums[j] = V{};
+        for (int64_t i = 0; i < kh; ++i) {
+          const V w = load(height + i * call.channel_stride);
+          const T* first = static_cast<const T*>(call.rows[row + i]) + p * call.channel_stride + channel;
+#pragma GCC unroll 8
+          for (int j = 0; j < kSumsTogether; ++j) sums[j] += load(first + j * call.channel_stride) * w;
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kSumsTogether; ++j) store(column + (p + j) * kLanes, sums[j]);
+      }
+    }
+    for (; p < call.in_pixels; ++p) {
       V sum = V{};
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kh; ++i) {
@@ -239,8 +258,8 @@ static void depthwise_taps(const DepthwiseCall& call, int64_t row) {
     Out* out = static_cast<Out*>(call.out) + row * call.out_row_stride + channel;
     int64_t o = 0;
     if constexpr (kTaps == 0) {
-      // Many taps: eight sums side by side, or each waits for its own last addition. The last eight may overlap.
-      constexpr int kSums = 8;
+      // The last ones may overlap.
+      constexpr int kSums = kSumsTogether;
       while (o < call.out_pixels && call.out_pixels >= kSums) {
         o = o + kSums <= call.out_pixels ? o : call.out_pixels - kSums;
         V sums[kSums];

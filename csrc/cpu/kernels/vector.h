@@ -179,6 +179,7 @@ static inline void store_part(Half* p, Float v, int64_t count) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), narrow);
 }
 #else
+// Through memory, for types and machines without masks.
 template <typename Element>
 static inline auto load_part(const Element* p, int64_t count) {
   Element whole[kVectorBytes / 4];
@@ -186,12 +187,56 @@ static inline auto load_part(const Element* p, int64_t count) {
   memcpy(static_cast<void*>(whole), p, size_t(count) * sizeof(Element));
   return load(whole);
 }
+#if defined(__AVX2__)
+static inline Float load_part(const float* p, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (Float)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));
+}
+static inline Double load_part(const double* p, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+  return (Double)_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes));
+}
+// The first `bytes` of up to 32, in powers of two: masked stores take some 40 instructions on older AMD CPUs.
+static inline void store_bytes(void* to, __m128i low, __m128i high, int64_t bytes) {
+  char* p = static_cast<char*>(to);
+  if (bytes & 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low);
+    low = high;
+    p += 16;
+  }
+  if (bytes & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low);
+    low = _mm_srli_si128(low, 8);
+    p += 8;
+  }
+  if (bytes & 4) {
+    const int32_t value = _mm_cvtsi128_si32(low);
+    memcpy(p, &value, 4);
+    low = _mm_srli_si128(low, 4);
+    p += 4;
+  }
+  if (bytes & 2) {
+    const int16_t value = int16_t(_mm_cvtsi128_si32(low));
+    memcpy(p, &value, 2);
+  }
+}
+template <typename Element, typename V>
+static inline void store_part(Element* p, V v, int64_t count) {
+  if (count == int64_t(sizeof(V) / sizeof(v[0]))) return store(p, v);
+  Element whole[kVectorBytes / sizeof(Element)];  // of registers, once the compiler has seen through the two loads
+  store(whole, v);
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(whole));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(whole) + 1);
+  store_bytes(p, low, high, count * int64_t(sizeof(Element)));
+}
+#else
 template <typename Element, typename V>
 static inline void store_part(Element* p, V v, int64_t count) {
   Element whole[kVectorBytes / 4];
   store(whole, v);
   memcpy(static_cast<void*>(p), whole, size_t(count) * sizeof(Element));
 }
+#endif
 #endif
 
 // ---- activations
