@@ -156,6 +156,7 @@ def machine() -> dict[str, Any]:
         "caches": _caches(),
         "isa": [flag for flag in flags if flag.startswith(("avx2", "avx512", "amx", "avx_vnni"))],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "lowrank_ops_cpu_isa": os.environ.get("LOWRANK_OPS_CPU_ISA", ""),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "system": platform.platform(),
     }

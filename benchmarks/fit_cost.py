@@ -1,47 +1,57 @@
-"""`python -m benchmarks.fit_cost RESULTS.json ...`: the cost model's constants from benchmark results.
+"""`python -m benchmarks.fit_cost RESULTS.json ...`: the CPU cost model's constants from benchmark results.
 
-Reads files written by `benchmarks.run --peers chain forced --json`, fits for each group of cells the nanoseconds that a
-feature costs, fused and as a chain, and writes csrc/plan/cost_constants.inc. The fit is non-negative least squares on
-relative errors. What it is judged by is the regret: how much longer the paths that the model picks take in all than the
-faster path of every cell. Times are fitted path by path, and their small errors decide where both are close: so the
-chain's constants are scaled at last by the factor of least regret.
+Reads files written by `benchmarks.run --peers chain forced --json`, asks the planner for what it counts for each cell,
+fits for each op, dtype, layout and class of instruction sets the nanoseconds that a feature costs, fused and as a chain, and
+writes csrc/plan/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted anew some times so
+that a few cells which the model cannot explain do not bend it. What it is judged by is the regret: how much longer the
+paths that the model picks take than the faster path of every cell.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from benchmarks.bench import geometric_mean
+from benchmarks.layers import Cell, cell_from_json
+from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "cost_constants.inc"
-GROUPS = {
-    "kConvFloat32": ("conv", "float32"),
-    "kConvBFloat16": ("conv", "bfloat16"),
-    "kLinearFloat32": ("linear", "float32"),
-    "kLinearBFloat16": ("linear", "bfloat16"),
-}
 Vector = NDArray[np.float64]
+Group = tuple[str, str, str, str]
+"""Class of instruction sets, op, dtype and layout: what has constants of its own."""
+OPS = {"tucker_conv2d": "kTucker", "cp_conv2d": "kCP", "lowrank_linear": "kLinear"}
+DTYPES = {"float32": "kFloat", "bfloat16": "kBFloat16"}
+LAYOUTS = {"nchw": "kContiguous", "channels_last": "kChannelsLast"}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A cell: the features and the measured nanoseconds of both paths."""
+    """A cell: what the planner counts and picks, and the measured nanoseconds of both paths."""
 
     name: str
-    group: str
+    group: Group
     fused_features: Vector
     chain_features: Vector
+    takes_chain: bool
+    """Whether the planner, with the constants that are compiled in, takes the chain."""
     fused: float
     chain: float
+    """Of our own chain, or where it was not timed of the library's in the fused op's layout."""
+    peer: float
+    """Of the fastest chain in either layout."""
+
+    @property
+    def picked(self) -> float:
+        return self.chain if self.takes_chain else self.fused
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,40 @@ class Constants:
 
     fused: Vector
     chain: Vector
+
+
+def isa_class(machine: dict[str, Any], dtype: str) -> str:
+    """generic, avx2, avx512 or avx512bf16: the kernels that ran in a file of this machine."""
+    kernels = str(machine.get("lowrank_ops_cpu_isa") or _widest(machine))
+    if kernels in ("generic", "avx2"):
+        return kernels
+    return "avx512bf16" if dtype == "bfloat16" and kernels in ("avx512bf16", "amx") else "avx512"
+
+
+def _widest(machine: dict[str, Any]) -> str:
+    """The kernels of a run that did not name them: those of the CPU, capped as torch was."""
+    flags = machine["isa"]
+    if machine["torch_cpu_capability"] == "DEFAULT":
+        return "generic"
+    if machine["torch_cpu_capability"] == "AVX2" or "avx512f" not in flags:
+        return "avx2"
+    return "avx512bf16" if "avx512_bf16" in flags else "avx512"
+
+
+def prediction(cell: Cell, dtype: str, layout: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """The planner's counts, seconds and choice for a cell on a machine."""
+    r1, r2 = cell.rank if isinstance(cell.rank, tuple) else (cell.rank, cell.rank)
+    sizes = [cell.batch, cell.S, *cell.size, cell.T, r1, r2, *((1, 1) if cell.is_linear else cell.kernel)]
+    paddings = (0, 0) if cell.is_linear else cell.paddings
+    window = [cell.stride, cell.stride, *paddings, cell.dilation, cell.dilation]
+    caches = [_bytes(machine["caches"].get(level, default)) for level, default in (("L2", "1024K"), ("L3", "0K"))]
+    isa = isa_class(machine, dtype)
+    found: dict[str, Any] = _C.cpu_prediction(cell.op, dtype, layout == "channels_last", sizes, window, isa, *caches)
+    return found
+
+
+def _bytes(text: str) -> int:
+    return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
 
 
 def read(path: str | Path) -> list[Observation]:
@@ -62,59 +106,81 @@ def read(path: str | Path) -> list[Observation]:
     if "device" in content:
         raise ValueError(f"fit_cost: {path} is of {content['device']['name']}; the constants are a CPU's")
     found = []
-    for cell in content["cells"]:
-        times = {name: contender["median_us"] * 1e3 for name, contender in cell["contenders"].items()}
-        kind = "linear" if cell["op"] == "lowrank_linear" else "conv"
-        group = next((name for name, key in GROUPS.items() if key == (kind, cell["dtype"])), None)
-        chain = times.get("chain" if kind == "linear" else f"chain {content['layout']}")
-        fused = times.get("fused (forced)", times["fused"] if cell["plan"].startswith("fused") else None)
-        features = cell["features"]
-        if group is None or chain is None or fused is None or len(features) < 2:
+    for entry in content["cells"]:
+        times = {name: contender["median_us"] * 1e3 for name, contender in entry["contenders"].items()}
+        cell, layout, dtype = cell_from_json(entry), content["layout"], entry["dtype"]
+        chains = {name: time for name, time in times.items() if name.startswith("chain") and "forced" not in name}
+        library = chains.get("chain" if cell.is_linear else f"chain {layout}")
+        chain = times.get("chain (forced)", library)
+        fused = times.get("fused (forced)", times["fused"] if entry["plan"].startswith("fused") else None)
+        if dtype not in DTYPES or chain is None or fused is None or not chains:
             continue
-        vectors = {path: np.array(values) for path, values in features.items()}
-        name = f"{cell['op']} {cell['shape']} {cell['dtype']}"
-        found.append(Observation(name, group, vectors["fused"], vectors["chain"], fused, chain))
+        planned = prediction(cell, dtype, layout, content["machine"])
+        if not planned["other_possible"]:
+            continue
+        features = (np.array(planned[f"{way}_features"]) for way in ("fused", "chain"))
+        group = (isa_class(content["machine"], dtype), cell.op, dtype, "nchw" if cell.is_linear else layout)
+        peer = min(chains.values())
+        found.append(
+            Observation(f"{cell} {layout} {dtype}", group, *features, planned["chain"], fused, chain, peer)
+        )
     return found
 
 
 def solve(features: Iterable[Vector], times: Iterable[float]) -> Vector:
-    """Non-negative constants with the least squared relative error."""
+    """Non-negative constants with a small relative error: squared for small errors, less for large ones."""
     times = np.array(list(times))
     rows = np.array(list(features)) / times[:, None]
     scale = np.maximum(rows.max(axis=0), 1e-30)
-    found, _ = nnls(rows / scale, np.ones(len(times)))
+    rows /= scale
+    weight = np.ones(len(times))
+    for _ in range(20):
+        found, _ = nnls(rows * weight[:, None], weight)
+        share = rows @ found  # predicted of measured
+        weight = 1 / np.sqrt((np.abs(share - 1) + 0.05) * np.maximum(share, 1))
     return np.asarray(found / scale)
 
 
 def fit(observations: Sequence[Observation]) -> Constants:
-    """Non-negative constants with the least squared relative error of both paths' times, then of least regret."""
+    """Constants for both paths' times, each for itself."""
     fused = solve((o.fused_features for o in observations), (o.fused for o in observations))
     chain = solve((o.chain_features for o in observations), (o.chain for o in observations))
-    scales = np.arange(0.8, 1.2501, 0.01)
-    regrets = [regret(observations, Constants(fused, chain * scale)) for scale in scales]
-    # In the middle of the scales that are as good as the best: nothing was measured that decides between them.
-    best = scales[np.array(regrets) <= min(regrets) + 1e-4]
-    return Constants(fused, chain * float(np.median(best)))
+    return Constants(fused, chain)
 
 
-def takes_chain(observation: Observation, constants: Constants) -> bool:
-    return float(observation.chain_features @ constants.chain) < float(observation.fused_features @ constants.fused)
+def picks(observations: Sequence[Observation], constants: Constants) -> list[Observation]:
+    """The same observations, as a planner with these constants would decide them."""
+    return [
+        Observation(**{
+            **vars(o),
+            "takes_chain": float(o.chain_features @ constants.chain) < float(o.fused_features @ constants.fused),
+        })
+        for o in observations
+    ]  # fmt: skip
 
 
-def regret(observations: Sequence[Observation], constants: Constants) -> float:
+def regret(observations: Sequence[Observation]) -> float:
     """Geometric mean over the cells of (time of the path picked / time of the faster path), minus 1."""
-    ratios = []
-    for o in observations:
-        picked = o.chain if takes_chain(o, constants) else o.fused
-        ratios.append(picked / min(o.chain, o.fused))
-    return geometric_mean(ratios) - 1
+    return geometric_mean(o.picked / min(o.chain, o.fused) for o in observations) - 1
 
 
-def parse(text: str) -> dict[str, Constants]:
-    """The constants in cost_constants.inc."""
-    found = {}
-    for name, fused, chain in re.findall(r"Constants (\w+) = \{\{([^}]*)\}, \{([^}]*)\}\};", text):
-        found[name] = Constants(*(np.array([float(x) for x in values.split(",")]) for values in (fused, chain)))
+def share_below(observations: Sequence[Observation], limit: float) -> float:
+    """The share of the cells where the fastest chain in either layout takes less than `limit` of the path picked."""
+    return sum(o.peer / o.picked < limit for o in observations) / len(observations)
+
+
+def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
+    """The text of cost_constants.inc."""
+    found = [
+        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/fit_cost.py; measured on",
+        f"// {', '.join(cpus)}, its instruction sets capped. Do not edit.",
+    ]
+    for (isa, op, dtype, layout), constants in sorted(groups.items()):
+        numbers = (
+            "{" + ", ".join(f"{value:.4g}" for value in vector) + "}" for vector in (constants.fused, constants.chain)
+        )
+        names = f'"{isa}", Op::{OPS[op]}, DType::{DTYPES[dtype]}, Layout::{LAYOUTS[layout]}'
+        found.append(f"{{{names}, {', '.join(numbers)}}},")
     return found
 
 
@@ -125,27 +191,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     observations = [o for path in options.results for o in read(path)]
     cpus = sorted({json.loads(Path(path).read_text())["machine"]["cpu"] for path in options.results})
-    lines = [
-        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/fit_cost.py; measured on",
-        f"// {', '.join(cpus)}. Do not edit.",
-    ]
-    for name in GROUPS:
+    groups = {}
+    for name in sorted({o.group for o in observations}):
         group = [o for o in observations if o.group == name]
-        constants = fit(group)
-        wrong = [o for o in group if takes_chain(o, constants) != (o.chain < o.fused)]
-        always = regret(group, Constants(constants.fused * 0, constants.chain + 1))
+        groups[name] = fit(group)
+        decided = picks(group, groups[name])
         print(
-            f"{name}: {len(group)} cells, regret {regret(group, constants):.2%} (always fused: {always:.2%}), "
-            f"{len(wrong)} decided for the slower path"
+            f"{' '.join(name)}: {len(group)} cells, regret {regret(decided):.2%} (today's constants "
+            f"{regret(group):.2%}), below 0.9 of the fastest chain {share_below(decided, 0.9):.1%}, "
+            f"below 0.8 {share_below(decided, 0.8):.1%}"
         )
-        for o in wrong:
+        wrong = sorted(decided, key=lambda o: min(o.chain, o.fused) / o.picked)
+        for o in [o for o in wrong if min(o.chain, o.fused) / o.picked < 0.9]:
             print(f"    {o.name}: fused {o.fused / 1e3:.1f} us, chain {o.chain / 1e3:.1f} us")
-        numbers = (
-            "{" + ", ".join(f"{value:.4g}" for value in vector) + "}" for vector in (constants.fused, constants.chain)
-        )
-        lines.append(f"static const Constants {name} = {{{', '.join(numbers)}}};")
     if not options.dry_run:
-        CONSTANTS.write_text("\n".join(lines) + "\n")
+        CONSTANTS.write_text("\n".join(lines(groups, cpus)) + "\n")
         print(f"wrote {CONSTANTS}")
 
 

@@ -67,14 +67,17 @@ at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const a
 // core has it, and modules keep their core so: with an NCHW image on a GPU torch copies the hidden image into
 // channels_last and the output back, at a fraction of the memory's rate. With a core of the image's format cuDNN does
 // that itself. On an H200 in bfloat16 (h200_lean_nchw.json, chains without the core's copy) this was 1.10 to 1.85 times
-// as fast with at least kLeastValues in the output, 0.80 to 1.12 times below.
+// as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On CPUs oneDNN converts both images as well,
+// by slower code than ours: with a core of the image's format the chain took 0.24 to 0.6 of the time.
 at::Tensor library_core(const at::Tensor& image, const at::Tensor& core, const at::Tensor& out_factor,
                         const Window& window) {
   constexpr int64_t kLeastValues = 1500000;
   const auto is_nchw = [](const at::Tensor& tensor) {
     return tensor.suggest_memory_format() == at::MemoryFormat::Contiguous;
   };
-  if (!image.is_cuda() || !is_nchw(image) || is_nchw(core)) return core;
+  if (!is_nchw(image) || is_nchw(core)) return core;
+  if (image.is_cpu()) return core.clone(at::MemoryFormat::Contiguous);
+  if (!image.is_cuda()) return core;
   const auto size = [](const at::Tensor& tensor, int64_t axis) {
     return tensor.sym_size(axis).guard_int(__FILE__, __LINE__);
   };

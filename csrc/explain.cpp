@@ -208,7 +208,6 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
 void bind_explain(py::module_& m) {
   m.def("explain", &explain, py::arg("op"), py::arg("dtype"), py::arg("channels_last"), py::arg("sizes"),
         py::arg("window"), py::arg("activation"), py::arg("device"), py::arg("prepared") = false);
-  m.attr("feature_names") = std::vector<std::string>(std::begin(kFeatureNames), std::end(kFeatureNames));
   m.def("measurements", [] {
     py::list result;
     for (const Measurement& measurement : measurements())
@@ -221,6 +220,7 @@ void bind_explain(py::module_& m) {
     for (const auto& [key, fastest, seconds] : entries) result.push_back({key, fastest, seconds});
     remember_measurements(std::move(result));
   });
+  bind_cpu_planning(m);
   bind_gpu_planning(m);
 }
 

@@ -17,6 +17,7 @@ Problem described_problem(const std::string& op, const std::string& dtype, bool 
 py::dict describe(const Plan& plan, Op op);
 
 void bind_explain(py::module_& m);
+void bind_cpu_planning(py::module_& m);  // explain_cpu.cpp: predictions for any class of CPUs
 void bind_gpu_planning(py::module_& m);  // explain_gpu.cpp: the kernel table, single plans, tiles, for tests and tools
 
 }  // namespace lowrank_ops

@@ -168,7 +168,7 @@ int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) 
     asked_of_next = ask(*next, begin, begin + axis.span(std::min(block_.tile.rows, next->last_row - next->first_row)));
   }
   // Of the products only, and a little less: what is asked for late is waited for.
-  const double products = fused_features(p, block_.tile)[1] / double(p.n * p.oh * p.ow);
+  const double products = fused_products(p, block_.tile) / double(p.n * p.oh * p.ow);
   ahead_.begin(output, input, 0.97 * products * double(rows * task_.columns()));
   return asked_of_next;
 }

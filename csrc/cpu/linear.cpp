@@ -14,6 +14,9 @@ namespace lowrank_ops {
 
 namespace {
 
+constexpr int64_t kNearBytes = 16 << 10;  // half of an L1
+constexpr int64_t kRowsAtOnce = 12;       // whole register blocks
+
 // Columns of a weight that a task takes at least: enough bytes to be worth a thread.
 int64_t column_grain(int64_t depth, int64_t bytes) {
   return std::max<int64_t>(1, (64 << 10) / (depth * bytes));
@@ -174,9 +177,8 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
   char* own = static_cast<char*>(scratch.take(threads * thread_bytes));
   if (p.r1 % kernels.group != 0) std::memset(hidden, 0, size_t(hidden_bytes));  // the odd rank's partner
   // Rows whole pages apart would meet in the same few lines of L1: they are copied, as are those of other types.
-  constexpr int64_t kPage = 4096;
   const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0 &&
-                      rows.stride(0) * element % kPage != 0;
+                      rows.stride(0) * element % kPageBytes != 0;
 
   // Runs `stage(first row, end row, first slice, end slice, memory)` for all of them.
   const auto for_all = [&](const StreamedWeight& weight, const auto& stage) {
@@ -303,6 +305,11 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const int64_t staged_stride = round_up(p.s, 16);
   const int64_t staging_bytes = direct ? 0 : tile.rows * staged_stride * element;
   const int64_t blocks = (p.n + tile.rows - 1) / tile.rows;
+  // Rows of the output that are written at once. Where they lie whole pages apart, their parts meet in the same few
+  // lines of L1: so few of them, while the second weight stays in L1, that they are written from end to end.
+  const int64_t out_bytes = out_weight.padded_depth() * out_weight.panels().padded_columns() * element;
+  const bool rows_meet = p.t * element_bytes(p.dtype) % kPageBytes == 0;
+  const int64_t together = rows_meet && out_bytes <= kNearBytes ? kRowsAtOnce : tile.rows;
 
   const std::array<PackedWeight*, 2> weights{&in_weight, &out_weight};
   const bool each_packs = pack_for_tasks(weights, blocks);
@@ -346,20 +353,23 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         call.out = hidden + in_panels.first(panel) * element;
         engine.gemm(call);
       }
-      source = hidden;
       call.depth = out_weight.padded_depth();
       call.row_stride = hidden_columns;
       call.out_stride = p.t;
       call.out_type = p.dtype;
       call.activation = p.activation;
       const Panels& out_panels = out_weight.panels();
-      for (int64_t panel = 0; panel < out_panels.count; ++panel) {
-        const int64_t column = out_panels.first(panel);
-        call.weight = out_weight.panel(panel);
-        call.width = out_panels.width(panel);
-        call.bias = bias_sums.data(column);
-        call.out = static_cast<char*>(output.data_ptr()) + (first * p.t + column) * element_bytes(p.dtype);
-        engine.gemm(call);
+      for (int64_t row = 0; row < count; row += together) {
+        source = hidden + row * hidden_columns * element;
+        call.rows = std::min(together, count - row);
+        for (int64_t panel = 0; panel < out_panels.count; ++panel) {
+          const int64_t column = out_panels.first(panel);
+          call.weight = out_weight.panel(panel);
+          call.width = out_panels.width(panel);
+          call.bias = bias_sums.data(column);
+          call.out = static_cast<char*>(output.data_ptr()) + ((first + row) * p.t + column) * element_bytes(p.dtype);
+          engine.gemm(call);
+        }
       }
     }
     brgemm_release();

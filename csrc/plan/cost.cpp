@@ -9,27 +9,17 @@ struct Stages {
   double in, middle, out;  // multiply-adds per image
 };
 
-double depthwise_sums(const Problem& p) {  // an image's; CP only
-  return p.op == Op::kCP ? double(p.oh) * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
-}
-
 Stages multiply_adds(const Problem& p, double in_pixels) {
   const double out_pixels = double(p.oh) * p.ow;
   const double core = p.op == Op::kTucker ? out_pixels * p.r1 * p.r2 * p.kh * p.kw : depthwise_sums(p);
   return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
 }
 
-// An image's patches by Winograd, and the additions of their transforms for one channel in and one out
-// (kernels/winograd.h).
+// An image's patches by Winograd.
 double winograd_patches(const Problem& p, Winograd winograd) {
   const Patch patch = patch_of(winograd);
   return double(ceil_div(p.oh, patch.rows)) * double(ceil_div(p.ow, patch.columns));
 }
-double winograd_sums(const Problem& p, Winograd winograd) {
-  const double sums = winograd == Winograd::k2x2 ? 24 : winograd == Winograd::k4x4 ? 140 : 10;
-  return sums * winograd_patches(p, winograd) * double(p.r1 + p.r2);
-}
-
 Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
   Stages stages = multiply_adds(p, in_pixels);
   const Winograd winograd = tile.winograd;
@@ -41,6 +31,10 @@ Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
 }
 
 }  // namespace
+
+double depthwise_sums(const Problem& p) {
+  return p.op == Op::kCP ? double(p.oh) * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
+}
 
 double packed_elements(const Problem& p) {
   const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0.0;
@@ -68,6 +62,17 @@ double fused_flops(const Problem& p, const CpuTile& tile) {
   return 2.0 * p.n * (stages.in + stages.middle + stages.out);
 }
 
+// For one channel in and one out: kernels/winograd.h.
+double winograd_sums(const Problem& p, Winograd winograd) {
+  if (winograd == Winograd::kNone) return 0;
+  const double sums = winograd == Winograd::k2x2 ? 24 : winograd == Winograd::k4x4 ? 140 : 10;
+  return sums * winograd_patches(p, winograd) * double(p.r1 + p.r2);
+}
+
+double fused_products(const Problem& p, const CpuTile& tile) {
+  return fused_flops(p, tile) / 2 - double(p.n) * (depthwise_sums(p) + winograd_sums(p, tile.winograd));
+}
+
 double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first, int64_t last) {
   const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
@@ -81,16 +86,16 @@ double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first,
   return stages.in + (stages.middle + stages.out) * part;
 }
 
-namespace {
-
-double weights(const Problem& p) {
+double weight_elements(const Problem& p) {
   return packed_elements(p) + (p.op == Op::kCP ? double(p.r1) * (p.kh + p.kw) : 0.0);
 }
 
-}  // namespace
+double image_elements(const Problem& p) {
+  return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
+}
 
 double block_bytes(const Problem& p) {
-  const double elements = double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow) + weights(p);
+  const double elements = image_elements(p) + weight_elements(p);
   return elements * element_bytes(p.dtype);
 }
 
@@ -99,61 +104,6 @@ double hidden_bytes(const Problem& p) {
   if (p.op == Op::kTucker) elements += double(p.oh) * p.ow * p.r2;
   if (p.op == Op::kCP) elements += (double(p.oh) * p.w + double(p.oh) * p.ow) * p.r1;
   return 2.0 * p.n * elements * element_bytes(p.dtype);
-}
-
-namespace {
-
-double image_elements(const Problem& p) {
-  return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
-}
-
-// From cost_constants.inc: nanoseconds for each feature.
-struct Constants {
-  Features fused, chain;
-};
-const Constants* constants_for(const Problem& p) {
-#include "plan/cost_constants.inc"
-  if (p.dtype == DType::kFloat) return p.op == Op::kLinear ? &kLinearFloat32 : &kConvFloat32;
-  if (p.dtype == DType::kBFloat16) return p.op == Op::kLinear ? &kLinearBFloat16 : &kConvBFloat16;
-  return nullptr;
-}
-
-double seconds(const Features& features, const Features& constants) {
-  double nanoseconds = 0;
-  for (int i = 0; i < kFeatures; ++i) nanoseconds += features[i] * constants[i];
-  return nanoseconds * 1e-9;
-}
-
-}  // namespace
-
-Features fused_features(const Problem& p, const CpuTile& tile) {
-  const double depthwise =
-      p.n * (tile.winograd == Winograd::kNone ? depthwise_sums(p) : winograd_sums(p, tile.winograd));
-  const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  return {1,
-          fused_flops(p, tile) / 2 - depthwise,
-          depthwise,
-          block_bytes(p),
-          tile.unpacked || tile.prepared ? 0 : weights(p),
-          transposed ? image_elements(p) : 0};
-}
-
-Features chain_features(const Problem& p) {
-  const double depthwise = p.n * depthwise_sums(p);
-  const double calls = p.op == Op::kTucker ? 3 : p.op == Op::kCP ? 4 : 2;
-  const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  return {calls,      block_flops(p) / 2 - depthwise,    depthwise, block_bytes(p) + hidden_bytes(p),
-          weights(p), transposed ? image_elements(p) : 0};
-}
-
-double fused_seconds(const Problem& p, const CpuTile& tile) {
-  const Constants* constants = constants_for(p);
-  return constants ? seconds(fused_features(p, tile), constants->fused) : 0;
-}
-
-double chain_seconds(const Problem& p) {
-  const Constants* constants = constants_for(p);
-  return constants ? seconds(chain_features(p), constants->chain) : 0;
 }
 
 }  // namespace lowrank_ops

@@ -234,8 +234,8 @@ CpuChoice choose_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool 
     one_thread.threads = 1;
     choice.one_thread_tile = cpu_tile(p, one_thread, prepared);
   }
-  choice.fused_seconds = fused_seconds(p, choice.one_thread_tile);
-  choice.chain_seconds = chain_seconds(p);
+  choice.fused_seconds = fused_seconds(p, caps, choice.one_thread_tile);
+  choice.chain_seconds = chain_seconds(p, caps);
   const bool chain_is_faster = choice.chain_seconds > 0 && choice.chain_seconds < choice.fused_seconds;
   if (policy == Policy::kFused || policy == Policy::kChain) {
     choice.chain = policy == Policy::kChain;
@@ -260,7 +260,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   fused.flops = fused_flops(p, fused.tile);
   fused.bytes = block_bytes(p);
   fused.predicted_seconds = choice.fused_seconds;
-  const Features fused_counts = fused_features(p, choice.one_thread_tile), chain_counts = chain_features(p);
+  const Features fused_counts = fused_features(p, caps, choice.one_thread_tile), chain_counts = chain_features(p, caps);
   fused.features.assign(fused_counts.begin(), fused_counts.end());
   chain.features.assign(chain_counts.begin(), chain_counts.end());
   chain.path = "chain";

@@ -1,0 +1,234 @@
+// What the cost model counts (cost.h), and the seconds that it makes of it.
+#include <algorithm>
+#include <string_view>
+
+#include "plan/cost.h"
+
+namespace lowrank_ops {
+namespace {
+
+// The register blocks of an instruction set (cpu/kernels/gemm.h): vectors of a panel, and the rows of a block that is
+// so many vectors wide.
+struct Registers {
+  int64_t lanes, vectors;
+  int64_t rows[5];
+};
+Registers registers_of(const CpuCaps& caps) {
+  if (caps.isa == "generic") return {4, 2, {0, 6, 6, 0, 0}};
+  if (caps.isa == "avx2") return {8, 2, {0, 6, 6, 0, 0}};
+  return {16, 4, {0, 14, 14, 8, 6}};
+}
+
+// A product of a stage as the register kernel sees it: `calls` times `rows` rows, `depth` deep, `width` wide.
+struct Product {
+  double calls;
+  int64_t rows, depth, width;
+};
+
+double panels(const Registers& registers, int64_t width) {
+  return double(ceil_div(width, registers.lanes * registers.vectors));
+}
+
+double padded(const Registers& registers, int64_t width) {
+  return double(round_up(width, registers.lanes));
+}
+
+double steps(const Registers& registers, const Product& product) {
+  const int64_t vectors = ceil_div(product.width, registers.lanes), rest = vectors % registers.vectors;
+  const auto blocks = [&](int64_t count) { return ceil_div(product.rows, registers.rows[count]); };
+  const int64_t whole = vectors / registers.vectors * blocks(registers.vectors);
+  return product.calls * double(product.depth) * double(whole + (rest > 0 ? blocks(rest) : 0));
+}
+
+// The share of a window's taps that see the image, over all output rows (columns).
+double share_inside(const Axis& axis) {
+  int64_t inside = 0;
+  for (int64_t output = 0; output < axis.out; ++output) {
+    const Axis::Taps taps = axis.taps_inside(output * axis.stride, axis.first_inside(), axis.end_inside());
+    inside += taps.end - taps.begin;
+  }
+  return double(inside) / double(std::max<int64_t>(axis.out * axis.kernel, 1));
+}
+
+Axis rows_of(const Problem& p) {
+  return Axis(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
+}
+Axis columns_of(const Problem& p) {
+  return Axis(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+}
+
+double beyond_l2(double bytes, const CpuCaps& caps) {
+  return std::max(0.0, bytes - double(caps.l2_bytes));
+}
+
+// Values of an output whose rows lie whole pages apart: they meet in the same few lines of L1.
+double odd_stores(const Problem& p) {
+  constexpr int64_t kPage = 4096;
+  const bool meets = p.t * element_bytes(p.dtype) % kPage == 0;
+  return meets && (p.op == Op::kLinear || p.layout == Layout::kChannelsLast) ? double(p.n) * p.oh * p.ow * p.t : 0;
+}
+
+struct FusedStages {
+  Product in, core, out;
+};
+
+FusedStages fused_products_of(const Problem& p, const CpuTile& tile) {
+  if (p.op == Op::kLinear) return {{1, p.n, p.s, p.r1}, {}, {1, p.n, p.r1, p.t}};
+  const int64_t parts = ceil_div(p.ow, tile.columns), columns = std::min(p.ow, tile.columns);
+  const double images = double(p.n) * double(parts);
+  const int64_t rows = std::min(p.oh, tile.rows);
+  Product core = {};
+  if (p.op == Op::kTucker) core = {images * double(p.oh), columns, p.r1 * p.kh * p.kw, p.r2};
+  return {{images * double(p.h), std::max<int64_t>(p.w / parts, 1), p.s, p.r1},
+          core,
+          {images * double(ceil_div(p.oh, rows)), rows * columns, p.r2, p.t}};
+}
+
+Features unpacked_features(const Problem& p, const CpuCaps& caps, const Registers& registers) {
+  const double rows = double(p.n);
+  return {1,
+          rows * (double(p.r1) * padded(registers, p.s) + double(p.t) * padded(registers, p.r1)),
+          0,
+          0,
+          rows * double(p.r1 + p.t),
+          0,
+          block_bytes(p),
+          beyond_l2(block_bytes(p), caps),
+          0,
+          0,
+          0,
+          0,
+          0};
+}
+
+}  // namespace
+
+Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
+  const Registers registers = registers_of(caps);
+  if (tile.unpacked) return unpacked_features(p, caps, registers);
+  const FusedStages stages = fused_products_of(p, tile);
+  const auto products = [&](const Product& product) {
+    return product.calls * double(product.rows) * double(product.depth) * padded(registers, product.width);
+  };
+  const auto values = [&](const Product& product) {
+    return product.calls * double(product.rows) * padded(registers, product.width);
+  };
+  const auto calls = [&](const Product& product) { return product.calls * panels(registers, product.width); };
+  // Winograd does the same with fewer products; of the direct core, taps outside the image are left out.
+  double core_share = 0, depthwise = 0, taps = 0;
+  if (p.op == Op::kTucker && tile.winograd != Winograd::kNone) {
+    const double direct = double(p.n) * p.oh * p.ow * p.kh * p.kw * p.r1 * p.r2;
+    const double outer = double(p.n) * (double(p.h) * p.w * p.s * p.r1 + double(p.oh) * p.ow * p.r2 * p.t);
+    core_share = std::max(fused_products(p, tile) - outer, 0.0) / direct;
+    depthwise = double(p.n) * winograd_sums(p, tile.winograd);
+  } else if (p.op == Op::kTucker) {
+    core_share = share_inside(rows_of(p));
+    const bool joined = columns_of(p).dilation == 1 && p.r1 % registers.lanes == 0;
+    taps = calls(stages.core) * double(p.kh) * (joined ? 1.0 : double(p.kw)) * core_share;
+  } else if (p.op == Op::kCP) {
+    depthwise = double(p.n) * depthwise_sums(p) / double(p.r1) * padded(registers, p.r1);
+  }
+  const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
+  const double core_values = stages.core.calls * double(stages.core.rows) * padded(registers, p.r2);
+  return {1,
+          products(stages.in) + core_share * products(stages.core) + products(stages.out),
+          steps(registers, stages.in) + core_share * steps(registers, stages.core) + steps(registers, stages.out),
+          values(stages.in) + core_values + values(stages.out),
+          0,
+          depthwise,
+          block_bytes(p),
+          beyond_l2(block_bytes(p), caps),
+          tile.prepared ? 0 : weight_elements(p),
+          transposed ? image_elements(p) : 0,
+          calls(stages.in) + calls(stages.core) + calls(stages.out) + (p.op == Op::kCP ? double(p.n) * p.oh : 0),
+          taps,
+          odd_stores(p)};
+}
+
+namespace {
+
+// Whether torch runs a convolution of one image by its own code instead of oneDNN's (aten/native/Convolution.cpp,
+// use_mkldnn).
+bool is_native(const Problem& p, int64_t channels, int64_t height, int64_t width, int64_t kh, int64_t kw) {
+  return p.dtype == DType::kFloat && p.n == 1 && (kh <= 3 || kw <= 3) && channels * height * width <= 20480;
+}
+
+}  // namespace
+
+Features chain_features(const Problem& p, const CpuCaps& caps) {
+  const double in_pixels = double(p.n) * p.h * p.w, out_pixels = double(p.n) * p.oh * p.ow;
+  const double in = in_pixels * p.s * p.r1, out = out_pixels * p.r2 * p.t;
+  const double hidden = hidden_bytes(p) / (2.0 * element_bytes(p.dtype));
+  const double values = in_pixels * p.r1 + out_pixels * p.t + hidden;
+  const double far = beyond_l2(block_bytes(p) + hidden_bytes(p), caps);
+  if (p.op == Op::kLinear) return {2, in + out, values, 0, 0, 0, 0, far, weight_elements(p), 0, 0, 0, 0};
+  const bool in_native = is_native(p, p.s, p.h, p.w, 1, 1), out_native = is_native(p, p.r2, p.oh, p.ow, 1, 1);
+  const double native = (in_native ? in : 0) + (out_native ? out : 0);
+  const bool tucker = p.op == Op::kTucker;
+  // Elements of the matrix of windows that a core's product would have.
+  const double core_columns = tucker ? out_pixels * double(p.r1 * p.kh * p.kw) : 0;
+  const double inside = tucker ? share_inside(rows_of(p)) * share_inside(columns_of(p)) : 0;
+  const bool core_native = tucker && is_native(p, p.r1, p.h, p.w, p.kh, p.kw);
+  const double native_calls = double(in_native) + double(out_native) + double(core_native);
+  const double core = core_native ? 0 : core_columns;
+  return {(tucker ? 3 : 4) - native_calls,
+          in + out - native,
+          values,
+          core * p.r2,
+          core,
+          core * p.r2 * inside,
+          double(p.n) * depthwise_sums(p),
+          far,
+          weight_elements(p),
+          native_calls,
+          native,
+          core_native ? core_columns * p.r2 : 0,
+          core_native ? core_columns : 0};
+}
+
+namespace {
+
+// From cost_constants.inc: nanoseconds for each feature, of an op, a dtype and a layout on a class of instruction sets.
+struct Constants {
+  std::string_view isa;
+  Op op;
+  DType dtype;
+  Layout layout;  // of a linear layer always kContiguous
+  Features fused, chain;
+};
+constexpr Constants kConstants[] = {
+#include "plan/cost_constants.inc"
+};
+
+const Constants* constants_for(const Problem& p, const CpuCaps& caps) {
+  // fp32 is the same for all that have 16 lanes; who has no bf16 products converts.
+  const bool wide = caps.isa != "generic" && caps.isa != "avx2";
+  const std::string_view isa = !wide                                              ? std::string_view(caps.isa)
+                               : p.dtype == DType::kBFloat16 && caps.bfloat16_dot ? "avx512bf16"
+                                                                                  : "avx512";
+  const Layout layout = p.op == Op::kLinear ? Layout::kContiguous : p.layout;
+  for (const Constants& constants : kConstants)
+    if (constants.isa == isa && constants.op == p.op && constants.dtype == p.dtype && constants.layout == layout)
+      return &constants;
+  return nullptr;
+}
+
+double seconds(const Features& features, const Features& constants) {
+  double nanoseconds = 0;
+  for (int i = 0; i < kFeatures; ++i) nanoseconds += features[i] * constants[i];
+  return nanoseconds * 1e-9;
+}
+
+}  // namespace
+
+double fused_seconds(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
+  const Constants* constants = constants_for(p, caps);
+  return constants ? seconds(fused_features(p, caps, tile), constants->fused) : 0;
+}
+
+double chain_seconds(const Problem& p, const CpuCaps& caps) {
+  const Constants* constants = constants_for(p, caps);
+  return constants ? seconds(chain_features(p, caps), constants->chain) : 0;
+}
+
+}  // namespace lowrank_ops
