@@ -1,6 +1,7 @@
 # make demo    set everything up and run the main job on real input (DEMO=text|craft|digits)
 # make test    set everything up and run the tests
-# make test-avx2    the tests as on a CPU with AVX2 alone (kernels, torch, oneDNN, MKL capped), one thread: before a release
+# make test-avx2, make test-generic    the tests as on a CPU with AVX2, or SSE4.1, alone (our kernels, torch, oneDNN, MKL
+#                 capped): before a release
 # make lint    ruff, clang-format, mypy
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make wheel   build a wheel into dist/ and try it in a folder of its own
@@ -25,17 +26,25 @@ CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 CUDA_TORCH ?= torch==2.11.0
 CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py cuda_kernels.py cuda_host.py)
 
-.PHONY: demo test test-avx2 lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
+.PHONY: demo test test-avx2 test-generic lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
+# One thread for each process and one process for each core: torch's threads spin while they wait, so that any other
+# process on the machine makes the tests of several threads many times slower.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n auto --dist worksteal
+
 test: .venv/built
-	$(VENV)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # Compiled graphs have a cache of their own: torch.compile would run code that it has compiled for a wider machine.
 test-avx2: .venv/built
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 LOWRANK_OPS_CPU_ISA=avx2 \
-	  OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_avx2 $(VENV)/python -m pytest $(ARGS)
+	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_avx2 $(PYTEST) $(ARGS)
+
+test-generic: .venv/built
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 LOWRANK_OPS_CPU_ISA=generic \
+	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_generic $(PYTEST) $(ARGS)
 
 bench: .venv/built
 	$(VENV)/python -m benchmarks.run $(ARGS)
@@ -66,17 +75,17 @@ check-cuda: .venv/packages
 	LOWRANK_OPS_CUDA=1 $(VENV)/python setup.py -q build --build-lib build/with_cuda/lib --build-temp build/with_cuda/temp
 	cd build && PYTHONPATH=with_cuda/lib ../$(VENV)/python -c "import lowrank_ops; \
 	  assert 'with_cuda' in lowrank_ops.__file__; print(lowrank_ops.build_info()['cuda'] or exit('built without CUDA'))"
-	PYTHONPATH=build/with_cuda/lib:. $(VENV)/pytest -o pythonpath= $(CUDA_BUILD_TESTS)
+	PYTHONPATH=build/with_cuda/lib:. $(PYTEST) -o pythonpath= $(CUDA_BUILD_TESTS)
 
 check-cuda-build:
 	test -d build/cuda_torch/venv || $(PYTHON) -m venv build/cuda_torch/venv
 	build/cuda_torch/venv/bin/pip install -q $(CUDA_TORCH) "setuptools>=77" wheel ninja pybind11 numpy "tensorly>=0.9" rich safetensors \
-	  tqdm pytest hypothesis expecttest pandas
+	  tqdm pytest pytest-xdist hypothesis expecttest pandas
 	mkdir -p build/cuda_torch/src && git ls-files -z | xargs -0 cp -p --parents -t build/cuda_torch/src
 	cd build/cuda_torch/src && LOWRANK_OPS_CUDA=1 TORCH_CUDA_ARCH_LIST=8.0+PTX ../venv/bin/python setup.py -q build_ext --inplace
 	cd build/cuda_torch/src && ../venv/bin/python -c "import torch, lowrank_ops; assert torch.version.cuda; \
 	  print(lowrank_ops.build_info()['cuda'] or exit('built without CUDA'))"
-	cd build/cuda_torch/src && ../venv/bin/python -m pytest $(CUDA_BUILD_TESTS)
+	cd build/cuda_torch/src && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n auto $(CUDA_BUILD_TESTS)
 
 # initcheck looks at every kernel, torch's too: it has to see who wrote what ours read.
 OURS := --kernel-name kernel_substring=lowrank_ops
@@ -89,7 +98,7 @@ sanitize: .venv/built
 .venv/packages: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q $(TORCH) "setuptools>=77" wheel ninja pybind11
-	$(PIP) install -q numpy "tensorly>=0.9" rich safetensors tqdm pytest hypothesis expecttest pandas \
+	$(PIP) install -q numpy "tensorly>=0.9" rich safetensors tqdm pytest pytest-xdist hypothesis expecttest pandas \
 	  matplotlib pillow scikit-learn "ruff==0.17.*" "clang-format==23.*" "mypy==2.4.*" \
 	  "nvidia-cuda-cuobjdump==13.5.*; sys_platform=='linux'" "nvidia-cuda-nvdisasm==13.5.*; sys_platform=='linux'"
 	touch $@

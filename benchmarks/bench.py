@@ -126,14 +126,22 @@ def summarize(samples: Sequence[float]) -> Timing:
     return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
 
 
-def keep_memory() -> None:
-    """Starts this process again with glibc told to keep the memory it has, on Linux.
+MEMORY = {
+    "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    "fresh": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"},
+}
 
-    Otherwise an output above 32 MB (and, depending on what else is allocated, any above 128 kB) costs page faults in
-    every call: 18 ms for 40 MB on the machine of the committed results, whatever computes it. They would drown what is
-    compared here.
+
+def set_memory(memory: str) -> None:
+    """Starts this process again with glibc told what to do with memory that is given back, on Linux.
+
+    Args:
+        memory: "kept": outputs lie where those of the call before lay. "fresh": every tensor of 64 KB and more lies on
+            pages that the system maps as they are touched, as after allocations of other sizes. That is what glibc does
+            with outputs above 32 MB, and with smaller ones depending on what else is allocated; it costs page faults in
+            every call (18 ms for 40 MB on the machine of the committed results), a chain's hidden tensors included.
     """
-    settings = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    settings = MEMORY[memory]
     if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in settings.items()):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings})
 

@@ -266,5 +266,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if "--weigh" not in sys.argv:  # memory is to be given back there
-        bench.keep_memory()
+        bench.set_memory("kept")
     sys.exit(main())

@@ -121,7 +121,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     which.add_argument(
         "--sample", type=int, metavar="N", help="N cells drawn from the whole grid, always the same ones"
     )
-    which.add_argument("--random", type=int, metavar="N", help="N random blocks, always the same ones, for every layout")
+    which.add_argument(
+        "--random", type=int, metavar="N", help="N random blocks, always the same ones, for every layout"
+    )
     parser.add_argument("--cells", metavar="A:B", help="only these of the cells chosen, counted from 0")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     default = "default: float32 bfloat16; cuda: bfloat16 float16 tf32"
@@ -129,6 +131,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype", nargs="+", choices=list(DTYPES), type=lambda name: ALIASES.get(name, name), help=default
     )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's kernels (default: 1)")
+    memory = "where outputs lie: as in the call before, or on pages that nobody has used yet (default: kept)"
+    parser.add_argument("--memory", choices=list(bench.MEMORY), default="kept", help=memory)
     layout = "of the fused op's input (default: channels_last); peers run in both"
     parser.add_argument("--layout", choices=list(peers.FORMATS), default="channels_last", help=layout)
     which_peers = (
@@ -173,7 +177,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if not on_cpu and len(options.dtype) > 1 and (options.json or "").endswith(".json"):
         parser.error("--json: for several dtypes must be a folder, got " + options.json)
     try:
-        options.cells = select(options.full, options.layer, options.sample, options.cells, options.device, options.random)
+        options.cells = select(
+            options.full, options.layer, options.sample, options.cells, options.device, options.random
+        )
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -190,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"threads: {torch.get_num_threads()}; peers: {', '.join(options.peers)}\n"
         f"the fused op's input is {options.layout}; the others run in both layouts, the faster counts\n"
-        f"{len(options.cells)} cells, medians over {options.seconds} s a contender, interleaved\n{LEGEND}"
+        f"{len(options.cells)} cells, medians over {options.seconds} s a contender, interleaved\n"
+        f"outputs lie on {options.memory} memory\n{LEGEND}"
     )
     for name, why in options.left_out.items():
         print(f"{name} is left out: {why}")
@@ -237,6 +244,7 @@ class Record:
             "versions": versions,
             "threads": torch.get_num_threads(),
             "layout": options.layout,
+            "memory": options.memory,
             "peers": options.peers,
             "seconds_a_contender": options.seconds,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -265,5 +273,5 @@ class Record:
 
 
 if __name__ == "__main__":
-    bench.keep_memory()
+    bench.set_memory(parse_arguments().memory)
     sys.exit(main())

@@ -55,10 +55,20 @@ at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const Op
   return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()));
 }
 
+// A hidden image in channels_last where the block's input is: ranks of one, which are neither format's, leave the
+// stages before in NCHW, and the output, which is larger, would be converted.
+at::Tensor in_format_of(const at::Tensor& input, const at::Tensor& hidden) {
+  if (input.suggest_memory_format() != at::MemoryFormat::ChannelsLast ||
+      hidden.suggest_memory_format() == at::MemoryFormat::ChannelsLast)
+    return hidden;
+  if (hidden.sym_size(1) != 1) return hidden.contiguous(at::MemoryFormat::ChannelsLast);
+  return hidden.squeeze(1).contiguous().unsqueeze(-1).permute({0, 3, 1, 2});  // the same values, strides that say so
+}
+
 // The last 1x1 convolution with its activation, in the dtype and memory format of the block's input.
 at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& out_factor,
                       const OptionalTensor& bias, Activation activation) {
-  return apply_activation(pointwise(hidden, out_factor, bias), activation)
+  return apply_activation(pointwise(in_format_of(input, hidden), out_factor, bias), activation)
       .to(input.scalar_type())
       .contiguous(input.suggest_memory_format());
 }
@@ -67,8 +77,8 @@ at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const a
 // core has it, and modules keep their core so: with an NCHW image on a GPU torch copies the hidden image into
 // channels_last and the output back, at a fraction of the memory's rate. With a core of the image's format cuDNN does
 // that itself. On an H200 in bfloat16 (h200_lean_nchw.json, chains without the core's copy) this was 1.10 to 1.85 times
-// as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On CPUs oneDNN converts both images as well,
-// by slower code than ours: with a core of the image's format the chain took 0.24 to 0.6 of the time.
+// as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch converts both images as
+// well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time (AVX2).
 at::Tensor library_core(const at::Tensor& image, const at::Tensor& core, const at::Tensor& out_factor,
                         const Window& window) {
   constexpr int64_t kLeastValues = 1500000;

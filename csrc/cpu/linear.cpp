@@ -8,6 +8,7 @@
 
 #include "cpu/brgemm.h"
 #include "cpu/cpu.h"
+#include "cpu/pages.h"
 #include "cpu/weights.h"
 
 namespace lowrank_ops {

@@ -5,6 +5,7 @@ Objects are kept in build/simt under the hash of flags, source and what it inclu
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -95,7 +96,7 @@ def build(sanitize: bool = False) -> Path:
 
     def compile_one(source: Path, target: Path) -> None:
         if not target.exists():
-            part = target.with_suffix(f".{os.getpid()}.part")  # others may be building the same
+            part = target.with_suffix(f".{os.getpid()}.part")  # whoever is ended leaves no half of it
             _call([command, *flags_for(source), "-c", str(source.relative_to(REPOSITORY)), "-o", str(part)])
             os.replace(part, target)
 
@@ -104,7 +105,10 @@ def build(sanitize: bool = False) -> Path:
     names = [path.name for path in objects]  # not where they lie: the library may be carried to another machine
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
     target = folder / (f"kernels_sanitized-{key}" if sanitize else f"kernels-{key}.so")
-    if not target.exists():
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a test run need the same: one compiles it
+        if target.exists():
+            return target
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(compile_one, sources, objects))
         kind = ["-fsanitize=address,undefined"] if sanitize else ["-shared", "-Wl,--no-undefined"]
