@@ -7,6 +7,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 
@@ -45,22 +46,31 @@ at::Tensor apply_activation(at::Tensor output, Activation activation) {
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
+bool under_transform() {
+  // torch includes this key as long as a transform is on its stack.
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 namespace {
 
 OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
   return tensor ? OptionalTensor(tensor->to(dtype)) : std::nullopt;
 }
 
+// The window is given as pairs: torch.vmap's rule counts the image's axes by their length (a batched bias is added
+// along the wrong axis with at::conv2d's defaults, of length 1; torch 2.13).
 at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const OptionalTensor& bias = {}) {
-  return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()));
+  constexpr std::array<int64_t, 2> one{1, 1}, zero{0, 0};
+  return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()),
+                    at::IntArrayRef(one), at::IntArrayRef(zero), at::IntArrayRef(one));
 }
 
-// The last 1x1 convolution with its activation, in the dtype and memory format of the block's input.
+// The last 1x1 convolution with its activation, in the dtype and (but under a transform) memory format of the block's
+// input.
 at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& out_factor,
                       const OptionalTensor& bias, Activation activation) {
-  return apply_activation(pointwise(hidden, out_factor, bias), activation)
-      .to(input.scalar_type())
-      .contiguous(input.suggest_memory_format());
+  const at::Tensor output = apply_activation(pointwise(hidden, out_factor, bias), activation).to(input.scalar_type());
+  return under_transform() ? output : output.contiguous(input.suggest_memory_format());
 }
 
 // The core in the memory format that its convolution is to run in. torch takes channels_last where the image or the

@@ -140,6 +140,12 @@ TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
   m.impl("cp_conv2d", &cp_conv2d);
   m.impl("lowrank_linear", &lowrank_linear);
 }
+// torch.vmap: the same chains, whose ops know what to do with a batch of images or of factors.
+TORCH_LIBRARY_IMPL(lowrank_ops, FuncTorchBatched, m) {
+  m.impl("tucker_conv2d", &tucker_conv2d);
+  m.impl("cp_conv2d", &cp_conv2d);
+  m.impl("lowrank_linear", &lowrank_linear);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);

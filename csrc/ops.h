@@ -52,6 +52,10 @@ inline at::Tensor library_image(const at::Tensor& image) {
   return image.sym_size(1).maybe_as_int() == 1 ? image.squeeze(1).unsqueeze(1) : image;
 }
 
+// Whether a transform of torch.func (grad, vmap and what is made of them) handles the current call. torch refuses C++
+// autograd functions there and images made contiguous in channels_last; the chain's ops have rules for all transforms.
+bool under_transform();
+
 // The chain of library convolutions (in `library_dtype`): any device, differentiable, the output in the memory format
 // that input suggests. What runs where no kernel of ours does.
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
