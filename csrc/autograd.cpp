@@ -172,12 +172,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& core,
                        const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
                        IntArrayRef dilation, string_view activation) {
-  if (needs_chain(input, in_factor, core, out_factor, bias)) {
-    const Window window{stride, padding, dilation};
-    check_tucker(input, in_factor, core, out_factor, bias, window);
-    return tucker_chain(input, in_factor, core, out_factor, bias, window,
-                        parse_activation("tucker_conv2d", activation));
-  }
+  if (needs_chain(input, in_factor, core, out_factor, bias))
+    return tucker_by_chain(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
   if (needs_graph(input, in_factor, core, out_factor, bias))
     return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -188,12 +184,9 @@ Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
 Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
                    const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  if (needs_chain(input, in_factor, height_factor, width_factor, out_factor, bias)) {
-    const Window window{stride, padding, dilation};
-    check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                    parse_activation("cp_conv2d", activation));
-  }
+  if (needs_chain(input, in_factor, height_factor, width_factor, out_factor, bias))
+    return cp_by_chain(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
+                       activation);
   if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
     return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
                              activation);
@@ -204,10 +197,8 @@ Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& 
 
 Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
                        const OptionalTensor& bias, string_view activation) {
-  if (needs_chain(input, in_factor, out_factor, bias)) {
-    check_linear(input, in_factor, out_factor, bias);
-    return linear_chain(input, in_factor, out_factor, bias, parse_activation("lowrank_linear", activation));
-  }
+  if (needs_chain(input, in_factor, out_factor, bias))
+    return linear_by_chain(input, in_factor, out_factor, bias, activation);
   if (needs_graph(input, in_factor, out_factor, bias))
     return LinearFunction::apply(input, in_factor, out_factor, bias, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -380,6 +371,25 @@ void register_autocast(torch::Library& m) {
   m.impl("lowrank_linear", &linear_autocast<device>);
 }
 
+// ---- torch.vmap: the chain's ops know what to do with a batch of images or of factors
+
+// torch asks for the rule of vmap before that of autocast.
+template <auto chain, auto on_cpu, auto on_cuda, typename Signature>
+struct BatchedOp;
+template <auto chain, auto on_cpu, auto on_cuda, typename... Arguments>
+struct BatchedOp<chain, on_cpu, on_cuda, Tensor(const Tensor&, Arguments...)> {
+  static Tensor call(const Tensor& input, Arguments... arguments) {
+    if (input.is_cpu() && at::autocast::is_autocast_enabled(at::kCPU)) return on_cpu(input, arguments...);
+    if (input.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA)) return on_cuda(input, arguments...);
+    return chain(input, arguments...);
+  }
+};
+using BatchedTucker =
+    BatchedOp<&tucker_by_chain, &tucker_autocast<at::kCPU>, &tucker_autocast<at::kCUDA>, TuckerForward>;
+using BatchedCP = BatchedOp<&cp_by_chain, &cp_autocast<at::kCPU>, &cp_autocast<at::kCUDA>, CPForward>;
+using BatchedLinear =
+    BatchedOp<&linear_by_chain, &linear_autocast<at::kCPU>, &linear_autocast<at::kCUDA>, LinearForward>;
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
@@ -395,6 +405,9 @@ TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(lowrank_ops, FuncTorchBatched, m) {
+  m.impl("tucker_conv2d", &BatchedTucker::call);
+  m.impl("cp_conv2d", &BatchedCP::call);
+  m.impl("lowrank_linear", &BatchedLinear::call);
   register_ordinary(m);
   m.impl("tucker_conv2d_backward", &tucker_gradients);
   m.impl("cp_conv2d_backward", &cp_gradients);

@@ -72,4 +72,15 @@ at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor,
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
                         const OptionalTensor& bias, Activation activation);
 
+// The same from the arguments of the ops, which are checked.
+at::Tensor tucker_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                           const at::Tensor& out_factor, const OptionalTensor& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view activation);
+at::Tensor cp_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                       const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                       std::string_view activation);
+at::Tensor linear_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                           const OptionalTensor& bias, std::string_view activation);
+
 }  // namespace lowrank_ops

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import lowrank_ops._ops  # noqa: F401, torch.ops.lowrank_ops exists from here on
+
 Shape = Sequence[int]
 
 
@@ -22,7 +24,9 @@ def _tucker_stages(input: Shape, in_factor: Shape, core: Shape, out_factor: Shap
     return [input[0] * prod(input[2:]) * prod(in_factor), pixels * prod(core), pixels * prod(out_factor)]
 
 
-def _cp_stages(input: Shape, in_factor: Shape, height: Shape, width: Shape, out_factor: Shape, output: Shape) -> list[int]:
+def _cp_stages(
+    input: Shape, in_factor: Shape, height: Shape, width: Shape, out_factor: Shape, output: Shape
+) -> list[int]:
     pixels = output[0] * prod(output[2:])
     between = output[0] * output[2] * input[3]  # the height is convolved first
     first = input[0] * prod(input[2:]) * prod(in_factor)
@@ -51,7 +55,9 @@ _ops: Any = torch.ops.lowrank_ops
 
 
 @register_flop_formula([_ops.tucker_conv2d, _ops.tucker_conv2d_prepared])
-def _tucker(input: Shape, in_factor: Shape, core: Shape, out_factor: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+def _tucker(
+    input: Shape, in_factor: Shape, core: Shape, out_factor: Shape, *_: Any, out_shape: Shape, **__: Any
+) -> int:
     return 2 * sum(_tucker_stages(input, in_factor, core, out_factor, out_shape))
 
 
@@ -77,13 +83,22 @@ def _tucker_backward(
 
 @register_flop_formula(_ops.cp_conv2d_backward)
 def _cp_backward(
-    grad_output: Shape, input: Shape, in_factor: Shape, height: Shape, width: Shape, out_factor: Shape, *rest: Any, **_: Any
+    grad_output: Shape,
+    input: Shape,
+    in_factor: Shape,
+    height: Shape,
+    width: Shape,
+    out_factor: Shape,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     *_window, activation, mask = rest
     return _backward(_cp_stages(input, in_factor, height, width, out_factor, grad_output), activation, mask)
 
 
 @register_flop_formula(_ops.lowrank_linear_backward)
-def _linear_backward(grad_output: Shape, input: Shape, in_factor: Shape, out_factor: Shape, *rest: Any, **_: Any) -> int:
+def _linear_backward(
+    grad_output: Shape, input: Shape, in_factor: Shape, out_factor: Shape, *rest: Any, **_: Any
+) -> int:
     *_bias, activation, mask = rest
     return _backward(_linear_stages(input, in_factor, out_factor), activation, mask)

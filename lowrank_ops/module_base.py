@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lowrank_ops._ops import _C, ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
+from lowrank_ops.computed import remedy
 from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
 
@@ -63,7 +64,30 @@ class FactorizedModule(nn.Module):
         """What `_pack` has made, for a call with this input; not for a graph that may leave this process."""
         if self._packing is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return None
-        return None if isinstance(input, torch.fx.Proxy) else self._packing.panels
+        return self._packing.panels
+
+    def _record(self, input: torch.fx.Proxy) -> Any:
+        """Records a call of this module as one node, a leaf, whatever the tracer's list of leaves: that list names
+        torch's own layers, and an image's number of axes is unknown while torch.fx traces."""
+        tracer: Any = input.tracer
+        try:
+            name = tracer.path_of_module(self)
+        except (AttributeError, NameError):  # a tracer without modules; NameError: no part of its root
+            name = ""
+        if not name:
+            raise RuntimeError(
+                f"{self._name}: torch.fx records a factorized module as one call (call_module), which needs a model "
+                "that holds it: trace that model, or nn.Sequential(module)"
+            )
+        return tracer.create_proxy("call_module", name, (input,), {})
+
+    def __prepare_scriptable__(self) -> Self:
+        """Called by torch.jit.script for each module that it is to compile."""
+        raise RuntimeError(
+            f"{self._name}: torch.jit.script cannot compile factorized modules, whose calls are chosen in Python: use "
+            "torch.jit.trace, torch.compile or torch.export, or script lowrank_ops.to_chain(model), which has plain "
+            "layers in their place"
+        )
 
     def _unpack(self) -> None:
         """Drops what `_pack` has made."""
@@ -198,10 +222,7 @@ def refusal(layer: nn.Module) -> str | None:
     if isinstance(layer, _ConvNd) and len(layer.kernel_size) > 2:
         return "a three-dimensional convolution: there is no factorized op for it"
     if "weight" not in layer._parameters or ("bias" not in layer._parameters):
-        return (
-            "its weight or bias is computed (torch.nn.utils.parametrize, weight_norm, spectral_norm or "
-            "prune): make it permanent first, e.g. with torch.nn.utils.parametrize.remove_parametrizations"
-        )
+        return f"its weight or bias is computed at each call: {remedy(layer)}"
     if isinstance(layer.weight, UninitializedParameter):
         return "lazy: its shape is unknown until the model has run once"
     plain = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Linear) if isinstance(layer, kind))

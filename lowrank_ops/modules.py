@@ -408,6 +408,8 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
+        if isinstance(input, torch.fx.Proxy):
+            return self._record(input)  # type: ignore[no-any-return]
         if (panels := self._panels(input)) is not None:
             tensors = (input, self.in_factor, self.out_factor, self.bias)
             return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, panels)
