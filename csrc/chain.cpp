@@ -74,7 +74,7 @@ at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const a
 }
 
 // The core in the memory format that its convolution is to run in. torch takes channels_last where the image or the
-// core has it, and modules keep their core so: with an NCHW image on a GPU torch copies the hidden image into
+// core has it: with an NCHW image on a GPU torch copies the hidden image into
 // channels_last and the output back, at a fraction of the memory's rate. With a core of the image's format cuDNN does
 // that itself. On an H200 in bfloat16 (h200_lean_nchw.json, chains without the core's copy) this was 1.10 to 1.85 times
 // as fast with at least kLeastValues in the output, 0.80 to 1.12 times below.

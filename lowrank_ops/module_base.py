@@ -188,19 +188,22 @@ class FactorizedModule(nn.Module):
             raise TypeError(f"{self._name}: dtype must be one of {DTYPES}, got {dtype}")
         self.init = init
         for name, shape in self._factor_shapes().items():
-            self.register_parameter(name, nn.Parameter(_core_layout(torch.empty(shape, device=device, dtype=dtype))))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         empty = torch.empty(out_size, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
 
     @torch.inference_mode(False)
     def _adopt(self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None) -> None:
-        """Takes copies of the values, whatever their ranks; `frozen` None keeps each one's requires_grad."""
+        """Takes copies of the values, whatever their ranks, a 4-D core in the memory format of the weights of `like`;
+        `frozen` None keeps each one's requires_grad."""
         self.rank = self._rank_of(factors)
         grad = None if frozen is None else not frozen
+        layout = _format_of(like)
         for name, value in factors.items():
             parameter = copy_parameter(value, grad)
-            parameter.data = _core_layout(parameter.data)
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
             setattr(self, name, parameter)
         self.bias = None if bias is None else copy_parameter(bias)
         self.train(like.training)
@@ -288,9 +291,11 @@ def layers_of(name: str, seq: nn.Sequential) -> list[nn.Module]:
     return list(seq)
 
 
-def _core_layout(tensor: Tensor) -> Tensor:
-    """4-D tensors (only a 2-D core is one) in torch.channels_last, others as they are."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+def _format_of(layer: nn.Module) -> torch.memory_format:
+    """torch.channels_last if a weight of the layer is stored so, and not by chance, as that of a 1x1 convolution is."""
+    weights = [parameter for parameter in layer.parameters() if parameter.dim() == 4 and not parameter.is_contiguous()]
+    nhwc = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state_dict. Tensors that the model shares are stored once, non-persistent buffers not at all. The file is complete
     or not there: it is written under another name first.
 
-    A file of the state_dict alone (torch.save, safetensors' save_file) has no structure in it: `load_state_dict` into the
-    dense model lists `in_factor`, `out_factor` and so on as unexpected keys, and no hook of ours can say more, since a
+    A file of the state_dict alone (torch.save, safetensors' save_file) has no structure in it: `load_state_dict` into
+    the dense model lists `in_factor`, `out_factor` and so on as unexpected keys, and no hook of ours can say more: a
     model without factorized modules does not know this package.
 
     Args:
@@ -96,8 +96,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         The model, in place. Its outputs are those of the saved one, bit for bit on the same machine.
 
     Raises:
-        ValueError: the file is truncated or no safetensors file (torch.save's, say), was not written by `save` or by a later version of
-            it; blocks, tensors, shapes or dtypes that do not fit the model (says which).
+        ValueError: the file is truncated, no safetensors file (torch.save's, say), was not written by `save` or by a
+            later version of it; blocks, tensors, shapes or dtypes that do not fit the model (says which).
         TypeError: `model` is no nn.Module.
         OSError: the file cannot be read.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,6 +56,31 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(self.body(self.stem(x)))
         return self.head(x.mean((2, 3)))
+
+
+# safetensors
+
+
+@each_block
+def test_save_file_takes_the_state_dict(block: FactorizedModule, input: Tensor, tmp_path: Path) -> None:
+    model = nn.Sequential(block, type(block).from_sequential(block.to_sequential())).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other = copy.deepcopy(model)
+    for module in other:
+        module.reset_parameters()
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    for before, after in zip(model, other, strict=True):
+        assert torch.equal(after(input), before(input))
+
+
+def test_save_file_takes_a_factorized_models_state_dict(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(5, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 56, 8))
+    report = factorize_(model, rank=0.25, linear=0.25, multiple=1, progress=False)
+    assert len(report.replaced) == 3
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == model.get_parameter(name).data_ptr()  # no copy: what is written to it counts
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
 # torch.fx
