@@ -250,3 +250,17 @@ def test_the_hint_names_the_calls_that_help(make: Callable[[], Any], tool: str) 
         expected = layer.weight.clone()
     kind, rank = (LowRankLinear.from_linear, 6) if isinstance(layer, nn.Linear) else (TuckerConv2d.from_conv2d, (8, 6))
     torch.testing.assert_close(kind(layer, rank).to_dense().weight, expected, rtol=0, atol=1e-5)  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_hint_for_a_stage_of_a_chain_and_for_a_factor() -> None:
+    chain = TuckerConv2d(8, 6, 3, 4).to_sequential()
+    nn.utils.weight_norm(chain[1])
+    with pytest.raises(
+        lowrank_ops.NotOneOp, match=r"stage 2 of 3: .* torch.nn.utils.remove_weight_norm\(layer, 'weight'\)"
+    ):
+        TuckerConv2d.from_sequential(chain)
+    block = LowRankLinear(8, 6, 4).eval()
+    prune.l1_unstructured(block, "in_factor", 0.5)  # type: ignore[no-untyped-call]
+    (prepared,) = prepare_for_inference_(block)
+    assert prepared.reason is not None and "torch.nn.utils.prune.remove(layer, 'in_factor')" in prepared.reason
