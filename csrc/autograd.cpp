@@ -6,7 +6,7 @@
 //
 // Where gradients are to be differentiated again (create_graph=True, or a `*_backward` op called on tensors
 // that require grad), they are computed for the whole batch at once by differentiable library calls.
-// Forward-mode derivatives run the chain of library convolutions.
+// Forward-mode derivatives and all derivatives and vmaps of torch.func run the chain of library convolutions.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -53,9 +53,10 @@ bool has_tangent(const OptionalTensor& tensor) {
   return tensor && has_tangent(*tensor);
 }
 
+// Whether the derivatives have to be those of the chain: forward-mode ones, and any that torch.func takes.
 template <typename... Tensors>
-bool needs_tangent(const Tensors&... tensors) {
-  return (has_tangent(tensors) || ...);
+bool needs_chain(const Tensors&... tensors) {
+  return (has_tangent(tensors) || ...) || (needs_graph(tensors...) && under_transform());
 }
 
 // ---- Saving for backward
@@ -171,12 +172,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& core,
                        const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
                        IntArrayRef dilation, string_view activation) {
-  if (needs_tangent(input, in_factor, core, out_factor, bias)) {
-    const Window window{stride, padding, dilation};
-    check_tucker(input, in_factor, core, out_factor, bias, window);
-    return tucker_chain(input, in_factor, core, out_factor, bias, window,
-                        parse_activation("tucker_conv2d", activation));
-  }
+  if (needs_chain(input, in_factor, core, out_factor, bias))
+    return tucker_by_chain(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
   if (needs_graph(input, in_factor, core, out_factor, bias))
     return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -187,12 +184,9 @@ Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tens
 Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
                    const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  if (needs_tangent(input, in_factor, height_factor, width_factor, out_factor, bias)) {
-    const Window window{stride, padding, dilation};
-    check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-    return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                    parse_activation("cp_conv2d", activation));
-  }
+  if (needs_chain(input, in_factor, height_factor, width_factor, out_factor, bias))
+    return cp_by_chain(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
+                       activation);
   if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
     return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
                              activation);
@@ -203,10 +197,8 @@ Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& 
 
 Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
                        const OptionalTensor& bias, string_view activation) {
-  if (needs_tangent(input, in_factor, out_factor, bias)) {
-    check_linear(input, in_factor, out_factor, bias);
-    return linear_chain(input, in_factor, out_factor, bias, parse_activation("lowrank_linear", activation));
-  }
+  if (needs_chain(input, in_factor, out_factor, bias))
+    return linear_by_chain(input, in_factor, out_factor, bias, activation);
   if (needs_graph(input, in_factor, out_factor, bias))
     return LinearFunction::apply(input, in_factor, out_factor, bias, activation);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -224,7 +216,7 @@ struct PreparedOp<plain, prepared, Tensor(Arguments...)> {
   static Tensor ordinary(Arguments... arguments, const Tensor&) { return plain().call(arguments...); }
 
   static Tensor autograd(c10::DispatchKeySet keys, Arguments... arguments, const Tensor& packed) {
-    if (needs_tangent(arguments...) || needs_graph(arguments...)) return plain().call(arguments...);
+    if (needs_chain(arguments...) || needs_graph(arguments...)) return plain().call(arguments...);
     at::AutoDispatchBelowADInplaceOrView guard;
     return prepared().redispatch(keys & c10::after_ADInplaceOrView_keyset, arguments..., packed);
   }
@@ -263,46 +255,29 @@ auto as_tuple(const std::array<Tensor, count>& gradients) {
   return std::apply([](const auto&... gradient) { return std::make_tuple(gradient...); }, gradients);
 }
 
-Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
-                                    const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                                    IntArrayRef dilation, string_view activation, std::array<bool, 5> output_mask) {
-  if (!needs_graph(grad_output, input, in_factor, core, out_factor, bias)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
-                                                  in_factor, core, out_factor, bias, stride, padding, dilation,
-                                                  activation, output_mask);
-  }
+// The same for a whole op: also what torch.vmap runs, over grad_output or over anything else.
+Gradients5 tucker_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor, const Tensor& core,
+                            const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                            IntArrayRef padding, IntArrayRef dilation, string_view activation,
+                            std::array<bool, 5> output_mask) {
   const Block block = tucker_block(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
                                    parse_activation("tucker_conv2d_backward", activation));
   return as_tuple(differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
-Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
-                                const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                                IntArrayRef padding, IntArrayRef dilation, string_view activation,
-                                std::array<bool, 6> output_mask) {
-  if (!needs_graph(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
-                                              height_factor, width_factor, out_factor, bias, stride, padding, dilation,
-                                              activation, output_mask);
-  }
+Gradients6 cp_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
+                        const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
+                        const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                        string_view activation, std::array<bool, 6> output_mask) {
   const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias,
                                {stride, padding, dilation}, parse_activation("cp_conv2d_backward", activation));
   return as_tuple(differentiable_gradients<6>(grad_output, input, block,
                                               {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }
 
-Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                                    string_view activation, std::array<bool, 4> output_mask) {
-  if (!needs_graph(grad_output, input, in_factor, out_factor, bias)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
-                                                   in_factor, out_factor, bias, activation, output_mask);
-  }
+Gradients4 linear_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
+                            const Tensor& out_factor, const OptionalTensor& bias, string_view activation,
+                            std::array<bool, 4> output_mask) {
   const Block block =
       linear_block(input, in_factor, out_factor, bias, parse_activation("lowrank_linear_backward", activation));
   auto gradients = differentiable_gradients<4>(grad_output.reshape_symint({-1, out_factor.sym_size(0)}),
@@ -310,6 +285,43 @@ Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad
                                                {in_factor, out_factor}, output_mask);
   if (output_mask[0]) gradients[0] = gradients[0].view_symint(input.sym_sizes());
   return as_tuple(gradients);
+}
+
+Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
+                                    const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
+                                    const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                                    IntArrayRef dilation, string_view activation, std::array<bool, 5> output_mask) {
+  if (needs_graph(grad_output, input, in_factor, core, out_factor, bias))
+    return tucker_gradients(grad_output, input, in_factor, core, out_factor, bias, stride, padding, dilation,
+                            activation, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
+                                                core, out_factor, bias, stride, padding, dilation, activation,
+                                                output_mask);
+}
+
+Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
+                                const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
+                                const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
+                                IntArrayRef padding, IntArrayRef dilation, string_view activation,
+                                std::array<bool, 6> output_mask) {
+  if (needs_graph(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias))
+    return cp_gradients(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding,
+                        dilation, activation, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
+                                            height_factor, width_factor, out_factor, bias, stride, padding, dilation,
+                                            activation, output_mask);
+}
+
+Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
+                                    const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
+                                    string_view activation, std::array<bool, 4> output_mask) {
+  if (needs_graph(grad_output, input, in_factor, out_factor, bias))
+    return linear_gradients(grad_output, input, in_factor, out_factor, bias, activation, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
+                                                 in_factor, out_factor, bias, activation, output_mask);
 }
 
 // ---- Autocast: every tensor to the region's dtype, as for torch's own convolutions
@@ -359,6 +371,25 @@ void register_autocast(torch::Library& m) {
   m.impl("lowrank_linear", &linear_autocast<device>);
 }
 
+// ---- torch.vmap: the chain's ops know what to do with a batch of images or of factors
+
+// torch asks for the rule of vmap before that of autocast.
+template <auto chain, auto on_cpu, auto on_cuda, typename Signature>
+struct BatchedOp;
+template <auto chain, auto on_cpu, auto on_cuda, typename... Arguments>
+struct BatchedOp<chain, on_cpu, on_cuda, Tensor(const Tensor&, Arguments...)> {
+  static Tensor call(const Tensor& input, Arguments... arguments) {
+    if (input.is_cpu() && at::autocast::is_autocast_enabled(at::kCPU)) return on_cpu(input, arguments...);
+    if (input.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA)) return on_cuda(input, arguments...);
+    return chain(input, arguments...);
+  }
+};
+using BatchedTucker =
+    BatchedOp<&tucker_by_chain, &tucker_autocast<at::kCPU>, &tucker_autocast<at::kCUDA>, TuckerForward>;
+using BatchedCP = BatchedOp<&cp_by_chain, &cp_autocast<at::kCPU>, &cp_autocast<at::kCUDA>, CPForward>;
+using BatchedLinear =
+    BatchedOp<&linear_by_chain, &linear_autocast<at::kCPU>, &linear_autocast<at::kCUDA>, LinearForward>;
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
@@ -373,6 +404,15 @@ TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
   m.impl("lowrank_linear_backward", &linear_backward_autograd);
 }
 
+TORCH_LIBRARY_IMPL(lowrank_ops, FuncTorchBatched, m) {
+  m.impl("tucker_conv2d", &BatchedTucker::call);
+  m.impl("cp_conv2d", &BatchedCP::call);
+  m.impl("lowrank_linear", &BatchedLinear::call);
+  register_ordinary(m);
+  m.impl("tucker_conv2d_backward", &tucker_gradients);
+  m.impl("cp_conv2d_backward", &cp_gradients);
+  m.impl("lowrank_linear_backward", &linear_gradients);
+}
 TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCPU, m) {
   register_autocast<at::kCPU>(m);
   register_ordinary(m);

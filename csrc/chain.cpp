@@ -7,6 +7,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 
@@ -45,36 +46,46 @@ at::Tensor apply_activation(at::Tensor output, Activation activation) {
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
+bool under_transform() {
+  // torch includes this key as long as a transform is on its stack.
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 namespace {
 
 OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
   return tensor ? OptionalTensor(tensor->to(dtype)) : std::nullopt;
 }
 
+// The window is given as pairs: torch.vmap's rule counts the image's axes by their length (a batched bias is added
+// along the wrong axis with at::conv2d's defaults, of length 1; torch 2.13).
 at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const OptionalTensor& bias = {}) {
-  return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()));
+  constexpr std::array<int64_t, 2> one{1, 1}, zero{0, 0};
+  return at::conv2d(input, factor.to(input.scalar_type()).unsqueeze(-1).unsqueeze(-1), to(bias, input.scalar_type()),
+                    at::IntArrayRef(one), at::IntArrayRef(zero), at::IntArrayRef(one));
 }
 
 // A hidden image in channels_last where the block's input is: ranks of one, which are neither format's, leave the
 // stages before in NCHW, and the output, which is larger, would be converted.
 at::Tensor in_format_of(const at::Tensor& input, const at::Tensor& hidden) {
-  if (input.suggest_memory_format() != at::MemoryFormat::ChannelsLast ||
+  if (under_transform() || input.suggest_memory_format() != at::MemoryFormat::ChannelsLast ||
       hidden.suggest_memory_format() == at::MemoryFormat::ChannelsLast)
     return hidden;
   if (hidden.sym_size(1) != 1) return hidden.contiguous(at::MemoryFormat::ChannelsLast);
   return hidden.squeeze(1).contiguous().unsqueeze(-1).permute({0, 3, 1, 2});  // the same values, strides that say so
 }
 
-// The last 1x1 convolution with its activation, in the dtype and memory format of the block's input.
+// The last 1x1 convolution with its activation, in the dtype and (but under a transform) memory format of the block's
+// input.
 at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& out_factor,
                       const OptionalTensor& bias, Activation activation) {
-  return apply_activation(pointwise(in_format_of(input, hidden), out_factor, bias), activation)
-      .to(input.scalar_type())
-      .contiguous(input.suggest_memory_format());
+  const at::Tensor output =
+      apply_activation(pointwise(in_format_of(input, hidden), out_factor, bias), activation).to(input.scalar_type());
+  return under_transform() ? output : output.contiguous(input.suggest_memory_format());
 }
 
 // The core in the memory format that its convolution is to run in. torch takes channels_last where the image or the
-// core has it, and modules keep their core so: with an NCHW image on a GPU torch copies the hidden image into
+// core has it: with an NCHW image on a GPU torch copies the hidden image into
 // channels_last and the output back, at a fraction of the memory's rate. With a core of the image's format cuDNN does
 // that itself. On an H200 in bfloat16 (h200_lean_nchw.json, chains without the core's copy) this was 1.10 to 1.85 times
 // as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch converts both images as
@@ -85,7 +96,7 @@ at::Tensor library_core(const at::Tensor& image, const at::Tensor& core, const a
   const auto is_nchw = [](const at::Tensor& tensor) {
     return tensor.suggest_memory_format() == at::MemoryFormat::Contiguous;
   };
-  if (!is_nchw(image) || is_nchw(core)) return core;
+  if (under_transform() || !is_nchw(image) || is_nchw(core)) return core;
   if (image.is_cpu()) return core.clone(at::MemoryFormat::Contiguous);
   if (!image.is_cuda()) return core;
   const auto size = [](const at::Tensor& tensor, int64_t axis) {

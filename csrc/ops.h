@@ -52,6 +52,10 @@ inline at::Tensor library_image(const at::Tensor& image) {
   return image.sym_size(1).maybe_as_int() == 1 ? image.squeeze(1).unsqueeze(1) : image;
 }
 
+// Whether a transform of torch.func (grad, vmap and what is made of them) handles the current call. torch refuses C++
+// autograd functions there and images made contiguous in channels_last; the chain's ops have rules for all transforms.
+bool under_transform();
+
 // The chain of library convolutions (in `library_dtype`): any device, differentiable, the output in the memory format
 // that input suggests. What runs where no kernel of ours does.
 at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
@@ -67,5 +71,16 @@ at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor,
                            const Window& window, Activation activation);
 at::Tensor linear_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
                         const OptionalTensor& bias, Activation activation);
+
+// The same from the arguments of the ops, which are checked.
+at::Tensor tucker_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
+                           const at::Tensor& out_factor, const OptionalTensor& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view activation);
+at::Tensor cp_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+                       const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                       std::string_view activation);
+at::Tensor linear_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
+                           const OptionalTensor& bias, std::string_view activation);
 
 }  // namespace lowrank_ops

@@ -1,5 +1,6 @@
 """Factorized layers (Tucker-2, CP, SVD) as single fused ops for PyTorch."""
 
+import lowrank_ops.flops  # noqa: F401, gives FlopCounterMode its formulas
 from lowrank_ops import reference
 from lowrank_ops._ops import build_info
 from lowrank_ops.activations import fold_activations_

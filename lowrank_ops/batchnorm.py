@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.calls import eval_mode
+from lowrank_ops.computed import remedy
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import LowRankLinear
@@ -205,7 +206,7 @@ def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[i
         return "it has no running statistics: it normalizes by each batch's own"
     name = _rows_name(layer)
     if name not in layer._parameters or "bias" not in layer._parameters:
-        return "the layer's weight or bias is computed (parametrized): make it permanent first"
+        return f"the layer's weight or bias is computed at each call: {remedy(layer)}"
     rows = getattr(layer, name)
     if any(is_lazy(parameter) or parameter.is_meta for parameter in (*layer.parameters(), *norm.parameters())):
         return "the layer's parameters have no values yet"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ops.computed import remedy
 from lowrank_ops.surgery import has_hooks
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
@@ -261,11 +262,10 @@ def _stages(layers: Iterable[nn.Module], count: int, kind: type[nn.Module]) -> t
     if len(rest) != count:
         raise NotOneOp(f"the chain must have {count} nn.{kind.__name__} stages, got {len(rest)}")
     for position, layer in enumerate(rest, start=1):
-        if has_hooks(layer) or "weight" not in layer._parameters:
-            raise NotOneOp(
-                f"stage {position} of {count} has hooks or a computed weight (weight_norm, pruning), which "
-                "would be lost: remove them first"
-            )
+        if "weight" not in layer._parameters or "bias" not in layer._parameters:
+            raise NotOneOp(f"stage {position} of {count}: its weight or bias is computed at each call: {remedy(layer)}")
+        if has_hooks(layer):
+            raise NotOneOp(f"stage {position} of {count} has hooks, which would be lost: remove them first")
         if position < count and layer.bias is not None:
             raise NotOneOp(
                 f"stage {position} of {count} has a bias: a bias between the stages is not equal to one op, "

@@ -83,6 +83,8 @@ class FactorizedConv(FactorizedModule):
     def forward(self, input: Tensor) -> Tensor:
         """`[N, S, H, W]` or `[S, H, W]` to `[N, T, OH, OW]` or `[T, OH, OW]`; without H for the 1-D
         modules."""
+        if isinstance(input, torch.fx.Proxy):
+            return self._record(input)  # type: ignore[no-any-return]
         batched = self.axes + 2
         if input.dim() not in (batched - 1, batched):
             shapes = "[N, S, H, W] or [S, H, W]" if self.axes == 2 else "[N, S, W] or [S, W]"

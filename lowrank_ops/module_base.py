@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lowrank_ops._ops import _C, ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
+from lowrank_ops.computed import remedy
 from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
 
@@ -63,7 +64,30 @@ class FactorizedModule(nn.Module):
         """What `_pack` has made, for a call with this input; not for a graph that may leave this process."""
         if self._packing is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return None
-        return None if isinstance(input, torch.fx.Proxy) else self._packing.panels
+        return self._packing.panels
+
+    def _record(self, input: torch.fx.Proxy) -> Any:
+        """Records a call of this module as one node, a leaf, whatever the tracer's list of leaves: that list names
+        torch's own layers, and an image's number of axes is unknown while torch.fx traces."""
+        tracer: Any = input.tracer
+        try:
+            name = tracer.path_of_module(self)
+        except (AttributeError, NameError):  # a tracer without modules; NameError: no part of its root
+            name = ""
+        if not name:
+            raise RuntimeError(
+                f"{self._name}: torch.fx records a factorized module as one call (call_module), which needs a model "
+                "that holds it: trace that model, or nn.Sequential(module)"
+            )
+        return tracer.create_proxy("call_module", name, (input,), {})
+
+    def __prepare_scriptable__(self) -> Self:
+        """Called by torch.jit.script for each module that it is to compile."""
+        raise RuntimeError(
+            f"{self._name}: torch.jit.script cannot compile factorized modules, whose calls are chosen in Python: use "
+            "torch.jit.trace, torch.compile or torch.export, or script lowrank_ops.to_chain(model), which has plain "
+            "layers in their place"
+        )
 
     def _unpack(self) -> None:
         """Drops what `_pack` has made."""
@@ -164,19 +188,22 @@ class FactorizedModule(nn.Module):
             raise TypeError(f"{self._name}: dtype must be one of {DTYPES}, got {dtype}")
         self.init = init
         for name, shape in self._factor_shapes().items():
-            self.register_parameter(name, nn.Parameter(_core_layout(torch.empty(shape, device=device, dtype=dtype))))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         empty = torch.empty(out_size, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
 
     @torch.inference_mode(False)
     def _adopt(self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None) -> None:
-        """Takes copies of the values, whatever their ranks; `frozen` None keeps each one's requires_grad."""
+        """Takes copies of the values, whatever their ranks, a 4-D core in the memory format of the weights of `like`;
+        `frozen` None keeps each one's requires_grad."""
         self.rank = self._rank_of(factors)
         grad = None if frozen is None else not frozen
+        layout = _format_of(like)
         for name, value in factors.items():
             parameter = copy_parameter(value, grad)
-            parameter.data = _core_layout(parameter.data)
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
             setattr(self, name, parameter)
         self.bias = None if bias is None else copy_parameter(bias)
         self.train(like.training)
@@ -198,10 +225,7 @@ def refusal(layer: nn.Module) -> str | None:
     if isinstance(layer, _ConvNd) and len(layer.kernel_size) > 2:
         return "a three-dimensional convolution: there is no factorized op for it"
     if "weight" not in layer._parameters or ("bias" not in layer._parameters):
-        return (
-            "its weight or bias is computed (torch.nn.utils.parametrize, weight_norm, spectral_norm or "
-            "prune): make it permanent first, e.g. with torch.nn.utils.parametrize.remove_parametrizations"
-        )
+        return f"its weight or bias is computed at each call: {remedy(layer)}"
     if isinstance(layer.weight, UninitializedParameter):
         return "lazy: its shape is unknown until the model has run once"
     plain = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Linear) if isinstance(layer, kind))
@@ -267,9 +291,11 @@ def layers_of(name: str, seq: nn.Sequential) -> list[nn.Module]:
     return list(seq)
 
 
-def _core_layout(tensor: Tensor) -> Tensor:
-    """4-D tensors (only a 2-D core is one) in torch.channels_last, others as they are."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+def _format_of(layer: nn.Module) -> torch.memory_format:
+    """torch.channels_last if a weight of the layer is stored so, and not by chance, as that of a 1x1 convolution is."""
+    weights = [parameter for parameter in layer.parameters() if parameter.dim() == 4 and not parameter.is_contiguous()]
+    nhwc = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def widened(tensor: Tensor) -> Tensor:

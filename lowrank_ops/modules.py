@@ -126,9 +126,10 @@ class TuckerConv2d(_TuckerConv):
     Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]`, `out_factor [T, R2]`, `bias [T]` or None. Input
     `[N, S, H, W]` or `[S, H, W]`, output `[N, T, OH, OW]` or `[T, OH, OW]`.
 
-    The core is made in torch.channels_last, which is packed fastest. FSDP2 (`fully_shard`) and tools of
-    torch.nn.utils that flatten parameters want contiguous ones: `module.to(memory_format=
-    torch.contiguous_format)` first, the result is the same.
+    The core's memory format is a matter of speed alone, and is that of the layer or chain that the module came from,
+    contiguous for a new one: `module.to(memory_format=torch.channels_last)` gives what is packed fastest (see
+    `prepare_for_inference_` as well). FSDP2 (`fully_shard`), safetensors' `save_file` and tools of torch.nn.utils that
+    flatten parameters take contiguous parameters only, as for nn.Conv2d.
 
     Raises:
         ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit, an `init` that
@@ -408,6 +409,8 @@ class LowRankLinear(FactorizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
+        if isinstance(input, torch.fx.Proxy):
+            return self._record(input)  # type: ignore[no-any-return]
         if (panels := self._panels(input)) is not None:
             tensors = (input, self.in_factor, self.out_factor, self.bias)
             return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, panels)

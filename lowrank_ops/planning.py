@@ -210,6 +210,9 @@ def explain(
         verbose: also print the result.
         arguments: further arguments of the op: stride, padding, dilation, activation.
 
+    Calls under a transform of torch.func (vmap, grad, jacrev, ...) and forward-mode derivatives are not foreseen: where
+    they touch an argument of the op they run the chain, whatever is planned here.
+
     Returns:
         A tuple of `Explanation`, one for each call.
 

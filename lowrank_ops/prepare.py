@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lowrank_ops.computed import remedy
 from lowrank_ops.module_base import FactorizedModule
 
 
@@ -107,7 +108,7 @@ def _refusal(module: FactorizedModule) -> str | None:
         return "it is in training mode; call eval() first"
     parameters = [module._parameters.get(name) for name in module._factor_shapes()]
     if any(parameter is None for parameter in parameters):
-        return "a factor is computed (torch.nn.utils.parametrize or the like); make it permanent first"
+        return f"a factor is computed at each call: {remedy(module)}"
     if any(parameter.is_inference() for parameter in parameters if parameter is not None):
         return "its parameters are inference tensors, whose changes cannot be noticed; create it outside inference_mode"
     device = module.in_factor.device.type

@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +40,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file holds tensors and JSON, no pickle; other readers of safetensors see the tensors under their names in the
     state_dict. Tensors that the model shares are stored once, non-persistent buffers not at all. The file is complete
     or not there: it is written under another name first.
+
+    A file of the state_dict alone (torch.save, safetensors' save_file) has no structure in it: `load_state_dict` into
+    the dense model lists `in_factor`, `out_factor` and so on as unexpected keys, and no hook of ours can say more: a
+    model without factorized modules does not know this package.
 
     Args:
         model: any model; its factorized modules, and what `fold_batchnorm_`, `fold_activations_` and `fuse_` did, are
@@ -91,8 +96,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         The model, in place. Its outputs are those of the saved one, bit for bit on the same machine.
 
     Raises:
-        ValueError: the file is truncated or no safetensors file, was not written by `save` or by a later version of
-            it; blocks, tensors, shapes or dtypes that do not fit the model (says which).
+        ValueError: the file is truncated, no safetensors file (torch.save's, say), was not written by `save` or by a
+            later version of it; blocks, tensors, shapes or dtypes that do not fit the model (says which).
         TypeError: `model` is no nn.Module.
         OSError: the file cannot be read.
 
@@ -108,11 +113,17 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             metadata = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, ValueError) as error:
+        if is_zipfile(path):
+            raise ValueError(
+                f"load: {path} is a file of torch.save, which holds no structure: factorize {type(model).__name__} as "
+                "it was when the file was written, then load_state_dict; lowrank_ops.save keeps the structure"
+            ) from error
         raise ValueError(f"load: {path} is no complete safetensors file: {error}") from error
     if KEY not in metadata:
         raise ValueError(
             f"load: {path} holds tensors but no structure of a factorized model: it was not written by "
-            "lowrank_ops.save; read it with safetensors.torch.load_file"
+            "lowrank_ops.save; read it with safetensors.torch.load_file and load_state_dict, into a model that is "
+            "factorized as the one it was saved from"
         )
     try:
         structure = Structure.from_json(metadata[KEY])

@@ -171,7 +171,7 @@ def results(rank: int) -> dict[str, Any]:
     found["diverged"] = error_of(lambda: learn(model, teacher, broken))
     found["restored"] = state(model)
     found["sharded init"] = error_of(lambda: sharded(exact_model())[0].reset_parameters("orthogonal"))
-    found["channels_last core"] = error_of(lambda: fully_shard(exact_model()[0]))
+    found["channels_last core"] = error_of(lambda: fully_shard(exact_model()[0].to(memory_format=torch.channels_last)))
     return found
 
 

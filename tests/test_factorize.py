@@ -535,7 +535,16 @@ def test_low_precision_models_keep_their_dtype(model: Network) -> None:
     model.to(torch.bfloat16)
     factorize_(model, "tucker", 0.25, progress=False)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.stem.core.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_cores_are_laid_out_as_the_weights_were(layout: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3)).to(memory_format=layout)  # type: ignore[call-overload]
+    factorize_(model, "tucker", 0.25, multiple=1, progress=False)
+    chain = model[0].to_sequential().to(memory_format=layout)
+    for core in (model[0].core, TuckerConv2d.from_sequential(chain).core):
+        assert core.is_contiguous(memory_format=layout)
+        assert core.is_contiguous() == (layout == torch.contiguous_format)
 
 
 def test_state_dict_of_a_factorized_model(model: Network) -> None:

@@ -253,7 +253,7 @@ def modules_of_every_kind() -> list[tuple[nn.Module, Tensor]]:
     ]
 
 
-def core_is_laid_out(module: nn.Module, layout: torch.memory_format = torch.channels_last) -> bool:
+def core_is_laid_out(module: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> bool:
     core = getattr(module, "core", None)
     if core is None or core.dim() == 3:
         return core is None or core.is_contiguous()
@@ -280,17 +280,19 @@ def test_copies_and_moves_keep_values_and_layout(module: nn.Module, input: Tenso
     meta = copy.deepcopy(module).to("meta").to_empty(device="cpu")
     meta.load_state_dict(state)
     copies = [fresh, assigned, meta, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
-    copies.append(copy.deepcopy(module).to(memory_format=torch.channels_last))
-    contiguous = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
-    contiguous.load_state_dict(state)
-    assert all(parameter.is_contiguous() for parameter in contiguous.parameters())
-    for other in (*copies, contiguous):
-        assert core_is_laid_out(other, torch.contiguous_format if other is contiguous else torch.channels_last)
+    nhwc = copy.deepcopy(module).to(memory_format=torch.channels_last)
+    nhwc.load_state_dict(state)
+    copies.append(copy.deepcopy(nhwc).to(memory_format=torch.contiguous_format))
+    assert all(parameter.is_contiguous() for other in copies for parameter in other.parameters())
+    in_nhwc = (nhwc, copy.deepcopy(nhwc), pickle.loads(pickle.dumps(nhwc)))
+    for other in (*copies, *in_nhwc):
+        assert core_is_laid_out(other, torch.channels_last if other in in_nhwc else torch.contiguous_format)
         assert torch.equal(other(input), expected)
         assert repr(other) == repr(module)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         moved = copy.deepcopy(module).to(dtype)
         assert core_is_laid_out(moved) and moved(input.to(dtype)).dtype == dtype
+        assert core_is_laid_out(copy.deepcopy(nhwc).to(dtype), torch.channels_last)
 
 
 @pytest.mark.parametrize(("module", "input"), modules_of_every_kind())

@@ -460,9 +460,8 @@ def test_symbolic_trace() -> None:
         def is_leaf_module(self, *args: object) -> bool:
             return False
 
-    graph = Inside().trace(model)
-    (name,) = {str(node.target) for node in graph.nodes if node.op == "call_function"}
-    assert "lowrank_linear" in name and "prepared" not in name
+    graph = Inside().trace(model)  # the packed weights are in no graph: a block is a leaf of any tracer
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
 def test_explain_says_it(module: nn.Module) -> None:

@@ -169,17 +169,6 @@ def test_vmap(op: str) -> None:
         assert_within_budget(output, single.exact(), single.magnitude())
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_functorch_gradients_are_refused(op: str) -> None:
-    call = make(op)
-
-    def run(input: Tensor) -> Tensor:
-        return Call(call.problem, {**call.tensors, "input": input}).run().sum()
-
-    with pytest.raises(RuntimeError, match=r"C\+\+ torch::autograd::Function"):
-        torch.func.grad(run)(call.tensors["input"])
-
-
 @pytest.mark.parametrize("op", CONVS)
 def test_channels_last_module(op: str) -> None:
     """`.to(memory_format=channels_last)` on a module and its input: the factors' own strides may be any."""

@@ -280,7 +280,10 @@ def edited_tensors(edit: Callable[[dict], None]) -> Callable[[Path], None]:
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is no complete safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "is no complete safetensors file"),
         (lambda path: path.write_bytes(b""), "is no complete safetensors file"),
-        (lambda path: torch.save({"weight": torch.zeros(3)}, path), "is no complete safetensors file"),
+        (
+            lambda path: torch.save({"weight": torch.zeros(3)}, path),
+            "is a file of torch.save, which holds no structure",
+        ),
         (without_metadata, "was not written by lowrank_ops.save"),
         (edited(lambda structure: structure.update(version=2)), "format 2, this lowrank_ops reads up to 1.*update"),
         (edited(lambda structure: structure.pop("version")), "the structure in it cannot be read"),

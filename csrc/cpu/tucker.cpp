@@ -41,7 +41,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
-  // [R2, KH, KW, R1] in memory: the order that the modules store; anything else is copied here.
+  // [R2, KH, KW, R1] in memory: a core in channels_last; any other is copied here.
   const auto core_rows = [&] { return core.contiguous(at::MemoryFormat::ChannelsLast); };
   PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
