@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
-from lowrank_ops.calls import eval_mode
+from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import LowRankLinear
@@ -144,12 +144,8 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
             for index, batch in enumerate(
                 tqdm(batches, desc="BatchNorm", unit="batch", file=sys.stderr, disable=not progress, leave=False)
             ):
-                try:
+                with model_errors("reestimate_batchnorm_: the model", model, f"batch {index} of calibration"):
                     batch.run(model)
-                except Exception as error:
-                    raise RuntimeError(
-                        f"reestimate_batchnorm_: the model fails on batch {index} of calibration: {error}"
-                    ) from error
         finally:
             for norm, momentum in zip(norms.values(), momenta, strict=True):
                 norm.momentum = momentum

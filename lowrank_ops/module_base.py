@@ -16,6 +16,7 @@ from lowrank_ops.chains import copy_parameter
 from lowrank_ops.dense_weight import DenseWeight
 from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
+from lowrank_ops.surgery import plain_kind
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -248,8 +249,10 @@ def refusal(layer: nn.Module) -> str | None:
         )
     if isinstance(layer.weight, UninitializedParameter):
         return "lazy: its shape is unknown until the model has run once"
-    plain = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Linear) if isinstance(layer, kind))
+    plain = plain_kind(layer)
     for method in ("forward", "_conv_forward"):
+        if method in vars(layer):
+            return f"its {method} was replaced on the instance (by accelerate or the like), which may change it"
         if getattr(type(layer), method, None) is not getattr(plain, method, None):
             return f"{type(layer).__name__} overrides {plain.__name__}.{method}, which may change it"
     weight = layer.weight
