@@ -20,7 +20,7 @@ from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import LowRankLinear
 from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
-from lowrank_ops.surgery import Owners, Site, find_sites
+from lowrank_ops.surgery import Owners, Site, find_sites, identity_for
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -240,7 +240,7 @@ def _fold(layer: nn.Module, site: Site, undo: ExitStack) -> str | None:
         with torch.inference_mode(False):  # inference tensors cannot be trained
             setattr(layer, key, nn.Parameter(new.clone(), requires_grad=bool(grad)))
     undo.callback(site.put, norm)
-    site.put(nn.Identity().train(norm.training))
+    site.put(identity_for(norm))
     return None
 
 

@@ -31,7 +31,7 @@ from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, w
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
 from lowrank_ops.selection import Selectors, select
 from lowrank_ops.spending import spend
-from lowrank_ops.surgery import Owners, Site, find_sites, keep_attributes, move_hooks, not_kept
+from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
 from lowrank_ops.weight_reads import WeightReads
 
 __all__ = ["factorize_", "fuse_"]
@@ -270,8 +270,9 @@ class _Work:
         with _bar([site for site, _ in tasks], "decompose", self.progress) as bar:
             for site, module in zip(bar, modules, strict=True):
                 bar.set_postfix_str(site.names[0])
-                reason = keep_attributes(site.layer, module) or _too_large(site.layer, module)
+                reason = clash(site.layer, module) or _too_large(site.layer, module)
                 if reason is None:
+                    keep_attributes(site.layer, module)
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason

@@ -28,11 +28,12 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Linear)
-# What each of them has in its __dict__ when it is new.
-_OWN = {
+# What a module of each kind has in its __dict__ when it is new; the first that fits counts.
+_NEW = {
     nn.Conv1d: set(vars(nn.Conv1d(1, 1, 1, device="meta"))),
     nn.Conv2d: set(vars(nn.Conv2d(1, 1, 1, device="meta"))),
     nn.Linear: set(vars(nn.Linear(1, 1, device="meta"))),
+    nn.Module: set(vars(nn.Module())),
 }
 
 
@@ -101,19 +102,32 @@ def plain_kind(layer: nn.Module) -> type[nn.Module]:
 
 
 def own_attributes(layer: nn.Module) -> dict[str, Any]:
-    """What was set on a layer besides what every layer of its kind has (`layer.index = 3`)."""
-    known = _OWN[plain_kind(layer)]
+    """What was set on a layer besides what every layer of its kind has (`layer.index = 3`). Of other kinds than
+    convolutions and linear layers everything that nn.Module itself does not have."""
+    known = next(names for kind, names in _NEW.items() if isinstance(layer, kind))
     return {name: value for name, value in vars(layer).items() if name not in known}
 
 
-def keep_attributes(layer: nn.Module, replacement: nn.Module) -> str | None:
-    """Sets what was set on a layer on its replacement, for the model to read; or the reason why that cannot be."""
-    own = own_attributes(layer)
-    for name in own:
-        if hasattr(replacement, name):
-            return f"it has an attribute {name!r} of its own, a name that {type(replacement).__name__} uses itself"
-    vars(replacement).update(own)
-    return None
+def keep_attributes(layer: nn.Module, replacement: nn.Module) -> None:
+    """Sets what was set on a layer on its replacement, for the model to read; not what the replacement has itself."""
+    for name, value in own_attributes(layer).items():
+        if not hasattr(replacement, name):
+            vars(replacement)[name] = value
+
+
+def clash(layer: nn.Module, replacement: nn.Module) -> str | None:
+    """Why a replacement cannot have all attributes of a convolution or linear layer; None if it can."""
+    used = [name for name in own_attributes(layer) if isinstance(layer, PLAIN) and hasattr(replacement, name)]
+    if not used:
+        return None
+    return f"it has an attribute {used[0]!r} of its own, a name that {type(replacement).__name__} uses itself"
+
+
+def identity_for(layer: nn.Module) -> nn.Identity:
+    """What stands in a layer's place where it was folded: its mode, and its attributes for a model that reads them."""
+    identity = nn.Identity().train(layer.training)
+    keep_attributes(layer, identity)
+    return identity
 
 
 def not_kept(layer: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import Budget, LowRankLinear, TuckerConv2d, factorize_
+from lowrank_ops import (
+    Budget,
+    LowRankLinear,
+    TuckerConv2d,
+    factorize_,
+    fold_activations_,
+    fold_batchnorm_,
+    fuse_,
+    load,
+    save,
+    to_chain,
+)
 from lowrank_ops.weight_reads import WeightReads
 
 
@@ -179,6 +191,38 @@ def test_attributes_are_kept(arguments: dict) -> None:
     assert [(layer.index, layer.source) for layer in model.body] == [(0, -1), (1, -1)]
     assert model.body[0].source_of_all() is model
     assert model(torch.randn(1, 16, 8, 8)).shape == (1, 16, 8, 8)
+
+
+def test_attributes_of_what_was_folded_or_fused_are_kept() -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(16, 4, 1, bias=False), nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 16, 1))
+    model = nn.Sequential(chain, nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16, eps=1e-3))
+    for index, layer in enumerate(model):
+        layer.index = index  # type: ignore[assignment]
+
+    def indices(model: nn.Module) -> list[int]:
+        return [layer.index for layer in model.children()]  # type: ignore[misc]
+
+    model.eval()
+    fuse_(model), fold_batchnorm_(model), fold_activations_(model)
+    factorize_(model, rank=0.25, progress=False)
+    assert [type(layer) for layer in model] == [TuckerConv2d, nn.Identity, nn.Identity, TuckerConv2d, nn.Identity]
+    assert indices(model) == [0, 1, 2, 3, 4] and model[4].eps == 1e-3
+    assert indices(to_chain(model)) == [0, 1, 2, 3, 4]
+
+
+def test_attributes_are_kept_by_load(tmp_path: Path) -> None:
+    model = Routed()
+    factorize_(model, rank=0.25, progress=False)
+    save(model, tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", Routed())
+    assert isinstance(loaded.body[0], TuckerConv2d)
+    image = torch.randn(1, 16, 8, 8)
+    torch.testing.assert_close(loaded(image), model(image))
+    dense = Routed()
+    dense.body[1].rank = 3  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"body\.1 cannot be replaced: it has an attribute 'rank' of its own"):
+        load(tmp_path / "model.safetensors", dense)
 
 
 class Gated(nn.Linear):
