@@ -13,7 +13,7 @@ from torch import fx, nn
 from lowrank_ops.chains import activation_name
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
-from lowrank_ops.surgery import find_sites
+from lowrank_ops.surgery import find_sites, identity_for
 
 _FUNCTIONS = {
     F.relu: "relu",
@@ -72,7 +72,7 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
                 undo.callback(setattr, pair.layer, "activation", "none")
                 undo.callback(sites[id(pair.follower)].put, pair.follower)
                 pair.layer.activation = pair.step  # type: ignore[assignment]
-                sites[id(pair.follower)].put(nn.Identity().train(pair.follower.training))
+                sites[id(pair.follower)].put(identity_for(pair.follower))
         if example_input is not None:
             require_same(before, run_on(model, example_input, "fold_activations_"), "fold_activations_")
         undo.pop_all()  # nothing to undo

@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
-from lowrank_ops.calls import eval_mode
+from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.computed import remedy
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import LowRankLinear
 from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
-from lowrank_ops.surgery import Owners, Site, find_sites
+from lowrank_ops.surgery import Owners, Site, find_sites, identity_for
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -145,12 +145,8 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
             for index, batch in enumerate(
                 tqdm(batches, desc="BatchNorm", unit="batch", file=sys.stderr, disable=not progress, leave=False)
             ):
-                try:
+                with model_errors("reestimate_batchnorm_: the model", model, f"batch {index} of calibration"):
                     batch.run(model)
-                except Exception as error:
-                    raise RuntimeError(
-                        f"reestimate_batchnorm_: the model fails on batch {index} of calibration: {error}"
-                    ) from error
         finally:
             for norm, momentum in zip(norms.values(), momenta, strict=True):
                 norm.momentum = momentum
@@ -245,7 +241,7 @@ def _fold(layer: nn.Module, site: Site, undo: ExitStack) -> str | None:
         with torch.inference_mode(False):  # inference tensors cannot be trained
             setattr(layer, key, nn.Parameter(new.clone(), requires_grad=bool(grad)))
     undo.callback(site.put, norm)
-    site.put(nn.Identity().train(norm.training))
+    site.put(identity_for(norm))
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowrank_ops.weight_reads import WeightReads
 
 _SECONDS_PER_SHAPE = 0.2
 _ROUNDS = (5, 50)  # at least, at most
@@ -56,9 +59,10 @@ class LayerCalls:
 
 
 class Calls:
-    """The calls of several layers."""
+    """The calls of several layers, and the reads of their weights."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.reads = WeightReads(model, layers)
         self._layers = list(layers)
         self._by_id = {id(layer): LayerCalls() for layer in layers}
 
@@ -83,12 +87,46 @@ def run_example(model: nn.Module, example_input: Any) -> None:
             model(example_input)
 
 
+@contextmanager
+def model_errors(subject: str, model: nn.Module, data: str, hint: str = "") -> Iterator[None]:
+    """Makes an error inside a run of the model a RuntimeError that names the layer in which it happened.
+
+    Args:
+        subject: whose model it is, the beginning of the message ("factorize_: the model").
+        model: what is run in the context. ValueErrors that are not raised inside of it pass through as they are: they
+            are about the data.
+        data: what it is run on, for the message.
+        hint: the end of the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        name = _failing_module(model, error)
+        if name is None and isinstance(error, ValueError):
+            raise
+        where = f"in {name}, run on {data}" if name else f"on {data}"
+        message = f"{subject} fails {where}: {type(error).__name__}: {error}"
+        raise RuntimeError(f"{message}. {hint}" if hint else message) from error
+
+
+def _failing_module(model: nn.Module, error: Exception) -> str | None:
+    """The innermost module of the model in whose methods the error was raised; "" for the model itself, None where it
+    was raised in none."""
+    known = {id(module): (name, module) for name, module in model.named_modules()}
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [known[id(module)] for module in frames if id(module) in known]
+    if not found:
+        return None
+    name, module = found[-1]
+    return f"{name} ({type(module).__name__})" if name else ""
+
+
 def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Module]) -> Calls:
     """Runs the model and records how it calls the layers, which see padded sequences as ordinary tensors.
 
     Raises RuntimeError if the model fails.
     """
-    calls = Calls(layers)
+    calls = Calls(model, layers)
 
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         tensor = args[0] if args else kwargs.get("input")
@@ -99,10 +137,8 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
-        with no_nested_tensors():
+        with model_errors("factorize_: the model", model, "example_input"), no_nested_tensors(), calls.reads:
             run_example(model, example_input)
-    except Exception as error:
-        raise RuntimeError(f"factorize_: the model fails on example_input: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -34,6 +34,8 @@ class FactorizedConv(FactorizedModule):
     """What the four convolutions share: nn.Conv2d's arguments, kept per axis, and how they reach the op."""
 
     axes: ClassVar[int] = 2
+    groups: ClassVar[int] = 1
+    transposed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class FactorizedConv(FactorizedModule):
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"{self._name}: padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
         self.padding_mode = padding_mode
+        self.output_padding = (0,) * self.axes  # as nn.Conv2d has it
         self.activation = check_activation(self._name, activation)
         refuse_energy(self._name, rank)
         self.rank = self._resolve_rank(rank)
@@ -101,6 +104,7 @@ class FactorizedConv(FactorizedModule):
             output = output.squeeze(2)
         return output if input.dim() == batched else output.squeeze(0)
 
+    @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """A plain nn.Conv2d (nn.Conv1d); its weight is the product of the factors, in float32 at least.
 
@@ -143,8 +147,8 @@ class FactorizedConv(FactorizedModule):
     def _resolve_rank(self, rank: Rank) -> int | tuple[int, int]:
         raise NotImplementedError
 
-    def _dense_weight(self) -> Tensor:
-        raise NotImplementedError
+    def _dense_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels, *self.kernel_size)
 
     def _fan_in(self) -> int:
         return self.in_channels * math.prod(self.kernel_size)

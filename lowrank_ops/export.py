@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.surgery import find_sites, move_hooks
+from lowrank_ops.surgery import find_sites, keep_attributes, move_hooks
 
 
 def to_chain(model: nn.Module) -> nn.Module:
@@ -19,7 +19,8 @@ def to_chain(model: nn.Module) -> nn.Module:
 
     The chain of pointwise, core or depthwise convolutions, or of two linear layers, has as few multiplications as the
     block, one layer a stage. Its parameters are copies; a block that stands in several places is one chain there as
-    well. `fuse_` is the way back, but for 1x1 blocks whose rank saves nothing.
+    well, with the block's attributes. `fuse_` is the way back, but for 1x1 blocks whose rank saves nothing. A model
+    that reads the `weight` of a block (its dtype, say) cannot run on a chain, which has none.
 
     Raises TypeError if `model` is no nn.Module.
     """
@@ -63,5 +64,6 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: A
 def _chain(block: nn.Module) -> nn.Sequential:
     chain = block.to_sequential()  # type: ignore[operator]
     assert isinstance(chain, nn.Sequential)
+    keep_attributes(block, chain)
     move_hooks(block, chain)
     return chain

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import Fit, fit_in_order_
-from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
+from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls, run_example
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
@@ -31,7 +31,8 @@ from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, w
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
 from lowrank_ops.selection import Selectors, select
 from lowrank_ops.spending import spend
-from lowrank_ops.surgery import Owners, Site, find_sites, move_hooks
+from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
+from lowrank_ops.weight_reads import WeightReads
 
 __all__ = ["factorize_", "fuse_"]
 
@@ -103,7 +104,13 @@ def factorize_(
     or multiplications, where an integer rank is above the layer's limit, where a budget is better spent on the dense
     layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a forward
     of their own, computed (parametrized) weights, weights shared with another module, weights that the parent module
-    reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer).
+    reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with `example_input`
+    or `calibration` whatever a run of the model computes with instead of calling it). Without such data nothing tells
+    that a model computes with a weight: the factorized layer then multiplies its factors each time (its `weight`).
+
+    Replacements keep what a model reads of a dense layer: `weight`, `bias`, the arguments of nn.Linear and nn.Conv2d,
+    and the attributes that were set on it. Layers with more than that are left: parameters, buffers, submodules,
+    methods or an instance's forward of their own, state_dict hooks, gradient hooks on weight or bias.
 
     Returns:
         A `Report` with an entry for each convolution, linear and factorized layer.
@@ -115,7 +122,7 @@ def factorize_(
             data that are empty, not finite, or never reach a layer.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
-            data.
+            data; the message names the layer in which it does.
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
@@ -134,6 +141,8 @@ def factorize_(
     calls = None if example_input is None else recorded_calls(model, example_input, layers)
 
     work.refuse(chosen)
+    if calls is not None:
+        work.note_reads(calls.reads, "example_input")
     if batches is not None:
         work.gather(batches)
     if isinstance(rank, Budget):
@@ -172,6 +181,7 @@ class _Work:
     choices: dict[int, Choice] = field(default_factory=dict)
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
     output_errors: dict[int, float] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)  # of layers that are replaced
 
     def __post_init__(self) -> None:
         self.sites = find_sites(self.model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
@@ -184,7 +194,7 @@ class _Work:
         """Notes why layers are left whatever their rank."""
         owners = Owners(self.model)
         for site, reason in zip(self.sites, chosen, strict=True):
-            reason = reason or _unsafe(site, owners) or refusal(site.layer)
+            reason = reason or _unsafe(site, owners) or refusal(site.layer) or not_kept(site.layer)
             if self.linear is False and isinstance(site.layer, nn.Linear):
                 reason = reason or "linear=False leaves linear layers"
             if reason is not None:
@@ -192,17 +202,33 @@ class _Work:
             else:
                 ranks.require_finite(weight_of(site.layer), site.names[0])
 
+    def note_reads(self, reads: WeightReads, data: str) -> None:
+        """Leaves layers that a run of the model computed with instead of calling them; notes those that it also
+        called."""
+        for site in self.open_sites():
+            key = id(site.layer)
+            if key in reads.read and key in reads.called:
+                self.notes[key] = "the model also computes with its weight: the factors are multiplied each time"
+            elif key in reads.read:
+                self.reasons[key] = (
+                    f"on {data} the model computes with its weight instead of calling it: the factors would be "
+                    "multiplied each time, and nothing gained"
+                )
+
     def gather(self, batches: Batches) -> None:
         """The moments of all layers that may be replaced."""
         sites = self.open_sites()
+        reads = WeightReads(self.model, [site.layer for site in sites])
         self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
-        with _bar(None, "calibrate", self.progress, self.batch_count) as bar, _failing("calibration"):
+        with _bar(None, "calibrate", self.progress, self.batch_count) as bar, self.failing(), reads:
             self.moments, self.calls = gather_moments(
                 self.model,
                 [site.layer for site in sites],  # type: ignore[misc]
                 batches,
                 seen=bar.update,
             )
+        self.note_reads(reads, "the calibration data")
+        sites = self.open_sites()
         unreached = [site.names[0] for site in sites if id(site.layer) not in self.moments]
         if unreached:
             raise ValueError(
@@ -244,8 +270,9 @@ class _Work:
         with _bar([site for site, _ in tasks], "decompose", self.progress) as bar:
             for site, module in zip(bar, modules, strict=True):
                 bar.set_postfix_str(site.names[0])
-                reason = _too_large(site.layer, module)
+                reason = clash(site.layer, module) or _too_large(site.layer, module)
                 if reason is None:
+                    keep_attributes(site.layer, module)
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason
@@ -269,7 +296,7 @@ class _Work:
         for site in sites:
             key = id(site.layer)
             fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key], key in relu))
-        with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, _failing("calibration"):
+        with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, self.failing():
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
@@ -279,6 +306,10 @@ class _Work:
         for site in sites:
             module = self.replacements[id(site.layer)]
             module.relative_error = weight_error(site.layer, module)
+
+    def failing(self) -> AbstractContextManager[None]:
+        """Names the layer in which a run on the calibration data fails."""
+        return model_errors("factorize_: the model", self.model, "the calibration data")
 
     def measure(self, calls: Calls) -> dict[int, tuple[float, float]]:
         """Milliseconds before and after of the layers that are replaced."""
@@ -389,15 +420,14 @@ def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Mod
     for site in sites:
         site.put(replacements[id(site.layer)])
     if example_input is not None:
+        hint = "It was left as it was. It may ask more of a layer than a factorized one answers: exclude that layer"
         try:
-            run_example(model, example_input)
-        except Exception as error:
+            with model_errors("factorize_: the factorized model", model, "example_input", hint):
+                run_example(model, example_input)
+        except BaseException:
             for site in sites:
                 site.put(site.layer)
-            raise RuntimeError(
-                f"factorize_: the factorized model fails on example_input ({error}); it was left as it was. "
-                "A module may read a layer's weight instead of calling it: exclude that layer"
-            ) from error
+            raise
     for site in sites:
         move_hooks(site.layer, replacements[id(site.layer)])
 
@@ -428,22 +458,12 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
         output_error=work.output_errors.get(id(layer)),
         sensitivity=sensitivity(list(made_of.factors().values())) if isinstance(made_of, _CP) else None,
         reason=work.reasons.get(id(layer)),
+        note=None if module is None else work.notes.get(id(layer)),
         output_size=None if seen is None else seen.output_size,
         milliseconds_before=None if times is None else times[0],
         milliseconds_after=None if times is None else times[1],
         aliases=tuple(site.names[1:]),
     )
-
-
-@contextmanager
-def _failing(argument: str) -> Iterator[None]:
-    """Says on which data the model failed."""
-    try:
-        yield
-    except (ValueError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise RuntimeError(f"factorize_: the model fails on the {argument} data: {error}") from error
 
 
 def _bar(sites: Sequence[Site] | None, what: str, shown: bool, total: int | None = None) -> tqdm:

@@ -14,7 +14,7 @@ from lowrank_ops.chains import ACTIVATION_MODULES, NotOneOp, activation_name
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
-from lowrank_ops.surgery import Owners, Site, find_sites, has_hooks, move_hooks
+from lowrank_ops.surgery import Owners, Site, find_sites, has_hooks, keep_attributes, move_hooks
 
 # What recipes put between the stages: skipped in looking for a chain, so that the reason against it can be
 # reported.
@@ -109,6 +109,7 @@ def _fuse_sequential(site: Site, obstacle: Callable[[nn.Module], str | None], en
             continue
         found.fused.train(sequential.training)
         if whole:
+            keep_attributes(sequential, found.fused)
             move_hooks(sequential, found.fused)
             site.put(found.fused)
         else:

@@ -14,8 +14,10 @@ from torch.nn.parameter import UninitializedParameter
 from lowrank_ops._ops import _C, ACTIVATIONS, DTYPES
 from lowrank_ops.chains import copy_parameter
 from lowrank_ops.computed import remedy
+from lowrank_ops.dense_weight import DenseWeight
 from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
+from lowrank_ops.surgery import plain_kind
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +54,42 @@ class FactorizedModule(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """The factors by parameter name, in the op's order; without the bias."""
         return {name: getattr(self, name) for name in self._factor_shapes()}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's weight, `[T, S, KH, KW]`, `[T, S, K]` or `[T, S]`: the product of the factors.
+
+        It is for code that reads a layer's weight instead of calling the layer, and no parameter: `parameters()` and
+        the state_dict have the factors. An activation is no part of it.
+
+        Shape, dtype and device cost nothing. Every other operation on it forms the product anew, in float32 at least
+        also under autocast, with gradients for the factors. With K = KH KW that takes `T R1 K (R2 + S)`
+        multiplications for Tucker, `T S K R` for CP and `T S R` for a linear layer, and the dense weight's memory for
+        the time of the operation (several times that where gradients are kept). So a model that computes with it,
+        `F.linear(x, layer.weight)`, gains nothing from the factors.
+
+        It cannot be set, and what changes it in place raises RuntimeError (see `lowrank_ops.dense_weight`):
+        `to_dense()` has a weight that can. Programs that are recorded (torch.compile, torch.export, torch.jit.trace,
+        torch.fx) see the product as an ordinary tensor.
+        """
+        try:
+            factors = list(self.factors().values())
+        except AttributeError as error:  # nn.Module would report that there is no `weight`
+            raise RuntimeError(f"{self._name}.weight: a factor is missing: {error}") from error
+        recorded = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if recorded or isinstance(factors[0], torch.fx.Proxy):
+            return self._dense_weight()
+        grad = any(factor.requires_grad for factor in factors)
+        return DenseWeight(self._name, self._dense_shape(), factors[0], grad, self._dense_weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{self._name}: weight cannot be set, it is the product of the factors; set the weight of to_dense() "
+                "and put that layer in the module's place. What folds or fuses layers (BatchNorm: fold_batchnorm_) "
+                "and ties weights must run before factorize_"
+            )
+        super().__setattr__(name, value)
 
     def _pack(self) -> None:
         """Packs the factors for the CPU kernels; what changes the parameters through the module drops it again."""
@@ -158,6 +196,13 @@ class FactorizedModule(nn.Module):
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         raise NotImplementedError
 
+    def _dense_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _dense_weight(self) -> Tensor:
+        """The product of the factors, contiguous, in their dtype, formed in float32 at least; differentiable."""
+        raise NotImplementedError
+
     def _op_factors(self) -> dict[str, Tensor]:
         """The factors of which the op packs panels, as it takes them."""
         return {"in_factor": self.in_factor.detach(), "out_factor": self.out_factor.detach()}
@@ -228,8 +273,10 @@ def refusal(layer: nn.Module) -> str | None:
         return f"its weight or bias is computed at each call: {remedy(layer)}"
     if isinstance(layer.weight, UninitializedParameter):
         return "lazy: its shape is unknown until the model has run once"
-    plain = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Linear) if isinstance(layer, kind))
+    plain = plain_kind(layer)
     for method in ("forward", "_conv_forward"):
+        if method in vars(layer):
+            return f"its {method} was replaced on the instance (by accelerate or the like), which may change it"
         if getattr(type(layer), method, None) is not getattr(plain, method, None):
             return f"{type(layer).__name__} overrides {plain.__name__}.{method}, which may change it"
     weight = layer.weight
@@ -299,4 +346,4 @@ def _format_of(layer: nn.Module) -> torch.memory_format:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -92,7 +92,7 @@ class _TuckerConv(FactorizedConv):
     def _dense_weight(self) -> Tensor:
         core = self.core.flatten(2).unsqueeze(2)
         weight = reference.tucker_weight(*map(widened, (self.in_factor, core, self.out_factor)))
-        return weight.reshape(self.out_channels, self.in_channels, *self.kernel_size).to(self.core.dtype)
+        return weight.reshape(self._dense_shape()).to(self.core.dtype).contiguous()
 
     @classmethod
     def _decompose(
@@ -266,7 +266,7 @@ class _CPConv(FactorizedConv):
     def _dense_weight(self) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
         weight = reference.cp_weight(*map(widened, factors))
-        return weight.reshape(self.out_channels, self.in_channels, *self.kernel_size).to(self.in_factor.dtype)
+        return weight.reshape(self._dense_shape()).to(self.in_factor.dtype).contiguous()
 
     @classmethod
     def _decompose(
@@ -416,11 +416,11 @@ class LowRankLinear(FactorizedModule):
             return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, panels)
         return lowrank_linear(input, self.in_factor, self.out_factor, self.bias, self.activation)
 
+    @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """A plain nn.Linear with the product of the factors, formed in float32 at least; with an activation,
         followed by its module in an nn.Sequential."""
-        weight = reference.linear_weight(widened(self.in_factor), widened(self.out_factor))
-        linear = chains.linear_layer(weight.to(self.in_factor.dtype), self.bias)
+        linear = chains.linear_layer(self._dense_weight(), self.bias)
         linear.weight.requires_grad_(self.out_factor.requires_grad)
         dense = linear if self.activation == "none" else chains.with_activation([linear], self.activation)
         return dense.train(self.training)
@@ -449,6 +449,12 @@ class LowRankLinear(FactorizedModule):
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"in_factor": (self.rank, self.in_features), "out_factor": (self.out_features, self.rank)}
+
+    def _dense_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    def _dense_weight(self) -> Tensor:
+        return reference.linear_weight(widened(self.in_factor), widened(self.out_factor)).to(self.in_factor.dtype)
 
     def _fan_in(self) -> int:
         return self.in_features

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.batches import Batches, device_of, outputs_of
-from lowrank_ops.calls import eval_mode
+from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.surgery import HOOKS, has_hooks
 
@@ -144,10 +144,8 @@ def run_on(model: nn.Module, example_input: Any, where: str) -> list[Tensor]:
     results: list[Tensor] = []
     with eval_mode(model), torch.no_grad():
         for batch in Batches(example_input, f"{where}: example_input", device_of(model)):
-            try:
+            with model_errors(f"{where}: the model", model, "example_input"):
                 output = batch.run(model)
-            except Exception as error:
-                raise RuntimeError(f"{where}: the model fails on example_input: {error}") from error
             results += [tensor.clone() for tensor in outputs_of(output)]
     return results
 

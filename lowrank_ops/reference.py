@@ -88,7 +88,8 @@ def tucker_weight(in_factor: Tensor, core: Tensor, out_factor: Tensor) -> Tensor
 @no_autocast()
 def cp_weight(in_factor: Tensor, height_factor: Tensor, width_factor: Tensor, out_factor: Tensor) -> Tensor:
     """The dense convolution weight ``[T, S, KH, KW]`` that CP factors stand for."""
-    return torch.einsum("tr,rs,ri,rj->tsij", out_factor, in_factor, height_factor, width_factor)
+    terms = torch.einsum("rs,ri,rj->rsij", in_factor, height_factor, width_factor)
+    return torch.einsum("tr,rsij->tsij", out_factor, terms)  # last: the largest factor meets the sum over R
 
 
 @no_autocast()

@@ -18,7 +18,7 @@ from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d,
 from lowrank_ops.moments import Moments
 from lowrank_ops.options import is_matrix
 from lowrank_ops.ranks import Rank
-from lowrank_ops.surgery import HOOKS
+from lowrank_ops.surgery import HOOKS, own_attributes
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ def _run_with_one_thread(task: Task) -> FactorizedModule:
 
 
 def _bare(layer: nn.Module) -> nn.Module:
-    """The layer without its hooks, which may not be sent to another process."""
+    """The layer without its hooks and attributes of its own, which may not be sent to another process."""
     bare = copy.copy(layer)
+    for name in own_attributes(layer):
+        del bare.__dict__[name]
     for hooks in HOOKS:
         object.__setattr__(bare, hooks, OrderedDict())
     return bare

@@ -43,6 +43,7 @@ class LayerReport:
         sensitivity: of a CP convolution: what noise in its factors does to its weight, see
             `lowrank_ops.cp.sensitivity`.
         reason: why the layer was left.
+        note: what to know of a layer that was replaced.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
     """
@@ -60,6 +61,7 @@ class LayerReport:
     output_error: float | None = None
     sensitivity: float | None = None
     reason: str | None = None
+    note: str | None = None
     output_size: tuple[int, ...] | None = None
     milliseconds_before: float | None = None
     milliseconds_after: float | None = None
@@ -163,7 +165,8 @@ class Report:
         if timed:
             times = (self.total("milliseconds_before"), self.total("milliseconds_after"))
             table.add_column("ms", justify="right", footer=_change(*times))
-        table.add_column("left because", overflow="fold")
+        noted = any(layer.note is not None for layer in self.layers)
+        table.add_column("left because, notes" if noted else "left because", overflow="fold")
         for layer in self.layers:
             cells = [
                 layer.name,
@@ -176,7 +179,7 @@ class Report:
             ]
             if timed:
                 cells.append(_change(layer.milliseconds_before, layer.milliseconds_after))
-            table.add_row(*cells, layer.reason or "")
+            table.add_row(*cells, layer.reason or layer.note or "")
         return table
 
     def __str__(self) -> str:

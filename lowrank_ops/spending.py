@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank_ops.budget import Budget, Option, allocate
-from lowrank_ops.calls import Calls, run_example, synchronize
+from lowrank_ops.calls import Calls, model_errors, run_example, synchronize
 from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
 from lowrank_ops.report import count_macs, count_parameters
-from lowrank_ops.surgery import Site
+from lowrank_ops.surgery import Site, keep_attributes
 
 # Ranks offered for a latency: whole vectors.
 _LANES = 16
@@ -189,6 +189,7 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
             layer: Any = site.layer
             module = empty_module(layer, option.choice).to_empty(device=layer.weight.device)
             module.reset_parameters()
+            keep_attributes(layer, module)
             modules[id(layer)] = module.train(layer.training)
     ratios = []
     for _ in range(_TURNS):
@@ -196,7 +197,8 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
         try:
             for site in sites:
                 site.put(modules.get(id(site.layer), site.layer))
-            ratios.append(_seconds(model, example_input) / dense)
+            with model_errors("factorize_: the factorized model", model, "example_input"):
+                ratios.append(_seconds(model, example_input) / dense)
         finally:
             for site in sites:
                 site.put(site.layer)

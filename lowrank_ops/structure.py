@@ -18,7 +18,7 @@ from lowrank_ops.chains import activation_name
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.surgery import move_hooks
+from lowrank_ops.surgery import clash, identity_for, keep_attributes, move_hooks
 
 VERSION = 1
 
@@ -201,6 +201,10 @@ def restructure(model: nn.Module, structure: Structure) -> dict[FactorizedModule
         if module is not old:
             if block.names[0] == "":
                 raise ValueError("the file holds a single block, which cannot take the place of the model itself")
+            reason = clash(old, module)
+            if reason is not None:
+                raise ValueError(f"{block.names[0]} cannot be replaced: {reason}")
+            keep_attributes(old, module)
             move_hooks(old, module)
             for name in block.names:
                 _put(model, name, module.train(old.training))
@@ -294,7 +298,7 @@ def _put_identities(model: nn.Module, structure: Structure) -> int:
                 "in the model"
             )
         if id(layer) not in identities:
-            identities[id(layer)] = nn.Identity().train(layer.training)
+            identities[id(layer)] = identity_for(layer)
             folded += isinstance(layer, _BatchNorm)
         _put(model, name, identities[id(layer)])
     return folded

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 HOOKS = (
@@ -17,6 +19,22 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Linear)
+# What a module of each kind has in its __dict__ when it is new; the first that fits counts.
+_NEW = {
+    nn.Conv1d: set(vars(nn.Conv1d(1, 1, 1, device="meta"))),
+    nn.Conv2d: set(vars(nn.Conv2d(1, 1, 1, device="meta"))),
+    nn.Linear: set(vars(nn.Linear(1, 1, device="meta"))),
+    nn.Module: set(vars(nn.Module())),
+}
 
 
 @dataclass
@@ -76,3 +94,63 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Makes `target` own the hooks of `source`, as the same dictionaries: handles still remove their hook."""
     for hooks in (*HOOKS, "_is_full_backward_hook"):
         object.__setattr__(target, hooks, getattr(source, hooks))
+
+
+def plain_kind(layer: nn.Module) -> type[nn.Module]:
+    """nn.Conv1d, nn.Conv2d or nn.Linear: what a layer is or derives from."""
+    return next(kind for kind in PLAIN if isinstance(layer, kind))
+
+
+def own_attributes(layer: nn.Module) -> dict[str, Any]:
+    """What was set on a layer besides what every layer of its kind has (`layer.index = 3`). Of other kinds than
+    convolutions and linear layers everything that nn.Module itself does not have."""
+    known = next(names for kind, names in _NEW.items() if isinstance(layer, kind))
+    return {name: value for name, value in vars(layer).items() if name not in known}
+
+
+def keep_attributes(layer: nn.Module, replacement: nn.Module) -> None:
+    """Sets what was set on a layer on its replacement, for the model to read; not what the replacement has itself."""
+    for name, value in own_attributes(layer).items():
+        if not hasattr(replacement, name):
+            vars(replacement)[name] = value
+
+
+def clash(layer: nn.Module, replacement: nn.Module) -> str | None:
+    """Why a replacement cannot have all attributes of a convolution or linear layer; None if it can."""
+    used = [name for name in own_attributes(layer) if isinstance(layer, PLAIN) and hasattr(replacement, name)]
+    if not used:
+        return None
+    return f"it has an attribute {used[0]!r} of its own, a name that {type(replacement).__name__} uses itself"
+
+
+def identity_for(layer: nn.Module) -> nn.Identity:
+    """What stands in a layer's place where it was folded: its mode, and its attributes for a model that reads them."""
+    identity = nn.Identity().train(layer.training)
+    keep_attributes(layer, identity)
+    return identity
+
+
+def not_kept(layer: nn.Module) -> str | None:
+    """Why a replacement could not keep all that is on a layer; None if it can."""
+    kind = plain_kind(layer)
+    held = [name for name in (*layer._parameters, *layer._buffers, *layer._modules) if name not in ("weight", "bias")]
+    if held:
+        return f"it holds {', '.join(map(repr, held))} besides weight and bias, which its replacement would lack"
+    names = [name for name in dir(type(layer)) if not name.startswith("_") and not hasattr(kind, name)]
+    if names:
+        return (
+            f"{type(layer).__name__} adds {', '.join(map(repr, names))} to nn.{kind.__name__}, which its replacement "
+            "would lack"
+        )
+    replaced = [name for name in own_attributes(layer) if hasattr(kind, name)]
+    if replaced:
+        return f"its {', '.join(replaced)} was set on the instance (by compile() or the like): do so after factorize_"
+    if any(getattr(layer, hooks) for hooks in STATE_HOOKS):
+        return "it has state_dict hooks, made for the names weight and bias"
+    if any(map(_has_gradient_hooks, layer.parameters())):
+        return "its weight or bias has gradient hooks, which new parameters would lack"
+    return None
+
+
+def _has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))

@@ -357,7 +357,9 @@ def test_example_input_shows_what_no_graph_does() -> None:
     with pytest.raises(RuntimeError, match=r"fold_batchnorm_: the output on example_input changes.*left as it was"):
         fold_batchnorm_(model, IMAGE)
     assert torch.equal(model(IMAGE), expected) and list(model.state_dict()) == list(state)
-    with pytest.raises(RuntimeError, match="fold_batchnorm_: the model fails on example_input"):
+    with pytest.raises(
+        RuntimeError, match=r"fold_batchnorm_: the model fails in body.0 \(Conv2d\), run on example_input"
+    ):
         fold_batchnorm_(model, IMAGE[:, :2])
     with pytest.raises(ValueError, match="example_input: batch 0 holds 1 NaN"):
         fold_batchnorm_(model, torch.full((1, 1), float("nan")))
@@ -456,7 +458,7 @@ class TwoHeads(nn.Module):
     ("calibration", "error", "message"),
     [
         ([torch.randn(8, 4)], ValueError, "no batch of calibration reaches BatchNorm 'aux'"),
-        ([torch.randn(8, 4), torch.randn(1, 4)], RuntimeError, "fails on batch 1 of calibration.*more than 1 value"),
+        ([torch.randn(8, 4), torch.randn(1, 4)], RuntimeError, r"fails in norm .*, run on batch 1 .*more than 1 value"),
         ([torch.randn(8, 4), torch.full((8, 4), float("nan"))], ValueError, "batch 1 holds 32 NaN"),
         ([torch.full((8, 4), 3e38)], ValueError, "BatchNorm '(norm|aux)'"),
         ([], ValueError, "reestimate_batchnorm_: calibration has no batch"),

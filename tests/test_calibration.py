@@ -179,7 +179,7 @@ def test_a_layer_that_the_data_never_reach(model: Network) -> None:
         ([], ValueError, "calibration has no batch"),
         ([_images(2, 1), 3], TypeError, "^factorize_: calibration: batch 1 must be a tensor"),
         (iter([_images(2, 1)]), TypeError, "read only once"),
-        (torch.randn(4, 5, 12, 12), RuntimeError, "the model fails on the calibration data: .*5 channels"),
+        (torch.randn(4, 5, 12, 12), RuntimeError, r"the model fails in stem \(Conv2d\), .*: .*5 channels"),
         ((_images(2, 1), _images(2, 1)), RuntimeError, "the model fails on the calibration data: .*positional arg"),
         (_images(4, 1) * 1e38, ValueError, "not finite on the calibration data"),
     ],
