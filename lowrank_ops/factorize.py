@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import Fit, fit_in_order_
-from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
+from lowrank_ops.calls import Calls, compare_times, recorded_calls
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
@@ -28,10 +29,11 @@ from lowrank_ops.moments import Moments, gather_moments
 from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
-from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
-from lowrank_ops.selection import Selectors, select
+from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
+from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.spending import spend
 from lowrank_ops.surgery import Owners, Site, find_sites, move_hooks
+from lowrank_ops.timing import compare_models
 
 __all__ = ["factorize_", "fuse_"]
 
@@ -81,7 +83,8 @@ def factorize_(
             one), False leaves them.
         include: only these layers; None means all. A glob pattern of qualified names ("features.*"), a module
             type, a callable `(name, layer) -> bool`, or several of them. A pattern or type also stands for
-            everything inside a module that it matches.
+            everything inside a module that it matches. A layer's qualified name itself also takes layers of at most 8
+            channels or features on a side: `["*", "stem"]`.
         exclude: not these, in the same terms.
         calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`lowrank_ops.batches`).
             Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
@@ -90,8 +93,8 @@ def factorize_(
             in eval mode, about once per layer and batch. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its
             statistics afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
-            the report has output sizes, MACs of a forward pass and milliseconds before and after, and the
-            factorized model is run once to see that it works. The model is in eval mode for these runs.
+            the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
+            of the whole model, and it is seen that the factorized model runs. The model is in eval mode for these runs.
         multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
             budget are multiples of it.
         seed: of the decompositions.
@@ -100,13 +103,15 @@ def factorize_(
         progress: a progress bar on stderr.
 
     Layers are left as they are, with the reason in the report, where a block would have no fewer parameters
-    or multiplications, where an integer rank is above the layer's limit, where a budget is better spent on the dense
-    layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a forward
-    of their own, computed (parametrized) weights, weights shared with another module, weights that the parent module
-    reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer).
+    or multiplications, where they have at most 8 channels or features on a side (unless `include` names them, or a
+    `Budget` chooses the ranks), where an integer rank is above the layer's limit, where a budget is better spent on the
+    dense layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a
+    forward of their own, computed (parametrized) weights, weights shared with another module, weights that the parent
+    module reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer).
 
     Returns:
-        A `Report` with an entry for each convolution, linear and factorized layer.
+        A `Report` with an entry for each convolution, linear and factorized layer, and a line for each kind of module
+        that holds the other parameters. Where no layer is replaced, a warning says why.
 
     Raises:
         ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
@@ -131,9 +136,10 @@ def factorize_(
     if example_input is None and isinstance(rank, Budget):
         example_input = _example_for(rank, batches)
     layers = [site.layer for site in work.sites]
+    others = other_modules(model, layers)
     calls = None if example_input is None else recorded_calls(model, example_input, layers)
 
-    work.refuse(chosen)
+    work.refuse(chosen, named(work.sites, include))
     if batches is not None:
         work.gather(batches)
     if isinstance(rank, Budget):
@@ -147,9 +153,14 @@ def factorize_(
 
     times = {} if calls is None else work.measure(calls)
     replaced = [site for site in work.sites if id(site.layer) in work.replacements]
-    _swap(model, replaced, work.replacements, example_input)
+    whole = _swap(model, replaced, work.replacements, example_input)
     entries = [_entry(site, work, calls, times.get(id(site.layer))) for site in work.sites]
-    return Report(type(model).__name__, entries, calls is not None, before, count_parameters(model))
+    after = count_parameters(model)
+    report = Report(type(model).__name__, entries, calls is not None, before, after, others, *whole)
+    if not replaced and not isinstance(rank, Budget):  # a budget was met or an error before
+        notes = "; ".join(report.notes[:3]) or "it has no parameters"
+        warnings.warn(f"factorize_: no layer of {report.model} was replaced: {notes}", stacklevel=2)
+    return report
 
 
 @dataclass
@@ -180,11 +191,13 @@ class _Work:
         """Those that no reason keeps from being replaced."""
         return [site for site in self.sites if id(site.layer) not in self.reasons]
 
-    def refuse(self, chosen: Sequence[str | None]) -> None:
+    def refuse(self, chosen: Sequence[str | None], by_name: Sequence[bool]) -> None:
         """Notes why layers are left whatever their rank."""
         owners = Owners(self.model)
-        for site, reason in zip(self.sites, chosen, strict=True):
+        for site, reason, asked in zip(self.sites, chosen, by_name, strict=True):
             reason = reason or _unsafe(site, owners) or refusal(site.layer)
+            if not asked and not isinstance(self.rank, Budget):  # a budget weighs what the layer's error costs
+                reason = reason or too_narrow(site)
             if self.linear is False and isinstance(site.layer, nn.Linear):
                 reason = reason or "linear=False leaves linear layers"
             if reason is not None:
@@ -384,22 +397,26 @@ class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
 
 
-def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any) -> None:
-    """Puts the replacements in; takes them out again if the model then fails on the example input."""
-    for site in sites:
-        site.put(replacements[id(site.layer)])
+def _swap(
+    model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any
+) -> tuple[float, float] | tuple[None, None]:
+    """Puts the replacements in; leaves the model as it was if it then fails on the example input.
+
+    Returns the whole model's milliseconds on the example input, before and after.
+    """
+    times: tuple[float, float] | tuple[None, None] = (None, None)
     if example_input is not None:
         try:
-            run_example(model, example_input)
+            times = compare_models(model, sites, replacements, example_input)
         except Exception as error:
-            for site in sites:
-                site.put(site.layer)
             raise RuntimeError(
                 f"factorize_: the factorized model fails on example_input ({error}); it was left as it was. "
                 "A module may read a layer's weight instead of calling it: exclude that layer"
             ) from error
     for site in sites:
+        site.put(replacements[id(site.layer)])
         move_hooks(site.layer, replacements[id(site.layer)])
+    return times
 
 
 def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, float] | None) -> LayerReport:

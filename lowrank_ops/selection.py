@@ -1,4 +1,4 @@
-"""Which layers of a model `include=` and `exclude=` mean."""
+"""Which layers of a model `include=` and `exclude=` mean, and which only their names do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from lowrank_ops.surgery import Site
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector] | None
+
+# One rank for all layers leaves those with so few channels on a side as they are: of three channels half is one, which
+# costs much of the output and saves next to nothing.
+_NARROW = 8
 
 
 def select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Selectors) -> list[str | None]:
@@ -30,6 +34,24 @@ def select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Sel
         else:
             reasons.append(None)
     return reasons
+
+
+def named(sites: list[Site], include: Selectors) -> list[bool]:
+    """For each site whether `include` has its qualified name itself, no pattern, type or callable."""
+    names = [selector for selector in _listed("include", include) if isinstance(selector, str)]
+    return [any(name in names for name in site.names) for site in sites]
+
+
+def too_narrow(site: Site) -> str | None:
+    """Why one rank for all layers is not for this one, or None."""
+    sides = (("in_channels", "out_channels"), ("in_features", "out_features"))
+    for inputs, outputs in ((getattr(site.layer, a, None), getattr(site.layer, b, None)) for a, b in sides):
+        if inputs is not None and outputs is not None and min(inputs, outputs) <= _NARROW:
+            return (
+                f"layers of at most {_NARROW} channels or features stay dense ({inputs} in, {outputs} out) unless "
+                f"include names them: include=['*', {site.names[0]!r}]"
+            )
+    return None
 
 
 def _listed(argument: str, selectors: Selectors) -> list[Selector]:
