@@ -31,7 +31,7 @@ from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.selection import Selectors, named, select, too_narrow
-from lowrank_ops.spending import spend
+from lowrank_ops.spending import met_already, spend
 from lowrank_ops.surgery import Owners, Site, find_sites, move_hooks
 from lowrank_ops.timing import compare_models
 
@@ -116,7 +116,8 @@ def factorize_(
     Raises:
         ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
             that could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or
-            already factorized itself, an unknown method, a budget that cannot be met (saying the closest), calibration
+            already factorized itself, an unknown method, a budget that cannot be met (saying the closest, or that
+            nothing can be replaced), calibration
             data that are empty, not finite, or never reach a layer.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
@@ -140,13 +141,12 @@ def factorize_(
     calls = None if example_input is None else recorded_calls(model, example_input, layers)
 
     work.refuse(chosen, named(work.sites, include))
-    if batches is not None:
+    if isinstance(rank, Budget) and met_already(rank, model, work.open_sites(), calls, example_input):
+        work.reasons.update({id(site.layer): "the budget is met without it" for site in work.open_sites()})
+    if batches is not None and work.open_sites():
         work.gather(batches)
-    if isinstance(rank, Budget):
-        work.choices, left = spend(
-            rank, model, work.open_sites(), work.whitened(), method, multiple, seed, calls, example_input, progress
-        )
-        work.reasons.update(left)
+    if isinstance(rank, Budget) and work.open_sites():
+        work.spend(rank, calls, example_input)
     work.decompose()
     if batches is not None:
         work.fit(batches)
@@ -242,6 +242,23 @@ class _Work:
                 weight = weight.double().cpu()
                 result[id(site.layer)] = weight / (float(weight.norm()) or 1.0)
         return result
+
+    def spend(self, budget: Budget, calls: Calls | None, example_input: Any) -> None:
+        """Chooses the ranks of each layer, or to leave it."""
+        self.choices, left = spend(
+            budget,
+            self.model,
+            self.open_sites(),
+            self.whitened(),
+            self.method,
+            self.multiple,
+            self.seed,
+            calls,
+            example_input,
+            bool(self.moments),
+            self.progress,
+        )
+        self.reasons.update(left)
 
     def decompose(self) -> None:
         """Makes the modules, or notes why a layer is left."""
