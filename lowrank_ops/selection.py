@@ -42,16 +42,27 @@ def named(sites: list[Site], include: Selectors) -> list[bool]:
     return [any(name in names for name in site.names) for site in sites]
 
 
+def is_narrow(layer: Any) -> bool:
+    """Whether one rank for all layers is not for this convolution or linear layer."""
+    return min(_sides(layer)) <= _NARROW
+
+
 def too_narrow(site: Site) -> str | None:
-    """Why one rank for all layers is not for this one, or None."""
-    sides = (("in_channels", "out_channels"), ("in_features", "out_features"))
-    for inputs, outputs in ((getattr(site.layer, a, None), getattr(site.layer, b, None)) for a, b in sides):
-        if inputs is not None and outputs is not None and min(inputs, outputs) <= _NARROW:
-            return (
-                f"layers of at most {_NARROW} channels or features stay dense ({inputs} in, {outputs} out) unless "
-                f"include names them: include=['*', {site.names[0]!r}]"
-            )
-    return None
+    """The reason to leave a narrow layer, or None."""
+    if not is_narrow(site.layer):
+        return None
+    inputs, outputs = _sides(site.layer)
+    return (
+        f"layers of at most {_NARROW} channels or features stay dense ({inputs} in, {outputs} out) unless "
+        f"include names them: include=['*', {site.names[0]!r}]"
+    )
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """Channels or features in and out."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _listed(argument: str, selectors: Selectors) -> list[Selector]:
