@@ -165,6 +165,13 @@ def test_nothing_replaced_is_warned_of_with_the_reason() -> None:
         factorize_(nn.Sequential(nn.ReLU()), progress=False)
 
 
+def test_a_model_that_stays_the_same_is_as_fast_as_before() -> None:
+    with pytest.warns(UserWarning, match="no layer"):
+        report = factorize_(nn.Sequential(nn.Linear(64, 2)), rank=0.5, example_input=torch.ones(2, 64), progress=False)
+    assert report.total("milliseconds_before") == report.total("milliseconds_after")
+    assert report.total("milliseconds_before") > 0
+
+
 BLOCK = lowrank_ops.TuckerConv2d(64, 64, 3, 16, padding=1)
 
 
