@@ -96,6 +96,12 @@ def test_the_share_of_what_is_left() -> None:
     assert "transposed" in line
 
 
+def test_embeddings_have_a_line() -> None:
+    report = factorize_(nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64)), rank=0.25, progress=False)
+    share = 100 * 50 * 32 / (50 * 32 + 32 * 64 + 64)
+    assert report.notes == [f"not a layer that can be factorized: Embedding (0), {share:.1f} % of the parameters"]
+
+
 def test_lines_of_the_same_kind_are_one() -> None:
     model = nn.Sequential(*(nn.Conv2d(16, 16, 3, groups=4) for _ in range(6)), nn.Conv2d(16, 16, 3))
     report = factorize_(model, rank=0.25, progress=False)
