@@ -41,6 +41,7 @@ class LayerReport:
         sensitivity: of a CP convolution: what noise in its factors does to its weight, see
             `lowrank_ops.cp.sensitivity`.
         reason: why the layer was left.
+        note: what to know of a layer that was replaced.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
     """
@@ -58,6 +59,7 @@ class LayerReport:
     output_error: float | None = None
     sensitivity: float | None = None
     reason: str | None = None
+    note: str | None = None
     output_size: tuple[int, ...] | None = None
     milliseconds_before: float | None = None
     milliseconds_after: float | None = None
@@ -203,12 +205,14 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """The lines below the table: why layers were left, and what no layer of the table holds, with their shares."""
+        """The lines below the table: why layers were left, what to know of others, and what no layer holds, with the shares."""
         lines = []
         for reason in dict.fromkeys(layer.reason for layer in self.skipped if layer.reason is not None):
             left = [layer for layer in self.skipped if layer.reason == reason]
             kinds = ", ".join(dict.fromkeys(layer.type for layer in left))
             lines.append(f"left: {_listed([layer.name for layer in left])} ({kinds}; {self._shares(left)}): {reason}")
+        for note in dict.fromkeys(layer.note for layer in self.replaced if layer.note is not None):
+            lines.append(f"{_listed([layer.name for layer in self.replaced if layer.note == note])}: {note}")
         for kind in dict.fromkeys(other.type for other in self.others):
             found = [other for other in self.others if other.type == kind]
             share = _percent(sum(other.parameters for other in found), self.model_parameters_before)

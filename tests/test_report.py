@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops import Budget, factorize_, timing
-from lowrank_ops.report import Report, count_parameters
+from lowrank_ops.report import LayerReport, Report, count_parameters
 from lowrank_ops.tables import as_text, new_table
 
 
@@ -176,6 +176,11 @@ def test_a_model_that_stays_the_same_is_as_fast_as_before() -> None:
         report = factorize_(nn.Sequential(nn.Linear(64, 2)), rank=0.5, example_input=torch.ones(2, 64), progress=False)
     assert report.total("milliseconds_before") == report.total("milliseconds_after")
     assert report.total("milliseconds_before") > 0
+
+
+def test_notes_of_replaced_layers_are_lines() -> None:
+    layers = [LayerReport(name, "Linear", "LowRankLinear", note="seen seldom") for name in ("a", "b")]
+    assert str(Report("Net", layers)).endswith("\na, b: seen seldom")
 
 
 BLOCK = lowrank_ops.TuckerConv2d(64, 64, 3, 16, padding=1)
