@@ -205,7 +205,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """The lines below the table: why layers were left, what to know of others, and what no layer holds, with the shares."""
+        """The lines below the table: why layers were left, what to know of others, and what no layer holds."""
         lines = []
         for reason in dict.fromkeys(layer.reason for layer in self.skipped if layer.reason is not None):
             left = [layer for layer in self.skipped if layer.reason == reason]
