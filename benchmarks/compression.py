@@ -37,6 +37,7 @@ from lowrank_ops.calls import recorded_calls
 from lowrank_ops.options import Choice, empty_module, is_matrix
 from lowrank_ops.ranks import linear_rank, tucker_ranks
 from lowrank_ops.report import count_macs, count_parameters
+from lowrank_ops.selection import is_narrow
 
 KINDS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("one ratio everywhere", "o", lambda method: method.startswith("ratio")),
@@ -167,7 +168,7 @@ class Study:
         )
 
     def _ratio_for(self, cut: float) -> float:
-        """The fraction of the channels that cuts multiplications so many times when it is taken everywhere."""
+        """The fraction of the channels that cuts multiplications so many times in all layers but narrow ones."""
         dense = self.subject.dense
         layers = [layer for layer in dense.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
         calls = recorded_calls(dense, self.subject.example_input, layers)
@@ -177,7 +178,7 @@ class Study:
             for layer in layers:
                 module = _block(layer, ratio)
                 smaller = all(count(module) < count(layer) for count in (count_macs, count_parameters))  # type: ignore[operator]
-                chosen = module if smaller else layer
+                chosen = module if smaller and not is_narrow(layer) else layer
                 total += calls.of(layer).total(lambda shape, chosen=chosen: count_macs(chosen, shape)) or 0  # type: ignore[misc]
             return total
 

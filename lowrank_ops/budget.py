@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,57 +25,95 @@ class Budget:
     weights relative to their norm.
 
     Args:
-        params: parameters of the whole model; a float up to 1 is a fraction of what it has now, an int a number.
+        params: parameters of the whole model: a float below 1 is a fraction of what it has now, an int above 1 a
+            number.
         macs: multiply-accumulates of a forward pass on the example input (`example_input=` of `factorize_`, or the
-            first batch of the calibration data); a fraction of what convolution and linear layers need now, or an int.
+            first batch of the calibration data): a fraction, below 1, of what convolution and linear layers need now,
+            or an int above 1.
         latency: time of a forward pass on `example_input` on this machine with the present number of threads: a float
-            up to 1 is a fraction of the dense model's, a `datetime.timedelta` (or seconds above 1) is absolute.
+            below 1 is a fraction of the dense model's; an absolute time has its unit, as a str, "12 ms", "1.5 s" or
+            "800 us", or as a `datetime.timedelta`.
             Dense layers and factorized ones at several ranks are measured, and then the model as a whole; where that
             stays above the budget, which its layers alone meet, a warning says by how much.
         example_input: the input that latency is for; None takes `example_input=` of `factorize_`.
 
     Raises:
-        ValueError: not exactly one budget, a budget that is not positive, a fraction above 1.
+        ValueError: not exactly one budget, a budget that is not positive or not finite, a number that could be a
+            fraction as well as a count or a time.
         TypeError: a budget that is no number.
     """
 
     params: int | float | None = None
     macs: int | float | None = None
-    latency: float | timedelta | None = None
+    latency: float | str | timedelta | None = None
     example_input: Any = None
 
     def __post_init__(self) -> None:
-        given = [kind for kind in ("params", "macs", "latency") if getattr(self, kind) is not None]
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"Budget: give exactly one of params, macs and latency, got {', '.join(given) or 'none'}")
         value = self.value
-        if self.kind == "latency" and isinstance(value, timedelta):
-            value = value.total_seconds()
+        if self.kind == "latency" and isinstance(value, (str, timedelta)):
+            amount = _seconds(value)
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"Budget: {self.kind} must be a number, got {value!r}")
-        if not value > 0:
-            raise ValueError(f"Budget: {self.kind} must be positive, got {value}")
-        if self.kind != "latency" and not isinstance(value, Integral) and value > 1:
+        else:
+            amount = float(value)
+        if not 0 < amount < math.inf:
+            raise ValueError(f"Budget: {self.kind} must be positive and finite, got {value}")
+        if isinstance(value, Real) and amount >= 1:
+            self._refuse_ambiguous(value)
+
+    def _refuse_ambiguous(self, value: Any) -> None:
+        """A number of 1 or more must not be a fraction by mistake, nor without its unit."""
+        if self.kind == "latency":
             raise ValueError(
-                f"Budget: {self.kind} as a fraction must lie in (0, 1] (an int is a number of its own), got {value}"
+                f"Budget: latency={value!r} has no unit: a time is latency='12 ms', '1.5 s' or a datetime.timedelta, a "
+                "fraction of the dense model's time is a float below 1"
+            )
+        if value == 1 or not isinstance(value, Integral):
+            raise ValueError(
+                f"Budget: {self.kind} must be a fraction of what the model has now, a float in (0, 1), or a number of "
+                f"its own, an int above 1, got {value!r}"
             )
 
     @property
     def kind(self) -> str:
         """ "params", "macs" or "latency"."""
-        return next(kind for kind in ("params", "macs", "latency") if getattr(self, kind) is not None)
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
     def value(self) -> Any:
         """The budget that was given."""
         return getattr(self, self.kind)
 
+    @property
+    def is_fraction(self) -> bool:
+        """Whether it is a share of what the dense model costs."""
+        return isinstance(self.value, Real) and self.value < 1  # type: ignore[operator]
+
     def absolute(self, dense: float) -> float:
-        """The budget in its own unit, when the dense model costs `dense`."""
-        if isinstance(self.value, timedelta):
-            return self.value.total_seconds()
-        fraction = not isinstance(self.value, Integral) and self.value <= 1
-        return float(self.value) * (dense if fraction else 1)
+        """The budget in its own unit (of latency: seconds), when the dense model costs `dense`."""
+        if isinstance(self.value, (str, timedelta)):
+            return _seconds(self.value)
+        return float(self.value) * (dense if self.is_fraction else 1)
+
+
+_KINDS = ("params", "macs", "latency")
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def _seconds(time: str | timedelta) -> float:
+    """Of a `timedelta` or a text with a unit. Raises ValueError for another text."""
+    if isinstance(time, timedelta):
+        return time.total_seconds()
+    number, unit = re.fullmatch(r"\s*(.*?)\s*([a-z]*)\s*", time, re.DOTALL).groups()  # type: ignore[union-attr]
+    try:
+        return float(number) * _UNITS[unit]
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"Budget: latency as a str must be a number and a unit, s, ms or us ('12 ms'), got {time!r}"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,13 @@ class DistillReport:
     """What `distill_` did.
 
     Attributes:
-        losses: the loss of each step, before it; over all processes of torch.distributed.
+        losses: the loss of each step on its batch, before it; over all processes of torch.distributed. Batches
+            differ: their losses do not tell how good the result is.
         seconds: of the whole run.
         layers: qualified names of the layers whose outputs were part of the loss.
         restarts: how often the loss ran away, so that the student began anew at a quarter of the learning rate.
         kept: False: the student is as it was before, because nothing better was found.
+        result: the loss of the student as it is now, on the first batch; compares with `first`.
     """
 
     losses: list[float] = field(repr=False)
@@ -74,6 +76,7 @@ class DistillReport:
     layers: tuple[str, ...]
     restarts: int = 0
     kept: bool = True
+    result: float = math.nan
 
     @property
     def steps(self) -> int:
@@ -81,16 +84,17 @@ class DistillReport:
 
     @property
     def first(self) -> float:
-        """The loss before the first step."""
+        """The loss before the first step, on the first batch."""
         return self.losses[0]
 
     @property
     def last(self) -> float:
-        """The loss before the last step."""
+        """The loss before the last step, on the batch of that step."""
         return self.losses[-1]
 
     def __str__(self) -> str:
-        told = f"{self.steps} steps in {self.seconds:.1f} s, loss {self.first:.4g} > {self.last:.4g}"
+        losses = f"{self.first:.4g} > {self.result:.4g}"
+        told = f"{self.steps} steps in {self.seconds:.1f} s, loss on the first batch {losses}"
         if self.restarts:
             told += f", learning rate divided by {RETREAT**self.restarts} where the loss ran away"
         return told if self.kept else f"{told}; no better than before, so undone"
@@ -159,7 +163,7 @@ def distill_(
         progress: a bar with the running loss on stderr, of process 0.
 
     Returns:
-        A `DistillReport`: the losses of all steps, seconds.
+        A `DistillReport`: the loss before and after on the first batch, the losses of all steps, seconds.
 
     Raises:
         ValueError: arguments out of range, parameters shared between the networks or none to train, an optimizer
@@ -257,7 +261,8 @@ def distill_(
             f"{losses[0]:.4g}: the student has its initial parameters again; use a lower learning rate or more steps",
             stacklevel=2,
         )
-    return DistillReport(losses, time.perf_counter() - started, tuple(pairs), runaway.restarts, kept)
+    result = last if kept else losses[0]
+    return DistillReport(losses, time.perf_counter() - started, tuple(pairs), runaway.restarts, kept, result)
 
 
 def _check_arguments(

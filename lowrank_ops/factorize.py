@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import Fit, fit_in_order_
-from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls, run_example
+from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
@@ -28,10 +29,11 @@ from lowrank_ops.moments import Moments, gather_moments
 from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
-from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
-from lowrank_ops.selection import Selectors, select
-from lowrank_ops.spending import spend
+from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
+from lowrank_ops.selection import Selectors, named, select, too_narrow
+from lowrank_ops.spending import met_already, spend
 from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
+from lowrank_ops.timing import compare_models
 from lowrank_ops.weight_reads import WeightReads
 
 __all__ = ["factorize_", "fuse_"]
@@ -82,7 +84,8 @@ def factorize_(
             one), False leaves them.
         include: only these layers; None means all. A glob pattern of qualified names ("features.*"), a module
             type, a callable `(name, layer) -> bool`, or several of them. A pattern or type also stands for
-            everything inside a module that it matches.
+            everything inside a module that it matches. A layer's qualified name itself also takes layers of at most 8
+            channels or features on a side: `["*", "stem"]`.
         exclude: not these, in the same terms.
         calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`lowrank_ops.batches`).
             Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
@@ -91,8 +94,8 @@ def factorize_(
             in eval mode, about once per layer and batch. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its
             statistics afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
-            the report has output sizes, MACs of a forward pass and milliseconds before and after, and the
-            factorized model is run once to see that it works. The model is in eval mode for these runs.
+            the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
+            of the whole model, and it is seen that the factorized model runs. The model is in eval mode for these runs.
         multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
             budget are multiples of it.
         seed: of the decompositions.
@@ -101,24 +104,28 @@ def factorize_(
         progress: a progress bar on stderr.
 
     Layers are left as they are, with the reason in the report, where a block would have no fewer parameters
-    or multiplications, where an integer rank is above the layer's limit, where a budget is better spent on the dense
-    layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a forward
-    of their own, computed (parametrized) weights, weights shared with another module, weights that the parent module
-    reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with `example_input`
-    or `calibration` whatever a run of the model computes with instead of calling it). Without such data nothing tells
-    that a model computes with a weight: the factorized layer then multiplies its factors each time (its `weight`).
+    or multiplications, where they have at most 8 channels or features on a side (unless `include` names them, or a
+    `Budget` chooses the ranks), where an integer rank is above the layer's limit, where a budget is better spent on the
+    dense layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a
+    forward of their own, computed (parametrized) weights, weights shared with another module, weights that the parent
+    module reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with
+    `example_input` or `calibration` whatever a run of the model computes with instead of calling it). Without such data
+    nothing tells that a model computes with a weight: the factorized layer then multiplies its factors each time (its
+    `weight`).
 
     Replacements keep what a model reads of a dense layer: `weight`, `bias`, the arguments of nn.Linear and nn.Conv2d,
     and the attributes that were set on it. Layers with more than that are left: parameters, buffers, submodules,
     methods or an instance's forward of their own, state_dict hooks, gradient hooks on weight or bias.
 
     Returns:
-        A `Report` with an entry for each convolution, linear and factorized layer.
+        A `Report` with an entry for each convolution, linear and factorized layer, and a line for each kind of module
+        that holds the other parameters. Where no layer is replaced, a warning says why.
 
     Raises:
         ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
             that could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or
-            already factorized itself, an unknown method, a budget that cannot be met (saying the closest), calibration
+            already factorized itself, an unknown method, a budget that cannot be met (saying the closest, or that
+            nothing can be replaced), calibration
             data that are empty, not finite, or never reach a layer.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
@@ -138,27 +145,32 @@ def factorize_(
     if example_input is None and isinstance(rank, Budget):
         example_input = _example_for(rank, batches)
     layers = [site.layer for site in work.sites]
+    others = other_modules(model, layers)
     calls = None if example_input is None else recorded_calls(model, example_input, layers)
 
-    work.refuse(chosen)
+    work.refuse(chosen, named(work.sites, include))
     if calls is not None:
         work.note_reads(calls.reads, "example_input")
-    if batches is not None:
+    if isinstance(rank, Budget) and met_already(rank, model, work.open_sites(), calls, example_input):
+        work.reasons.update({id(site.layer): "the budget is met without it" for site in work.open_sites()})
+    if batches is not None and work.open_sites():
         work.gather(batches)
-    if isinstance(rank, Budget):
-        work.choices, left = spend(
-            rank, model, work.open_sites(), work.whitened(), method, multiple, seed, calls, example_input, progress
-        )
-        work.reasons.update(left)
+    if isinstance(rank, Budget) and work.open_sites():
+        work.spend(rank, calls, example_input)
     work.decompose()
     if batches is not None:
         work.fit(batches)
 
     times = {} if calls is None else work.measure(calls)
     replaced = [site for site in work.sites if id(site.layer) in work.replacements]
-    _swap(model, replaced, work.replacements, example_input)
+    whole = _swap(model, replaced, work.replacements, example_input)
     entries = [_entry(site, work, calls, times.get(id(site.layer))) for site in work.sites]
-    return Report(type(model).__name__, entries, calls is not None, before, count_parameters(model))
+    after = count_parameters(model)
+    report = Report(type(model).__name__, entries, calls is not None, before, after, others, *whole)
+    if not replaced and not isinstance(rank, Budget):  # a budget was met or an error before
+        notes = "; ".join(report.notes[:3]) or "it has no parameters"
+        warnings.warn(f"factorize_: no layer of {report.model} was replaced: {notes}", stacklevel=2)
+    return report
 
 
 @dataclass
@@ -190,11 +202,13 @@ class _Work:
         """Those that no reason keeps from being replaced."""
         return [site for site in self.sites if id(site.layer) not in self.reasons]
 
-    def refuse(self, chosen: Sequence[str | None]) -> None:
+    def refuse(self, chosen: Sequence[str | None], by_name: Sequence[bool]) -> None:
         """Notes why layers are left whatever their rank."""
         owners = Owners(self.model)
-        for site, reason in zip(self.sites, chosen, strict=True):
+        for site, reason, asked in zip(self.sites, chosen, by_name, strict=True):
             reason = reason or _unsafe(site, owners) or refusal(site.layer) or not_kept(site.layer)
+            if not asked and not isinstance(self.rank, Budget):  # a budget weighs what the layer's error costs
+                reason = reason or too_narrow(site)
             if self.linear is False and isinstance(site.layer, nn.Linear):
                 reason = reason or "linear=False leaves linear layers"
             if reason is not None:
@@ -255,6 +269,23 @@ class _Work:
                 weight = weight.double().cpu()
                 result[id(site.layer)] = weight / (float(weight.norm()) or 1.0)
         return result
+
+    def spend(self, budget: Budget, calls: Calls | None, example_input: Any) -> None:
+        """Chooses the ranks of each layer, or to leave it."""
+        self.choices, left = spend(
+            budget,
+            self.model,
+            self.open_sites(),
+            self.whitened(),
+            self.method,
+            self.multiple,
+            self.seed,
+            calls,
+            example_input,
+            bool(self.moments),
+            self.progress,
+        )
+        self.reasons.update(left)
 
     def decompose(self) -> None:
         """Makes the modules, or notes why a layer is left."""
@@ -415,21 +446,27 @@ class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
 
 
-def _swap(model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any) -> None:
-    """Puts the replacements in; takes them out again if the model then fails on the example input."""
-    for site in sites:
-        site.put(replacements[id(site.layer)])
+def _swap(
+    model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any
+) -> tuple[float, float] | tuple[None, None]:
+    """Puts the replacements in; leaves the model as it was if it then fails on the example input.
+
+    Returns the whole model's milliseconds on the example input, before and after.
+    """
+    times: tuple[float, float] | tuple[None, None] = (None, None)
     if example_input is not None:
         hint = "It was left as it was. It may ask more of a layer than a factorized one answers: exclude that layer"
         try:
             with model_errors("factorize_: the factorized model", model, "example_input", hint):
-                run_example(model, example_input)
+                times = compare_models(model, sites, replacements, example_input)
         except BaseException:
             for site in sites:
                 site.put(site.layer)
             raise
     for site in sites:
+        site.put(replacements[id(site.layer)])
         move_hooks(site.layer, replacements[id(site.layer)])
+    return times
 
 
 def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, float] | None) -> LayerReport:

@@ -15,6 +15,7 @@ from lowrank_ops import ranks
 from lowrank_ops.budget import Option
 from lowrank_ops.calls import LayerCalls, times
 from lowrank_ops.cp import cp_decompose
+from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.moments import Layer
 from lowrank_ops.report import count_macs, count_parameters
@@ -250,8 +251,18 @@ class Clock:
         return self._known[key]
 
 
-def count_cost(kind: str, calls: LayerCalls | None) -> Callable[[nn.Module], float]:
-    """Parameters of a module, or its multiply-accumulates in the recorded calls."""
+def count_cost(kind: str, calls: LayerCalls | None, calibrated: bool = False) -> Callable[[nn.Module], float]:
+    """Parameters of a module, or its multiply-accumulates in the recorded calls.
+
+    Of a factorized module that will be `calibrated` the bias counts, which the fit gives it if it has none.
+    """
+
+    def parameters(module: nn.Module) -> float:
+        count = count_parameters(module)
+        if calibrated and isinstance(module, FactorizedModule) and module.bias is None:
+            count += len(module.factors()["out_factor"])
+        return count
+
     if kind == "params" or calls is None:
-        return count_parameters
+        return parameters
     return lambda module: float(calls.total(lambda shape: count_macs(module, shape)) or 0)

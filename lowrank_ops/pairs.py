@@ -7,16 +7,13 @@ its children are traced one by one: what a child computes stays the same, howeve
 from __future__ import annotations
 
 import copy
-import io
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,6 +23,7 @@ from lowrank_ops.batches import Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.surgery import HOOKS, has_hooks
+from lowrank_ops.tables import as_html, as_text, new_table
 
 IsLayer = Callable[[nn.Module], bool]
 # What a call does that may follow a layer ("batchnorm", "relu"), or None; the module is None for a function call.
@@ -100,18 +98,22 @@ class FoldReport:
         return [fold for fold in self.folds if fold.reason is not None]
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.model}: {len(self.folded)} of {len(self)} folded")
+        return as_text(*self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._parts())
+
+    def _parts(self) -> list[Table | str]:
+        table = new_table(f"{self.model}: {len(self.folded)} of {len(self)} folded")
         for column in ("layer", "followed by", "step", "left because"):
             table.add_column(column, overflow="fold")
         for fold in self.folds:
             table.add_row(fold.layer or "", fold.follower, fold.step, fold.reason or "")
-        console = Console(file=io.StringIO(), width=max(120, shutil.get_terminal_size((160, 24)).columns))
-        with console.capture() as captured:
-            console.print(table, markup=False)
-            for name, reason in self.untraced.items():
-                where = name or self.model
-                console.print(f"torch.fx cannot trace {where}, so its children were: {reason}", markup=False)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+        lines = [
+            f"torch.fx cannot trace {name or self.model}, so its children were: {reason}"
+            for name, reason in self.untraced.items()
+        ]
+        return [table, *lines]
 
 
 def find_pairs(model: nn.Module, is_layer: IsLayer, step_of: StepOf) -> tuple[list[Pair], dict[str, str]]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
 from lowrank_ops.calls import no_nested_tensors
+from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, fits, new_table, terminal_width
 
 POLICIES = ("auto", "fused", "chain", "measure")
 
@@ -65,9 +64,9 @@ def policy() -> str:
     return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What the planner decides for one call of one op.
+    """What the planner decides for one call of one op; shows as a table.
 
     Attributes:
         op: tucker_conv2d, cp_conv2d or lowrank_linear.
@@ -93,30 +92,49 @@ class Explanation:
     rejections: list[tuple[str, str]]
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.op}: {self.problem}", caption=f'{self.device}; policy "{self.policy}"')
+        return as_text(self._table(terminal_width()), *self._remarks())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return as_html(self._table(HTML_WIDTH), *self._remarks())
+
+    def _table(self, width: int) -> Table:
+        """A line for each plan: its figures in columns where they fit, otherwise in one sentence."""
         plans = (self.chosen, *self.others)
         columns = _GPU_COLUMNS if any("ctas" in plan for plan in plans) else _CPU_COLUMNS
-        for heading in ("", "kernel", *columns, "why not"):
-            table.add_column(heading, no_wrap=heading == "kernel")
         reasons = dict(self.rejections)
+        table, narrow = (new_table(f"{self.op}: {self.problem}") for _ in range(2))
+        for heading in ("", "kernel", *columns, "why not"):
+            table.add_column(heading, overflow="fold", no_wrap=heading != "why not")
+        for heading in ("", "kernel", "plan"):
+            narrow.add_column(heading, overflow="fold")
         for plan in plans:
-            kernel = plan["kernel"]
-            cells = [_cell(plan, show) for show in columns.values()]
-            table.add_row("" if kernel in reasons else "runs", kernel, *cells, reasons.pop(kernel, ""))
-        text = io.StringIO()
-        console = Console(file=text, width=150)
-        console.print(table)
+            why_not = reasons.get(plan["kernel"], "")
+            figures = {heading: _cell(plan, show) for heading, show in columns.items()}
+            head = "" if plan["kernel"] in reasons else "runs", plan["kernel"]
+            table.add_row(*head, *figures.values(), why_not)
+            told = [f"{heading} {figure}" for heading, figure in figures.items() if figure]
+            narrow.add_row(*head, ", ".join([*told, *filter(None, [why_not])]))
+        return table if fits(table, width) else narrow
+
+    def _remarks(self) -> list[str]:
+        """The lines below the table."""
+        plans = (self.chosen, *self.others)
+        planned = {plan["kernel"] for plan in plans}
         remarks: dict[str, list[str]] = {}  # what is left to say -> of which kernels
-        for kernel, reason in reasons.items():
-            remarks.setdefault(f"cannot run: {reason}", []).append(kernel)
+        for kernel, reason in self.rejections:
+            if kernel not in planned:
+                remarks.setdefault(f"cannot run: {reason}", []).append(kernel)
         for plan in plans:
             for note in plan["notes"]:
                 remarks.setdefault(note, []).append(plan["kernel"])
-        planned = {plan["kernel"] for plan in plans if plan["notes"]}
+        noted = {plan["kernel"] for plan in plans if plan["notes"]}
+        lines = [f'{self.device}; policy "{self.policy}"']
         for remark, kernels in remarks.items():
-            who = "every kernel above" if len(kernels) > 1 and planned == set(kernels) else ", ".join(kernels)
-            console.print(f"{who}: {remark}", highlight=False, markup=False)
-        return text.getvalue().rstrip()
+            who = "every kernel above" if len(kernels) > 1 and noted == set(kernels) else ", ".join(kernels)
+            lines.append(f"{who}: {remark}")
+        return lines
 
 
 def _cell(plan: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
@@ -154,10 +172,18 @@ _PREPARED = "its weights were packed by prepare_for_inference_; packed anew in e
 
 
 class Explanations(tuple[Explanation, ...]):
-    """One `Explanation` for each call of an op of ours, in order; prints as tables."""
+    """One `Explanation` for each call of an op of ours, in order; shows as tables."""
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self)) if self else "no op of lowrank_ops is called"
+        return "\n\n".join(map(str, self)) if self else _NONE
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(explanation._repr_html_() for explanation in self) if self else as_html(_NONE)
+
+
+_NONE = "no op of lowrank_ops is called"
 
 
 class _Recorder(TorchDispatchMode):
@@ -186,7 +212,7 @@ def explain(
     device: Device | None = None,
     *,
     memory_format: torch.memory_format | None = None,
-    verbose: bool = True,
+    verbose: bool = False,
     **arguments: Any,
 ) -> Explanations:
     """Tells which path a call takes, with the plan, the rejections and the predicted times. Nothing is computed.
@@ -207,14 +233,14 @@ def explain(
             comes from that GPU's public figures. Other devices of torch run the chain. float32 is planned as tf32
             where torch's settings allow it now.
         memory_format: of 4-D inputs given as shapes (default: torch.contiguous_format).
-        verbose: also print the result.
+        verbose: also print the result. It shows itself at a prompt and in a notebook; in a script, print it.
         arguments: further arguments of the op: stride, padding, dilation, activation.
 
     Calls under a transform of torch.func (vmap, grad, jacrev, ...) and forward-mode derivatives are not foreseen: where
     they touch an argument of the op they run the chain, whatever is planned here.
 
     Returns:
-        A tuple of `Explanation`, one for each call.
+        A tuple of `Explanation`, one for each call, whose text is their tables: `print(explain(...))`.
 
     Raises:
         ValueError: whatever the op itself would raise for these shapes; an unknown device.

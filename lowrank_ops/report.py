@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import io
 import math
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -19,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from lowrank_ops.chains import same_padding
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.tables import as_html, as_text, new_table
 
 if TYPE_CHECKING:
     import pandas
@@ -69,6 +67,22 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class OtherModule:
+    """A module with parameters that belong to no layer of the report: it cannot be factorized.
+
+    Attributes:
+        name: qualified name in the model, "" for the model itself.
+        type: its class.
+        parameters: number of parameters that it holds itself, not those of its children. Each parameter of a model
+            counts once; those of lazy modules do not count.
+    """
+
+    name: str
+    type: str
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Report:
     """The layers that were looked at, in the model's order, iterable; `print(report)` shows them as a table.
 
@@ -78,6 +92,9 @@ class Report:
         macs_per_call: whether MACs are those of a forward pass (an example input was given) or per output
             pixel.
         model_parameters_before, model_parameters_after: of the whole model, layers without an entry included.
+        others: the modules that hold the parameters of the model that have no entry in `layers`.
+        model_milliseconds_before, model_milliseconds_after: median time of the whole model on the example input; None
+            without one.
     """
 
     model: str
@@ -85,6 +102,9 @@ class Report:
     macs_per_call: bool = False
     model_parameters_before: int = 0
     model_parameters_after: int = 0
+    others: list[OtherModule] = field(default_factory=list)
+    model_milliseconds_before: float | None = None
+    model_milliseconds_after: float | None = None
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -110,10 +130,13 @@ class Report:
         return [layer for layer in self.layers if layer.replaced_by is None]
 
     def total(self, column: str) -> float | None:
-        """Sum over the layers of e.g. "macs_before" or "milliseconds_after"; None if it is not known.
+        """A column's total, e.g. of "macs_before" or "milliseconds_after"; None if it is not known.
 
-        Layers without a value count nothing. MACs per output pixel are not summed: their pixels differ.
+        Parameters and milliseconds are those of the whole model. MACs are the sum over the layers; those per output
+        pixel are not summed: their pixels differ.
         """
+        if column.startswith(("parameters", "milliseconds")):
+            return getattr(self, f"model_{column}")  # type: ignore[no-any-return]
         if column.startswith("macs") and not self.macs_per_call:
             return None
         values = [getattr(layer, column) for layer in self.layers]
@@ -148,25 +171,23 @@ class Report:
         return pandas.DataFrame(rows, columns=columns)
 
     def to_table(self) -> Table:
-        """The table that `print(report)` shows, for a rich console."""
+        """The table that `print(report)` shows, for a rich console, without the `notes` below it."""
         unit = "" if self.macs_per_call else " per pixel"
-        table = Table(title=f"{self.model}: {len(self.replaced)} of {len(self)} layers replaced", show_footer=True)
-        before, after = self.model_parameters_before, self.model_parameters_after
-        table.add_column("layer", footer="total", overflow="fold")
-        table.add_column("type", footer="")
-        table.add_column("kernel")
-        table.add_column("ranks")
-        table.add_column("parameters", justify="right", footer=_change(before, after))
-        macs = _change(self.total("macs_before"), self.total("macs_after"))
-        table.add_column(f"MACs{unit}", justify="right", footer=macs)
         fitted = any(layer.output_error is not None for layer in self.layers)
-        table.add_column("output error" if fitted else "error", justify="right")
         timed = self.total("milliseconds_before") is not None
+        table = new_table(f"{self.model}: {len(self.replaced)} of {len(self)} layers replaced", show_footer=True)
+        for column in ("layer", "type", "kernel", "ranks"):
+            table.add_column(column, footer="total" if column == "layer" else "", overflow="fold")
+
+        def add(heading: str, column: str) -> None:
+            footer = _change(self.total(f"{column}_before"), self.total(f"{column}_after"))
+            table.add_column(heading, justify="right", footer=footer, overflow="fold")
+
+        add("parameters", "parameters")
+        add(f"MACs{unit}", "macs")
+        table.add_column("output error" if fitted else "error", justify="right", overflow="fold")
         if timed:
-            times = (self.total("milliseconds_before"), self.total("milliseconds_after"))
-            table.add_column("ms", justify="right", footer=_change(*times))
-        noted = any(layer.note is not None for layer in self.layers)
-        table.add_column("left because, notes" if noted else "left because", overflow="fold")
+            add("ms", "milliseconds")
         for layer in self.layers:
             cells = [
                 layer.name,
@@ -179,14 +200,40 @@ class Report:
             ]
             if timed:
                 cells.append(_change(layer.milliseconds_before, layer.milliseconds_after))
-            table.add_row(*cells, layer.reason or layer.note or "")
+            table.add_row(*cells)
         return table
 
+    @property
+    def notes(self) -> list[str]:
+        """The lines below the table: why layers were left, what to know of others, and what no layer holds."""
+        lines = []
+        for reason in dict.fromkeys(layer.reason for layer in self.skipped if layer.reason is not None):
+            left = [layer for layer in self.skipped if layer.reason == reason]
+            kinds = ", ".join(dict.fromkeys(layer.type for layer in left))
+            lines.append(f"left: {_listed([layer.name for layer in left])} ({kinds}; {self._shares(left)}): {reason}")
+        for note in dict.fromkeys(layer.note for layer in self.replaced if layer.note is not None):
+            lines.append(f"{_listed([layer.name for layer in self.replaced if layer.note == note])}: {note}")
+        for kind in dict.fromkeys(other.type for other in self.others):
+            found = [other for other in self.others if other.type == kind]
+            share = _percent(sum(other.parameters for other in found), self.model_parameters_before)
+            names = _listed([other.name or "the model itself" for other in found])
+            lines.append(f"not a layer that can be factorized: {kind} ({names}), {share} of the parameters")
+        return lines
+
+    def _shares(self, layers: Sequence[LayerReport]) -> str:
+        """What layers have of the whole dense model."""
+        parameters = _percent(sum(layer.parameters_before for layer in layers), self.model_parameters_before)
+        macs = self.total("macs_before")
+        if not macs:
+            return f"{parameters} of the parameters"
+        own = _percent(sum(layer.macs_before or 0 for layer in layers), macs)
+        return f"{parameters} of the parameters, {own} of the MACs"
+
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=max(120, shutil.get_terminal_size((160, 24)).columns))
-        with console.capture() as captured:
-            console.print(self.to_table(), markup=False)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+        return as_text(self.to_table(), *self.notes)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.to_table(), *self.notes)
 
 
 _SIZES = (
@@ -199,6 +246,19 @@ _SIZES = (
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, bias included; shared ones once, those of lazy layers not yet."""
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+
+
+def other_modules(model: nn.Module, layers: Iterable[nn.Module]) -> list[OtherModule]:
+    """The modules that hold the parameters of `model` that are not in `layers`."""
+    known = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    found = []
+    for name, module in model.named_modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in known]
+        known.update(map(id, own))
+        if own:
+            count = sum(parameter.numel() for parameter in own if not is_lazy(parameter))
+            found.append(OtherModule(name, type(module).__name__, count))
+    return found
 
 
 def count_layer_weights(model: nn.Module, layer_name: str) -> int:
@@ -302,6 +362,15 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None or before == after:
         return _number(before)
     return f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _percent(part: float, whole: float) -> str:
+    share = 100 * part / whole if whole else 0.0
+    return "under 0.1 %" if 0 < share < 0.1 else f"{share:.1f} %"
 
 
 def _error(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Which layers of a model `include=` and `exclude=` mean."""
+"""Which layers of a model `include=` and `exclude=` mean, and which only their names do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from lowrank_ops.surgery import Site
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector] | None
+
+# One rank for all layers leaves those with so few channels on a side as they are: of three channels half is one, which
+# costs much of the output and saves next to nothing.
+_NARROW = 8
 
 
 def select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Selectors) -> list[str | None]:
@@ -30,6 +34,35 @@ def select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Sel
         else:
             reasons.append(None)
     return reasons
+
+
+def named(sites: list[Site], include: Selectors) -> list[bool]:
+    """For each site whether `include` has its qualified name itself, no pattern, type or callable."""
+    names = [selector for selector in _listed("include", include) if isinstance(selector, str)]
+    return [any(name in names for name in site.names) for site in sites]
+
+
+def is_narrow(layer: Any) -> bool:
+    """Whether one rank for all layers is not for this convolution or linear layer."""
+    return min(_sides(layer)) <= _NARROW
+
+
+def too_narrow(site: Site) -> str | None:
+    """The reason to leave a narrow layer, or None."""
+    if not is_narrow(site.layer):
+        return None
+    inputs, outputs = _sides(site.layer)
+    return (
+        f"layers of at most {_NARROW} channels or features stay dense ({inputs} in, {outputs} out) unless "
+        f"include names them: include=['*', {site.names[0]!r}]"
+    )
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """Channels or features in and out."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _listed(argument: str, selectors: Selectors) -> list[Selector]:

@@ -38,6 +38,7 @@ def spend(
     seed: int,
     calls: Calls | None,
     example_input: Any,
+    calibrated: bool,
     progress: bool,
 ) -> tuple[dict[int, Choice], dict[int, str]]:
     """Chooses for each site, by the id of its layer: a `Choice`, or why it stays dense.
@@ -47,6 +48,7 @@ def spend(
         sites: the layers that may be replaced.
         weights: whitened or normalized, by id of the layer: see `options.options_for`.
         calls: of the layers on `example_input`, for multiplications and latency.
+        calibrated: layers without a bias will get one.
 
     Raises:
         ValueError: the budget cannot be met; the message says what could be reached.
@@ -62,7 +64,7 @@ def spend(
                 assert seen is not None
                 cost, step = clock.of(layer, seen), max(multiple, _LANES)
             else:
-                cost, step = count_cost(budget.kind, seen), multiple
+                cost, step = count_cost(budget.kind, seen, calibrated), multiple
             menus.append(options_for(layer, weights[id(layer)], method, cost, step, site.names[0], seed))
     dense = sum(menu[0].cost for menu in menus)
     whole = _whole_cost(budget, model, calls, example_input)
@@ -92,14 +94,45 @@ def spend(
     return choices, reasons
 
 
+def met_already(
+    budget: Budget, model: nn.Module, sites: Sequence[Site], calls: Calls | None, example_input: Any
+) -> bool:
+    """Whether the dense model keeps the budget; warns then that nothing is replaced.
+
+    Raises ValueError where it does not, and there is no layer to replace.
+    """
+    whole = _whole_cost(budget, model, calls, example_input)
+    target = budget.absolute(whole)
+    wanted = f"factorize_: the budget of {_shown(target, budget.kind)}"
+    if not budget.is_fraction and target >= whole:
+        taken = f"is met already, the dense model takes {_shown(whole, budget.kind)}"
+        warnings.warn(f"{wanted} {taken}: nothing is replaced", stacklevel=3)
+        return True
+    if not sites:
+        raise ValueError(
+            f"{wanted} cannot be met: the dense model takes {_shown(whole, budget.kind)}, and none of its layers may "
+            "be replaced; factorize_ with a rank instead of a Budget reports why"
+        )
+    if not whole:
+        raise ValueError(
+            f"{wanted} cannot be met: the example input reaches no convolution or linear layer; a budget of params "
+            "needs none"
+        )
+    return False
+
+
 _NOUNS = {"params": "parameters", "macs": "multiplications", "latency": "milliseconds"}
 
 
 def _allocate(menus: Sequence[Sequence[Option]], target: float, rest: float, kind: str, whole: float) -> list[Option]:
+    cheapest = sum(min(option.cost for option in menu) for menu in menus)
+    room = target - rest
+    if cheapest - 1e-12 * target < room < cheapest:  # sums are rounded
+        room = cheapest
     try:
-        return allocate(menus, max(target - rest, 0.0))
+        return allocate(menus, room)
     except ValueError:
-        least = rest + sum(min(option.cost for option in menu) for menu in menus)
+        least = rest + cheapest
         raise ValueError(
             f"factorize_: the budget of {_shown(target, kind)} cannot be met; the closest is {_shown(least, kind)} "
             f"({least / whole:.0%} of the dense model's {_shown(whole, kind)}), of which "

@@ -39,6 +39,12 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are not folded, whatever the width of the terminal that the tests run in."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
 @pytest.fixture(params=POLICIES, scope="module")
 def policy(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests under each policy."""

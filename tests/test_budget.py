@@ -10,6 +10,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,10 +61,24 @@ def test_a_great_layer_takes_the_budget_that_a_small_one_would_waste() -> None:
     [
         ({}, ValueError, "exactly one of params, macs and latency, got none"),
         ({"params": 0.5, "macs": 0.5}, ValueError, "got params, macs"),
-        ({"params": 1.5}, ValueError, r"params as a fraction must lie in \(0, 1\]"),
-        ({"macs": 0}, ValueError, "macs must be positive, got 0"),
+        ({"params": 1.5}, ValueError, r"params must be a fraction .*, a float in \(0, 1\), .* got 1.5"),
+        ({"macs": 2e9}, ValueError, "or a number of its own, an int above 1, got 2000000000.0"),
+        ({"macs": 1}, ValueError, "macs must be a fraction .* got 1"),
+        ({"macs": 1.0}, ValueError, "macs must be a fraction .* got 1.0"),
+        ({"params": 1}, ValueError, "params must be a fraction .* got 1"),
+        ({"macs": 0}, ValueError, "macs must be positive and finite, got 0"),
         ({"macs": -0.5}, ValueError, "macs must be positive"),
+        ({"params": float("nan")}, ValueError, "params must be positive and finite, got nan"),
         ({"latency": timedelta(0)}, ValueError, "latency must be positive"),
+        ({"latency": 1}, ValueError, "latency=1 has no unit: a time is latency='12 ms'"),
+        ({"latency": 1.0}, ValueError, r"latency=1.0 has no unit"),
+        ({"latency": 1.01}, ValueError, r"latency=1.01 has no unit"),
+        ({"latency": 12}, ValueError, "latency=12 has no unit"),
+        ({"latency": "12"}, ValueError, "latency as a str must be a number and a unit, s, ms or us .* got '12'"),
+        ({"latency": "1 h"}, ValueError, "got '1 h'"),
+        ({"latency": "ms"}, ValueError, "got 'ms'"),
+        ({"latency": "inf s"}, ValueError, "latency must be positive and finite, got inf s"),
+        ({"latency": "-1 s"}, ValueError, "latency must be positive and finite, got -1 s"),
         ({"params": "half"}, TypeError, "params must be a number, got 'half'"),
         ({"params": True}, TypeError, "params must be a number, got True"),
     ],
@@ -76,9 +91,11 @@ def test_bad_budgets(arguments: dict[str, Any], kind: type[Exception], message: 
 def test_fractions_numbers_and_times() -> None:
     assert Budget(params=0.25).absolute(1000) == 250
     assert Budget(params=250).absolute(1000) == 250
-    assert Budget(params=1).absolute(1000) == 1
+    assert Budget(macs=np.int64(2)).absolute(1000) == 2
     assert Budget(latency=0.5).absolute(0.08) == 0.04
     assert Budget(latency=timedelta(milliseconds=5)).absolute(0.08) == 0.005
+    for text, seconds in {"12 ms": 0.012, "1.5s": 1.5, " 800 us ": 8e-4, "1e3 ms": 1.0}.items():
+        assert Budget(latency=text).absolute(0.08) == pytest.approx(seconds)
 
 
 class Network(nn.Sequential):
@@ -176,6 +193,78 @@ def test_a_model_of_factorized_layers_only(model: Network) -> None:
         factorize_(again, rank=Budget(params=0.5), progress=False)
     with pytest.raises(ValueError, match="cannot be met; the closest is"):  # what is left dense is not enough
         factorize_(model, rank=Budget(params=0.05), progress=False)
+
+
+class OtherWeight(nn.Module):
+    """Half of a model's parameters in no layer that can be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32, 32))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight
+
+
+@pytest.mark.parametrize("budget", [Budget(params=0.5), Budget(params=100), Budget(latency="1 us"), Budget(macs=0.5)])
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(OtherWeight()), nn.Sequential(OtherWeight(), nn.Conv1d(5, 5, 1, groups=5))],
+    ids=["no layers", "none to replace"],
+)
+def test_a_budget_without_a_layer_to_replace_is_an_error(model: nn.Module, budget: Budget) -> None:
+    with pytest.raises(ValueError, match=r"cannot be met: the dense model takes .* none of its layers may be replaced"):
+        factorize_(model, rank=budget, example_input=torch.ones(2, 5, 32), progress=False)
+
+
+def test_a_budget_below_the_rest_of_the_model_is_an_error() -> None:
+    """Also where the layers that may be replaced cost nothing, because the model does not call them."""
+
+    class Uncalled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped, self.unused = nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 16, 3)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.grouped(input)
+
+    example = torch.ones(1, 16, 8, 8)
+    with pytest.raises(ValueError, match=r"cannot be met; the closest is 41,472 multiplications \(100%"):
+        factorize_(Uncalled(), rank=Budget(macs=0.5), example_input=example, progress=False)
+    model = nn.Sequential(OtherWeight(), nn.Linear(32, 32))
+    with pytest.raises(ValueError, match="of which 1,024 parameters lie outside"):
+        factorize_(model, rank=Budget(params=0.3), progress=False)
+
+
+def test_a_budget_of_multiplications_needs_layers_that_the_input_reaches(model: Network) -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    with pytest.raises(ValueError, match="the example input reaches no convolution or linear layer"):
+        factorize_(Skips(), rank=Budget(macs=0.5), example_input=INPUT, progress=False)
+
+
+@pytest.mark.parametrize("budget", [Budget(params=10**6), Budget(macs=10**12), Budget(latency="1000 s")])
+def test_a_budget_that_is_met_already_does_nothing_and_says_so(model: Network, budget: Budget) -> None:
+    layers = list(model)
+    with pytest.warns(UserWarning, match=r"budget of .* is met already, the dense model takes .*: nothing is replaced"):
+        report = factorize_(model, rank=budget, calibration=INPUT, progress=False)
+    assert list(model) == layers and not report.replaced
+    assert {layer.reason for layer in report} == {"the budget is met without it"}
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+def test_biases_that_calibration_adds_are_in_the_budget(fraction: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(12, 400, 1, bias=False), nn.ReLU(), nn.Conv2d(400, 12, 1, bias=False))
+    budget = fraction * count_parameters(model)
+    factorize_(model, rank=Budget(params=fraction), calibration=torch.randn(64, 12, 4, 4), progress=False)
+    assert count_parameters(model) <= budget and any(isinstance(layer, FactorizedModule) for layer in model)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def images(rows: int = 16) -> Tensor:
 
 def factorized(teacher: nn.Module) -> nn.Module:
     student = copy.deepcopy(teacher)
-    lowrank_ops.factorize_(student, "tucker", (3, 4), linear=3, progress=False)
+    names = [name for name, layer in student.named_children() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    lowrank_ops.factorize_(student, "tucker", (3, 4), linear=3, include=names, progress=False)
     kinds = [type(layer) for layer in student if isinstance(layer, FactorizedModule)]
     assert kinds == [TuckerConv2d, TuckerConv2d, LowRankLinear]
     return student
@@ -391,6 +392,18 @@ def test_a_loss_that_runs_away_starts_anew_at_a_lower_learning_rate() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_the_report_has_the_loss_of_what_it_returns(pair: tuple) -> None:
+    """The last step's batch is another one, and so is its loss."""
+    student, teacher = pair
+    hard = images() * 1e-3 + teacher[0].bias.new_tensor([0.3, -0.2, 0.1]).view(3, 1, 1)
+    report = quiet(student, teacher, [images(), *[hard] * 4], steps=5, layer_weight=0.0)
+    with torch.no_grad():
+        expected = float(relative(student(images()), teacher(images())))
+    assert report.kept and report.result == pytest.approx(expected, rel=1e-9)
+    assert report.result < report.first and report.result != pytest.approx(report.last, rel=0.1)
+    assert f"loss on the first batch {report.first:.4g} > {report.result:.4g}" in str(report)
+
+
 def test_a_student_that_got_worse_is_as_it_was(pair: tuple) -> None:
     student, teacher = pair
     before = values(student)
@@ -398,6 +411,7 @@ def test_a_student_that_got_worse_is_as_it_was(pair: tuple) -> None:
     with pytest.warns(UserWarning, match="has its initial parameters again; use a lower learning rate"):
         report = quiet(student, teacher, images(), steps=1, optimizer=optimizer)
     assert not report.kept and str(report).endswith("no better than before, so undone")
+    assert report.result == report.first
     assert_unchanged(student, before)
 
 

@@ -36,7 +36,9 @@ def test_count_layer_weights_agrees_with_the_report() -> None:
     model = LeNet()
     assert lowrank_ops.count_layer_weights(model, "conv2") == 16 * 6 * 25 + 16
     assert lowrank_ops.count_layer_weights(model, "") == 61_706
-    report = lowrank_ops.factorize_(model, rank=0.5, multiple=1, exclude="conv1", progress=False)
+    report = lowrank_ops.factorize_(
+        model, rank=0.5, multiple=1, include=["conv2", "dense1", "dense2", "head"], progress=False
+    )
     table = report.to_pandas().set_index("layer")
     assert len(report.replaced) == 4
     for name in ("conv2", "dense1", "dense2", "head", "conv1"):
@@ -308,7 +310,7 @@ def test_factorizing_leaves_the_pieces_in_place(case: small_networks.Case) -> No
     torch.manual_seed(0)
     model = small_networks.small_network(case, width=8).double()
     pieces = [type(layer) for layer in model if not isinstance(layer, (nn.Conv2d, nn.Linear))]
-    lowrank_ops.factorize_(model, rank=0.5, multiple=1, progress=False)
+    lowrank_ops.factorize_(model, rank=0.5, multiple=1, include=small_networks.layer_names(model), progress=False)
     kinds = (lowrank_ops.TuckerConv2d, lowrank_ops.LowRankLinear)
     assert sum(isinstance(layer, kinds) for layer in model) >= 3
     assert [type(layer) for layer in model if not isinstance(layer, (nn.Conv2d, nn.Linear, *kinds))] == pieces

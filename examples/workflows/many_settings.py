@@ -144,7 +144,7 @@ def transfer(
         return accuracy(model, data.batches(dataset.test, 256))
 
     def factorized(model: LeNet) -> None:
-        lowrank_ops.factorize_(model, rank=rank, multiple=1, exclude=["conv1", "head"], progress=progress)
+        lowrank_ops.factorize_(model, rank=rank, multiple=1, include=["conv2", "dense1", "dense2"], progress=progress)
 
     def moved(model: LeNet) -> list[float]:
         at_source = trained(model, source, epochs)

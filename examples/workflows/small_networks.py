@@ -78,6 +78,11 @@ def small_network(case: Case, width: int = 32, classes: int = 10, size: int = 32
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[3] * (size // 8) ** 2, classes))
 
 
+def layer_names(model: nn.Sequential) -> list[str]:
+    """The convolutions and linear layers; named one by one, those of few channels are factorized as well."""
+    return [name for name, layer in model.named_children() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
 def run(
     dataset: data.Dataset,
     *,
@@ -106,7 +111,7 @@ def run(
         dense = small_network(case, width, labelled.classes, dataset.train.images.shape[-1])
         train(dense, loader, torch.optim.Adam(dense.parameters()), epochs, **options)
         model = copy.deepcopy(dense)
-        lowrank_ops.factorize_(model, rank=rank, multiple=1, progress=progress)
+        lowrank_ops.factorize_(model, rank=rank, multiple=1, include=layer_names(model), progress=progress)
         as_it_is = accuracy(model, test)
         train(model, loader, torch.optim.Adam(model.parameters()), -(-epochs // 2), **options)
         sizes = [count_parameters(dense), count_parameters(model)]

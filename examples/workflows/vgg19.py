@@ -77,11 +77,17 @@ def cp_chain(conv: nn.Conv2d, rank: int) -> nn.Sequential:
     return _filled(chain, weights, conv.bias)
 
 
+def but_the_first(model: VGG19) -> list[str]:
+    """The names of all convolutions but the first."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and name != FIRST]
+
+
 def with_chains(model: VGG19, make: Callable[[nn.Conv2d], nn.Sequential], progress: bool = True) -> VGG19:
     """A copy of the network with a chain for every convolution but the first."""
     chained = copied(model)
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and name != FIRST]
-    for name in tqdm(names, desc="TensorLy", unit="layer", file=sys.stderr, disable=not progress, leave=False):
+    for name in tqdm(
+        but_the_first(model), desc="TensorLy", unit="layer", file=sys.stderr, disable=not progress, leave=False
+    ):
         replace_layer(chained, name, make)
     return chained
 
@@ -104,7 +110,7 @@ def networks(model: VGG19, cp_rank: int, progress: bool = True) -> dict[str, nn.
         found[name] = copied(model)
         # A fraction of 0.5 means (in // 2, out // 2); multiple=1 keeps it from being rounded up.
         lowrank_ops.factorize_(
-            found[name], method, rank, multiple=1, exclude=FIRST, linear=False, progress=progress  # type: ignore[arg-type]
+            found[name], method, rank, multiple=1, include=but_the_first(model), progress=progress  # type: ignore[arg-type]
         )  # fmt: skip
 
     def chained(name: str, make: Callable[[nn.Conv2d], nn.Sequential]) -> None:
