@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,19 @@ def read(path: str | Path) -> list[Observation]:
         planned = prediction(cell, dtype, layout, content["machine"])
         if not planned["other_possible"]:
             continue
-        features = (np.array(planned[f"{way}_features"]) for way in ("fused", "chain"))
-        group = (isa_class(content["machine"], dtype), cell.op, dtype, "nchw" if cell.is_linear else layout)
-        peer = min(chains.values())
+        layout_of_constants = "nchw" if cell.is_linear else layout
         found.append(
-            Observation(f"{cell} {layout} {dtype}", group, *features, planned["chain"], fused, chain, library, peer)
+            Observation(
+                name=f"{cell} {layout} {dtype}",
+                group=(isa_class(content["machine"], dtype), cell.op, dtype, layout_of_constants),
+                fused_features=np.array(planned["fused_features"]),
+                chain_features=np.array(planned["chain_features"]),
+                takes_chain=planned["chain"],
+                fused=fused,
+                chain=chain,
+                library=library,
+                peer=min(chains.values()),
+            )
         )
     return found
 
@@ -158,12 +166,9 @@ def fit(observations: Sequence[Observation]) -> Constants:
 def picks(observations: Sequence[Observation], constants: Constants) -> list[Observation]:
     """The same observations, as a planner with these constants would decide them."""
     return [
-        Observation(**{
-            **vars(o),
-            "takes_chain": float(o.chain_features @ constants.chain) < float(o.fused_features @ constants.fused),
-        })
+        replace(o, takes_chain=float(o.chain_features @ constants.chain) < float(o.fused_features @ constants.fused))
         for o in observations
-    ]  # fmt: skip
+    ]
 
 
 def regret(observations: Sequence[Observation]) -> float:
