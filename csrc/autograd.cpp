@@ -273,8 +273,10 @@ Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad
                                                   in_factor, core, out_factor, bias, stride, padding, dilation,
                                                   activation, output_mask);
   }
-  const Block block = tucker_block(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
-                                   parse_activation("tucker_conv2d_backward", activation));
+  constexpr const char* op = "tucker_conv2d_backward";
+  const Window window{stride, padding, dilation};
+  check_pairs(op, window);  // torch's own ops check the shapes
+  const Block block = tucker_block(input, in_factor, core, out_factor, bias, window, parse_activation(op, activation));
   return as_tuple(differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
@@ -289,8 +291,11 @@ Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_out
                                               height_factor, width_factor, out_factor, bias, stride, padding, dilation,
                                               activation, output_mask);
   }
-  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias,
-                               {stride, padding, dilation}, parse_activation("cp_conv2d_backward", activation));
+  constexpr const char* op = "cp_conv2d_backward";
+  const Window window{stride, padding, dilation};
+  check_pairs(op, window);  // torch's own ops check the shapes
+  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window,
+                               parse_activation(op, activation));
   return as_tuple(differentiable_gradients<6>(grad_output, input, block,
                                               {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }
