@@ -260,8 +260,10 @@ Gradients5 tucker_gradients(const Tensor& grad_output, const Tensor& input, cons
                             const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
                             IntArrayRef padding, IntArrayRef dilation, string_view activation,
                             std::array<bool, 5> output_mask) {
-  const Block block = tucker_block(input, in_factor, core, out_factor, bias, {stride, padding, dilation},
-                                   parse_activation("tucker_conv2d_backward", activation));
+  constexpr const char* op = "tucker_conv2d_backward";
+  const Window window{stride, padding, dilation};
+  check_pairs(op, window);  // torch's own ops check the shapes
+  const Block block = tucker_block(input, in_factor, core, out_factor, bias, window, parse_activation(op, activation));
   return as_tuple(differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
 }
 
@@ -269,8 +271,11 @@ Gradients6 cp_gradients(const Tensor& grad_output, const Tensor& input, const Te
                         const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
                         const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                         string_view activation, std::array<bool, 6> output_mask) {
-  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias,
-                               {stride, padding, dilation}, parse_activation("cp_conv2d_backward", activation));
+  constexpr const char* op = "cp_conv2d_backward";
+  const Window window{stride, padding, dilation};
+  check_pairs(op, window);  // torch's own ops check the shapes
+  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window,
+                               parse_activation(op, activation));
   return as_tuple(differentiable_gradients<6>(grad_output, input, block,
                                               {in_factor, height_factor, width_factor, out_factor}, output_mask));
 }

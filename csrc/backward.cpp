@@ -145,23 +145,6 @@ auto as_tuple(const Array& gradients) {
   return std::apply([](const auto&... gradient) { return std::make_tuple(gradient...); }, gradients);
 }
 
-void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input, IntArrayRef required) {
-  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ", required,
-                    ", got ", grad_output.sizes());
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have the input's dtype ",
-                   input.scalar_type(), ", got ", grad_output.scalar_type());
-  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op, ": grad_output must be on the input's device ",
-                    input.device(), ", got ", grad_output.device());
-}
-
-void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input, int64_t t, int64_t kh,
-                       int64_t kw, const Window& window) {
-  const auto size = [&](int axis, int64_t kernel) {
-    return output_size(input.size(2 + axis), kernel, window.stride[axis], window.padding[axis], window.dilation[axis]);
-  };
-  check_grad_output(op, grad_output, input, {input.size(0), t, size(0, kh), size(1, kw)});
-}
-
 // Backward may be called inside an autocast region; the dtypes are the forward pass's, not the region's.
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};

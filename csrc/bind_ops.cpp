@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace lowrank_ops {
@@ -115,17 +116,23 @@ void bind_ops(py::module_& m) {
         [](const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
            const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias, const Pair& stride,
            const Pair& padding, const Pair& dilation, const std::string& activation) {
-          return merged_cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias,
-                                 {stride, padding, dilation}, parse_activation("merged_cp_chain", activation));
+          const Window window{stride, padding, dilation};
+          check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+          return merged_cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
+                                 parse_activation("merged_cp_chain", activation));
         });
-  m.def("merged_cp_backward", [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
-                                 const at::Tensor& height_factor, const at::Tensor& width_factor,
-                                 const at::Tensor& out_factor, const OptionalTensor& bias, const Pair& stride,
-                                 const Pair& padding, const Pair& dilation, const std::string& activation,
-                                 const std::array<bool, 6>& mask) {
-    return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias,
-                              {stride, padding, dilation}, parse_activation("merged_cp_backward", activation), mask);
-  });
+  m.def("merged_cp_backward",
+        [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+           const at::Tensor& height_factor, const at::Tensor& width_factor, const at::Tensor& out_factor,
+           const OptionalTensor& bias, const Pair& stride, const Pair& padding, const Pair& dilation,
+           const std::string& activation, const std::array<bool, 6>& mask) {
+          const Window window{stride, padding, dilation};
+          check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+          check_grad_output("merged_cp_backward", grad_output, input, out_factor.size(0), height_factor.size(1),
+                            width_factor.size(1), window);
+          return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias,
+                                    window, parse_activation("merged_cp_backward", activation), mask);
+        });
 }
 
 }  // namespace lowrank_ops

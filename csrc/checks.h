@@ -56,7 +56,7 @@ inline void check_bias(const char* op, const OptionalTensor& bias, int64_t t) {
                     "] (the rows of out_factor) or None, got shape ", bias->sizes());
 }
 
-inline void check_window(const char* op, const at::Tensor& input, int64_t kh, int64_t kw, const Window& window) {
+inline void check_pairs(const char* op, const Window& window) {
   const auto check_pair = [op](const char* name, at::IntArrayRef values) {
     TORCH_CHECK_VALUE(values.size() == 2, op, ": ", name, " must have 2 entries (height, width), got ", values);
     for (const int64_t value : values)  // larger ones would overflow in the products below
@@ -65,6 +65,10 @@ inline void check_window(const char* op, const at::Tensor& input, int64_t kh, in
   check_pair("stride", window.stride);
   check_pair("padding", window.padding);
   check_pair("dilation", window.dilation);
+}
+
+inline void check_window(const char* op, const at::Tensor& input, int64_t kh, int64_t kw, const Window& window) {
+  check_pairs(op, window);
   const char* axis_name[2] = {"height", "width"};
   const int64_t kernel[2] = {kh, kw};
   for (int axis = 0; axis < 2; ++axis) {
@@ -128,6 +132,24 @@ inline void check_linear(const at::Tensor& input, const at::Tensor& in_factor, c
   check_size(op, {"in_factor", in_factor}, 1, input.size(-1), "S, the last axis of input");
   check_size(op, {"out_factor", out_factor}, 1, in_factor.size(0), "R, the rows of in_factor");
   check_bias(op, bias, out_factor.size(0));
+}
+
+inline void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                              at::IntArrayRef required) {
+  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ", required,
+                    ", got ", grad_output.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have the input's dtype ",
+                   input.scalar_type(), ", got ", grad_output.scalar_type());
+  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op, ": grad_output must be on the input's device ",
+                    input.device(), ", got ", grad_output.device());
+}
+
+inline void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input, int64_t t,
+                              int64_t kh, int64_t kw, const Window& window) {
+  const auto size = [&](int axis, int64_t kernel) {
+    return output_size(input.size(2 + axis), kernel, window.stride[axis], window.padding[axis], window.dilation[axis]);
+  };
+  check_grad_output(op, grad_output, input, {input.size(0), t, size(0, kh), size(1, kw)});
 }
 
 }  // namespace lowrank_ops

@@ -15,6 +15,8 @@
 namespace lowrank_ops {
 namespace {
 
+constexpr int64_t kMostOfAnAxis = int64_t(1) << 40;  // no tensor is larger; sums of such sizes do not overflow
+
 template <typename Value, size_t count>
 Value choose(const char* what, const std::string& name, const std::pair<const char*, Value> (&known)[count]) {
   for (const auto& [known_name, value] : known)
@@ -77,13 +79,20 @@ Problem described_problem(const std::string& op, const std::string& dtype, bool 
     p.dilation[axis] = window[4 + axis];
   }
   p.activation = parse_activation("explain", activation);
+  // Before anything is divided or multiplied: the rules of check_window (checks.h), and no axis of size 0 but the
+  // batch.
+  const auto valid = [&](bool condition) {
+    TORCH_CHECK_VALUE(condition, "explain: the sizes and the window must be those of a valid call of ", op,
+                      ", got sizes ", at::IntArrayRef(sizes), " (N, S, H, W, T, R1, R2, KH, KW) and window ",
+                      at::IntArrayRef(window), " (stride, padding, dilation)");
+  };
+  valid(p.n >= 0 && *std::min_element(sizes.begin() + 1, sizes.end()) >= 1 &&
+        *std::max_element(sizes.begin(), sizes.end()) <= kMostOfAnAxis);
+  valid(std::min({p.stride[0], p.stride[1], p.dilation[0], p.dilation[1]}) >= 1 &&
+        std::min(p.padding[0], p.padding[1]) >= 0 && *std::max_element(window.begin(), window.end()) <= INT32_MAX);
   p.oh = output_size(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
   p.ow = output_size(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
-
-  TORCH_CHECK_VALUE(*std::min_element(p.stride, p.stride + 2) >= 1 &&
-                        *std::min_element(p.dilation, p.dilation + 2) >= 1 && p.oh > 0 && p.ow > 0 && p.r1 > 0 &&
-                        p.r2 > 0,
-                    "explain: the sizes and the window must be those of a valid call of ", op);
+  valid(p.oh > 0 && p.ow > 0);
   return p;
 }
 
@@ -97,10 +106,7 @@ struct Planned {
 
 Planned plan_for_cpu(const Problem& p, bool prepared) {
   const CpuCaps caps = cpu_caps();
-  Planned planned{plan_cpu(p, caps, policy(), prepared),
-                  caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
-                      (caps.threads == 1 ? " thread" : " threads"),
-                  ""};
+  Planned planned{plan_cpu(p, caps, policy(), prepared), in_words(caps), ""};
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
     const std::optional<bool> chain_faster = measured_chain_faster(p, measured_caps(caps, prepared));
@@ -130,6 +136,11 @@ void apply_measurement(Decision& decision, const std::string& key) {
         rejection.reason = measured ? "measured to be slower" : "predicted to be slower; not measured yet";
 }
 
+#ifdef LOWRANK_OPS_WITH_CUDA
+constexpr bool kHasCudaKernels = true;
+#else
+constexpr bool kHasCudaKernels = false;
+#endif
 constexpr int kNoDevice = -1;  // a named GPU: none of this machine's, but a kernel may be forced
 
 std::string in_words(const GpuCaps& caps) {
@@ -148,29 +159,34 @@ std::string known_gpus() {
   return names;
 }
 
-Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
-  if (device == "cpu") return plan_for_cpu(p, prepared);
-  p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
-  if (const GpuCaps* named = find_gpu(device))
-    return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
-            in_words(*named) + "; " + source_of_predictions(*named), ""};
-  std::optional<c10::Device> known;
+c10::Device parse_device(const std::string& device) {
   try {
-    known.emplace(device);
+    return c10::Device(device);
   } catch (const c10::Error&) {
     TORCH_CHECK_VALUE(false, "explain: device must be \"cpu\", \"cuda\", another device of torch or one of the GPUs ",
                       known_gpus(), ", got '", device, "'");
   }
-  if (!known->is_cuda()) return {plan_other(p, device, policy()), device, ""};
+}
+
+// `device`: the name of a GPU, or one of torch's; without an index the first ("cuda": the caller gives the current
+// one).
+Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
+  const GpuCaps* named = find_gpu(device);
+  const std::optional<c10::Device> known = named ? std::nullopt : std::optional(parse_device(device));
+  if (known && known->is_cpu()) return plan_for_cpu(p, prepared);
+  p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
+  if (named)
+    return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
+            in_words(*named) + "; " + source_of_predictions(*named), ""};
   const int index = known->has_index() ? known->index() : 0;
-  const std::optional<GpuCaps> present = present_gpu(index);
+  const std::optional<GpuCaps> present = known->is_cuda() ? present_gpu(index) : std::nullopt;
   if (!present) {
-    Planned planned{plan_other(p, device, policy()), device, ""};
-#ifdef LOWRANK_OPS_WITH_CUDA
-    planned.decision.rejections = {
-        {"fused", "there is no GPU " + device + " here; plans for one that is not: device=\"A100\""}};
-#endif
-    return planned;
+    const bool could_be_here = known->is_cuda() && kHasCudaKernels;
+    return {plan_other(p,
+                       could_be_here ? "there is no GPU " + device + " here; plans for one that is not: device=\"A100\""
+                                     : "lowrank_ops has no kernels for " + device + " in this build",
+                       policy()),
+            device, ""};
   }
   // As in a call with dense tensors: measurements are remembered by these too.
   const CopyWidths widths = copy_widths(p);

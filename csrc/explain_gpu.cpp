@@ -1,4 +1,6 @@
 // The GPU planner's parts one by one, for tests and tools: the kernel table, one kernel's plan, how tiles lie.
+#include <algorithm>
+
 #include "explain.h"
 #include "ops.h"
 #include "plan/gpu.h"
@@ -22,6 +24,23 @@ const GpuKernel& kernel_named(const char* caller, const std::string& name) {
   for (const GpuKernel& kernel : gpu_kernels()) known += (known.empty() ? "" : ", ") + std::string(kernel.name);
   TORCH_CHECK_VALUE(index >= 0, caller, ": kernel must be one of ", known, ", got '", name, "'");
   return gpu_kernels()[size_t(index)];
+}
+
+// A cut as numbers: images, height and width of a tile, and what may follow (stages, splits).
+template <size_t count>
+void check_cut(const char* caller, const std::array<int, count>& cut) {
+  TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
+                    ": each number of the cut must be at least 1, got ", c10::ArrayRef<int>(cut));
+}
+
+void check_op(const char* caller, const GpuKernel& kernel, const Problem& p) {
+  TORCH_CHECK_VALUE(kernel.op == p.op, caller, ": the kernel must be one of ", name_of(p.op), ", got ", kernel.name);
+}
+
+// Geometry counts in 32 bits.
+void check_sizes(const char* caller, const Problem& p) {
+  const std::string reason = size_reason(p);
+  TORCH_CHECK_VALUE(reason.empty(), caller, ": ", reason);
 }
 
 py::list kernel_table() {
@@ -80,9 +99,12 @@ py::dict plan_gpu_kernel(const Described& described, const std::string& kernel, 
   caps.built_ptx = built_ptx;
   if (architecture) caps.architecture = architecture;
   const Problem p = problem_of(described);
-  const GpuCandidate candidate = plan_kernel(p, kernel_named("plan_gpu_kernel", kernel), caps);
+  const GpuKernel& wanted = kernel_named("plan_gpu_kernel", kernel);
+  check_op("plan_gpu_kernel", wanted, p);
+  const GpuCandidate candidate = plan_kernel(p, wanted, caps);
   py::dict result = candidate.reason.empty() ? describe(candidate.plan, p.op) : py::dict();
   result["reason"] = candidate.reason;
+  result["no_code"] = candidate.no_code;
   return result;
 }
 
@@ -92,6 +114,9 @@ std::pair<std::vector<double>, bool> fused_gpu_features(const Described& describ
                                                         std::array<int, 5> cut, const std::string& gpu) {
   const Problem p = problem_of(described);
   const GpuKernel& kernel = kernel_named("fused_gpu_features", kernel_name);
+  check_op("fused_gpu_features", kernel, p);
+  check_sizes("fused_gpu_features", p);
+  check_cut("fused_gpu_features", cut);
   const Geometry g = geometry_of(p, cut[0], cut[1], cut[2], cut[3], cut[4]);
   const FusedFeatures found =
       fused_features(p, kernel, g, layout_of(p, kernel, g), gpu_named("fused_gpu_features", gpu));
@@ -122,7 +147,10 @@ py::dict axis_tiles(const TileAxis& axis) {
 }
 
 py::tuple gpu_tiles(const Described& described, std::array<int, 3> tile) {
-  const Geometry g = geometry_of(problem_of(described), tile[0], tile[1], tile[2], 2, 1);
+  const Problem p = problem_of(described);
+  check_sizes("gpu_tiles", p);
+  check_cut("gpu_tiles", tile);
+  const Geometry g = geometry_of(p, tile[0], tile[1], tile[2], 2, 1);
   return py::make_tuple(axis_tiles(g.rows), axis_tiles(g.columns), g.tiles());
 }
 

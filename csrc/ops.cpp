@@ -7,12 +7,14 @@
 
 #include <atomic>
 #include <chrono>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
 #include "bind_ops.h"
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/prepared.h"
 #include "cpu/team.h"
 #ifdef LOWRANK_OPS_WITH_CUDA
@@ -98,6 +100,34 @@ int64_t team_threads(int64_t threads) {
   return together;
 }
 
+// How many shares of a stage still run when the exception of the leader's share leaves Team::run: none may, because
+// they use the stage. The other shares take some milliseconds longer than the leader's.
+int64_t team_shares_after_error(int64_t threads) {
+  using Clock = std::chrono::steady_clock;
+  const auto patience = Clock::now() + std::chrono::seconds(10);
+  std::atomic<int64_t> begun{0}, running{0};
+  int64_t after = -1;
+  Team team(threads);
+  team.call([&] {
+    const auto leader = std::this_thread::get_id();
+    try {
+      team.run([&](const Share&) {
+        ++running;
+        ++begun;
+        while (begun < threads && Clock::now() < patience) std::this_thread::yield();
+        if (std::this_thread::get_id() != leader) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        --running;
+        if (std::this_thread::get_id() == leader) throw std::runtime_error("the leader's share");
+      });
+    } catch (const std::runtime_error&) {
+      after = running;
+    }
+    // Without this a mistake would let shares outlive what they use.
+    while (running > 0) std::this_thread::yield();
+  });
+  return after;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(lowrank_ops, m) {
@@ -163,6 +193,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   m.def("parallel_threads", &parallel_threads);
   m.def("team_threads", &team_threads);
+  m.def("team_shares_after_error", &team_shares_after_error);
+  m.def("cpu_plans_made", &cpu_plans_made);
+  m.def("kept_memory", &kept_memory);
+  m.def("release_memory", &release_memory, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_isa", [] { return cpu_caps().isa; });
   m.def("prepare", &prepare);
 }

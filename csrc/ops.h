@@ -22,17 +22,13 @@ Activation parse_activation(const char* op, std::string_view name);
 at::Tensor apply_activation(at::Tensor output, Activation activation);
 
 // The dtype in which the library's convolutions can be trusted with a block of this input.
-// fp16 on a CPU: the library has no fast kernels for it.
-// bf16 on a CPU: oneDNN as of torch 2.13 fails for some windows with a stride along W. On Zen 4 (AVX512_BF16), random
-// problems with a padding too: a dense forward crashed the process within the first few hundred, 9 of 4,000 dense and 1
-// of 4,000 depthwise weight gradients were wrong (garbage, NaN). On Zen 5 189 of 1,530 without padding, all with one
-// column of output, had wrong outputs and weight gradients (one hidden channel; kernels 4 wide). Kernels 1 wide never
-// failed without padding.
+// fp16 on a CPU: the library has no fast kernels for it. bf16 on a CPU: library_bfloat16_fails.
 inline at::ScalarType library_dtype(const at::Tensor& input, const Window& window, int64_t kernel_width) {
   const at::ScalarType dtype = input.scalar_type();
   if (!input.is_cpu()) return dtype;
-  const bool risky = window.stride[1] > 1 && (kernel_width > 1 || window.padding[1] > 0);
-  return dtype == at::kHalf || (dtype == at::kBFloat16 && risky) ? at::kFloat : dtype;
+  const bool fails =
+      dtype == at::kBFloat16 && library_bfloat16_fails(kernel_width, window.stride[1], window.padding[1]);
+  return dtype == at::kHalf || fails ? at::kFloat : dtype;
 }
 
 // Of a core [R2, R1, KH, KW] or a factor [R, KW].

@@ -21,12 +21,6 @@ std::map<std::string, Measurement> measured;
 constexpr const char* kFused = "fused";
 constexpr const char* kChain = "chain";
 
-// Threads and instruction set stand in it: with others, other times.
-std::string name_of(const CpuCaps& caps) {
-  return caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
-         (caps.threads == 1 ? " thread" : " threads");
-}
-
 double seconds(const std::function<void()>& run) {
   double best = 1e30;
   for (int i = 0; i < 3; ++i) {  // the first warms caches and generated code
@@ -39,6 +33,11 @@ double seconds(const std::function<void()>& run) {
 }
 
 }  // namespace
+
+std::string in_words(const CpuCaps& caps) {
+  return caps.name + ", " + caps.isa + " kernels, " + std::to_string(caps.threads) +
+         (caps.threads == 1 ? " thread" : " threads");
+}
 
 Policy policy() {
   return current.load(std::memory_order_relaxed);
@@ -53,20 +52,6 @@ Policy parse_policy(const std::string& name) {
   if (name == "chain") return Policy::kChain;
   if (name == "measure") return Policy::kMeasure;
   TORCH_CHECK_VALUE(false, "set_policy: policy must be one of auto, fused, chain, measure, got '", name, "'");
-}
-
-const char* name_of(Policy policy) {
-  switch (policy) {
-    case Policy::kAuto:
-      return "auto";
-    case Policy::kFused:
-      return "fused";
-    case Policy::kChain:
-      return "chain";
-    case Policy::kMeasure:
-      return "measure";
-  }
-  return "";
 }
 
 std::string measurement_key(const Problem& p, const std::string& device) {
@@ -126,7 +111,7 @@ size_t measured_choice(const std::string& key, const std::vector<Candidate>& can
 }
 
 std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps& caps) {
-  const std::optional<std::string> fastest = measured_fastest(measurement_key(problem, name_of(caps)));
+  const std::optional<std::string> fastest = measured_fastest(measurement_key(problem, in_words(caps)));
   return fastest ? std::optional<bool>(*fastest == kChain) : std::nullopt;
 }
 
@@ -134,7 +119,7 @@ bool chain_measures_faster(const Problem& problem, const CpuCaps& caps, const st
                            const std::function<void()>& chain) {
   const std::vector<Candidate> candidates = {{kFused, [&] { return seconds(fused); }},
                                              {kChain, [&] { return seconds(chain); }}};
-  return candidates[measured_choice(measurement_key(problem, name_of(caps)), candidates)].name == kChain;
+  return candidates[measured_choice(measurement_key(problem, in_words(caps)), candidates)].name == kChain;
 }
 
 std::vector<Measurement> measurements() {

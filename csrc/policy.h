@@ -14,7 +14,6 @@ namespace lowrank_ops {
 Policy policy();
 void set_policy(Policy policy);
 Policy parse_policy(const std::string& name);
-const char* name_of(Policy policy);
 
 // One way to run a problem; `seconds` runs it and says how long it took, however the device is timed.
 struct Candidate {
@@ -28,6 +27,8 @@ struct Measurement {
   std::vector<std::pair<std::string, double>> seconds;  // of each candidate
 };
 
+// A CPU with the instruction set and the threads in use, on which timings depend.
+std::string in_words(const CpuCaps& caps);
 // A problem and where it runs, as text: the key of a measurement. `device` names everything that may change the winner.
 std::string measurement_key(const Problem& problem, const std::string& device);
 // The index of the candidate to run: the fastest of an earlier measurement, if it is among the candidates, or else of

@@ -16,6 +16,7 @@ from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.initialization import Spectral
 from lowrank_ops.measurements import load_measurements, save_measurements
+from lowrank_ops.memory import kept_memory, release_memory
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.pairs import Fold, FoldReport
 from lowrank_ops.planning import Explanation, explain, policy, set_policy
@@ -58,6 +59,7 @@ __all__ = [
     "frobenius_decay",
     "frobenius_norm_squared",
     "fuse_",
+    "kept_memory",
     "load",
     "load_measurements",
     "lowrank_linear",
@@ -65,6 +67,7 @@ __all__ = [
     "prepare_for_inference_",
     "reestimate_batchnorm_",
     "reference",
+    "release_memory",
     "save",
     "save_measurements",
     "set_policy",

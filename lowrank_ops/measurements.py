@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def save_measurements(path: str | os.PathLike[str]) -> int:
     """Writes all that this process has measured under the policy "measure" to a JSON file, for `load_measurements`.
 
     Args:
-        path: the file; what it held before is replaced.
+        path: the file; what it held before is replaced. Several processes may write to it at once: it is then the
+            one that finished last's.
 
     Returns:
         The number of problems in the file.
@@ -26,9 +28,11 @@ def save_measurements(path: str | os.PathLike[str]) -> int:
         for problem, fastest, seconds in _C.measurements()
     ]
     target = Path(path)
-    written = target.with_name(target.name + ".part")  # a reader never sees half a file
-    written.write_text(json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
-    written.replace(target)
+    # In a folder of its own beside the file: a reader never sees half a file, and processes never share one.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        written = Path(folder, target.name)
+        written.write_text(json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
+        written.replace(target)
     return len(entries)
 
 

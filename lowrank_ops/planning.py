@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
@@ -168,9 +169,6 @@ _GPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-_PREPARED = "its weights were packed by prepare_for_inference_; packed anew in each call where they have changed since"
-
-
 class Explanations(tuple[Explanation, ...]):
     """One `Explanation` for each call of an op of ours, in order; shows as tables."""
 
@@ -187,15 +185,23 @@ _NONE = "no op of lowrank_ops is called"
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every call of our ops; what runs are the fake kernels, on meta tensors."""
+    """Notes every call of our ops; what runs are the fake kernels, on meta tensors.
+
+    Attributes:
+        calls: name and arguments of each.
+        mixed: the last op called, of any library, had a meta tensor and one on another device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.mixed = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.mixed = {"meta"} < {tensor.device.type for tensor in tensors}
         schema = func._schema
         namespace, _, name = schema.name.partition("::")
         if namespace == "lowrank_ops" and not name.endswith("_backward"):
@@ -228,7 +234,7 @@ def explain(
         dtype: plan for this dtype instead of the tensors' (shapes alone: the module's, or float32). Inside
             torch.autocast the default is the region's dtype, but for float64; a region that a model opens itself
             is not seen.
-        device: plan for this device instead of the input's: "cpu", "cuda" (the GPU of this machine), or, on any
+        device: plan for this device instead of the input's: "cpu", "cuda" (the current GPU), "cuda:1", or, on any
             machine, the name of a GPU: "A100", "RTX 3090", "RTX 4090", "H100", "H200", "B200". What is then predicted
             comes from that GPU's public figures. Other devices of torch run the chain. float32 is planned as tf32
             where torch's settings allow it now.
@@ -284,12 +290,19 @@ def explain(
         if module is None:
             op_or_module(*args, **kwargs, **arguments)
         else:
-            _run(module, {name: meta(value) for name, value in state.items()}, args, kwargs)
-    planned = str(device) if device is not None else str(found) if found.type == "cuda" else found.type
+            _run(module, {name: meta(value) for name, value in state.items()}, args, kwargs, recorder)
+    planned = _with_index(str(found if device is None else device))
     result = Explanations(_explain(name, call, planned) for name, call in recorder.calls)
     if verbose:
         print(result)
     return result
+
+
+def _with_index(device: str) -> str:
+    """ "cuda" as torch means it: the current GPU. Until torch has started CUDA that is the first one."""
+    if device == "cuda" and torch.cuda.is_initialized():
+        return f"cuda:{torch.cuda.current_device()}"
+    return device
 
 
 def _inputs(given: Inputs, single: bool) -> tuple[Sequence[Tensor | Shape | None], Mapping[str, Tensor | Shape | None]]:
@@ -323,11 +336,13 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(size, int) for size in value)
 
 
-def _run(module: nn.Module, state: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> None:
+def _run(
+    module: nn.Module, state: dict[str, Any], args: list[Any], kwargs: dict[str, Any], recorder: _Recorder
+) -> None:
     try:
         torch.func.functional_call(module, state, tuple(args), kwargs)
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and "meta" not in str(error):  # the model's or the op's own refusal
+        if isinstance(error, ValueError) and not recorder.mixed:  # the model's or the op's own refusal
             raise
         raise RuntimeError(
             f"explain: {type(module).__name__} failed: {error}. explain runs the model on meta tensors: tensors that "
@@ -362,10 +377,7 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
             f"{list(x.shape)} to {t} channels, {kh}x{kw}, {ranks}, stride {pairs[0]}, padding {pairs[1]}, "
             f"dilation {pairs[2]}, {dtype}, {layout}"
         )
-    prepared = "packed" in call
-    found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device, prepared)
-    if prepared and device == "cpu" and found["chosen"]["path"] == "fused":
-        found["chosen"]["notes"].append(_PREPARED)
+    found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device, "packed" in call)
     if found["tf32"]:
         words += " (as tf32)"
     return Explanation(

@@ -181,7 +181,7 @@ def _rounded_chain(problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
     """PyTorch's chain in bf16 or fp16 as it is meant to be: fp32 sums, every result and gradient rounded.
 
     Not the library's own bf16 convolutions: as of torch 2.13 some of them crash the process or read unset
-    memory on CPUs (csrc/backward.h says which).
+    memory on CPUs (library_bfloat16_fails of csrc/plan/problem.h says which).
     """
     dtype = tensors["input"].dtype
     wide = {name: tensor.float() for name, tensor in tensors.items()}
@@ -234,7 +234,7 @@ def assert_within_budget(
         library_error = library if isinstance(library, float) else (library.double() - exact).norm().item()
         cap = 2 * eps * (norm if passes == 1 else magnitude.norm().item())
         # The cap first, which also takes the place of NaN: torch's own bf16 convolutions read memory that nothing wrote
-        # for some windows (ops.h).
+        # for some windows (library_bfloat16_fails).
         budget = 2 * min(cap, library_error) + eps / 2 * norm
     assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}, norm of the reference {norm:.3e}"
 

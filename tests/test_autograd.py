@@ -71,6 +71,33 @@ def test_merged_depthwise_stages(geometry: str) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
+def test_merged_depthwise_stages_refuse_what_the_op_refuses() -> None:
+    """Unchecked, one number for a window would be read beyond its end."""
+    call = Problem("cp_conv2d").make()
+    grad, tensors = output_gradient(call), list(call.tensors.values())
+    for window in ([[1], [0, 0], [1, 1]], [[1, 1], [0, 0, 0], [1, 1]], [[1, 1], [0, 0], []]):
+        with pytest.raises(ValueError, match=r"cp_conv2d: .* must have 2 entries"):
+            _C.merged_cp_chain(*tensors, *window, "none")
+        with pytest.raises(ValueError, match=r"cp_conv2d: .* must have 2 entries"):
+            _C.merged_cp_backward(grad, *tensors, *window, "none", [True] * 6)
+    with pytest.raises(ValueError, match="merged_cp_backward: grad_output must have the output's shape"):
+        _C.merged_cp_backward(grad[:, :, 1:], *tensors, 1, 0, 1, "none", [True] * 6)
+    with pytest.raises(ValueError, match=r"cp_conv2d: height_factor must be \[R, KH\]"):
+        _C.merged_cp_chain(*tensors[:2], tensors[2][0], *tensors[3:], 1, 0, 1, "none")
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("op", CONVS)
+def test_backward_refuses_windows_of_other_lengths(op: str, requires_grad: bool) -> None:
+    call = Problem(op).make()
+    grad = output_gradient(call)
+    tensors = [tensor.requires_grad_(requires_grad) for tensor in call.tensors.values()]
+    backward = getattr(torch.ops.lowrank_ops, f"{op}_backward")
+    for window in ([[1], [0, 0], [1, 1]], [[1, 1], [0, 0], [1, 1, 1]]):
+        with pytest.raises(ValueError, match=f"{op}.*: .* must have 2 entries"):
+            backward(grad, *tensors, *window, "none", [True] * len(tensors))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(5, 4, 3), (1, 1, 1), (1, 9, 2), (7, 1, 3), (130, 67, 31)])
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 import time
@@ -293,6 +294,53 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
 )
 def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, object], words: str) -> None:
     assert re.search(words, plan(problem, kernel, "A100", **options)["reason"])
+
+
+def test_what_this_build_has_no_code_for_is_told_apart_from_other_reasons() -> None:
+    """Policy "fused" raises where nothing else would ever run; it must not depend on how the reason is worded."""
+    for line in KERNELS:
+        problem = problem_for(line)
+        has_own_code = line["family"] == "sm90a"  # in every build, for that architecture alone
+        known = {"architecture": 90}
+        missing = plan(problem, line["name"], "H200", built_for=[80, 86], **known)
+        assert (missing["no_code"], missing["reason"] == "") == (not has_own_code, has_own_code)
+        assert not plan(problem, line["name"], "H200", built_for=[90], **known)["no_code"]
+        assert not plan(replace(problem, n=0), line["name"], "H200", built_for=[90], **known)["no_code"]
+        assert not plan(problem, line["name"], "H200", built_for=[80, 86], architecture=70)["no_code"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        ([1, 8, 8, 8, 8, 4, 4, 3, 3], [0, 1, 0, 0, 1, 1]),
+        ([1, 8, 8, 8, 8, 4, 4, 3, 3], [1, 1, 0, 0, 1, 0]),
+        ([1, 8, 8, 8, 8, 4, 4, 3, 3], [1, 1, -1, 0, 1, 1]),
+        ([1, 8, 8, 8, 8, 4, 4, 3, 3], [1, 1, 2**62, 0, 1, 1]),
+        ([1, 8, 8, 8, 8, 4, 4, 9, 3], [1, 1, 0, 0, 1, 1]),
+        ([1, 8, 8, 8, 8, 0, 4, 3, 3], [1, 1, 0, 0, 1, 1]),
+        ([-1, 8, 8, 8, 8, 4, 4, 3, 3], [1, 1, 0, 0, 1, 1]),
+        ([1, 8, 8, 8, 8, 4, 4, 0, 3], [1, 1, 0, 0, 1, 1]),
+        ([1, 8, 2**62, 8, 8, 4, 4, 3, 3], [1, 1, 0, 0, 1, 1]),
+    ],
+)
+def test_planning_refuses_calls_that_no_op_takes(sizes: list[int], window: list[int]) -> None:
+    """A stride of 0 would end the process in a division."""
+    for device in ("cpu", "A100"):
+        with pytest.raises(ValueError, match="explain: the sizes and the window must be those of a valid call"):
+            _C.explain("tucker_conv2d", "float32", True, sizes, window, "none", device)
+
+
+def test_cuts_are_checked() -> None:
+    described = Problem().described()
+    with pytest.raises(ValueError, match="gpu_tiles: each number of the cut must be at least 1"):
+        _C.gpu_tiles(described, [1, 0, 8])
+    with pytest.raises(ValueError, match="gpu_tiles: channels and ranks must be at most"):
+        _C.gpu_tiles(Problem(s=2**32).described(), [1, 8, 8])
+    with pytest.raises(ValueError, match="fused_gpu_features: each number of the cut must be at least 1"):
+        _C.fused_gpu_features(described, "tucker_conv2d_sm80_128x64", [1, 8, 8, 2, 0], "A100")
+    for function, more in ((_C.plan_gpu_kernel, ()), (_C.fused_gpu_features, ([1, 8, 8, 2, 1],))):
+        with pytest.raises(ValueError, match="the kernel must be one of tucker_conv2d, got lowrank_linear_sm80_128x64"):
+            function(described, "lowrank_linear_sm80_128x64", *more, "A100")
 
 
 def test_the_wide_kernel_takes_what_the_other_cannot_hold() -> None:
@@ -610,10 +658,44 @@ def test_measurements_in_a_file(tmp_path: Path) -> None:
     _C.measured_choice("GPU; problem", [("a", 3.0), ("b", 1.0)])
     assert lowrank_ops.save_measurements(path) == 1
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask, "readable as any new file"
     _C.forget_measurements()
     assert lowrank_ops.load_measurements(path) == 1
     assert _C.measured_choice("GPU; problem", [("a", 1.0), ("b", 2.0)]) == 1
     assert _C.measurements() == [("GPU; problem", "b", [("a", 3.0), ("b", 1.0)])]
+
+
+def test_processes_that_save_at_once_do_not_mix_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process saves to the same path after this one has written, and before it has renamed."""
+    path = tmp_path / "measured.json"
+    _C.measured_choice("GPU; problem", [("a", 3.0), ("b", 1.0)])
+    written: list[Path] = []
+    replace_file = Path.replace
+
+    def late(self: Path, target: Path) -> Path:
+        written.append(self)
+        if len(written) == 1:
+            _C.measured_choice("GPU; another problem", [("a", 3.0), ("b", 1.0)])
+            assert lowrank_ops.save_measurements(path) == 2
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    assert lowrank_ops.save_measurements(path) == 1
+    assert len(set(written)) == 2
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert lowrank_ops.load_measurements(path) == 1
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, text: str) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="no space"):
+        lowrank_ops.save_measurements(tmp_path / "measured.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_cpu_measures_is_kept_in_the_file_too(tmp_path: Path) -> None:

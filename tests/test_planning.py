@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,45 @@ def test_measure_gives_the_right_result_and_remembers(op: str) -> None:
 
 def test_other_devices_run_the_chain_and_explain_says_so() -> None:
     for device in ("mps", "xpu"):
-        found = explain_one(Problem("tucker_conv2d"), device=device)
-        assert found.path == "chain" and found.device == device
-        assert found.rejections == [("fused", f"lowrank_ops has no kernels for {device} in this build")]
+        why = f"lowrank_ops has no kernels for {device} in this build"
+        reasons = {
+            "auto": why,
+            "chain": f'the policy is "chain", and {why}',
+            "fused": f'{why}: the chain runs although the policy is "fused"',
+            "measure": f"{why}: there is nothing to measure",
+        }
+        for policy, reason in reasons.items():
+            with lowrank_ops.set_policy(policy):
+                found = explain_one(Problem("tucker_conv2d"), device=device)
+            assert found.path == "chain" and found.device == device
+            assert found.rejections == [("fused", reason)]
+
+
+def test_a_device_means_the_same_with_and_without_its_index() -> None:
+    for op in OPS:
+        plain = explain_one(Problem(op), device="cpu")
+        for device in ("cpu:0", torch.device("cpu"), torch.device("cpu", 0), None):
+            assert explain_one(Problem(op), device=device) == plain
+    model = lowrank_ops.TuckerConv2d(16, 16, 3, 8, padding=1).eval()
+    lowrank_ops.prepare_for_inference_(model)
+    with lowrank_ops.set_policy("fused"):
+        notes = [
+            lowrank_ops.explain(model, (1, 16, 8, 8), device=device, verbose=False)[0].chosen["notes"]
+            for device in ("cpu", "cpu:0")
+        ]
+    assert notes[0] == notes[1] and "packed by prepare_for_inference_" in notes[0][0]
+
+
+def test_cuda_is_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everywhere in torch. Without CUDA in the build the plan is the chain, and says for which device."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 63)
+    problem = Problem("cp_conv2d")
+    assert explain_one(problem, device="cuda").device == "cuda:63"
+    assert explain_one(problem, device=torch.device("cuda")).device == "cuda:63"
+    assert explain_one(problem, device="cuda:62").device == "cuda:62"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not explain_one(problem, device="cuda").device.startswith("cuda:63"), "asking would start CUDA"
 
 
 def test_explain_takes_shapes() -> None:
@@ -213,6 +250,18 @@ def test_explain_says_that_models_run_on_meta_tensors(model: nn.Module) -> None:
         lowrank_ops.explain(model, (2, 6), verbose=False)
 
 
+class Refuses(TwoInputs):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        image = image + torch.ones(())  # a number on the CPU goes with meta tensors
+        self.linear(image)
+        raise ValueError("the meta learner needs two tasks")
+
+
+def test_a_model_s_own_refusal_is_passed_on_whatever_its_words_are() -> None:
+    with pytest.raises(ValueError, match=r"^the meta learner needs two tasks$"):
+        lowrank_ops.explain(Refuses(), (2, 6), verbose=False)
+
+
 def test_explain_inside_autocast_plans_the_region_s_dtype() -> None:
     linear = lowrank_ops.LowRankLinear(6, 5, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -310,3 +359,60 @@ def test_set_num_threads_reaches_the_kernels() -> None:
             assert _C.parallel_threads(1) == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_is_planned_once(op: str) -> None:
+    """Every later call takes the plan from the cache; anything that a plan depends on makes another one."""
+    threads = torch.get_num_threads()
+    call = Problem(op, n=3, s=37, t=41, r1=16, r2=17, h=11, w=5).make()
+
+    def planned(run: Callable[[], object] = call.run) -> int:
+        """How many plans two calls have needed."""
+        before = _C.cpu_plans_made()
+        run()
+        run()
+        return _C.cpu_plans_made() - before
+
+    try:
+        with lowrank_ops.set_policy("auto"):
+            assert planned() == 1
+            assert planned() == 0
+            assert planned(replace(call.problem, n=4).make().run) == 1
+            assert planned(replace(call.problem, activation="relu").make().run) == 1
+            torch.set_num_threads(threads + 1)
+            assert planned() == 1
+            torch.set_num_threads(threads)
+            for setter, other, former in (
+                (_C.set_cpu_isa, "generic", ""),
+                (_C.set_cpu_winograd, "2x2", "auto"),
+                (_C.set_cpu_teams, "never", "auto"),
+            ):
+                best = _C.cpu_isa()
+                setter(other)
+                assert planned() == (setter is not _C.set_cpu_isa or best != other)
+                setter(former)
+                assert planned() == 0
+        for policy in ("chain", "fused", "measure"):
+            with lowrank_ops.set_policy(policy):
+                assert planned() == 1
+                if policy != "measure":
+                    assert (count_convolutions(call.problem, policy) == 0) == (policy == "fused")
+    finally:
+        torch.set_num_threads(threads)
+        _C.set_cpu_isa("")
+        _C.set_cpu_winograd("auto")
+        _C.set_cpu_teams("auto")
+
+
+def test_remembered_plans_are_bounded() -> None:
+    """A program whose shapes never repeat goes on; the cache starts anew above 4,096 plans."""
+    factors = torch.ones(2, 3), torch.ones(4, 2)
+    with lowrank_ops.set_policy("fused"), torch.inference_mode():
+        for rows in range(1, 4200):
+            lowrank_ops.lowrank_linear(torch.ones(rows, 3), *factors)
+        before = _C.cpu_plans_made()
+        lowrank_ops.lowrank_linear(torch.ones(4199, 3), *factors)
+        assert _C.cpu_plans_made() == before, "the latest are still there"
+        lowrank_ops.lowrank_linear(torch.ones(1, 3), *factors)
+        assert _C.cpu_plans_made() == before + 1, "the first are gone"

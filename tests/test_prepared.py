@@ -71,7 +71,7 @@ def run_prepared(call: Call, packed: Tensor) -> Tensor:
     return op(*arguments, *schema_options(call), packed)
 
 
-def poison(packed: Tensor, header: int = 320) -> Tensor:
+def poison(packed: Tensor, header: int = 384) -> Tensor:
     """The same record of what was packed, but NaN for every weight: shows whether they are used."""
     damaged = packed.clone()
     damaged[header:] = 0xFF
@@ -245,6 +245,47 @@ def test_factors_that_were_not_packed(fused_policy: None, op: str) -> None:
     assert torch.equal(run_prepared(call, packed), call.run())
     for nonsense in (torch.zeros(3, dtype=torch.uint8), torch.zeros(4096, dtype=torch.uint8), torch.zeros(4096)):
         assert torch.equal(run_prepared(call, nonsense), call.run())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_part_of_what_was_packed_is_not_read(fused_policy: None, op: str) -> None:
+    """The kernels would read beyond its end."""
+    call = Problem(op, n=20, s=40, r1=40, r2=40, t=40, kernel=(3, 3)).make()
+    packed = packed_for(call)
+    assert_used(call, packed)
+    assert torch.equal(run_prepared(call, poison(packed)[: packed.numel() // 2]), call.run())
+
+
+def factor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("factors", "error", "words"),
+    [
+        ((factor(4, 8, 1), None, factor(6, 4)), ValueError, r"in_factor must be \[R1, S\], got shape \[4, 8, 1\]"),
+        ((factor(4, 8), factor(4, 4, 3, 3, 3), factor(6, 4)), ValueError, r"core must be \[R2, R1, KH, KW\], got"),
+        ((factor(4, 8), factor(*[1] * 40), factor(6, 4)), ValueError, r"core must be \[R2, R1, KH, KW\], got"),
+        ((factor(4, 8), factor(4, 4, 3), factor(6, 4)), ValueError, r"core must be \[R2, R1, KH, KW\], got"),
+        ((factor(4, 8), None, factor(4)), ValueError, r"out_factor must be \[T, R2\], got shape \[4\]"),
+        ((factor(4, 8), factor(4, 5, 3, 3), factor(6, 4)), ValueError, "core must have size 4 on axis 1"),
+        ((factor(4, 8), factor(5, 4, 3, 3), factor(6, 4)), ValueError, "out_factor must have size 5 on axis 1"),
+        ((factor(4, 8), None, factor(6, 3)), ValueError, "out_factor must have size 4 on axis 1"),
+        ((factor(4, 0), None, factor(6, 4)), ValueError, "in_factor must have no axis of size 0"),
+        ((factor(4, 8, dtype=torch.int8), None, factor(6, 4)), TypeError, "in_factor must be float32, .*, got Char"),
+        ((factor(4, 8), None, factor(6, 4, dtype=torch.float16)), TypeError, "out_factor must have in_factor's dtype"),
+        ((factor(4, 8, device="meta"), None, factor(6, 4)), ValueError, "in_factor must be a dense tensor on the CPU"),
+        ((factor(4, 8).to_sparse(), None, factor(6, 4)), ValueError, "in_factor must be a dense tensor on the CPU"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(factors: tuple, error: type[Exception], words: str) -> None:
+    """The record of what was packed has room for four axes, and panels are read without further checks."""
+    with pytest.raises(error, match=f"prepare: {words}"):
+        _C.prepare(*factors, False)
+    with torch.inference_mode():
+        tensors = factor(4, 8), None, factor(6, 4)
+    with pytest.raises(ValueError, match="prepare: in_factor must be no inference tensor"):
+        _C.prepare(*tensors, False)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])

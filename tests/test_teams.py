@@ -126,6 +126,29 @@ def test_a_small_image_of_large_ranks_has_a_team() -> None:
     assert plan(Problem("tucker_conv2d", h=28, w=28, r1=64, r2=64, **sizes).make())["team"] == 1
 
 
+def test_teams_are_no_larger_than_their_work_pays_for() -> None:
+    """Each wait takes longer the more threads there are. Waits were measured between two threads only."""
+    _C.set_cpu_teams("auto")
+    torch.set_num_threads(128)
+    sizes = dict(n=1, s=512, t=512, r1=128, r2=128, h=4, w=56, padding=(1, 1))  # 50 million multiply-adds
+    assert plan(Problem("cp_conv2d", **sizes).make())["team"] <= 16
+
+
+@pytest.mark.parametrize("channels", [512, 1024, 2048])
+def test_a_team_of_some_of_the_threads(channels: int) -> None:
+    """Where a team of all would wait too much: no fewer threads work than where there are fewer, and no bit changes."""
+    _C.set_cpu_teams("auto")
+    call = Problem("tucker_conv2d", n=1, s=channels, t=channels, r1=256, r2=256, h=7, w=7, padding=(1, 1)).make()
+    torch.set_num_threads(1)
+    output, used = call.run(), [1]
+    for count in (2, 4, 8, 16, 64, 128):
+        torch.set_num_threads(count)
+        used.append(max(plan(call)["team"], plan(call)["strips"]))
+    assert used == sorted(used) and used[-1] < 128
+    torch.set_num_threads(used[-1] + 3)
+    assert torch.equal(call.run(), output)
+
+
 def test_unknown_teams_are_refused() -> None:
     with pytest.raises(ValueError, match="auto, always, never"):
         _C.set_cpu_teams("sometimes")
@@ -150,6 +173,13 @@ def test_all_threads_of_a_team_take_part() -> None:
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         assert _C.team_threads(count) == count
+
+
+def test_the_stage_outlives_its_shares_when_the_leader_throws() -> None:
+    for count in (2, 3, 5):
+        torch.set_num_threads(count)
+        assert _C.team_shares_after_error(count) == 0
+        assert _C.team_threads(count) == count, "the next team is as ever"
 
 
 def test_explain_shows_the_team() -> None:

@@ -18,12 +18,14 @@ template <typename Fused, typename Chain>
 at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
   const bool is_prepared = prepared.in_factor != nullptr;
-  const CpuChoice choice = choose_cpu(problem, caps, policy(), is_prepared);
-  bool take_chain = choice.chain;
-  if (policy() == Policy::kMeasure && choice.other_possible)
-    take_chain =
-        chain_measures_faster(problem, measured_caps(caps, is_prepared), [&] { fused(choice.tile); }, [&] { chain(); });
-  return take_chain ? chain() : fused(choice.tile);
+  const Policy chosen_policy = policy();
+  const std::shared_ptr<const CpuChoice> choice = cached_choose_cpu(problem, caps, chosen_policy, is_prepared);
+  const auto run_fused = [&] { return fused(choice->tile); };
+  const bool take_chain = chosen_policy == Policy::kMeasure && choice->other_possible
+                              ? chain_measures_faster(
+                                    problem, measured_caps(caps, is_prepared), [&] { run_fused(); }, [&] { chain(); })
+                              : choice->chain;
+  return take_chain ? chain() : run_fused();
 }
 
 at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/winograd.h"
 #include "plan/plan.h"
 #include "problem_of.h"
@@ -27,6 +28,7 @@ struct Record {
 // At the start of the tensor; offsets in bytes, 0 where there is no such part.
 struct Header {
   Record record;
+  int64_t bytes;  // of the whole tensor
   int64_t in_factor, core, winograd[4], out_factor;
 };
 
@@ -56,10 +58,37 @@ Record record_of(const at::Tensor& in_factor, const at::Tensor* core, const at::
 
 static_assert(sizeof(Record) == sizeof(int64_t) * (5 + 3 * 10), "records are compared byte by byte");
 
+void check_factors(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor) {
+  constexpr const char* op = "prepare";
+  check_dim(op, {"in_factor", in_factor}, 2, "[R1, S]");
+  if (core) check_dim(op, {"core", *core}, 4, "[R2, R1, KH, KW]");
+  check_dim(op, {"out_factor", out_factor}, 2, "[T, R2]");
+  TORCH_CHECK_TYPE(is_supported(in_factor.scalar_type()), op,
+                   ": in_factor must be float32, float64, bfloat16 or float16, got ", in_factor.scalar_type());
+  if (core) check_size(op, {"core", *core}, 1, in_factor.size(0), "R1, the rows of in_factor");
+  check_size(op, {"out_factor", out_factor}, 1, core ? core->size(0) : in_factor.size(0),
+             core ? "R2, the first axis of core" : "R, the rows of in_factor");
+  const auto check = [&](const Argument& factor) {
+    const at::Tensor& tensor = factor.tensor;
+    TORCH_CHECK_TYPE(tensor.scalar_type() == in_factor.scalar_type(), op, ": ", factor.name,
+                     " must have in_factor's dtype ", in_factor.scalar_type(), ", got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.layout() == at::kStrided, op, ": ", factor.name,
+                      " must be a dense tensor on the CPU, got ", tensor.layout(), " on ", tensor.device());
+    TORCH_CHECK_VALUE(
+        !tensor.is_inference(), op, ": ", factor.name,
+        " must be no inference tensor, whose changes cannot be noticed; create it outside inference_mode");
+    check_nonempty(op, factor);
+  };
+  check({"in_factor", in_factor});
+  if (core) check({"core", *core});
+  check({"out_factor", out_factor});
+}
+
 }  // namespace
 
 at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
                    bool unit_window) {
+  check_factors(in_factor, core, out_factor);
   const DType dtype = dtype_of(in_factor.scalar_type());
   const Engine engine = engine_for(dtype);
   Header header{};
@@ -94,6 +123,7 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
     end += Scratch::padded(weights[i].bytes());
   }
   pack(to_pack);
+  header.bytes = end;
 
   const at::Tensor packed = at::empty({end}, at::TensorOptions().dtype(at::kByte));
   char* memory = static_cast<char*>(packed.data_ptr());
@@ -105,14 +135,15 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
 
 Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, const at::Tensor* core,
                       const at::Tensor& out_factor) {
-  if (packed.scalar_type() != at::kByte || !packed.is_contiguous() || packed.numel() < int64_t(sizeof(Header)) ||
-      in_factor.is_inference() || out_factor.is_inference() || (core && core->is_inference()))
+  if (!packed.is_cpu() || packed.scalar_type() != at::kByte || !packed.is_contiguous() ||
+      packed.numel() < int64_t(sizeof(Header)) || in_factor.is_inference() || out_factor.is_inference() ||
+      (core && core->is_inference()))
     return {};
   const char* memory = static_cast<const char*>(packed.const_data_ptr());
   Header header;
   std::memcpy(&header, memory, sizeof(header));
   const Record record = record_of(in_factor, core, out_factor, engine_for(dtype_of(in_factor.scalar_type())));
-  if (std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
+  if (header.bytes != packed.numel() || std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
   const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
   Prepared found;
   found.in_factor = at(header.in_factor);

@@ -61,7 +61,8 @@ class Team {
     });
   }
 
-  // Calls stage(share) for all shares and waits for them. Called by the leader.
+  // Calls stage(share) for all shares and waits for them. Called by the leader. When its own share throws, the shares
+  // that no thread has begun are left out, and those begun are waited for: they use `stage`.
   template <typename Stage>
   void run(const Stage& stage) {
     if (threads_ == 1) return stage(Share{});
@@ -69,17 +70,25 @@ class Team {
     run_share_ = [](const void* context, const Share& share) { (*static_cast<const Stage*>(context))(share); };
     finished_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_release);
+    const struct Completion {
+      Team& team;
+      ~Completion() {
+        const int64_t begun = std::min(team.next_.exchange(kNoStage, std::memory_order_acq_rel), team.threads_);
+        wait_until([&] { return team.finished_.load(std::memory_order_acquire) == begun; });
+      }
+    } completion{*this};
     work();
-    wait_until([&] { return finished_.load(std::memory_order_acquire) == threads_; });
   }
 
  private:
   void serve() {
+    const struct Release {  // also when a share throws
+      ~Release() { brgemm_release(); }
+    } release;
     wait_until([&] {
       if (next_.load(std::memory_order_relaxed) < threads_) work();
       return over_.load(std::memory_order_acquire);
     });
-    brgemm_release();
   }
 
   // A claimed share keeps the leader from handing out the next stage: `stage_` is that of the claim.
@@ -110,11 +119,12 @@ class Team {
 #endif
   }
 
+  static constexpr int64_t kNoStage = std::numeric_limits<int32_t>::max();
   const int64_t threads_;
   const void* stage_ = nullptr;
   void (*run_share_)(const void* stage, const Share& share) = nullptr;
   // On cache lines of their own: waiting threads read them.
-  alignas(64) std::atomic<int64_t> next_{std::numeric_limits<int32_t>::max()};  // share; beyond the last: no stage
+  alignas(64) std::atomic<int64_t> next_{kNoStage};  // share to be claimed; beyond the last: none
   alignas(64) std::atomic<int64_t> finished_{0};
   alignas(64) std::atomic<bool> over_{false};
 };

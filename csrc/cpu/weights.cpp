@@ -2,9 +2,7 @@
 
 #include <ATen/Parallel.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <vector>
 
 namespace lowrank_ops {
 
@@ -13,75 +11,6 @@ Panels::Panels(int64_t columns, const ComputeKernels& kernels) : columns(columns
   count = (vectors + most - 1) / most;
   base = vectors / count;
   extra = vectors % count;
-}
-
-namespace {
-
-constexpr int64_t kLeastKept = 64 << 10;  // malloc keeps smaller ones itself
-constexpr int64_t kMostKept = 16 << 20;   // of a thread, all together
-
-// What a thread gave back, the latest last.
-struct Kept {
-  struct Block {
-    char* memory;
-    int64_t bytes;
-  };
-  std::vector<Block> blocks;
-  int64_t bytes = 0;
-
-  // The smallest that is large enough, and not more than twice that; nullptr: none.
-  char* take(int64_t wanted, int64_t& found) {
-    auto best = blocks.end();
-    for (auto block = blocks.begin(); block != blocks.end(); ++block)
-      if (block->bytes >= wanted && block->bytes <= 2 * wanted && (best == blocks.end() || block->bytes < best->bytes))
-        best = block;
-    if (best == blocks.end()) return nullptr;
-    char* memory = best->memory;
-    found = best->bytes;
-    bytes -= found;
-    blocks.erase(best);
-    return memory;
-  }
-  void give(char* memory, int64_t size) {
-    while (!blocks.empty() && bytes + size > kMostKept) {
-      bytes -= blocks.front().bytes;
-      std::free(blocks.front().memory);
-      blocks.erase(blocks.begin());
-    }
-    blocks.push_back({memory, size});
-    bytes += size;
-  }
-  ~Kept() {
-    for (const Block& block : blocks) std::free(block.memory);
-  }
-};
-thread_local Kept kept;
-
-}  // namespace
-
-AlignedMemory allocate(int64_t bytes) {
-  int64_t size = round_up(std::max<int64_t>(bytes, 64), 64);
-  char* memory = size >= kLeastKept ? kept.take(size, size) : nullptr;
-  if (!memory) memory = static_cast<char*>(std::aligned_alloc(64, size_t(size)));
-  TORCH_CHECK_WITH(OutOfMemoryError, memory, "lowrank_ops: could not allocate ", bytes, " bytes of scratch memory");
-  return AlignedMemory(memory, {size});
-}
-
-void GiveBack::operator()(char* memory) const {
-  if (bytes < kLeastKept || bytes > kMostKept)
-    std::free(memory);
-  else
-    kept.give(memory, bytes);
-}
-
-Scratch::Scratch(int64_t bytes)
-    : memory_(allocate(bytes)), next_(memory_.get()), end_(next_ + memory_.get_deleter().bytes) {}
-
-void* Scratch::take(int64_t bytes) {
-  char* result = next_;
-  next_ += padded(bytes);
-  TORCH_INTERNAL_ASSERT(next_ <= end_, "lowrank_ops: scratch memory was counted too small");
-  return result;
 }
 
 PackedWeight::PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth,
@@ -168,7 +97,7 @@ bool pack_for_tasks(Weights weights, int64_t tasks) {
   int64_t bytes = 0;
   for (const PackedWeight* weight : weights)
     if (weight && weight->unpacked() > 0) bytes += weight->bytes();
-  if (bytes * at::get_num_threads() > kMostKept) {  // more would be fresh pages at every call
+  if (bytes * at::get_num_threads() > kMostKeptBytes) {  // more would be fresh pages at every call
     pack(weights);
     return false;
   }

@@ -1,4 +1,4 @@
-// Weights packed for the register kernels, and the scratch memory that tiles live in.
+// Weights packed for the register kernels.
 //
 // Packing happens at every call: nothing is cached, so nothing can be stale (no version counter sees `.data` edits or
 // FSDP2's new values). It is a transposition in registers at about the speed of reading the weights; README.md has its
@@ -11,9 +11,9 @@
 #include <c10/util/FunctionRef.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/team.h"
 
 namespace lowrank_ops {
@@ -27,29 +27,6 @@ struct Panels {
   int64_t padded_width(int64_t panel) const { return (base + (panel < extra)) * lanes; }
   int64_t width(int64_t panel) const { return std::min(padded_width(panel), columns - first(panel)); }
   int64_t padded_columns() const { return round_up(columns, lanes); }
-};
-
-// Memory aligned to 64 bytes. What a thread gives back it keeps, 16 MB at most, for its next call: fresh pages cost
-// more than what most blocks write to them.
-struct GiveBack {
-  int64_t bytes = 0;
-  void operator()(char* memory) const;
-};
-using AlignedMemory = std::unique_ptr<char, GiveBack>;
-AlignedMemory allocate(int64_t bytes);
-
-// One allocation for all the tiles of a thread.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes);
-  // The next `bytes` of it, aligned to 64.
-  void* take(int64_t bytes);
-  static int64_t padded(int64_t bytes) { return round_up(bytes, 64); }
-
- private:
-  AlignedMemory memory_;
-  char* next_;
-  char* end_;
 };
 
 // How many taps a row of a weight has in memory and in its panel, and what brings it from there to here.

@@ -2,6 +2,7 @@
 
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -31,6 +32,8 @@ Chosen choose(const char* op, const std::string& name, std::array<int, 5> cut, c
   plan.kernel = name;
   plan.gpu_kernel = gpu_kernel_index(name);
   TORCH_CHECK_VALUE(plan.gpu_kernel >= 0, op, ": no kernel is called '", name, "'");
+  TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, op,
+                    ": each number of the cut must be at least 1, got ", c10::ArrayRef<int>(cut));
   const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
   const Window window{windows[0], windows[1], windows[2]};
   const Activation activation = parse_activation(op, activation_name);
@@ -126,6 +129,7 @@ py::dict describe_launch(const std::string& name, std::array<int, 5> cut, const 
 std::string check_gpu_kernel(const std::string& name, const std::string& dtype, bool tf32, int device, bool damaged) {
   const int kernel = gpu_kernel_index(name);
   TORCH_CHECK_VALUE(kernel >= 0, "check_gpu_kernel: no kernel is called '", name, "'");
+  TORCH_CHECK_VALUE(present_gpu(device), "check_gpu_kernel: device must be the index of a GPU, got ", device);
   for (const DType known : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf})
     if (dtype == name_of(known))
       return find_error({c10::DeviceType::CUDA, c10::DeviceIndex(device)}, kernel, known, tf32, damaged);

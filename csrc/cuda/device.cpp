@@ -62,7 +62,6 @@ std::optional<GpuCaps> present_gpu(int index) {
 }
 
 const GpuCaps& gpu_caps(c10::Device device) {
-  constexpr int kMostDevices = 64;
   static std::array<std::atomic<const GpuCaps*>, kMostDevices> cache{};
   const int index = device.index();
   TORCH_CHECK(index >= 0 && index < kMostDevices, "lowrank_ops: cannot use ", device, ": no GPU of that number");

@@ -10,6 +10,8 @@
 
 namespace lowrank_ops {
 
+constexpr int kMostDevices = 64;
+
 // Read from the driver at the first call for a device, never at import: that would cost every process a CUDA start-up.
 const GpuCaps& gpu_caps(c10::Device device);
 

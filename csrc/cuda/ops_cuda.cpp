@@ -5,10 +5,8 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_set>
 #include <vector>
 
 #include "checks.h"
@@ -63,25 +61,16 @@ const Plan& measured_plan(const FusedCall& call, const Decision& decision, const
 void check_architecture(const FusedCall& call, const Decision& decision) {
   const GpuCaps& caps = gpu_caps(call.device());
   for (const Rejection& rejection : decision.rejections) {
-    TORCH_CHECK(rejection.reason.rfind("built for ", 0) != 0, call.op(), ": policy 'fused' finds no code for ",
-                call.device(), " (", caps.name, ") in this build of lowrank_ops: ", rejection.reason);
+    TORCH_CHECK(!rejection.no_code, call.op(), ": policy 'fused' finds no code for ", call.device(), " (", caps.name,
+                ") in this build of lowrank_ops: ", rejection.reason);
   }
 }
 
 // Of a problem whose chain runs in CUDA graphs only: whether it is to run now. Its library calls must have run before a
 // graph can record them (they search for algorithms then), so the first call outside of a graph runs it as well.
-bool chain_for_graphs(const std::shared_ptr<const Decision>& decision, bool captured, const Chain& chain) {
-  constexpr size_t kMost = 4096;  // then anew, as the cache of plans
-  static std::mutex mutex;
-  static std::unordered_set<std::shared_ptr<const Decision>> ran;  // they live on: addresses are not used again
-  bool first = false;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (captured) return ran.count(decision) > 0;
-    if (ran.size() >= kMost) ran.clear();
-    first = ran.insert(decision).second;
-  }
-  if (first) chain();
+bool chain_for_graphs(const SharedDecision& decision, bool captured, const Chain& chain) {
+  if (captured) return decision.chain_ran.load();
+  if (!decision.chain_ran.exchange(true)) chain();
   return false;
 }
 
@@ -95,7 +84,7 @@ at::Tensor run(const FusedCall& call, const Chain& chain) {
   const GpuCaps& caps = gpu_caps(call.device());
   const Policy chosen_policy = policy();
   const bool measure = chosen_policy == Policy::kMeasure && forced_gpu_kernel().empty();
-  std::shared_ptr<const Decision> decision = cached_plan_gpu(problem, caps, index, chosen_policy);
+  std::shared_ptr<const SharedDecision> decision = cached_plan_gpu(problem, caps, index, chosen_policy);
   const cudaStream_t stream = current_stream(call.device());
   const bool captured =
       (measure || decision->chain_in_graphs || !may_run(call, decision->chosen)) && is_capturing(stream);
@@ -116,7 +105,7 @@ at::Tensor run(const FusedCall& call, const Chain& chain) {
 
   const Plan& plan = measure ? measured_plan(call, *decision, chain, stream, captured) : decision->chosen;
   if (is_fused(plan) && may_run(call, plan)) {
-    if (!measure && decision->chain_in_graphs && chain_for_graphs(decision, captured, chain)) return chain();
+    if (!measure && decision->chain_in_graphs && chain_for_graphs(*decision, captured, chain)) return chain();
     return call.run(plan);
   }
   if (chosen_policy == Policy::kFused && !is_fused(plan)) check_architecture(call, *decision);

@@ -6,11 +6,11 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <array>
+#include <atomic>
 #include <limits>
 #include <mutex>
-#include <set>
 #include <sstream>
-#include <tuple>
+#include <vector>
 
 #include "cuda/fused_call.h"
 #include "plan/gpu_sm90a.h"
@@ -21,13 +21,17 @@ namespace {
 
 using at::Tensor;
 
-using Key = std::tuple<int, int, DType, bool>;
-std::mutex mutex;  // also held during a check: a second thread waits for its result
-std::set<Key> passed, failed;
+enum class Check : int { kNone, kPassed, kFailed };
+std::mutex mutex;  // held during a check: a second thread waits for its result
 
-Key key_of(c10::Device device, int kernel, DType dtype, bool tf32) {
-  return {device.index(), kernel, dtype, dtype == DType::kFloat && tf32};
+// What is known of a kernel on a GPU in a dtype (float32 and tf32 count as two): read at every call, without a lock.
+std::atomic<Check>& check_of(c10::Device device, int kernel, DType dtype, bool tf32) {
+  constexpr size_t kDtypes = 5, kTf32 = 4;
+  static std::vector<std::atomic<Check>> known(kMostDevices * gpu_kernels().size() * kDtypes);
+  const size_t kind = dtype == DType::kFloat && tf32 ? kTf32 : size_t(dtype);
+  return known[(size_t(device.index()) * gpu_kernels().size() + size_t(kernel)) * kDtypes + kind];
 }
+static_assert(size_t(DType::kHalf) == 3, "kTf32 follows the last dtype");
 
 at::ScalarType scalar_type(DType dtype) {
   switch (dtype) {
@@ -164,11 +168,10 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
 }
 
 bool is_verified(c10::Device device, int kernel, DType dtype, bool tf32) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  const Key key = key_of(device, kernel, dtype, tf32);
-  if (passed.count(key)) return true;
+  std::atomic<Check>& known = check_of(device, kernel, dtype, tf32);
+  if (known.load(std::memory_order_acquire) == Check::kPassed) return true;
   if (!ran_right_on(gpu_kernels()[size_t(kernel)], gpu_caps(device))) return false;
-  passed.insert(key);  // its names are not to be looked up at every call
+  known.store(Check::kPassed, std::memory_order_release);  // its names are not to be looked up at every call
   return true;
 }
 
@@ -177,10 +180,10 @@ void verify(c10::Device device, int index, DType dtype, bool tf32) {
   std::string reason;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    const Key key = key_of(device, index, dtype, tf32);
-    if (passed.count(key) || failed.count(key)) return;
+    std::atomic<Check>& known = check_of(device, index, dtype, tf32);
+    if (known.load(std::memory_order_acquire) != Check::kNone) return;
     reason = find_error(device, index, dtype, tf32);
-    (reason.empty() ? passed : failed).insert(key);
+    known.store(reason.empty() ? Check::kPassed : Check::kFailed, std::memory_order_release);
   }
   if (reason.empty()) return;
   const std::string name = dtype == DType::kFloat && tf32 ? "tf32" : name_of(dtype);

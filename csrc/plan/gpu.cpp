@@ -60,7 +60,12 @@ std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
   if (caps.architecture < kernel.first_architecture)
     return std::string("runs from sm_") + std::to_string(kernel.first_architecture) + " on, this GPU is sm_" +
            std::to_string(caps.architecture);
-  if (caps.built_for.empty() && caps.built_ptx == 0) return "";
+  return "";
+}
+
+// Whether this build has code of the kernel for the GPU.
+std::string code_reason(const GpuKernel& kernel, const GpuCaps& caps) {
+  if (is_sm90a(kernel) || (caps.built_for.empty() && caps.built_ptx == 0)) return "";
   // Code of an architecture runs on later ones of the same generation, PTX on all later ones.
   bool runs = caps.built_ptx > 0 && caps.built_ptx <= caps.architecture;
   std::string built;
@@ -75,7 +80,8 @@ std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
          ": set TORCH_CUDA_ARCH_LIST and reinstall, or policy 'chain'";
 }
 
-// Kernels compute coordinates, channels and depths in 32 bits (offsets into tensors in 64).
+}  // namespace
+
 std::string size_reason(const Problem& p) {
   constexpr int64_t kLargest = INT_MAX, kMargin = 1024;  // a tile beyond the last output
   const auto above = [&](const char* what, double value, double limit) {
@@ -98,6 +104,8 @@ std::string size_reason(const Problem& p) {
   }
   return reason;
 }
+
+namespace {
 
 TileAxis axis_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   // With one tap, the only positions that are needed are those of the outputs: the lattice of the stride.
@@ -251,18 +259,20 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
 
 GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   GpuCandidate candidate;
-  const std::string own = is_sm90a(kernel) ? sm90a_reason(p, kernel) : dtype_reason(p, kernel);
-  for (const std::string& reason : {own, architecture_reason(kernel, caps), size_reason(p)}) {
-    if (reason.empty()) continue;
-    candidate.reason = reason;
-    return candidate;
+  std::string& reason = candidate.reason;
+  reason = is_sm90a(kernel) ? sm90a_reason(p, kernel) : dtype_reason(p, kernel);
+  if (reason.empty()) reason = architecture_reason(kernel, caps);
+  if (reason.empty()) {
+    reason = code_reason(kernel, caps);
+    candidate.no_code = !reason.empty();
   }
+  if (reason.empty()) reason = size_reason(p);
+  if (!reason.empty()) return candidate;
   const FoundCut found = search_cut(p, kernel, caps);
   if (found.geometry.stages == 0) {
-    candidate.reason = found.too_many_ctas
-                           ? "needs more than " + std::to_string(INT_MAX) + " CTAs"
-                           : "needs " + kib(found.least_shared_bytes) + " of shared memory, this GPU gives a CTA " +
-                                 kib(caps.shared_bytes_cta);
+    reason = found.too_many_ctas ? "needs more than " + std::to_string(INT_MAX) + " CTAs"
+                                 : "needs " + kib(found.least_shared_bytes) +
+                                       " of shared memory, this GPU gives a CTA " + kib(caps.shared_bytes_cta);
     return candidate;
   }
   Plan& plan = candidate.plan;
@@ -313,7 +323,7 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
     if (candidate.reason.empty())
       fused.push_back(std::move(candidate.plan));
     else
-      decision.rejections.push_back({kernels[i].name, candidate.reason});
+      decision.rejections.push_back({kernels[i].name, candidate.reason, candidate.no_code});
   }
   const auto faster = [](const Plan& a, const Plan& b) { return a.predicted_seconds < b.predicted_seconds; };
   std::stable_sort(fused.begin(), fused.end(), faster);
@@ -332,11 +342,10 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
   if (!take_chain)
     decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);
   for (const Plan& plan : decision.others) {
-    const bool by_policy = !forced && (policy == Policy::kChain || (policy == Policy::kFused && plan.path == "chain"));
-    decision.rejections.push_back({plan.kernel, by_policy ? std::string("the policy is \"") +
-                                                                (policy == Policy::kFused ? "fused" : "chain") + "\""
-                                                : forced  ? std::string("a kernel is forced (force_gpu_kernel)")
-                                                          : why_not(plan, decision.chosen, margin)});
+    const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == "chain");
+    decision.rejections.push_back({plan.kernel, forced ? std::string("a kernel is forced (force_gpu_kernel)")
+                                                : told ? by_policy(policy)
+                                                       : why_not(plan, decision.chosen, margin)});
   }
   return decision;
 }

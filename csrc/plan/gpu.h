@@ -1,9 +1,11 @@
 // What the planner knows of GPUs and of the fused CUDA kernels. Plain C++17: no torch, no CUDA headers.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/geometry.h"
@@ -69,9 +71,13 @@ constexpr bool merges_depthwise(const Problem& p) {
 // Cuts `problem` for `kernel`: the tile, stages and splits of lowest predicted time, or a reason why it cannot run.
 struct GpuCandidate {
   Plan plan;
-  std::string reason;  // empty: it can run
+  std::string reason;    // empty: it can run
+  bool no_code = false;  // the reason is that this build has no code for the GPU
 };
 GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps);
+// Why no kernel can take sizes like these, "": they can. Kernels compute coordinates, channels and depths in 32 bits
+// (offsets into tensors in 64).
+std::string size_reason(const Problem& problem);
 // The same with a given cut, for tests that walk over tiles: tile_n, tile_h, tile_w, stages, splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
 bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
@@ -95,8 +101,15 @@ struct GpuRestrictions {
 // time first; under kMeasure `chosen` is what kAuto would take, and the caller times them.
 Decision plan_gpu(const Problem& problem, const GpuCaps& caps, Policy policy, const GpuRestrictions& restrictions = {});
 
+// A decision that the calls of a problem share.
+struct SharedDecision : Decision {
+  explicit SharedDecision(Decision decision) : Decision(std::move(decision)) {}
+  // Where the chain runs in CUDA graphs only (chain_in_graphs): whether it has run outside of one.
+  mutable std::atomic<bool> chain_ran{false};
+};
 // plan_gpu behind a cache, for every call of an op: `device` stands for `caps` in its key. Thread-safe.
-std::shared_ptr<const Decision> cached_plan_gpu(const Problem& problem, const GpuCaps& caps, int device, Policy policy);
+std::shared_ptr<const SharedDecision> cached_plan_gpu(const Problem& problem, const GpuCaps& caps, int device,
+                                                      Policy policy);
 int64_t gpu_plans_made();  // how often cached_plan_gpu has had to search
 // Restrictions of all later plans of this process. Of an unknown kernel: false, and nothing changes; "" lifts it.
 bool force_gpu_kernel(const std::string& name);

@@ -41,6 +41,24 @@ const char* name_of(DType dtype) {
   return "";
 }
 
+const char* name_of(Policy policy) {
+  switch (policy) {
+    case Policy::kAuto:
+      return "auto";
+    case Policy::kFused:
+      return "fused";
+    case Policy::kChain:
+      return "chain";
+    case Policy::kMeasure:
+      return "measure";
+  }
+  return "";
+}
+
+std::string by_policy(Policy policy) {
+  return std::string("the policy is \"") + name_of(policy) + "\"";
+}
+
 namespace {
 
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
@@ -53,9 +71,7 @@ constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so t
 constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
 constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
 constexpr int64_t kMostNearBytes =
-    8 << 20;  // of input, output and weights: larger blocks are asked for ahead of their use
-constexpr int64_t kMostScratchBytes =
-    16 << 20;                           // of a tile: more is not kept from call to call, and far too slow to fill
+    8 << 20;                            // of input, output and weights: larger blocks are asked for ahead of their use
 constexpr double kMostPlacesBytes = 3;  // Winograd 4x4: its weight, of L2; larger ones are read too slowly
 
 // What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
@@ -215,13 +231,12 @@ std::string fused_kernel(const Problem& p, const CpuCaps& caps, const CpuTile& t
 }
 
 bool tile_is_too_large(const Problem& p, const CpuTile& tile) {
-  return p.op != Op::kLinear && tile.scratch_bytes > kMostScratchBytes;
+  return p.op != Op::kLinear && tile.scratch_bytes > kMostKeptBytes;
 }
 
-// Windows for which torch 2.13's bf16 convolutions crash or compute garbage on some CPUs (csrc/ops.h, library_dtype):
-// the chain runs them in fp32, and is no candidate.
+// The chain would run in fp32 (library_dtype of ops.h), and is no candidate.
 bool chain_needs_float32(const Problem& p) {
-  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && p.stride[1] > 1 && (p.kw > 1 || p.padding[1] > 0);
+  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && library_bfloat16_fails(p.kw, p.stride[1], p.padding[1]);
 }
 
 }  // namespace
@@ -259,6 +274,9 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   fused.kernel = fused_kernel(p, caps, fused.tile);
   fused.flops = fused_flops(p, fused.tile);
   fused.bytes = block_bytes(p);
+  if (fused.tile.prepared && !fused.tile.unpacked)
+    fused.notes.push_back(
+        "its weights were packed by prepare_for_inference_; packed anew in each call where they have changed since");
   fused.predicted_seconds = choice.fused_seconds;
   const Features fused_counts = fused_features(p, caps, choice.one_thread_tile), chain_counts = chain_features(p, caps);
   fused.features.assign(fused_counts.begin(), fused_counts.end());
@@ -285,7 +303,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   const Plan& other = decision.others.front();
   std::string reason;
   if (policy == Policy::kFused || policy == Policy::kChain)
-    reason = std::string("the policy is \"") + (policy == Policy::kFused ? "fused" : "chain") + "\"";
+    reason = by_policy(policy);
   else if (chain.predicted_seconds == 0)
     reason = std::string("nothing was measured for ") + name_of(p.dtype) + ", where torch's own path is slow";
   else
@@ -294,13 +312,17 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   return decision;
 }
 
-Decision plan_other(const Problem& p, const std::string& device, Policy) {
+Decision plan_other(const Problem& p, const std::string& why, Policy policy) {
   Decision decision;
   decision.chosen.path = "chain";
   decision.chosen.kernel = "chain of torch ops";
   decision.chosen.flops = block_flops(p);
   decision.chosen.bytes = block_bytes(p) + hidden_bytes(p);
-  decision.rejections.push_back({"fused", "lowrank_ops has no kernels for " + device + " in this build"});
+  std::string reason = why;
+  if (policy == Policy::kChain) reason = by_policy(policy) + ", and " + why;
+  if (policy == Policy::kFused) reason += ": the chain runs although " + by_policy(policy);
+  if (policy == Policy::kMeasure) reason += ": there is nothing to measure";
+  decision.rejections.push_back({"fused", reason});
   return decision;
 }
 

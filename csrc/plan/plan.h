@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,10 @@ struct CpuCaps {
   Winograd winograd = Winograd::kNone;  // otherwise this one, wherever it can be used
   Teams teams = Teams::kAuto;
 };
+
+// Scratch memory that a thread keeps from call to call at most (cpu/memory.h). A tile that takes more would be fresh
+// memory at every call, and far too slow to fill: the chain runs instead.
+constexpr int64_t kMostKeptBytes = 16 << 20;
 
 // How the fused kernel cuts a problem. Scratch is a thread's (of a team: its share): intermediates live there and
 // nowhere else.
@@ -65,8 +70,10 @@ struct Plan {
   std::vector<std::string> notes;  // what the reader of a plan should know of it
 };
 
+// A candidate that does not run: its kernel, and why, for the reader.
 struct Rejection {
   std::string kernel, reason;
+  bool no_code = false;  // because this build was compiled without code for the GPU
 };
 
 struct Decision {
@@ -109,6 +116,8 @@ constexpr int64_t streamed_stride(int64_t columns) {
 }
 const char* name_of(Op op);
 const char* name_of(DType dtype);
+const char* name_of(Policy policy);
+std::string by_policy(Policy policy);  // the reason: the policy is "..."
 
 // `prepared`: the weights were packed before the call, so that this costs nothing.
 CpuTile cpu_tile(const Problem& problem, const CpuCaps& caps, bool prepared = false);
@@ -125,8 +134,12 @@ struct CpuChoice {
   double fused_seconds = 0, chain_seconds = 0;
 };
 CpuChoice choose_cpu(const Problem& problem, const CpuCaps& caps, Policy policy, bool prepared = false);
+// choose_cpu behind a cache, for every call of an op. Thread-safe.
+std::shared_ptr<const CpuChoice> cached_choose_cpu(const Problem& problem, const CpuCaps& caps, Policy policy,
+                                                   bool prepared);
+int64_t cpu_plans_made();  // how often cached_choose_cpu has had to plan
 Decision plan_cpu(const Problem& problem, const CpuCaps& caps, Policy policy, bool prepared = false);
-// Devices that have no kernels of ours: always the chain, saying so.
-Decision plan_other(const Problem& problem, const std::string& device, Policy policy);
+// Where there are no kernels of ours: always the chain, `why` there are none, and what becomes of the policy.
+Decision plan_other(const Problem& problem, const std::string& why, Policy policy);
 
 }  // namespace lowrank_ops

@@ -32,4 +32,13 @@ inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return span < 0 ? 0 : span / stride + 1;
 }
 
+// Whether torch's bf16 convolutions (oneDNN's, as of torch 2.13) cannot be trusted with a window on a CPU. Some with a
+// stride along W fail. On Zen 4 (AVX512_BF16), random problems with a padding too: a dense forward crashed the process
+// within the first few hundred, 9 of 4,000 dense and 1 of 4,000 depthwise weight gradients were wrong (garbage, NaN).
+// On Zen 5 189 of 1,530 without padding, all with one column of output, had wrong outputs and weight gradients (one
+// hidden channel; kernels 4 wide). Kernels 1 wide never failed without padding.
+constexpr bool library_bfloat16_fails(int64_t kernel_width, int64_t stride_width, int64_t padding_width) {
+  return stride_width > 1 && (kernel_width > 1 || padding_width > 0);
+}
+
 }  // namespace lowrank_ops

@@ -1,6 +1,7 @@
 #include "plan/sharing.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "plan/cost.h"
 
@@ -37,14 +38,24 @@ int64_t ConvScratch::operator()(int64_t tile_rows, int64_t tile_columns) const {
 
 namespace {
 
-// What things between threads take, in multiply-adds of one of them. Measured on two Zen 4 and two Zen 5 cores; how far
-// apart two cores are (a common L3 or not) changes it by a factor of five, and on a virtual machine from one minute to
-// the next: the figures lean to the distant ones, where a wrong choice costs more.
-constexpr double kWait = 2e5;          // a wait for the others; the rest is for cores that other processes use too
-constexpr double kRegion = 2 * kWait;  // waking the threads and waiting for all
+// Costs of coordination between two threads, in multiply-adds of one of them. Measured on two Zen 4 and two Zen 5
+// cores; how far apart two cores are (a common L3 or not) changes it by a factor of five, and on a virtual machine from
+// one minute to the next: the figures lean to the distant ones, where a wrong choice costs more. More threads were not
+// measured: their costs below are upper bounds of how these grow.
+constexpr double kWait = 2e5;          // a wait for the other; the rest is for cores that other processes use too
+constexpr double kRegion = 2 * kWait;  // waking a thread and waiting for it
 constexpr double kHandedOn = 80;       // reading an element that another core has just written: 0.1 to 0.9 ns
 constexpr double kPacked = 13;         // packing an element of a factor
 constexpr int64_t kPanelVectors = 4;   // of a full panel
+
+// A stage of a team: every thread claims its share, and says that it is done, through one counter each, one at a time.
+double wait_of(int64_t threads) {
+  return kWait * double(threads) / 2;
+}
+// A parallel region: its threads are woken, and meet at the end, in rounds that double their number.
+double region_of(int64_t threads) {
+  return threads < 2 ? 0 : kRegion * std::ceil(std::log2(double(threads)));
+}
 
 int64_t images(const Problem& p) {
   return std::max<int64_t>(p.n, 1);
@@ -84,11 +95,25 @@ double team_cost(const Problem& p, const CpuTile& team, int64_t threads) {
   const double tasks = double(images(p) * ceil_div(p.ow, team.columns)), steps = ceil_div(p.oh, team.rows);
   const double waits = tasks * steps * (team.winograd == Winograd::kNone ? 3 : 4);
   const double others = double(threads - 1) / double(threads);  // their part of what all have written
-  double cost =
-      kRegion + fused_flops(p, team) / 2 / double(threads) + waits * kWait + kHandedOn * handed_on(p, team) * others;
+  double cost = region_of(threads) + fused_flops(p, team) / 2 / double(threads) + waits * wait_of(threads) +
+                kHandedOn * handed_on(p, team) * others;
   if (!team.prepared)
     cost += kPacked * packed_elements(p) / double(threads) + kHandedOn * shared_elements(p, threads) * others;
   return cost;
+}
+
+// How many of the threads should form a team: 2, 4, 8, ... or all. 0: a call without one costs less than `otherwise`.
+int64_t team_size(const Problem& p, const CpuTile& team, const CpuCaps& caps, double otherwise) {
+  if (caps.teams != Teams::kAuto) return caps.teams == Teams::kAlways ? caps.threads : 0;
+  int64_t best = 0;
+  for (int64_t size = 2;; size = std::min(2 * size, caps.threads)) {
+    const double cost = team_cost(p, team, size);
+    if (cost < otherwise) {
+      best = size;
+      otherwise = cost;
+    }
+    if (size == caps.threads) return best;
+  }
 }
 
 }  // namespace
@@ -109,7 +134,8 @@ void share_out(const Problem& p, const CpuCaps& caps, const ConvScratch& scratch
   // A thread has to find more to do than what waking it takes.
   tile.tasks_each = int64_t(std::clamp(kRegion / task, 1.0, double(tasks)));
   const int64_t busy = ceil_div(tasks, tile.tasks_each);  // threads with tasks, if there were enough
-  double cost = packing + task * double(tile.tasks_each) * double(ceil_div(busy, threads)) + (busy > 1 ? kRegion : 0);
+  double cost =
+      packing + task * double(tile.tasks_each) * double(ceil_div(busy, threads)) + region_of(std::min(busy, threads));
 
   const double cost_alone = packing + fused_flops(p, alone) / 2;
   if (cost_alone <= cost) {
@@ -120,9 +146,9 @@ void share_out(const Problem& p, const CpuCaps& caps, const ConvScratch& scratch
   CpuTile team = alone;  // longer steps, fewer waits
   while (team.rows + even <= p.oh && scratch(team.rows + even, team.columns) <= caps.l2_bytes / 2) team.rows += even;
   team.rows = round_up(ceil_div(p.oh, ceil_div(p.oh, team.rows)), even);
-  if (caps.teams == Teams::kAuto ? team_cost(p, team, threads) < cost : caps.teams == Teams::kAlways) {
+  if (const int64_t size = team_size(p, team, caps, cost); size > 1) {
     tile = team;
-    tile.team = threads;
+    tile.team = size;
     tile.ahead = false;
     tile.scratch_bytes = ceil_div(scratch(tile.rows, tile.columns), tile.team);
   }
