@@ -95,7 +95,7 @@ def _fit(
         for earlier in done:
             earlier.site.put(earlier.module)
         watch(model, layer, batch, fit.calls, see_factorized)
-    regression = Regression(_joined(features), _joined(targets), prior, fit.moments.gradient)
+    regression = Regression(_joined(features), _joined(targets), prior, fit.moments.gradient_root)
     if not bool(torch.isfinite(regression.features).all() and torch.isfinite(regression.targets).all()):
         raise ValueError(
             f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "

@@ -22,10 +22,8 @@ from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.moments import Moments
-
-# Directions of the input (or of the gradient) that carry less than this share of the largest one's energy count as if
-# they carried that much: dividing them out would amplify noise, and data that calibration did not show may use them.
-DAMPING = 1e-4
+from lowrank_ops.roots import Root
+from lowrank_ops.singular import leading_svd
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
 # decomposition, which is what directions that the calibration data do not reach then keep.
@@ -37,27 +35,29 @@ RELU_ROUNDS = (0.01, 0.01, 0.1, 0.1, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Whitening:
-    """Square roots of a layer's moments and their inverses: `[S, S]` and `[T, T]`, fp64."""
+    """Roots of a layer's moments, of `[S, S]` and `[T, T]`."""
 
-    input_root: Tensor
-    input_inverse: Tensor
-    gradient_root: Tensor
-    gradient_inverse: Tensor
+    input: Root
+    gradient: Root
 
     @classmethod
     def of(cls, moments: Moments) -> Whitening:
-        return cls(*_roots(moments.input), *_roots(moments.gradient))
+        """The roots, computed once for each `Moments`."""
+        return cls(moments.input_root, moments.gradient_root)
 
+    @no_autocast()
     def apply(self, weight: Tensor) -> Tensor:
         """`G^(1/2) W C^(1/2)` of a weight `[T, S, ...]`, in its shape, fp64."""
-        matrix = self.gradient_root @ weight.detach().double().cpu().flatten(1)
-        return torch.einsum("tsk,sz->tzk", matrix.view(*weight.shape[:2], -1), self.input_root).reshape(weight.shape)
+        columns = self.gradient.apply(weight.detach().flatten(1)).unflatten(1, weight.shape[1:])
+        rows = self.input.apply(columns.transpose(0, 1).flatten(1))  # [S, T ...]
+        return rows.unflatten(1, (weight.shape[0], *weight.shape[2:])).transpose(0, 1).contiguous()
 
+    @no_autocast()
     def undo(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Factors of the weight from factors of the whitened weight, fp64."""
-        result = {name: factor.double().cpu() for name, factor in factors.items()}
-        result["in_factor"] = result["in_factor"] @ self.input_inverse
-        result["out_factor"] = self.gradient_inverse @ result["out_factor"]
+        result = {name: factor.detach().double() for name, factor in factors.items()}
+        result["in_factor"] = self.input.undo(result["in_factor"].T).T
+        result["out_factor"] = self.gradient.undo(result["out_factor"])
         return result
 
 
@@ -68,13 +68,13 @@ class Regression:
     Attributes:
         features: `[N, F]`, what the last factors are multiplied with; targets: `[N, T]`, the dense layer's outputs.
         prior: `[T, F]`, the map that the ridge pulls to.
-        gradient: `[T, T]`, the output's metric, or None for the plain one; it matters where the rank is limited.
+        gradient: the root of the output's metric, or None for the plain one; it matters where the rank is limited.
     """
 
     features: Tensor
     targets: Tensor
     prior: Tensor
-    gradient: Tensor | None = None
+    gradient: Root | None = None
 
     @no_autocast()
     def solve(self, rank: int | None = None, relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,27 +131,29 @@ class _Normal:
         covariance.diagonal().add_(ridge)
         return cls(centred, mean, torch.linalg.cholesky(covariance), ridge * prior.double())
 
-    def solve(self, targets: Tensor, rank: int | None, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, targets: Tensor, rank: int | None, gradient: Root | None) -> tuple[Tensor, Tensor, Tensor]:
         mean = targets.mean(0)
         products = ((targets - mean).T @ self.features).double() / len(targets)
         best = torch.cholesky_solve((products + self.pull).T, self.factor).T
         if rank is None or rank >= len(best):
             out, inner = torch.eye(len(best), dtype=torch.float64), best
         else:
-            out, inner = _reduce(best, self.factor, rank, gradient)
+            out, inner = _reduce(best, self.factor, rank, gradient, self.features.dtype)
         return out, inner, mean.double() - out @ (inner @ self.mean.double())
 
 
-def _reduce(best: Tensor, factor: Tensor, rank: int, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+def _reduce(
+    best: Tensor, factor: Tensor, rank: int, gradient: Root | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]` with
-    orthonormal columns, `[R, F]`."""
-    root, inverse = (None, None) if gradient is None else _roots(gradient)
-    energy = best @ factor if root is None else root @ best @ factor
-    leading = torch.linalg.eigh(energy @ energy.T).eigenvectors.flip(1)[:, :rank]
-    if root is None or inverse is None:
+    orthonormal columns, `[R, F]`. `dtype`: of the features, for the singular vectors."""
+    image = best if gradient is None else gradient.apply(best)
+    leading, _, _ = leading_svd((image @ factor).to(dtype), rank, seed=0)
+    leading = torch.linalg.qr(leading.double()).Q
+    if gradient is None:
         return leading, leading.T @ best
-    out, triangle = torch.linalg.qr(inverse @ leading)
-    return out, triangle @ (leading.T @ (root @ best))
+    out, triangle = torch.linalg.qr(gradient.undo(leading))
+    return out, triangle @ (leading.T @ image)
 
 
 def _through_relu(targets: Tensor, present: Tensor, weight: float) -> Tensor:
@@ -162,11 +164,3 @@ def _through_relu(targets: Tensor, present: Tensor, weight: float) -> Tensor:
     cost_positive = (wanted - positive).square() + weight * (positive - present).square()
     cost_negative = wanted.square() + weight * (negative - present).square()
     return torch.where(cost_positive <= cost_negative, positive, negative)
-
-
-def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a positive semidefinite matrix and its inverse, small eigenvalues raised (`DAMPING`)."""
-    values, vectors = torch.linalg.eigh(moment.double())
-    largest = float(values[-1])
-    roots = values.clamp(min=DAMPING * largest).sqrt() if largest > 0 else torch.ones_like(values)
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

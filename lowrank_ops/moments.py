@@ -7,6 +7,7 @@ A random part of the positions is enough; only those are ever copied, never a wh
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lowrank_ops.autocast import no_autocast
 from lowrank_ops.batches import Batch, Batches, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.chains import same_padding
+from lowrank_ops.roots import Root
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
@@ -38,6 +40,16 @@ class Moments:
 
     input: Tensor
     gradient: Tensor
+
+    @functools.cached_property
+    def input_root(self) -> Root:
+        """The root of `input`."""
+        return Root.of(self.input)
+
+    @functools.cached_property
+    def gradient_root(self) -> Root:
+        """The root of `gradient`."""
+        return Root.of(self.gradient)
 
 
 class _Enough(Exception):

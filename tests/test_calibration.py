@@ -79,7 +79,7 @@ def test_outputs_on_new_inputs_are_kept_far_better(model: Network, method: str) 
     assert "output error" in str(report)
 
 
-@pytest.mark.parametrize("rank", [0.4, Budget(params=0.5)], ids=["rank", "budget"])
+@pytest.mark.parametrize("rank", [0.4, Budget(params=0.6)], ids=["rank", "budget"])
 def test_inside_autocast_only_the_model_computes_in_low_precision(model: Network, rank: float | Budget) -> None:
     images = _images(64, 1)
     other = copy.deepcopy(model)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_ops import fitting
+from lowrank_ops import fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.fitting import Regression, Whitening
 from lowrank_ops.moments import Moments
+from lowrank_ops.roots import Root
 
 
 def _moment(size: int, seed: int, spread: float = 1.5) -> Tensor:
@@ -23,9 +24,18 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def _damped(moment: Tensor) -> Tensor:
+    level = roots.DAMPING * torch.linalg.eigvalsh(moment)[-1]
+    return moment + level * torch.eye(len(moment), dtype=torch.float64)
+
+
 def _output_error(change: Tensor, moments: Moments) -> float:
-    """`tr(G D C D^T)`, summed over taps."""
-    return float(torch.einsum("tu,usk,sz,tzk->", moments.gradient, change.flatten(2), moments.input, change.flatten(2)))
+    """`tr(G D C D^T)` of damped moments, summed over taps."""
+    return float(
+        torch.einsum(
+            "tu,usk,sz,tzk->", _damped(moments.gradient), change.flatten(2), _damped(moments.input), change.flatten(2)
+        )
+    )
 
 
 def test_the_norm_of_the_whitened_weight_is_the_output_error() -> None:
@@ -68,10 +78,12 @@ def test_directions_without_energy_are_not_amplified() -> None:
     empty = torch.zeros(4, 4, dtype=torch.float64)
     empty[0, 0] = 1.0
     whitening = Whitening.of(Moments(empty, empty))
-    largest = 1 / fitting.DAMPING**0.5
-    assert float(torch.linalg.matrix_norm(whitening.input_inverse, 2)) == pytest.approx(largest, rel=1e-9)
+    identity = torch.eye(4, dtype=torch.float64)
+    largest = 1 / roots.DAMPING**0.5
+    for root in (whitening.input, whitening.gradient):
+        assert float(torch.linalg.matrix_norm(root.undo(identity), 2)) == pytest.approx(largest, rel=1e-9)
     none = Whitening.of(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
-    assert torch.equal(none.input_root, torch.eye(4, dtype=torch.float64))
+    assert torch.equal(none.input.undo(identity), identity)
 
 
 @pytest.fixture
@@ -101,8 +113,12 @@ def test_an_exact_map_is_found() -> None:
 def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
     features = _normal(300, 6) @ _normal(6, 6, seed=9)
     regression = Regression(
-        features, features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2), torch.zeros(5, 6), metric
+        features,
+        features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2),
+        torch.zeros(5, 6),
+        None if metric is None else Root.of(metric),
     )
+    metric = None if metric is None else _damped(metric)
     out, inner, bias = regression.solve(2)
     assert out.shape == (5, 2)
     torch.testing.assert_close(out.T @ out, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-12)
