@@ -3,6 +3,8 @@
 The model stays one model: to see the dense network its dense layers are put in, to see the factorized one its modules,
 as far as they are fitted. Each layer takes one partial run of both per batch, in the order in which the model calls
 them; rows of input and output are copied at random positions (`lowrank_ops.moments`), never whole activations.
+
+A quarter of the rows is held out of all of it. They decide how much of a fit there is, and give the reported error.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.batches import Batches
-from lowrank_ops.fitting import Regression
+from lowrank_ops.batches import Batch, Batches
+from lowrank_ops.fitting import Regression, refit
+from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.moments import Moments, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.moments import HeldOut, Moments, count_positions, draw_positions, input_rows, output_rows, watch
 from lowrank_ops.surgery import Site
 
 # The widest features whose normal equations are solved: [8192, 8192] in fp64 is half a gigabyte.
@@ -43,7 +46,7 @@ class Fit:
 
 def fit_in_order_(
     model: nn.Module, fits: Sequence[Fit], batches: Batches, count: int, step: Callable[[str], Any]
-) -> dict[int, float]:
+) -> dict[int, float | None]:
     """Fits the last factors and the bias of modules, in place; the model itself is as before afterwards.
 
     Args:
@@ -53,57 +56,106 @@ def fit_in_order_(
         step: called before each batch with the layer's name (progress).
 
     Returns:
-        Relative errors of the outputs on the rows that were used, by id of the dense layer.
+        Relative errors of the outputs on the held-out rows, by id of the dense layer; None where there are none.
 
     Raises:
         ValueError: a layer or module gives values that are not finite.
     """
-    errors: dict[int, float] = {}
+    errors: dict[int, float | None] = {}
     done: list[Fit] = []
+    state = ModelState(model)
     try:
         for fit in fits:
-            errors[id(fit.site.layer)] = _fit(model, fit, done, batches, count, step)
+            with batches.same_order():
+                rows = _Rows(model, state, fit, done, count)
+                for index, batch in enumerate(batches):
+                    step(fit.site.names[0])
+                    rows.add(batch, index)
+            errors[id(fit.site.layer)] = _fit(fit, rows)
             done.append(fit)
     finally:
         _put_dense(fits)
+        state.restore()
     return errors
 
 
-def _fit(
-    model: nn.Module, fit: Fit, done: Collection[Fit], batches: Batches, count: int, step: Callable[[str], Any]
-) -> float:
-    layer: Any = fit.site.layer
-    features_of, prior, rank = _problem(fit.module)
-    positions = max(positions_for(prior.shape[1]) // (count * fit.calls), 1)
-    features: list[Tensor] = []
-    targets: list[Tensor] = []
-    for index, batch in enumerate(batches):
-        step(fit.site.names[0])
-
-        def key(call: int, index: int = index) -> str:
-            return f"{index} {call}"
-
-        def see_dense(call: int, input: Tensor, output: Tensor) -> None:
-            targets.append(output_rows(layer, output, draw_positions(layer, output, positions, key(call))))
-
-        def see_factorized(call: int, input: Tensor, output: Tensor) -> None:
-            chosen = draw_positions(layer, output, positions, key(call))
-            features.append(features_of(input_rows(layer, input, chosen)))
-
-        _put_dense(done)
-        watch(model, layer, batch, fit.calls, see_dense)
-        for earlier in done:
-            earlier.site.put(earlier.module)
-        watch(model, layer, batch, fit.calls, see_factorized)
-    regression = Regression(_joined(features), _joined(targets), prior, fit.moments.gradient_root)
-    if not bool(torch.isfinite(regression.features).all() and torch.isfinite(regression.targets).all()):
+def _fit(fit: Fit, rows: _Rows) -> float | None:
+    features, targets, held = _joined(rows.features), _joined(rows.targets), torch.cat(rows.held).cpu()
+    if not bool(torch.isfinite(features).all() and torch.isfinite(targets).all()):
         raise ValueError(
             f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
             "exclude it, or leave out the samples that cause them"
         )
-    solution = regression.solve(rank, fit.relu)
-    _write(fit.module, *solution, whole=rank is not None)
-    return regression.error(solution)
+    bias = fit.module.bias
+    nothing = torch.zeros(len(rows.prior), dtype=torch.float64)
+    present = (
+        torch.eye(len(rows.prior)).double(),
+        rows.prior,
+        nothing if bias is None else bias.detach().double().cpu(),
+    )
+    fitted, judged = (
+        Regression(features[which], targets[which], rows.prior, fit.moments.gradient_root) for which in (~held, held)
+    )
+    solution, error = refit(fitted, judged, present, rows.rank, fit.relu)
+    if solution is not present:
+        _write(fit.module, *solution, whole=rows.rank is not None)
+    return error
+
+
+class _Rows:
+    """Rows of one layer: features that its module sees, targets that the dense layer gives, and which are held out."""
+
+    def __init__(self, model: nn.Module, state: ModelState, fit: Fit, done: Collection[Fit], count: int) -> None:
+        self.features: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.held: list[Tensor] = []
+        self.features_of, self.prior, self.rank = _problem(fit.module)
+        self._model, self._state, self._fit, self._done = model, state, fit, done
+        drawn = positions_for(self.prior.shape[1]) * 4 // 3  # with the held-out ones
+        self._positions = max(drawn // (count * fit.calls), 1)
+        self._held_out = HeldOut()
+
+    def add(self, batch: Batch, index: int) -> None:
+        """Rows of one batch, the model's `index`-th one."""
+        layer: Any = self._fit.site.layer
+        chosen: dict[int, tuple[int, Tensor]] = {}
+        features: dict[int, Tensor] = {}
+
+        def see_dense(call: int, input: Tensor, output: Tensor) -> None:
+            total = count_positions(layer, output)
+            held = self._held_out.next_call(total)
+            positions = draw_positions(layer, output, self._positions, f"{index} {call}")
+            chosen[call] = total, positions
+            self.targets.append(output_rows(layer, output, positions))
+            self.held.append(held(positions))
+            if not self._done:
+                see(call, input, output)
+
+        def see(call: int, input: Tensor, output: Tensor) -> None:
+            total, positions = chosen.get(call, (0, None))
+            if positions is not None and total == count_positions(layer, output) and call not in features:
+                features[call] = self.features_of(input_rows(layer, input, positions))
+
+        self._watch(batch, index, (), see_dense)
+        if chosen and self._done:
+            self._watch(batch, index, self._done, see)
+            if len(features) < len(chosen):
+                # The factorized layers before it send other rows here (experts, data-dependent loops): these calls are
+                # fitted to the inputs that the dense layers give.
+                self._watch(batch, index, (), see)
+        self.features += [features[call] for call in chosen]
+
+    def _watch(
+        self, batch: Batch, index: int, modules: Collection[Fit], record: Callable[[int, Tensor, Tensor], Any]
+    ) -> None:
+        """One run of the model with these modules and otherwise dense layers."""
+        _put_dense(self._done)
+        for earlier in modules:
+            earlier.site.put(earlier.module)
+        try:
+            watch(self._model, self._fit.site.layer, batch, self._fit.calls, record, seed=index)
+        finally:
+            self._state.restore()
 
 
 def _put_dense(fits: Collection[Fit]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
+from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moments import Moments, gather_moments
@@ -44,6 +47,7 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 
+@leaves_model_state
 def factorize_(
     model: nn.Module,
     method: Literal["tucker", "cp", "auto"] = "tucker",
@@ -86,8 +90,11 @@ def factorize_(
         calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`lowrank_ops.batches`).
             Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
             to the inputs that the already factorized layers before it give it (`lowrank_ops.calibration`). A layer
-            without a bias gets one. Some hundred images and a few thousand pixels per layer are enough; the model runs
-            in eval mode, about once per layer and batch. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its
+            that is fitted gets a bias if it has none. Some hundred images and a few thousand pixels per layer are
+            enough; where rows are fewer than a layer's inputs, its factors lean on its weight (with a warning), and
+            where there are none, they keep the weight alone; both are noted in the report. A quarter of the rows is
+            held out; the report's output errors are those on them. The model runs in eval mode, about once per layer
+            and batch. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its
             statistics afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, and the
@@ -109,13 +116,15 @@ def factorize_(
         A `Report` with an entry for each convolution, linear and factorized layer.
 
     Raises:
-        ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
-            that could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or
-            already factorized itself, an unknown method, a budget that cannot be met (saying the closest), calibration
-            data that are empty, not finite, or never reach a layer.
+        ValueError: non-finite weights (naming the layer), a model on the meta device, a rank out of range or above the
+            limit of every layer that could be replaced, an `include` or `exclude` that matches nothing, a model that
+            is one layer or already factorized itself, an unknown method, a budget that cannot be met (saying the
+            closest), calibration data that are empty, not finite, or reach none of the layers.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
             data.
+    Buffers and other state that the model keeps between calls, and the global random generators, are as they were
+    afterwards; data are not changed.
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
@@ -171,7 +180,8 @@ class _Work:
     batch_count: int = 0
     choices: dict[int, Choice] = field(default_factory=dict)
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
-    output_errors: dict[int, float] = field(default_factory=dict)
+    output_errors: dict[int, float | None] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)  # of layers that are replaced
 
     def __post_init__(self) -> None:
         self.sites = find_sites(self.model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
@@ -195,7 +205,8 @@ class _Work:
     def gather(self, batches: Batches) -> None:
         """The moments of all layers that may be replaced."""
         sites = self.open_sites()
-        self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
+        with batches.same_order():
+            self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
         with _bar(None, "calibrate", self.progress, self.batch_count) as bar, _failing("calibration"):
             self.moments, self.calls = gather_moments(
                 self.model,
@@ -203,31 +214,52 @@ class _Work:
                 batches,
                 seen=bar.update,
             )
-        unreached = [site.names[0] for site in sites if id(site.layer) not in self.moments]
-        if unreached:
+        if sites and not self.moments:
             raise ValueError(
-                f"factorize_: the calibration data never reach {', '.join(unreached)}: the model does not call "
-                f"{'it' if len(unreached) == 1 else 'them'} on these inputs; exclude such layers or give other data"
+                f"factorize_: the calibration data reach none of the {len(sites)} layers to replace: the model does "
+                "not call them on these inputs; give other data"
             )
-
-        for site in sites:
+        reached = [site for site in sites if id(site.layer) in self.moments]
+        self._note_rows(sites)
+        for site in reached:
             if not bool(torch.isfinite(self.moments[id(site.layer)].input).all()):
                 raise ValueError(
                     f"factorize_: {site.names[0]} sees values that are not finite on the calibration data; leave out "
                     "the samples that cause them, or exclude the layer"
                 )
 
+    def _note_rows(self, sites: Sequence[Site]) -> None:
+        """Notes which layers the data reach too seldom, and warns of those that they reach."""
+        few = []
+        for site in sites:
+            moments = self.moments.get(id(site.layer))
+            if moments is None:
+                self.notes[id(site.layer)] = "the calibration data do not reach it: its factors keep its weight alone"
+            elif moments.rows < len(moments.input):
+                rows = f"{moments.rows} calibration rows for {len(moments.input)} inputs"
+                self.notes[id(site.layer)] = f"{rows}: its factors lean on its weight"
+                few.append(f"{site.names[0]} ({rows})")
+        if few:
+            shown = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+            warnings.warn(
+                f"factorize_: few calibration data for {len(few)} of {len(sites)} layers: {shown}. Their factors lean "
+                "on their weights; give more data, at least a few rows for each input of a layer",
+                stacklevel=5,
+            )
+
     def whitened(self) -> dict[int, torch.Tensor]:
-        """What a `Budget` weighs: whitened weights, or weights divided by their norms."""
+        """What a `Budget` weighs: whitened weights; without calibration, weights divided by their norms. A layer that
+        the calibration data do not reach counts like the median of those that they reach."""
         result = {}
         for site in self.open_sites():
-            weight = weight_of(site.layer)
             moments = self.moments.get(id(site.layer))
             if moments is not None:
-                result[id(site.layer)] = Whitening.of(moments).apply(weight)
-            else:
-                weight = weight.double().cpu()
-                result[id(site.layer)] = weight / (float(weight.norm()) or 1.0)
+                result[id(site.layer)] = Whitening.of(moments).apply(weight_of(site.layer))
+        typical = statistics.median(float(weight.norm()) for weight in result.values()) if result else 1.0
+        for site in self.open_sites():
+            if id(site.layer) not in result:
+                weight = weight_of(site.layer).double().cpu()
+                result[id(site.layer)] = weight * (typical / (float(weight.norm()) or 1.0))
         return result
 
     def decompose(self) -> None:
@@ -261,7 +293,7 @@ class _Work:
         """Fits the modules to the dense layers' outputs, in the order in which the model calls them."""
         order = list(self.moments)
         sites = sorted(
-            (site for site in self.sites if id(site.layer) in self.replacements),
+            (site for site in self.sites if id(site.layer) in self.replacements and id(site.layer) in self.moments),
             key=lambda site: order.index(id(site.layer)),
         )
         relu = rectified(self.model, [site.layer for site in sites])
@@ -279,6 +311,13 @@ class _Work:
         for site in sites:
             module = self.replacements[id(site.layer)]
             module.relative_error = weight_error(site.layer, module)
+
+    def rows_of(self, layer: nn.Module) -> int | None:
+        """Calibration rows of a layer that was replaced; None without calibration."""
+        if not self.moments or id(layer) not in self.replacements:
+            return None
+        moments = self.moments.get(id(layer))
+        return 0 if moments is None else moments.rows
 
     def measure(self, calls: Calls) -> dict[int, tuple[float, float]]:
         """Milliseconds before and after of the layers that are replaced."""
@@ -333,6 +372,9 @@ def _check_arguments(
             "replacement; use TuckerConv2d.from_conv2d, CPConv2d.from_conv2d or LowRankLinear.from_linear, "
             "or wrap it in nn.Sequential"
         )
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise ValueError(f"factorize_: {name} is on the meta device, which has no values; load the weights first")
     if method not in ("tucker", "cp", "auto"):
         raise ValueError(f"factorize_: method must be 'tucker', 'cp' or 'auto', got {method!r}")
     ranks.check_multiple(multiple, "factorize_")
@@ -366,7 +408,8 @@ def _example_for(budget: Budget, batches: Batches | None) -> Any:
         raise ValueError(
             f"factorize_: a budget of {budget.kind} needs an input: give example_input=, or calibration data"
         )
-    batch = next(iter(batches))
+    with batches.same_order():
+        batch = next(iter(batches))
     return dict(batch.keywords) if batch.keywords else batch.arguments
 
 
@@ -426,8 +469,10 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
         macs_after=macs(made_of),
         weight_error=getattr(made_of, "relative_error", None),
         output_error=work.output_errors.get(id(layer)),
+        calibration_rows=work.rows_of(layer),
         sensitivity=sensitivity(list(made_of.factors().values())) if isinstance(made_of, _CP) else None,
         reason=work.reasons.get(id(layer)),
+        note=None if module is None else work.notes.get(id(layer)),
         output_size=None if seen is None else seen.output_size,
         milliseconds_before=None if times is None else times[0],
         milliseconds_after=None if times is None else times[1],

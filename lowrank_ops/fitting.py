@@ -9,7 +9,8 @@ are divided out of the outer factors, which costs nothing.
 `refit`. Then the last factors and the bias get the values that bring the block's output closest to the dense layer's,
 for the inputs that the already factorized layers before it give: least squares (Zhang et al., arXiv:1505.06798, section
 3.3, "asymmetric reconstruction"), for Tucker of a given rank (reduced-rank regression, section 3.1), also through a
-following ReLU (section 3.2).
+following ReLU (section 3.2). How strongly the fit is pulled to the decomposition, or whether there is no fit at all,
+is decided on rows that the fit does not see (`refit`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from lowrank_ops.roots import Root
 from lowrank_ops.singular import leading_svd
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
-# decomposition, which is what directions that the calibration data do not reach then keep.
+# decomposition, which is what directions that the calibration data do not reach then keep. Where rows are few, a
+# stronger one is better; held-out rows decide.
 RIDGE = 1e-3
+STRENGTHS = (1.0, 1e2, 1e4)
+
+# Held-out rows are judged in so many blocks of neighbours, which may depend on each other (pixels of an image).
+BLOCKS = 8
 
 # The weights of the constraint in the alternation through a ReLU, one a round: Zhang et al. raise it step by step.
 RELU_ROUNDS = (0.01, 0.01, 0.1, 0.1, 1.0, 1.0)
@@ -77,15 +83,18 @@ class Regression:
     gradient: Root | None = None
 
     @no_autocast()
-    def solve(self, rank: int | None = None, relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(
+        self, rank: int | None = None, relu: bool = False, strength: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`out [T, R]`, `map [R, F]` and `bias [T]`, fp64: targets are about `features map^T out^T + bias`.
 
         Args:
             rank: of the map; None: not limited, `out` is the identity.
             relu: the error counts behind a ReLU: between rounds of least squares, each target is replaced by the best
                 compromise between what the ReLU lets through and the present output (Zhang et al., section 3.2).
+            strength: of the ridge, in units of `RIDGE`.
         """
-        normal = _Normal.of(self.features, self.prior)
+        normal = _Normal.of(self.features, self.prior, RIDGE * strength)
         solution = normal.solve(self.targets, rank, self.gradient)
         if not relu:
             return solution
@@ -105,12 +114,61 @@ class Regression:
         total = float(self.targets.double().square().sum())
         return (lost / total) ** 0.5 if total else 0.0
 
+    @no_autocast()
+    def losses(self, solution: tuple[Tensor, Tensor, Tensor], relu: bool = False) -> Tensor:
+        """`[N]`, fp64: each row's squared error; with `relu` behind it."""
+        targets, present = self.targets, self._predict(solution)
+        if relu:
+            targets, present = targets.clamp(min=0), present.clamp(min=0)
+        return (targets - present).double().square().sum(1)
+
     def _predict(self, solution: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         out, inner, bias = (part.to(self.features.dtype) for part in solution)
         return self.features @ inner.T @ out.T + bias
 
     def _rectified_error(self, solution: tuple[Tensor, Tensor, Tensor]) -> float:
-        return float((self.targets.clamp(min=0) - self._predict(solution).clamp(min=0)).double().square().sum())
+        return float(self.losses(solution, relu=True).sum())
+
+
+def refit(
+    fitted: Regression, held: Regression, present: tuple[Tensor, Tensor, Tensor], rank: int | None, relu: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], float | None]:
+    """The best solution for rows that the fit does not see, and its relative error on them.
+
+    Of the fits of all `STRENGTHS`, and `present` as the strongest, the strongest whose held-out loss is within one
+    standard error of the least (Breiman, Friedman, Olshen & Stone, Classification and Regression Trees, 1984, section
+    3.4.3): the fewer rows are held out, the more a fit has to gain. Without held-out rows it is `present`, and no error
+    is known.
+
+    Args:
+        fitted: the rows to fit.
+        held: the held-out ones.
+        present: the map and bias that there are, as `Regression.solve` gives them.
+        rank, relu: as in `Regression.solve`.
+    """
+    if not len(held.features):
+        return present, None
+    tried = [(present, held.losses(present, relu))]
+    least = float("inf")
+    for strength in STRENGTHS:
+        solution = fitted.solve(rank, relu, strength)
+        losses = held.losses(solution, relu)
+        tried.insert(1, (solution, losses))
+        if not float(losses.mean()) < least:
+            break  # it only rises from here on
+        least = float(losses.mean())
+    best = min((losses for _, losses in tried), key=lambda losses: float(losses.mean()))
+    for solution, losses in tried:
+        excess = losses - best
+        if losses is best or float(excess.mean()) <= _standard_error(excess):
+            return solution, held.error(solution)
+    raise AssertionError("the best one is among them")
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean of values of which neighbours may depend on each other, by the means of blocks; infinite for one."""
+    means = torch.stack([block.mean() for block in values.chunk(min(BLOCKS, len(values)))])
+    return float(means.std()) / len(means) ** 0.5 if len(means) > 1 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -123,11 +181,11 @@ class _Normal:
     pull: Tensor  # ridge times prior
 
     @classmethod
-    def of(cls, features: Tensor, prior: Tensor) -> _Normal:
+    def of(cls, features: Tensor, prior: Tensor, ridge: float) -> _Normal:
         mean = features.mean(0)
         centred = features - mean
         covariance = (centred.T @ centred).double() / len(features)
-        ridge = RIDGE * float(covariance.diagonal().mean()) or 1.0
+        ridge = ridge * float(covariance.diagonal().mean()) or 1.0
         covariance.diagonal().add_(ridge)
         return cls(centred, mean, torch.linalg.cholesky(covariance), ridge * prior.double())
 
