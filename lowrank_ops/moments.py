@@ -33,6 +33,8 @@ Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 class Moments:
     """Second moments of one layer over the calibration data, shrunk where rows are few (`lowrank_ops.shrinkage`).
 
+    On the CPU, in the dtype of what the layer sees, fp32 at least. Of one wider than `shrinkage.WIDEST`: its diagonal.
+
     Attributes:
         input: `[S, S]`, the mean of `x x^T` over input pixels (all taps of a window together), without those of
             held-out positions.
@@ -227,9 +229,14 @@ class _Sums:
     def moments(self) -> Moments:
         total = self.gradient.total
         usable = bool(torch.isfinite(total).all()) and bool(total.any())
-        gradient = self.gradient.shrunk() * self.gradient.rows if usable else torch.eye(len(total), dtype=torch.float64)
+        gradient = self.gradient.shrunk().mul_(self.gradient.rows) if usable else _ones(total)
         assert self.input is not None
         return Moments(self.input.shrunk(), gradient, self.rows)
+
+
+def _ones(like: Tensor) -> Tensor:
+    """The identity, or its diagonal."""
+    return torch.ones_like(like) if like.dim() == 1 else torch.eye(len(like), dtype=like.dtype)
 
 
 def _backward_through_recurrent_layers() -> Any:

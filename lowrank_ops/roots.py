@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
+from lowrank_ops.singular import computing_device
 
 # What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
 # noise, and data that calibration did not show may use them.
@@ -32,32 +33,38 @@ class Root:
     @classmethod
     @no_autocast()
     def of(cls, moment: Tensor) -> Root:
-        """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, in fp64; all ones for one of zeros."""
-        moment = moment.double()
+        """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, in its dtype, computed in fp64; all ones
+        for one of zeros."""
+        dtype, moment = moment.dtype, moment.double()
         if not bool(moment.any()):
-            return cls(torch.ones(len(moment), dtype=torch.float64, device=moment.device))
+            return cls(torch.ones(len(moment), dtype=dtype))
         if moment.dim() == 1:
-            return cls((moment + DAMPING * float(moment.max())).sqrt())
-        damped = moment.clone()
+            return cls((moment + DAMPING * float(moment.max())).sqrt().to(dtype))
+        damped = moment.clone() if dtype == torch.float64 else moment
         damping = DAMPING * _largest_eigenvalue(moment)
         while True:
             damped.diagonal().add_(damping)
             factor, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
-                return cls(factor)
+                return cls(factor.to(dtype))
             damping *= 10  # sums of low precision, of which an eigenvalue is far below zero
 
     def apply(self, matrix: Tensor) -> Tensor:
-        """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, fp64."""
-        matrix = matrix.to(self.factor)
-        return self.factor[:, None] * matrix if self.factor.dim() == 1 else self.factor.T @ matrix
+        """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, fp64, where the matrix is."""
+        factor, matrix = self._beside(matrix)
+        return factor[:, None] * matrix if factor.dim() == 1 else factor.T @ matrix
 
     def undo(self, matrix: Tensor) -> Tensor:
         """The inverse of `apply`: `[n, m]`, fp64."""
-        matrix = matrix.to(self.factor)
-        if self.factor.dim() == 1:
-            return matrix / self.factor[:, None]
-        return torch.linalg.solve_triangular(self.factor.T, matrix, upper=True)
+        factor, matrix = self._beside(matrix)
+        if factor.dim() == 1:
+            return matrix / factor[:, None]
+        return torch.linalg.solve_triangular(factor.T, matrix, upper=True)
+
+    def _beside(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor and matrix in fp64 on one device."""
+        device = computing_device(matrix)
+        return self.factor.to(device).double(), matrix.to(device).double()
 
 
 def _largest_eigenvalue(moment: Tensor) -> float:

@@ -20,71 +20,101 @@ from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
 
+# Of more features only the squares are summed: [8192, 8192] in fp32 is a quarter of a gigabyte, and a root takes a
+# second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et al., arXiv:2312.05821).
+WIDEST = 8192
+
 
 class SecondMoment:
-    """Sums over rows `[n, p]`, added in groups that may depend on each other inside, less so between groups."""
+    """Sums over rows `[n, p]`, added in groups that may depend on each other inside, less so between groups.
+
+    Attributes:
+        total: `[p, p]`, the sum of `x x^T`; its diagonal `[p]` for more than `WIDEST` features. On the CPU, in the
+            rows' dtype, fp32 at least.
+        rows: how many.
+    """
 
     def __init__(self, width: int) -> None:
         with torch.inference_mode(False):
-            self.total = torch.zeros(width, width, dtype=torch.float64)
+            self.total = torch.zeros(width if width > WIDEST else (width, width))
             self._sum = torch.zeros(width, dtype=torch.float64)
         self.rows = 0
         self._fourth = 0.0  # sum over rows of |x|^4
         self._groups = 0.0  # sum over groups of |sum x x^T|^2
         self._sizes = 0  # sum over groups of n^2
 
+    @no_autocast()
     def add(self, rows: Tensor) -> None:
         """One group of rows, of any floating dtype and device."""
         if not len(rows):
             return
         with torch.inference_mode(False):
-            moment = product(rows)
-            self.total += moment
             rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+            if rows.dtype != self.total.dtype:
+                self.total = self.total.to(torch.promote_types(rows.dtype, self.total.dtype))
+            self._groups += self._add_products(rows)
             self._sum += rows.sum(0).double().cpu()
-            self._fourth += float(rows.square().sum(1).double().square().sum())
-            self._groups += float(moment.square().sum())
+            squares = rows.square()
+            self._fourth += _energy(squares.sum(1) if self.total.dim() == 2 else squares)
             self._sizes += len(rows) ** 2
             self.rows += len(rows)
+
+    def _add_products(self, rows: Tensor) -> float:
+        """Adds to `total`, and returns the energy of what was added, from the shorter side's products."""
+        count, width = rows.shape
+        if self.total.dim() == 2 and count < width and rows.device.type == "cpu":
+            self.total.addmm_(rows.T.to(self.total.dtype), rows.to(self.total.dtype))
+            return _energy(rows @ rows.T)
+        products = rows.T @ rows if self.total.dim() == 2 else rows.square().sum(0)
+        self.total += products.to("cpu", self.total.dtype)
+        return _energy(products)
 
     def independent_rows(self) -> float:
         """How many independent rows would tell as much; 1 to `rows`."""
         shares = self._sizes / self.rows**2
         if self.rows < 2 or shares >= 1:  # a single group: nothing shows how much its rows depend on each other
             return float(self.rows)
-        square = float(self.total.square().sum()) / self.rows**2
+        square = _energy(self.total) / self.rows**2
         variance = (self._groups / self.rows**2 - square * shares) / (1 - shares)
         independent = (self._fourth / self.rows**2 - square / self.rows) / (1 - 1 / self.rows)
         effect = variance / independent if independent > 0 else 1.0
         return self.rows / min(max(effect, 1.0), float(self.rows))
 
     def shrunk(self) -> Tensor:
-        """`[p, p]`, fp64: the mean of `x x^T`, its part around the mean shrunk; positive definite but for zero rows."""
-        width, count = len(self.total), self.independent_rows() - 1  # one for the mean
+        """The mean of `x x^T`, of the shape and dtype of `total`, its part around the mean shrunk; positive but for
+        zero rows."""
+        count = self.independent_rows() - 1  # one for the mean
+        covariance = self.total / self.rows
+        diagonal = covariance if covariance.dim() == 1 else covariance.diagonal()
         if count < 1:
-            return torch.eye(width, dtype=torch.float64) * (float(self.total.diagonal().mean()) / self.rows)
-        mean = self._sum / self.rows
-        outer = torch.outer(mean, mean)
-        covariance = self.total / self.rows - outer
-        level, part = float(covariance.diagonal().mean()), _shrinkage(covariance, count)
+            level = float(diagonal.mean())
+            covariance.zero_()
+            diagonal.fill_(level)
+            return covariance
+        mean = (self._sum / self.rows).to(covariance.dtype)
+        _add_outer(covariance, mean, -1)
+        level, part = float(diagonal.mean()), _shrinkage(covariance, count)
         covariance *= 1 - part
-        covariance.diagonal().add_(part * level)
-        return covariance.add_(outer)
+        diagonal += part * level
+        return _add_outer(covariance, mean, 1)
 
 
-@no_autocast()
-def product(rows: Tensor) -> Tensor:
-    """`rows^T rows` in fp64 on the CPU; the products of 4096 rows at a time in fp32 at least."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for part in rows.detach().split(4096):
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        total += (part.T @ part).double().cpu()
-    return total
+def _add_outer(moment: Tensor, mean: Tensor, sign: int) -> Tensor:
+    """Adds `sign mean mean^T`, or its diagonal, in place."""
+    return moment.addcmul_(mean, mean, value=sign) if moment.dim() == 1 else moment.addr_(mean, mean, alpha=sign)
+
+
+def _energy(values: Tensor) -> float:
+    """The sum of all squares, in fp64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _shrinkage(covariance: Tensor, count: float) -> float:
     """`a` for the covariance of so many independent rows: 0 to 1."""
-    width = len(covariance)
-    trace, square = float(covariance.diagonal().sum()), float(covariance.square().sum())
+    width, square = len(covariance), _energy(covariance)
+    if covariance.dim() == 1:  # a variance of normal numbers is known to two parts in the count of its own square
+        spread = count * (square - float(covariance.sum(dtype=torch.float64)) ** 2 / width)
+        return min(2 * square / spread, 1.0) if spread > 0 else 1.0
+    trace = float(covariance.diagonal().sum(dtype=torch.float64))
     spread = (count + 1 - 2 / width) * (square - trace**2 / width)  # 0 for a multiple of the identity
     return min(((1 - 2 / width) * square + trace**2) / spread, 1.0) if spread > 0 else 1.0
