@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,26 @@ class Batch:
                 return source.detach().requires_grad_().clone()
             return tensor.detach().clone()
 
-        return model(*with_tensors(self.arguments, fresh), **with_tensors(dict(self.keywords), fresh))
+        arguments, keywords = with_tensors(self.arguments, fresh), with_tensors(dict(self.keywords), fresh)
+        try:
+            return model(*arguments, **keywords)
+        except TypeError as error:
+            try:
+                inspect.signature(model.forward).bind(*arguments, **keywords)
+            except TypeError:
+                raise TypeError(f"{error}. {self._told()}") from error
+            except ValueError:  # it has no signature
+                pass
+            raise
+
+    def _told(self) -> str:
+        """What the model was given, for a model that takes other arguments."""
+        if self.keywords:
+            return f"A mapping holds the model's arguments by name, here {', '.join(self.keywords)}"
+        return (
+            f"A tuple holds the model's positional arguments, here {len(self.arguments)}; several batches are a list, "
+            "an input with labels is a list [input, labels]"
+        )
 
     def tensors(self) -> list[Tensor]:
         """The floating-point tensors among the arguments and inside of them."""
