@@ -20,7 +20,8 @@ from lowrank_ops.batches import Batch, Batches
 from lowrank_ops.fitting import Regression, refit
 from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.moments import HeldOut, Moments, count_positions, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.moments import HeldOut, count_positions, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.roots import Root
 from lowrank_ops.surgery import Site
 
 # The widest features whose normal equations are solved: [8192, 8192] in fp64 is half a gigabyte.
@@ -34,18 +35,23 @@ def positions_for(width: int) -> int:
 
 @dataclass
 class Fit:
-    """One layer to fit: where it stands, the factorized module for it, how often a run of the model calls it, whether a
-    ReLU follows it."""
+    """One layer to fit: where it stands, the factorized module for it, the root of its gradient's moment (None once it
+    is fitted), how often a run of the model calls it, whether a ReLU follows it."""
 
     site: Site
     module: FactorizedModule
-    moments: Moments
+    gradient: Root | None
     calls: int
     relu: bool = False
 
 
 def fit_in_order_(
-    model: nn.Module, fits: Sequence[Fit], batches: Batches, count: int, step: Callable[[str], Any]
+    model: nn.Module,
+    fits: Sequence[Fit],
+    batches: Batches,
+    count: int,
+    step: Callable[[str], Any],
+    fitted: Sequence[Fit] = (),
 ) -> dict[int, float | None]:
     """Fits the last factors and the bias of modules, in place; the model itself is as before afterwards.
 
@@ -54,6 +60,7 @@ def fit_in_order_(
         fits: in the order in which the model calls them.
         batches: calibration data, `count` batches.
         step: called before each batch with the layer's name (progress).
+        fitted: earlier ones, whose modules stand for their layers in the factorized model.
 
     Returns:
         Relative errors of the outputs on the held-out rows, by id of the dense layer; None where there are none.
@@ -62,7 +69,7 @@ def fit_in_order_(
         ValueError: a layer or module gives values that are not finite.
     """
     errors: dict[int, float | None] = {}
-    done: list[Fit] = []
+    done = list(fitted)
     state = ModelState(model)
     try:
         for fit in fits:
@@ -74,7 +81,7 @@ def fit_in_order_(
             errors[id(fit.site.layer)] = _fit(fit, rows)
             done.append(fit)
     finally:
-        _put_dense(fits)
+        _put_dense([*fitted, *fits])
         state.restore()
     return errors
 
@@ -93,9 +100,7 @@ def _fit(fit: Fit, rows: _Rows) -> float | None:
         rows.prior,
         nothing if bias is None else bias.detach().double().cpu(),
     )
-    fitted, judged = (
-        Regression(features[which], targets[which], rows.prior, fit.moments.gradient_root) for which in (~held, held)
-    )
+    fitted, judged = (Regression(features[which], targets[which], rows.prior, fit.gradient) for which in (~held, held))
     solution, error = refit(fitted, judged, present, rows.rank, fit.relu)
     if solution is not present:
         _write(fit.module, *solution, whole=rows.rank is not None)

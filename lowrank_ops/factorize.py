@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,8 @@ from lowrank_ops.fuse import fuse_
 from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
-from lowrank_ops.moments import Moments, gather_moments
+from lowrank_ops.moment_groups import moment_groups
+from lowrank_ops.moments import gather_moments
 from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
@@ -143,16 +144,18 @@ def factorize_(
     calls = None if example_input is None else recorded_calls(model, example_input, layers)
 
     work.refuse(chosen)
-    if batches is not None:
-        work.gather(batches)
+    work.arrange(batches)
     if isinstance(rank, Budget):
+        sites = [site for group in work.groups for site in group]
         work.choices, left = spend(
-            rank, model, work.open_sites(), work.whitened(), method, multiple, seed, calls, example_input, progress
+            rank, model, sites, work.weighed, method, multiple, seed, calls, example_input, progress
         )
         work.reasons.update(left)
-    work.decompose()
-    if batches is not None:
-        work.fit(batches)
+    for group in work.groups:
+        work.decompose(group)
+        work.fit(group)
+    work.check_ranks()
+    work.note_rows()
 
     times = {} if calls is None else work.measure(calls)
     replaced = [site for site in work.sites if id(site.layer) in work.replacements]
@@ -175,9 +178,15 @@ class _Work:
     progress: bool
     sites: list[Site] = field(init=False)
     reasons: dict[int, str] = field(default_factory=dict)
-    moments: dict[int, Moments] = field(default_factory=dict)
-    calls: dict[int, int] = field(default_factory=dict)
+    batches: Batches | None = None
     batch_count: int = 0
+    groups: list[list[Site]] = field(default_factory=list)  # of layers whose moments are gathered together
+    at_hand: int = -1  # the group whose moments' roots are held
+    whitenings: dict[int, Whitening] = field(default_factory=dict)
+    seen: dict[int, tuple[int, int]] = field(default_factory=dict)  # calibration rows and inputs of each layer reached
+    calls: dict[int, int] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)  # of the whitened weights
+    fits: list[Fit] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
     output_errors: dict[int, float | None] = field(default_factory=dict)
@@ -202,71 +211,99 @@ class _Work:
             else:
                 ranks.require_finite(weight_of(site.layer), site.names[0])
 
-    def gather(self, batches: Batches) -> None:
-        """The moments of all layers that may be replaced."""
+    def arrange(self, batches: Batches | None) -> None:
+        """Groups the layers that may be replaced; without calibration in one group."""
         sites = self.open_sites()
+        self.batches, self.groups = batches, [sites]
+        if batches is None:
+            return
         with batches.same_order():
             self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
-        with _bar(None, "calibrate", self.progress, self.batch_count) as bar, _failing("calibration"):
-            self.moments, self.calls = gather_moments(
+        with _bar(None, "order of the layers", self.progress, self.batch_count) as bar, _failing("calibration"):
+            self.groups = moment_groups(self.model, sites, batches, seen=bar.update)
+        self._gather(0)
+
+    def _gather(self, index: int) -> None:
+        """The roots of the moments of a group; those of the group before are dropped. The sites of the group are then
+        in the order in which the model calls them."""
+        assert self.batches is not None
+        self.at_hand = index
+        self.whitenings.clear()
+        group = self.groups[index]
+        what = "calibrate" if len(self.groups) == 1 else f"calibrate, part {index + 1} of {len(self.groups)}"
+        with _bar(None, what, self.progress, self.batch_count) as bar, _failing("calibration"):
+            moments, calls = gather_moments(
                 self.model,
-                [site.layer for site in sites],  # type: ignore[misc]
-                batches,
+                [site.layer for site in group],  # type: ignore[misc]
+                self.batches,
                 seen=bar.update,
             )
-        if sites and not self.moments:
+        self.calls.update(calls)
+        if group and not moments and index == 0:
             raise ValueError(
-                f"factorize_: the calibration data reach none of the {len(sites)} layers to replace: the model does "
-                "not call them on these inputs; give other data"
+                f"factorize_: the calibration data reach none of the {len(self.open_sites())} layers to replace: the "
+                "model does not call them on these inputs; give other data"
             )
-        reached = [site for site in sites if id(site.layer) in self.moments]
-        self._note_rows(sites)
-        for site in reached:
-            if not bool(torch.isfinite(self.moments[id(site.layer)].input).all()):
+        order = list(moments)
+        group.sort(key=lambda site: order.index(id(site.layer)) if id(site.layer) in moments else len(order))
+        for site in group[: len(order)]:
+            of_layer = moments.pop(id(site.layer))
+            if not bool(torch.isfinite(of_layer.input).all()):
                 raise ValueError(
                     f"factorize_: {site.names[0]} sees values that are not finite on the calibration data; leave out "
                     "the samples that cause them, or exclude the layer"
                 )
+            self.seen[id(site.layer)] = of_layer.rows, len(of_layer.input)
+            self.whitenings[id(site.layer)] = Whitening.of(of_layer)
 
-    def _note_rows(self, sites: Sequence[Site]) -> None:
+    def whitening(self, site: Site) -> Whitening | None:
+        """The roots of a layer's moments, gathered now if another group's are at hand; None if no data reach it."""
+        if self.batches is None:
+            return None
+        index = next(index for index, group in enumerate(self.groups) if any(other is site for other in group))
+        if index != self.at_hand:
+            self._gather(index)
+        return self.whitenings.get(id(site.layer))
+
+    def note_rows(self) -> None:
         """Notes which layers the data reach too seldom, and warns of those that they reach."""
+        if self.batches is None:
+            return
         few = []
+        sites = [site for group in self.groups for site in group]
         for site in sites:
-            moments = self.moments.get(id(site.layer))
-            if moments is None:
+            rows, width = self.seen.get(id(site.layer), (0, 0))
+            if not rows:
                 self.notes[id(site.layer)] = "the calibration data do not reach it: its factors keep its weight alone"
-            elif moments.rows < len(moments.input):
-                rows = f"{moments.rows} calibration rows for {len(moments.input)} inputs"
-                self.notes[id(site.layer)] = f"{rows}: its factors lean on its weight"
-                few.append(f"{site.names[0]} ({rows})")
+            elif rows < width:
+                shown = f"{rows} calibration rows for {width} inputs"
+                self.notes[id(site.layer)] = f"{shown}: its factors lean on its weight"
+                few.append(f"{site.names[0]} ({shown})")
         if few:
-            shown = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+            listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
             warnings.warn(
-                f"factorize_: few calibration data for {len(few)} of {len(sites)} layers: {shown}. Their factors lean "
+                f"factorize_: few calibration data for {len(few)} of {len(sites)} layers: {listed}. Their factors lean "
                 "on their weights; give more data, at least a few rows for each input of a layer",
-                stacklevel=5,
+                stacklevel=4,
             )
 
-    def whitened(self) -> dict[int, torch.Tensor]:
-        """What a `Budget` weighs: whitened weights; without calibration, weights divided by their norms. A layer that
-        the calibration data do not reach counts like the median of those that they reach."""
-        result = {}
-        for site in self.open_sites():
-            moments = self.moments.get(id(site.layer))
-            if moments is not None:
-                result[id(site.layer)] = Whitening.of(moments).apply(weight_of(site.layer))
-        typical = statistics.median(float(weight.norm()) for weight in result.values()) if result else 1.0
-        for site in self.open_sites():
-            if id(site.layer) not in result:
-                weight = weight_of(site.layer).double().cpu()
-                result[id(site.layer)] = weight * (typical / (float(weight.norm()) or 1.0))
-        return result
+    def weighed(self, site: Site) -> torch.Tensor:
+        """What a `Budget` weighs: the whitened weight; without calibration, the weight divided by its norm. A layer
+        that the calibration data do not reach, which comes last, counts like the median of those that they reach."""
+        whitening, weight = self.whitening(site), weight_of(site.layer)
+        if whitening is not None:
+            weight = whitening.apply(weight)
+            self.norms.append(float(weight.norm()))
+            return weight
+        weight = weight.double()
+        return weight * ((statistics.median(self.norms) if self.norms else 1.0) / (float(weight.norm()) or 1.0))
 
-    def decompose(self) -> None:
-        """Makes the modules, or notes why a layer is left."""
-        tried = len(self.open_sites())
+    def decompose(self, group: Sequence[Site]) -> None:
+        """Makes the modules of a group, or notes why a layer is left."""
         tasks: list[tuple[Site, Task]] = []
-        for site in self.open_sites():
+        for site in group:
+            if id(site.layer) in self.reasons:
+                continue
             task = self._task(site)
             if isinstance(task, str):
                 self.reasons[id(site.layer)] = task
@@ -281,6 +318,10 @@ class _Work:
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason
+
+    def check_ranks(self) -> None:
+        """Raises ValueError if the rank is above the limit of every layer."""
+        tried = sum(map(len, self.groups))
         above = [reason for reason in self.reasons.values() if isinstance(reason, _AboveLimit)]
         if above and len(above) == tried:
             shown = self.rank if self.linear in (None, False) else (self.rank, self.linear)
@@ -289,35 +330,35 @@ class _Work:
                 f"({above[0]}{'; ...' if tried > 1 else ''}); give a lower rank or a fraction"
             )
 
-    def fit(self, batches: Batches) -> None:
-        """Fits the modules to the dense layers' outputs, in the order in which the model calls them."""
-        order = list(self.moments)
-        sites = sorted(
-            (site for site in self.sites if id(site.layer) in self.replacements and id(site.layer) in self.moments),
-            key=lambda site: order.index(id(site.layer)),
-        )
+    def fit(self, group: Sequence[Site]) -> None:
+        """Fits a group's modules to the dense layers' outputs, in the order in which the model calls them."""
+        if self.batches is None:
+            return
+        sites = [site for site in group if id(site.layer) in self.replacements and id(site.layer) in self.seen]
         relu = rectified(self.model, [site.layer for site in sites])
         fits = []
         for site in sites:
-            key = id(site.layer)
-            fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key], key in relu))
+            key, whitening = id(site.layer), self.whitening(site)
+            assert whitening is not None
+            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], key in relu))
         with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, _failing("calibration"):
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            self.output_errors = fit_in_order_(self.model, fits, batches, self.batch_count, step)
+            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits)
+        self.output_errors.update(errors)
         for site in sites:
             module = self.replacements[id(site.layer)]
             module.relative_error = weight_error(site.layer, module)
+        self.fits += [replace(fit, gradient=None) for fit in fits]
 
     def rows_of(self, layer: nn.Module) -> int | None:
         """Calibration rows of a layer that was replaced; None without calibration."""
-        if not self.moments or id(layer) not in self.replacements:
+        if self.batches is None or id(layer) not in self.replacements:
             return None
-        moments = self.moments.get(id(layer))
-        return 0 if moments is None else moments.rows
+        return self.seen.get(id(layer), (0, 0))[0]
 
     def measure(self, calls: Calls) -> dict[int, tuple[float, float]]:
         """Milliseconds before and after of the layers that are replaced."""
@@ -346,7 +387,7 @@ class _Work:
                 own_rank = layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
             except ValueError as error:
                 return _AboveLimit(error)
-        return Task(layer, own_rank, tucker, self.moments.get(id(layer)), {**options, "seed": self.seed})
+        return Task(layer, own_rank, tucker, self.whitening(site), {**options, "seed": self.seed})
 
 
 def _too_large(layer: Any, module: FactorizedModule) -> str | None:

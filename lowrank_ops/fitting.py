@@ -48,8 +48,7 @@ class Whitening:
 
     @classmethod
     def of(cls, moments: Moments) -> Whitening:
-        """The roots, computed once for each `Moments`."""
-        return cls(moments.input_root, moments.gradient_root)
+        return cls(Root.of(moments.input), Root.of(moments.gradient))
 
     @no_autocast()
     def apply(self, weight: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ held out (`HeldOut`): what the factors are made from never sees it, and errors a
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from lowrank_ops.batches import Batch, Batches, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.chains import same_padding
 from lowrank_ops.model_state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
-from lowrank_ops.roots import Root
 from lowrank_ops.shrinkage import SecondMoment
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
@@ -48,16 +46,6 @@ class Moments:
     input: Tensor
     gradient: Tensor
     rows: int = 0
-
-    @functools.cached_property
-    def input_root(self) -> Root:
-        """The root of `input`."""
-        return Root.of(self.input)
-
-    @functools.cached_property
-    def gradient_root(self) -> Root:
-        """The root of `gradient`."""
-        return Root.of(self.gradient)
 
 
 class _Enough(BaseException):
@@ -200,7 +188,7 @@ def gather_moments(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {key: of_layer.moments() for key, of_layer in sums.items()}, calls
+    return {key: sums.pop(key).moments() for key in list(sums)}, calls
 
 
 class _Sums:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def spend(
     budget: Budget,
     model: nn.Module,
     sites: Sequence[Site],
-    weights: Mapping[int, Tensor],
+    weigh: Callable[[Site], Tensor],
     method: str,
     multiple: int,
     seed: int,
@@ -45,7 +45,7 @@ def spend(
     Args:
         budget: of the whole model.
         sites: the layers that may be replaced.
-        weights: whitened or normalized, by id of the layer: see `options.options_for`.
+        weigh: gives a site's weight, whitened or normalized: see `options.options_for`.
         calls: of the layers on `example_input`, for multiplications and latency.
 
     Raises:
@@ -63,7 +63,7 @@ def spend(
                 cost, step = clock.of(layer, seen), max(multiple, _LANES)
             else:
                 cost, step = count_cost(budget.kind, seen), multiple
-            menus.append(options_for(layer, weights[id(layer)], method, cost, step, site.names[0], seed))
+            menus.append(options_for(layer, weigh(site), method, cost, step, site.names[0], seed))
     dense = sum(menu[0].cost for menu in menus)
     whole = _whole_cost(budget, model, calls, example_input)
     if budget.kind == "latency" and dense > 0:

@@ -190,9 +190,9 @@ def test_moments_inside_autocast_are_sums_in_fp32_of_what_the_model_computes() -
     assert hidden.dtype == torch.bfloat16
     rows = hidden.detach().double()[:24]
     # fp32 sums of 24 products
-    torch.testing.assert_close(inside[id(model[2])].input, rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inside[id(model[2])].input.double(), rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
     gradient = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).bfloat16().double()
-    torch.testing.assert_close(inside[id(model[2])].gradient, gradient.T @ gradient, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inside[id(model[2])].gradient.double(), gradient.T @ gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_watch_records_outside_of_autocast() -> None:
