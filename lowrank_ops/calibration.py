@@ -87,20 +87,16 @@ def fit_in_order_(
 
 
 def _fit(fit: Fit, rows: _Rows) -> float | None:
-    features, targets, held = _joined(rows.features), _joined(rows.targets), torch.cat(rows.held).cpu()
-    if not bool(torch.isfinite(features).all() and torch.isfinite(targets).all()):
-        raise ValueError(
-            f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
-            "exclude it, or leave out the samples that cause them"
-        )
-    bias = fit.module.bias
-    nothing = torch.zeros(len(rows.prior), dtype=torch.float64)
-    present = (
-        torch.eye(len(rows.prior)).double(),
-        rows.prior,
-        nothing if bias is None else bias.detach().double().cpu(),
-    )
-    fitted, judged = (Regression(features[which], targets[which], rows.prior, fit.gradient) for which in (~held, held))
+    fitted, judged = rows.regression(held=False), rows.regression(held=True)
+    for regression in (fitted, judged):
+        if not bool(torch.isfinite(regression.features).all() and torch.isfinite(regression.targets).all()):
+            raise ValueError(
+                f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
+                "exclude it, or leave out the samples that cause them"
+            )
+    outputs, bias = len(rows.prior), fit.module.bias
+    offset = torch.zeros(outputs) if bias is None else bias.detach()
+    present = torch.eye(outputs, dtype=torch.float64), rows.prior, offset.double().cpu()
     solution, error = refit(fitted, judged, present, rows.rank, fit.relu)
     if solution is not present:
         _write(fit.module, *solution, whole=rows.rank is not None)
@@ -108,38 +104,41 @@ def _fit(fit: Fit, rows: _Rows) -> float | None:
 
 
 class _Rows:
-    """Rows of one layer: features that its module sees, targets that the dense layer gives, and which are held out."""
+    """Rows of a layer, held-out ones and others: features that its module sees, targets that the dense layer gives."""
 
     def __init__(self, model: nn.Module, state: ModelState, fit: Fit, done: Collection[Fit], count: int) -> None:
-        self.features: list[Tensor] = []
-        self.targets: list[Tensor] = []
-        self.held: list[Tensor] = []
         self.features_of, self.prior, self.rank = _problem(fit.module)
         self._model, self._state, self._fit, self._done = model, state, fit, done
         drawn = positions_for(self.prior.shape[1]) * 4 // 3  # with the held-out ones
         self._positions = max(drawn // (count * fit.calls), 1)
         self._held_out = HeldOut()
+        none = torch.empty(0, self.prior.shape[1]), torch.empty(0, len(self.prior))
+        self._parts: dict[bool, list[tuple[Tensor, Tensor]]] = {False: [none], True: [none]}
+
+    def regression(self, held: bool) -> Regression:
+        """Of the rows so far, which this forgets."""
+        features, targets = map(_joined, zip(*self._parts.pop(held), strict=True))
+        return Regression(features, targets, self.prior, self._fit.gradient)
 
     def add(self, batch: Batch, index: int) -> None:
         """Rows of one batch, the model's `index`-th one."""
         layer: Any = self._fit.site.layer
-        chosen: dict[int, tuple[int, Tensor]] = {}
+        chosen: list[tuple[int, Tensor, Tensor]] = []  # of each call: positions in all, the drawn ones, held out or not
+        targets: list[Tensor] = []
         features: dict[int, Tensor] = {}
 
         def see_dense(call: int, input: Tensor, output: Tensor) -> None:
             total = count_positions(layer, output)
             held = self._held_out.next_call(total)
             positions = draw_positions(layer, output, self._positions, f"{index} {call}")
-            chosen[call] = total, positions
-            self.targets.append(output_rows(layer, output, positions))
-            self.held.append(held(positions))
+            chosen.append((total, positions, held(positions)))
+            targets.append(output_rows(layer, output, positions))
             if not self._done:
                 see(call, input, output)
 
         def see(call: int, input: Tensor, output: Tensor) -> None:
-            total, positions = chosen.get(call, (0, None))
-            if positions is not None and total == count_positions(layer, output) and call not in features:
-                features[call] = self.features_of(input_rows(layer, input, positions))
+            if call < len(chosen) and call not in features and chosen[call][0] == count_positions(layer, output):
+                features[call] = self.features_of(input_rows(layer, input, chosen[call][1]))
 
         self._watch(batch, index, (), see_dense)
         if chosen and self._done:
@@ -148,7 +147,9 @@ class _Rows:
                 # The factorized layers before it send other rows here (experts, data-dependent loops): these calls are
                 # fitted to the inputs that the dense layers give.
                 self._watch(batch, index, (), see)
-        self.features += [features[call] for call in chosen]
+        for call, (_, _, held) in enumerate(chosen):
+            for part in (False, True):
+                self._parts[part].append((features[call][held == part], targets[call][held == part]))
 
     def _watch(
         self, batch: Batch, index: int, modules: Collection[Fit], record: Callable[[int, Tensor, Tensor], Any]
@@ -168,8 +169,8 @@ def _put_dense(fits: Collection[Fit]) -> None:
         fit.site.put(fit.site.layer)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    rows = torch.cat(parts).detach().cpu()
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    rows = torch.cat([part.detach().cpu() for part in parts])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 

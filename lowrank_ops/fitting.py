@@ -136,8 +136,8 @@ def refit(
 
     Of the fits of all `STRENGTHS`, and `present` as the strongest, the strongest whose held-out loss is within one
     standard error of the least (Breiman, Friedman, Olshen & Stone, Classification and Regression Trees, 1984, section
-    3.4.3): the fewer rows are held out, the more a fit has to gain. Without held-out rows it is `present`, and no error
-    is known.
+    3.4.3): the fewer rows are held out, the more a fit has to gain. Without rows to fit or held-out ones it is
+    `present`; without the latter no error is known.
 
     Args:
         fitted: the rows to fit.
@@ -147,6 +147,8 @@ def refit(
     """
     if not len(held.features):
         return present, None
+    if not len(fitted.features):
+        return present, held.error(present)
     tried = [(present, held.losses(present, relu))]
     least = float("inf")
     for strength in STRENGTHS:

@@ -66,7 +66,7 @@ class HeldOut:
         """For the next call, of so many positions: a function from positions to whether they are held out."""
         parts, before = min(4, total), self._before
         self._before += parts
-        return lambda positions: (before + positions * parts // total) % 4 == 3
+        return lambda positions: (before + positions * parts // max(total, 1)) % 4 == 3
 
 
 def input_rows(layer: Layer, input: Tensor, positions: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowrank_ops import fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
-from lowrank_ops.fitting import Regression, Whitening
+from lowrank_ops.fitting import Regression, Whitening, refit
 from lowrank_ops.moments import Moments
 from lowrank_ops.roots import Root
 
@@ -180,3 +180,67 @@ def test_the_compromise_behind_a_relu_is_the_best_one() -> None:
         grid = torch.linspace(-5, 5, 2001, dtype=torch.float64)
         least = torch.stack([cost(torch.full_like(targets, float(value))) for value in grid]).amin(0)
         assert bool((cost(found) <= least + 1e-12).all())
+
+
+def _problem(count: int, noise: float, seed: int = 0) -> tuple[Regression, Regression, tuple[Tensor, Tensor, Tensor]]:
+    """Rows to fit, held-out rows, and factors at some distance from the map that both follow."""
+    features = _normal(count, 40, seed=seed)
+    true = _normal(10, 40, seed=1) / 40**0.5
+    targets = features @ true.T + noise * _normal(count, 10, seed=seed + 2)
+    present = torch.eye(10).double(), true + 0.3 * _normal(10, 40, seed=3) / 40**0.5, torch.zeros(10).double()
+    held = count // 4
+    fitted, judged = (
+        Regression(features[part], targets[part], present[1]) for part in (slice(held, None), slice(held))
+    )
+    return fitted, judged, present
+
+
+def _loss_on_new_rows(solution: tuple[Tensor, Tensor, Tensor], noise: float) -> float:
+    judged = _problem(8000, noise, seed=50)[1]
+    return float(judged.losses(solution).mean())
+
+
+def test_many_rows_are_fitted_and_few_keep_the_factors() -> None:
+    for count, noise, gains in ((2000, 0.3, True), (60, 1.0, False), (8, 1.0, False)):
+        fitted, judged, present = _problem(count, noise)
+        solution, error = refit(fitted, judged, present, None, False)
+        before, after = (_loss_on_new_rows(which, noise) for which in (present, solution))
+        plain = _loss_on_new_rows(fitted.solve(), noise)
+        assert error == judged.error(solution)
+        if gains:
+            assert after < 0.8 * before and after == pytest.approx(plain, rel=0.01)
+        else:
+            assert after < 1.02 * before < plain  # a fit of the usual ridge is worse than none
+
+
+def test_a_stronger_pull_is_chosen_where_it_is_better() -> None:
+    fitted, judged, present = _problem(120, 0.5)
+    solution, _ = refit(fitted, judged, present, None, False)
+    found = _loss_on_new_rows(solution, 0.5)
+    assert found < 0.8 * _loss_on_new_rows(fitted.solve(), 0.5)
+    assert found < 0.98 * _loss_on_new_rows(present, 0.5)
+
+
+def test_no_rows_to_fit_or_to_judge() -> None:
+    fitted, judged, present = _problem(40, 1.0)
+    none = Regression(fitted.features[:0], fitted.targets[:0], fitted.prior)
+    assert refit(fitted, none, present, None, False) == (present, None)
+    assert refit(none, judged, present, None, False) == (present, judged.error(present))
+    one = Regression(judged.features[:1], judged.targets[:1], judged.prior)
+    assert refit(fitted, one, present, None, False)[0] is present  # one row shows no noise
+
+
+def test_behind_a_relu_the_rectified_loss_decides() -> None:
+    fitted, judged, present = _problem(2000, 0.3)
+    shifted = present[0], fitted.solve()[1], fitted.solve()[2] - 8  # all negative: wrong, and right behind the ReLU
+    low = [Regression(part.features, part.targets - 9, part.prior) for part in (fitted, judged)]
+    assert refit(*low, shifted, None, True)[0] is shifted
+    assert refit(*low, shifted, None, False)[0] is not shifted
+
+
+def test_rows_that_repeat_each_other_give_no_smaller_standard_error() -> None:
+    values = _normal(8)
+    error = fitting._standard_error(values)
+    assert error == pytest.approx(float(values.std()) / 8**0.5)
+    assert fitting._standard_error(values.repeat_interleave(50)) == pytest.approx(error)
+    assert fitting._standard_error(values[:1]) == float("inf")
