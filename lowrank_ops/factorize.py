@@ -19,7 +19,7 @@ from lowrank_ops import ranks
 from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
-from lowrank_ops.calibration import Fit, fit_in_order_
+from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.calls import Calls, compare_times, recorded_calls, run_example
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
@@ -336,6 +336,7 @@ class _Work:
             return
         sites = [site for site in group if id(site.layer) in self.replacements and id(site.layer) in self.seen]
         relu = rectified(self.model, [site.layer for site in sites])
+        stage = -(-sum(map(len, self.groups)) // STAGES)
         fits = []
         for site in sites:
             key, whitening = id(site.layer), self.whitening(site)
@@ -347,7 +348,7 @@ class _Work:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits)
+            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits, stage)
         self.output_errors.update(errors)
         for site in sites:
             module = self.replacements[id(site.layer)]

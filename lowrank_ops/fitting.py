@@ -174,45 +174,67 @@ def _standard_error(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Normal:
-    """The normal equations of the centred features, factored once for any targets."""
+    """The normal equations of the centred features, factored once for any targets.
+
+    Of fewer rows than features it is the smaller system, of the rows: with the residual E of the prior P, the map
+    `(Y^T X / n + ridge P) (X^T X / n + ridge)^-1` is `P + E^T (X X^T + n ridge)^-1 X`.
+    """
 
     features: Tensor
     mean: Tensor
-    factor: Tensor  # lower triangular, of the features' covariance plus the ridge
-    pull: Tensor  # ridge times prior
+    factor: Tensor  # lower triangular: `[F, F]`, of the features' covariance plus the ridge, or of the rows, `[N, N]`
+    prior: Tensor
+    ridge: float
 
     @classmethod
     def of(cls, features: Tensor, prior: Tensor, ridge: float) -> _Normal:
         mean = features.mean(0)
         centred = features - mean
-        covariance = (centred.T @ centred).double() / len(features)
-        ridge = ridge * float(covariance.diagonal().mean()) or 1.0
-        covariance.diagonal().add_(ridge)
-        return cls(centred, mean, torch.linalg.cholesky(covariance), ridge * prior.double())
+        count, width = centred.shape
+        ridge = ridge * float(torch.linalg.vector_norm(centred, dtype=torch.float64)) ** 2 / (count * width) or 1.0
+        by_rows = count < width
+        square = (centred @ centred.T).double() if by_rows else (centred.T @ centred).double() / count
+        square.diagonal().add_(ridge * count if by_rows else ridge)
+        return cls(centred, mean, torch.linalg.cholesky(square), prior.double(), ridge)
 
     def solve(self, targets: Tensor, rank: int | None, gradient: Root | None) -> tuple[Tensor, Tensor, Tensor]:
         mean = targets.mean(0)
-        products = ((targets - mean).T @ self.features).double() / len(targets)
-        best = torch.cholesky_solve((products + self.pull).T, self.factor).T
+        best = self._best(targets - mean)
         if rank is None or rank >= len(best):
             out, inner = torch.eye(len(best), dtype=torch.float64), best
         else:
-            out, inner = _reduce(best, self.factor, rank, gradient, self.features.dtype)
+            out, inner = self._reduce(best, rank, gradient)
         return out, inner, mean.double() - out @ (inner @ self.mean.double())
 
+    def _by_rows(self) -> bool:
+        return self.features.shape[0] < self.features.shape[1]
 
-def _reduce(
-    best: Tensor, factor: Tensor, rank: int, gradient: Root | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]` with
-    orthonormal columns, `[R, F]`. `dtype`: of the features, for the singular vectors."""
-    image = best if gradient is None else gradient.apply(best)
-    leading, _, _ = leading_svd((image @ factor).to(dtype), rank, seed=0)
-    leading = torch.linalg.qr(leading.double()).Q
-    if gradient is None:
-        return leading, leading.T @ best
-    out, triangle = torch.linalg.qr(gradient.undo(leading))
-    return out, triangle @ (leading.T @ image)
+    def _best(self, targets: Tensor) -> Tensor:
+        """The map `[T, F]` of any rank for centred targets."""
+        if self._by_rows():
+            features = self.features.double()
+            residual = targets.double() - features @ self.prior.T
+            return self.prior + torch.cholesky_solve(residual, self.factor).T @ features
+        products = (targets.T @ self.features).double() / len(targets)
+        return torch.cholesky_solve((products + self.ridge * self.prior).T, self.factor).T
+
+    def _weighed(self, map: Tensor) -> Tensor:
+        """A map times a root of the features' covariance plus the ridge."""
+        if not self._by_rows():
+            return map @ self.factor
+        outputs = map @ self.features.double().T / len(self.features) ** 0.5
+        return torch.cat([outputs, self.ridge**0.5 * map], dim=1)
+
+    def _reduce(self, best: Tensor, rank: int, gradient: Root | None) -> tuple[Tensor, Tensor]:
+        """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]`
+        with orthonormal columns, `[R, F]`."""
+        image = best if gradient is None else gradient.apply(best)
+        leading, _, _ = leading_svd(self._weighed(image).to(self.features.dtype), rank, seed=0)
+        leading = torch.linalg.qr(leading.double()).Q
+        if gradient is None:
+            return leading, leading.T @ best
+        out, triangle = torch.linalg.qr(gradient.undo(leading))
+        return out, triangle @ (leading.T @ image)
 
 
 def _through_relu(targets: Tensor, present: Tensor, weight: float) -> Tensor:

@@ -232,30 +232,40 @@ def _backward_through_recurrent_layers() -> Any:
     return torch.backends.cudnn.flags(enabled=False)
 
 
-def watch(
-    model: nn.Module,
-    layer: nn.Module,
-    batch: Batch,
-    calls: int,
-    record: Callable[[int, Tensor, Tensor], Any],
-    seed: int = 0,
-) -> None:
-    """Runs the model on a batch up to the layer's call number `calls`; `record(call, input, output)` sees each of them,
-    outside of the model's autocast. The same seed gives the same random numbers to the model. What the run changes in
-    the model stays changed: see `ModelState`."""
-    number = 0
+@dataclass
+class Watched:
+    """A layer to watch: its next `calls` calls; `record(call, input, output)` sees each of them."""
 
-    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        nonlocal number
-        if number == calls:  # the model caught _Enough and goes on
+    layer: nn.Module
+    calls: int
+    record: Callable[[int, Tensor, Tensor], Any]
+    number: int = 0
+
+
+def watch(model: nn.Module, watched: Sequence[Watched], batch: Batch, seed: int = 0) -> None:
+    """Runs the model on a batch up to the last of the watched calls, which are recorded outside of the model's
+    autocast. The same seed gives the same random numbers to the model. What the run changes in the model stays changed:
+    see `ModelState`."""
+
+    def left() -> bool:
+        return any(of_layer.number < of_layer.calls for of_layer in watched)
+
+    def hook(of_layer: Watched, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        if of_layer.number == of_layer.calls:  # also where the model caught _Enough and goes on
             return
         with no_autocast():
-            record(number, args[0] if args else kwargs["input"], output)
-        number += 1
-        if number == calls:
+            of_layer.record(of_layer.number, args[0] if args else kwargs["input"], output)
+        of_layer.number += 1
+        if not left():
             raise _Enough
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handles = [
+        of_layer.layer.register_forward_hook(
+            lambda _, *call, of_layer=of_layer: hook(of_layer, *call),  # type: ignore[misc]
+            with_kwargs=True,
+        )
+        for of_layer in watched
+    ]
     try:
         with (
             eval_mode(model),
@@ -267,10 +277,11 @@ def watch(
     except _Enough:
         pass
     except Exception:
-        if number < calls:  # else the model made another error of _Enough, and all calls were seen
+        if left():  # else the model made another error of _Enough, and all calls were seen
             raise
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _window(layer: nn.Conv1d | nn.Conv2d, input: Tensor) -> tuple[Tensor, Any, Any, Any, list[tuple[int, int]]]:

@@ -244,3 +244,27 @@ def test_rows_that_repeat_each_other_give_no_smaller_standard_error() -> None:
     assert error == pytest.approx(float(values.std()) / 8**0.5)
     assert fitting._standard_error(values.repeat_interleave(50)) == pytest.approx(error)
     assert fitting._standard_error(values[:1]) == float("inf")
+
+
+@pytest.mark.parametrize("metric", [None, _moment(5, 4)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
+    rank: int | None, metric: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[int] = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
+    features, prior = _normal(12, 30), _normal(5, 30, seed=3)
+    root = None if metric is None else Root.of(metric)
+    regression = Regression(features, _normal(12, 5, seed=1), prior, root)
+    small = regression.solve(rank)
+    monkeypatch.setattr(fitting._Normal, "_by_rows", lambda self: False)
+    centred = features - features.mean(0)
+    ridge = fitting.RIDGE * float(centred.square().mean())
+    covariance = centred.T @ centred / 12 + ridge * torch.eye(30, dtype=torch.float64)
+    large = fitting._Normal(centred, features.mean(0), cholesky(covariance), prior, ridge)
+    out, inner, bias = large.solve(regression.targets, rank, root)
+    assert sides == [12]
+    # fp64, the ridge makes the condition about a thousand
+    torch.testing.assert_close(small[0] @ small[1], out @ inner, rtol=0, atol=1e-9)
+    torch.testing.assert_close(small[2], bias, rtol=0, atol=1e-9)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowrank_ops
 from lowrank_ops import shrinkage
 from lowrank_ops.batches import Batches
-from lowrank_ops.moments import HeldOut, Layer, draw_positions, gather_moments, input_rows, output_rows, watch
+from lowrank_ops.moments import HeldOut, Layer, Watched, draw_positions, gather_moments, input_rows, output_rows, watch
 
 LAYERS = [
     nn.Conv2d(5, 4, 3, padding=1),
@@ -200,9 +200,8 @@ def test_watch_records_outside_of_autocast() -> None:
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
     seen: list[tuple[torch.dtype, bool]] = []
     with torch.autocast("cpu", torch.bfloat16):
-        watch(
-            model, model.shared, batch, 1, lambda *call: seen.append((call[2].dtype, torch.is_autocast_enabled("cpu")))
-        )
+        watched = Watched(model.shared, 1, lambda *call: seen.append((call[2].dtype, torch.is_autocast_enabled("cpu"))))
+        watch(model, [watched], batch)
     assert seen == [(torch.bfloat16, False)]
 
 
@@ -212,7 +211,7 @@ def test_watch_stops_after_the_last_call() -> None:
     reached: list[str] = []
     model.last.register_forward_hook(lambda *_: reached.append("last"))
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
-    watch(model, model.shared, batch, 2, lambda call, input, output: seen.append(call))
+    watch(model, [Watched(model.shared, 2, lambda call, input, output: seen.append(call))], batch)
     assert seen == [0, 1]
     assert reached == []
     assert model.training
@@ -244,7 +243,7 @@ def test_watch_sees_each_call_once_whatever_the_model_catches(
     model = _Stubborn(kind, own)
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
     seen: list[int] = []
-    watch(model, model.shared, batch, 1, lambda call, input, output: seen.append(call))
+    watch(model, [Watched(model.shared, 1, lambda call, input, output: seen.append(call))], batch)
     assert seen == [0] and model.caught == caught
 
 
@@ -253,4 +252,4 @@ def test_an_error_before_the_last_call_is_the_models_own() -> None:
     model.first = nn.Conv2d(5, 3, 3)  # fails
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
     with pytest.raises(RuntimeError, match="channels"):
-        watch(model, model.shared, batch, 1, lambda *_: None)
+        watch(model, [Watched(model.shared, 1, lambda *_: None)], batch)
