@@ -187,10 +187,12 @@ def test_inference_mode(built: bool, called: bool) -> None:
 
 def test_a_model_on_the_meta_device() -> None:
     model = Network().to("meta")
-    for options in ({}, {"calibration": torch.randn(4, 3, 8, 8)}):
+    images = torch.randn(4, 3, 8, 8)
+    for options in ({"calibration": images}, {"example_input": images}, {"rank": Budget(params=0.5)}):
         with pytest.raises(
-            ValueError, match=r"^factorize_: conv\.weight is on the meta device, .* load the weights first$"
+            ValueError,
+            match=r"^factorize_: the model cannot run, conv\.weight is on the meta device, .* load the weights first$",
         ):
-            factorize_(model, rank=4, progress=False, **options)  # type: ignore[arg-type]
+            factorize_(model, **{"rank": 4, "progress": False, **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration: batch 0 is on the meta device"):
         factorize_(Network(), rank=4, calibration=[(torch.empty(1, 3, 8, 8, device="meta"),)], progress=False)
