@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops import ranks
@@ -208,6 +209,9 @@ class _Work:
     def gather(self, batches: Batches) -> None:
         """The moments of all layers that may be replaced."""
         sites = self.open_sites()
+        lazy = [name for name, value in self.model.named_parameters() if is_lazy(value)]
+        if lazy:
+            raise ValueError(f"factorize_: {lazy[0]} is not initialized yet; run the model once, then calibrate it")
         with batches.same_order():
             self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
         with _bar(None, "calibrate", self.progress, self.batch_count) as bar, _failing("calibration"):
