@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops import ranks
@@ -117,10 +118,11 @@ def factorize_(
         A `Report` with an entry for each convolution, linear and factorized layer.
 
     Raises:
-        ValueError: non-finite weights (naming the layer), a model on the meta device, a rank out of range or above the
-            limit of every layer that could be replaced, an `include` or `exclude` that matches nothing, a model that
-            is one layer or already factorized itself, an unknown method, a budget that cannot be met (saying the
-            closest), calibration data that are empty, not finite, or reach none of the layers.
+        ValueError: non-finite weights (naming the layer), a model on the meta device that would have to run (with
+            calibration data, an example input or a budget), a rank out of range or above the limit of every layer that
+            could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or already
+            factorized itself, an unknown method, a budget that cannot be met (saying the closest), calibration data
+            that are empty, not finite, or reach none of the layers.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
             data.
@@ -135,6 +137,8 @@ def factorize_(
             f"factorize_: model is already factorized, all {len(work.sites)} of its layers; "
             "to_dense() of a layer undoes it"
         )
+    if calibration is not None or example_input is not None or isinstance(rank, Budget):
+        _require_values(model)
     chosen = select(model, work.sites, include, exclude)
     before = count_parameters(model)
     batches = None if calibration is None else Batches(calibration, "factorize_: calibration", device_of(model))
@@ -217,6 +221,9 @@ class _Work:
         self.batches, self.groups = batches, [sites]
         if batches is None:
             return
+        lazy = [name for name, value in self.model.named_parameters() if is_lazy(value)]
+        if lazy:
+            raise ValueError(f"factorize_: {lazy[0]} is not initialized yet; run the model once, then calibrate it")
         with batches.same_order():
             self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
         with _bar(None, "order of the layers", self.progress, self.batch_count) as bar, _failing("calibration"):
@@ -414,9 +421,6 @@ def _check_arguments(
             "replacement; use TuckerConv2d.from_conv2d, CPConv2d.from_conv2d or LowRankLinear.from_linear, "
             "or wrap it in nn.Sequential"
         )
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_meta:
-            raise ValueError(f"factorize_: {name} is on the meta device, which has no values; load the weights first")
     if method not in ("tucker", "cp", "auto"):
         raise ValueError(f"factorize_: method must be 'tucker', 'cp' or 'auto', got {method!r}")
     ranks.check_multiple(multiple, "factorize_")
@@ -438,6 +442,16 @@ def _check_arguments(
         raise ValueError(f"factorize_: rank must be a single rank or a pair (R1, R2), got {rank}")
     for entry in rank if isinstance(rank, (tuple, list)) else (rank,):
         ranks.check_rank(entry, "factorize_: rank")
+
+
+def _require_values(model: nn.Module) -> None:
+    """Raises where the model cannot run."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise ValueError(
+                f"factorize_: the model cannot run, {name} is on the meta device, which has no values; load the "
+                "weights first"
+            )
 
 
 def _example_for(budget: Budget, batches: Batches | None) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +29,7 @@ class ModelState:
     """A copy of a model's buffers and of the plain attributes of its modules, to return to.
 
     Plain attributes are tensors, numbers and other simple values, and lists, dicts, sets and deques of them. Not copied
-    are parameters, and what objects of other classes hold inside.
+    are parameters, buffers of lazy modules before their first run, and what objects of other classes hold inside.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -93,7 +94,7 @@ def own_random_numbers(seed: int = 0) -> Iterator[None]:
 
 def in_inference_mode(model: nn.Module) -> bool:
     """Whether the model was built under torch.inference_mode: only there can it change its own tensors."""
-    return any(value.is_inference() for value in (*model.parameters(), *model.buffers()))
+    return any(map(_is_inference, (*model.parameters(), *model.buffers())))
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def ordinary_tensors(model: nn.Module) -> Iterator[None]:
                 holders: tuple[Any, ...] = (module._parameters, module._buffers, module.__dict__)
                 for holder in holders:
                     for name, value in list(holder.items()):
-                        if not isinstance(value, Tensor) or not value.is_inference():
+                        if not isinstance(value, Tensor) or not _is_inference(value):
                             continue
                         if id(value) not in copies:
                             plain = value.detach().clone()
@@ -122,6 +123,10 @@ def ordinary_tensors(model: nn.Module) -> Iterator[None]:
             holder[name] = value
 
 
+def _is_inference(value: Tensor) -> bool:
+    return not is_lazy(value) and value.is_inference()
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _OWN}
 
@@ -130,7 +135,7 @@ def _remember(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[], An
     """A function that gives `value` with the content that it has now."""
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_lazy(value):
         back = _remember_tensor(value)
     elif isinstance(value, (dict, list, set, deque, tuple)):
         back = _remember_container(value, seen)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lowrank_ops import factorize_
 
@@ -150,3 +151,37 @@ def test_held_out_rows_are_seen_by_nothing() -> None:
     # the metric of the outputs comes from random projections, of which the held-out rows' values are no part
     torch.testing.assert_close(factors[1], factors[0], rtol=0, atol=0)
     assert not torch.equal(factors[2], factors[0])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_shuffled_loader_gives_the_same_rows_in_every_pass(own: bool) -> None:
+    """Otherwise a row that one pass holds out is fitted to in the next."""
+    seen: list[int] = []
+
+    class Rows(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 96
+
+        def __getitem__(self, index: int) -> Tensor:
+            seen.append(index)
+            return torch.randn(48, generator=torch.Generator().manual_seed(index))
+
+    generator = torch.Generator().manual_seed(3) if own else None
+    loader = DataLoader(Rows(), batch_size=16, shuffle=True, generator=generator)
+    model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48))
+    factorize_(model, rank=8, calibration=loader, progress=False)
+    passes = [seen[start : start + 96] for start in range(0, len(seen), 96)]
+    assert len(passes) == 4  # counting, moments, and two layers
+    assert all(each == passes[0] for each in passes) and passes[0] != sorted(passes[0])
+
+
+def test_the_report_shows_what_few_rows_mean() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match="few calibration data for 2 of 2 layers") as caught:
+        report = factorize_(model, rank=8, calibration=torch.randn(20, 64), progress=False)
+    assert caught[0].filename == __file__
+    assert "20 calibration rows for 64 inputs" in " ".join(str(report).split())
+    table = report.to_pandas()
+    assert list(table["calibration_rows"]) == [20, 20] and all("lean on its weight" in note for note in table["note"])
+    plain = factorize_(nn.Sequential(nn.Linear(64, 64)), rank=8, progress=False)
+    assert plain["0"].calibration_rows is None and plain["0"].note is None and "notes" not in str(plain)

@@ -187,10 +187,33 @@ def test_inference_mode(built: bool, called: bool) -> None:
 
 def test_a_model_on_the_meta_device() -> None:
     model = Network().to("meta")
-    for options in ({}, {"calibration": torch.randn(4, 3, 8, 8)}):
+    images = torch.randn(4, 3, 8, 8)
+    for options in ({"calibration": images}, {"example_input": images}, {"rank": Budget(params=0.5)}):
         with pytest.raises(
-            ValueError, match=r"^factorize_: conv\.weight is on the meta device, .* load the weights first$"
+            ValueError,
+            match=r"^factorize_: the model cannot run, conv\.weight is on the meta device, .* load the weights first$",
         ):
-            factorize_(model, rank=4, progress=False, **options)  # type: ignore[arg-type]
+            factorize_(model, **{"rank": 4, "progress": False, **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration: batch 0 is on the meta device"):
         factorize_(Network(), rank=4, calibration=[(torch.empty(1, 3, 8, 8, device="meta"),)], progress=False)
+
+
+def test_lazy_modules() -> None:
+    """They are left alone without calibration, which needs them to have run."""
+
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.LazyBatchNorm1d(), nn.LazyLinear(64)).eval()
+
+    assert len(factorize_(lazy(), rank=8, progress=False).replaced) == 1
+    rows = torch.randn(300, 64)
+    with pytest.raises(ValueError, match=r"1\.weight is not initialized yet; run the model once, then calibrate it"):
+        factorize_(lazy(), rank=8, calibration=rows, progress=False)
+    model = lazy()
+    model(rows)
+    assert len(factorize_(model, rank=8, calibration=rows, progress=False).replaced) == 2
+
+
+def test_scripted_modules_inside() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(64), nn.ReLU()).eval())
+    model = nn.Sequential(nn.Linear(64, 64), scripted, nn.Linear(64, 64))
+    assert len(factorize_(model, rank=8, calibration=torch.randn(300, 64), progress=False).replaced) == 2
