@@ -1,9 +1,8 @@
 """How the decompositions compute: TensorLy on torch, for the time of a call and in its thread only.
 
-Nothing here forms a full set of singular vectors of an unfolding, which for ``[T, S KH KW]`` means terabytes
-(tensorly/torch#32): bases come from the eigenvectors of the small Gram matrix, everything else from economy-size
-decompositions. TensorLy's products of an unfolded tensor with a Khatri-Rao matrix are replaced, see
-`_ShortProducts`. The global random state and TensorLy's backend stay as they were.
+TensorLy's products of an unfolded tensor with a Khatri-Rao matrix are replaced, see
+`_ShortProducts`. The global random state and TensorLy's backend stay as they were. Decompositions into singular vectors
+are in `lowrank_ops.singular`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import tensorly as tl
 import torch
 from tensorly.cp_tensor import CPTensor
 from tensorly.tenalg.core_tenalg import CoreTenalgBackend
-from tensorly.tenalg.svd import truncated_svd
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
-from lowrank_ops.ranks import gram, require_finite, unfolding
+from lowrank_ops.ranks import require_finite
+from lowrank_ops.singular import computing_device
 
 
 class _ShortProducts(CoreTenalgBackend, backend_name="lowrank_ops"):  # type: ignore[misc, call-arg]
@@ -87,22 +86,13 @@ def prepare(weight: Tensor, dimensions: int, name: str, least: torch.dtype = tor
         raise ValueError(f"{name}: a weight on the meta device has no values to decompose; materialize it first")
     require_finite(weight, name)
     dtype = torch.promote_types(weight.dtype, least)
-    tensor = weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-    scale = float(tensor.abs().max())
+    device = computing_device(weight)
+    tensor = weight.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    scale = max(map(abs, map(float, tensor.aminmax())))
     if scale:
         # A reciprocal would overflow for the smallest magnitudes.
         tensor /= scale
     return tensor, scale
-
-
-def leading_vectors(tensor: Tensor, mode: int, count: int) -> Tensor:
-    """The leading left singular vectors of an unfolding, ``[dim(mode), count]``, from its shorter side."""
-    matrix = unfolding(tensor, mode)
-    if matrix.shape[0] > matrix.shape[1]:
-        return truncated_svd(matrix, n_eigenvecs=count)[0]
-    # The Gram matrix squares the condition: in fp64 an fp32 weight loses nothing by that.
-    vectors = torch.linalg.eigh(gram(matrix)).eigenvectors
-    return vectors.flip(1)[:, :count].to(tensor.dtype)
 
 
 def store(factor: Tensor, weight: Tensor) -> Tensor:
@@ -113,14 +103,15 @@ def store(factor: Tensor, weight: Tensor) -> Tensor:
 
 
 def relative_error(weight: Tensor, out_factor: Tensor, expand: Callable[[Tensor], Tensor], in_factor: Tensor) -> float:
-    """``|W - W'|_F / |W|_F`` in fp64, 64 input channels at a time.
+    """``|W - W'|_F / |W|_F`` in fp64, 64 input channels at a time, where the weight is.
 
     ``expand`` maps those columns of in_factor, ``[., 64]``, to out_factor's operand ``[., 64, KH, KW]``.
     """
-    left = out_factor.double().cpu()
+    device = computing_device(weight)
+    left = out_factor.to(device).double()
     lost = total = 0.0
     for dense, columns in zip(weight.detach().split(64, dim=1), in_factor.split(64, dim=1), strict=True):
-        dense = dense.double().cpu().flatten(1)
+        dense = dense.to(device).double().flatten(1)
         total += float(dense.square().sum())
-        lost += float((dense - left @ expand(columns.double().cpu()).flatten(1)).square().sum())
+        lost += float((dense - left @ expand(columns.to(device).double()).flatten(1)).square().sum())
     return (lost / total) ** 0.5 if total else 0.0

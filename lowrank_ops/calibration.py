@@ -2,7 +2,11 @@
 
 The model stays one model: to see the dense network its dense layers are put in, to see the factorized one its modules,
 as far as they are fitted. Each layer takes one partial run of both per batch, in the order in which the model calls
-them; rows of input and output are copied at random positions (`lowrank_ops.moments`), never whole activations.
+them. Of more than `STAGES` layers several take their rows from the same runs, so that the time grows with the depth and
+not with its square; of those, the ones before a layer are then factorized but not fitted yet. Rows of input and output
+are copied at random positions (`lowrank_ops.moments`), never whole activations.
+
+A quarter of the rows is held out of all of it. They decide how much of a fit there is, and give the reported error.
 """
 
 from __future__ import annotations
@@ -14,14 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.batches import Batches
-from lowrank_ops.fitting import Regression
+from lowrank_ops.batches import Batch, Batches
+from lowrank_ops.fitting import Regression, refit
+from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.moments import Moments, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.moments import HeldOut, Watched, count_positions, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.roots import Root
 from lowrank_ops.surgery import Site
 
 # The widest features whose normal equations are solved: [8192, 8192] in fp64 is half a gigabyte.
 WIDEST = 8192
+
+# A model's layers are fitted in about so many stages, each of as many runs of the model as there are batches.
+STAGES = 16
 
 
 def positions_for(width: int) -> int:
@@ -31,19 +40,25 @@ def positions_for(width: int) -> int:
 
 @dataclass
 class Fit:
-    """One layer to fit: where it stands, the factorized module for it, how often a run of the model calls it, whether a
-    ReLU follows it."""
+    """One layer to fit: where it stands, the factorized module for it, the root of its gradient's moment (None once it
+    is fitted), how often a run of the model calls it, whether a ReLU follows it."""
 
     site: Site
     module: FactorizedModule
-    moments: Moments
+    gradient: Root | None
     calls: int
     relu: bool = False
 
 
 def fit_in_order_(
-    model: nn.Module, fits: Sequence[Fit], batches: Batches, count: int, step: Callable[[str], Any]
-) -> dict[int, float]:
+    model: nn.Module,
+    fits: Sequence[Fit],
+    batches: Batches,
+    count: int,
+    step: Callable[[str], Any],
+    fitted: Sequence[Fit] = (),
+    stage: int = 1,
+) -> dict[int, float | None]:
     """Fits the last factors and the bias of modules, in place; the model itself is as before afterwards.
 
     Args:
@@ -51,59 +66,152 @@ def fit_in_order_(
         fits: in the order in which the model calls them.
         batches: calibration data, `count` batches.
         step: called before each batch with the layer's name (progress).
+        fitted: earlier ones, whose modules stand for their layers in the factorized model.
+        stage: so many layers take their rows from the same runs of the model.
 
     Returns:
-        Relative errors of the outputs on the rows that were used, by id of the dense layer.
+        Relative errors of the outputs on the held-out rows, by id of the dense layer; None where there are none.
 
     Raises:
         ValueError: a layer or module gives values that are not finite.
     """
-    errors: dict[int, float] = {}
-    done: list[Fit] = []
+    errors: dict[int, float | None] = {}
+    done = list(fitted)
+    state = ModelState(model)
     try:
-        for fit in fits:
-            errors[id(fit.site.layer)] = _fit(model, fit, done, batches, count, step)
-            done.append(fit)
+        for start in range(0, len(fits), stage):
+            rows = [_Rows(fit, count) for fit in fits[start : start + stage]]
+            runs = _Runs(model, state, rows, done)
+            with batches.same_order():
+                for index, batch in enumerate(batches):
+                    for of_layer in rows:
+                        step(of_layer.fit.site.names[0])
+                    runs.add(batch, index)
+            for of_layer in rows:
+                errors[id(of_layer.fit.site.layer)] = _fit(of_layer)
+                done.append(of_layer.fit)
     finally:
-        _put_dense(fits)
+        _put_dense([*fitted, *fits])
+        state.restore()
     return errors
 
 
-def _fit(
-    model: nn.Module, fit: Fit, done: Collection[Fit], batches: Batches, count: int, step: Callable[[str], Any]
-) -> float:
-    layer: Any = fit.site.layer
-    features_of, prior, rank = _problem(fit.module)
-    positions = max(positions_for(prior.shape[1]) // (count * fit.calls), 1)
-    features: list[Tensor] = []
-    targets: list[Tensor] = []
-    for index, batch in enumerate(batches):
-        step(fit.site.names[0])
+def _fit(rows: _Rows) -> float | None:
+    fit = rows.fit
+    fitted, judged = rows.regression(held=False), rows.regression(held=True)
+    for regression in (fitted, judged):
+        if not bool(torch.isfinite(regression.features).all() and torch.isfinite(regression.targets).all()):
+            raise ValueError(
+                f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
+                "exclude it, or leave out the samples that cause them"
+            )
+    outputs, bias = len(rows.prior), fit.module.bias
+    offset = torch.zeros(outputs) if bias is None else bias.detach()
+    present = torch.eye(outputs, dtype=torch.float64), rows.prior, offset.double().cpu()
+    solution, error = refit(fitted, judged, present, rows.rank, fit.relu)
+    if solution is not present:
+        _write(fit.module, *solution, whole=rows.rank is not None)
+    return error
 
-        def key(call: int, index: int = index) -> str:
-            return f"{index} {call}"
 
-        def see_dense(call: int, input: Tensor, output: Tensor) -> None:
-            targets.append(output_rows(layer, output, draw_positions(layer, output, positions, key(call))))
+class _Rows:
+    """Rows of a layer, held-out ones and others: features that its module sees, targets that the dense layer gives."""
 
-        def see_factorized(call: int, input: Tensor, output: Tensor) -> None:
-            chosen = draw_positions(layer, output, positions, key(call))
-            features.append(features_of(input_rows(layer, input, chosen)))
+    def __init__(self, fit: Fit, count: int) -> None:
+        self.fit = fit
+        self.features_of, self.prior, self.rank = _problem(fit.module)
+        drawn = positions_for(self.prior.shape[1]) * 4 // 3  # with the held-out ones
+        self._positions = max(drawn // (count * fit.calls), 1)
+        self._held_out = HeldOut()
+        none = torch.empty(0, self.prior.shape[1]), torch.empty(0, len(self.prior))
+        self._parts: dict[bool, list[tuple[Tensor, Tensor]]] = {False: [none], True: [none]}
+        self.begin(0)
 
-        _put_dense(done)
-        watch(model, layer, batch, fit.calls, see_dense)
-        for earlier in done:
+    def begin(self, index: int) -> None:
+        """Another batch, the model's `index`-th one."""
+        self._index = index
+        self._chosen: list[tuple[int, Tensor, Tensor]] = []  # a call's positions in all, the drawn ones, which are held
+        self._targets: list[Tensor] = []
+        self._features: dict[int, Tensor] = {}
+
+    def see_dense(self, call: int, input: Tensor, output: Tensor) -> None:
+        """A call of the dense model."""
+        layer: Any = self.fit.site.layer
+        total = count_positions(layer, output)
+        held = self._held_out.next_call(total)
+        positions = draw_positions(layer, output, self._positions, f"{self._index} {call}")
+        self._chosen.append((total, positions, held(positions)))
+        self._targets.append(output_rows(layer, output, positions))
+
+    def see(self, call: int, input: Tensor, output: Tensor) -> None:
+        """A call of the factorized model."""
+        layer: Any = self.fit.site.layer
+        known = call < len(self._chosen) and call not in self._features
+        if known and self._chosen[call][0] == count_positions(layer, output):
+            self._features[call] = self.features_of(input_rows(layer, input, self._chosen[call][1]))
+
+    def see_both(self, call: int, input: Tensor, output: Tensor) -> None:
+        """A call of both: no layer before it is factorized."""
+        self.see_dense(call, input, output)
+        self.see(call, input, output)
+
+    def missing(self) -> bool:
+        """Whether the factorized model made fewer calls, or calls of other sizes."""
+        return len(self._features) < len(self._chosen)
+
+    def end(self) -> None:
+        """Keeps the rows of the batch."""
+        for call, (_, _, held) in enumerate(self._chosen):
+            for part in (False, True):
+                self._parts[part].append((self._features[call][held == part], self._targets[call][held == part]))
+
+    def regression(self, held: bool) -> Regression:
+        """Of the rows so far, which this forgets."""
+        features, targets = map(_joined, zip(*self._parts.pop(held), strict=True))
+        return Regression(features, targets, self.prior, self.fit.gradient)
+
+
+class _Runs:
+    """Runs of the dense and of the factorized model for the rows of consecutive layers. The factorized one holds the
+    modules that are fitted, and those of the layers themselves, as they were decomposed."""
+
+    def __init__(self, model: nn.Module, state: ModelState, rows: Sequence[_Rows], done: Sequence[Fit]) -> None:
+        self._model, self._state, self._rows = model, state, rows
+        self._before = [*done, *(of_layer.fit for of_layer in rows[:-1])]
+
+    def add(self, batch: Batch, index: int) -> None:
+        """Rows of one batch, the model's `index`-th one."""
+        for of_layer in self._rows:
+            of_layer.begin(index)
+        if not self._before:
+            self._watch(batch, index, (), [(rows, rows.see_both) for rows in self._rows])
+        else:
+            self._watch(batch, index, (), [(rows, rows.see_dense) for rows in self._rows])
+            self._watch(batch, index, self._before, [(rows, rows.see) for rows in self._rows if rows.missing()])
+            # The factorized layers before some may send other rows there (experts, data-dependent loops): these calls
+            # are fitted to the inputs that the dense layers give.
+            self._watch(batch, index, (), [(rows, rows.see) for rows in self._rows if rows.missing()])
+        for of_layer in self._rows:
+            of_layer.end()
+
+    def _watch(
+        self, batch: Batch, index: int, modules: Collection[Fit], seen: Sequence[tuple[_Rows, Callable[..., None]]]
+    ) -> None:
+        """One run of the model with these modules and otherwise dense layers, if there is anything to see."""
+        if not seen:
+            return
+        _put_dense(self._before)
+        for earlier in modules:
             earlier.site.put(earlier.module)
-        watch(model, layer, batch, fit.calls, see_factorized)
-    regression = Regression(_joined(features), _joined(targets), prior, fit.moments.gradient)
-    if not bool(torch.isfinite(regression.features).all() and torch.isfinite(regression.targets).all()):
-        raise ValueError(
-            f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
-            "exclude it, or leave out the samples that cause them"
-        )
-    solution = regression.solve(rank, fit.relu)
-    _write(fit.module, *solution, whole=rank is not None)
-    return regression.error(solution)
+        inside = {id(earlier) for earlier in modules}
+        watched = [
+            Watched(rows.fit.module if id(rows.fit) in inside else rows.fit.site.layer, rows.fit.calls, record)
+            for rows, record in seen
+        ]
+        try:
+            watch(self._model, watched, batch, seed=index)
+        finally:
+            self._state.restore()
 
 
 def _put_dense(fits: Collection[Fit]) -> None:
@@ -111,8 +219,8 @@ def _put_dense(fits: Collection[Fit]) -> None:
         fit.site.put(fit.site.layer)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    rows = torch.cat(parts).detach().cpu()
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    rows = torch.cat([part.detach().cpu() for part in parts])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 

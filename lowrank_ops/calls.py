@@ -6,7 +6,7 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ops.batches import Batch
+from lowrank_ops.model_state import in_inference_mode
 from lowrank_ops.weight_reads import WeightReads
 
 _SECONDS_PER_SHAPE = 0.2
@@ -76,15 +78,14 @@ class Calls:
 
 
 def run_example(model: nn.Module, example_input: Any) -> None:
-    """Runs the model on a tensor, a tuple or list of arguments or a dict of keyword arguments; without
-    gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""
-    with eval_mode(model), torch.no_grad():
-        if isinstance(example_input, dict):
-            model(**example_input)
-        elif isinstance(example_input, (tuple, list)):
-            model(*example_input)
-        else:
-            model(example_input)
+    """Runs the model on a copy of a tensor, of a tuple or list of arguments or of a mapping of keyword arguments;
+    without gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""
+    if isinstance(example_input, Mapping):
+        batch = Batch(keywords=example_input)
+    else:
+        batch = Batch(tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,))
+    with eval_mode(model), torch.inference_mode(in_inference_mode(model)), torch.no_grad():
+        batch.run(model)
 
 
 @contextmanager

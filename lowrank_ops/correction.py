@@ -125,7 +125,7 @@ def _least_sensitive(tensor: Tensor, factors: Sequence[Tensor], mode: int, bound
     values = values.clamp(min=0)
     moments = unfolding_dot_khatri_rao(tensor, CPTensor((torch.ones_like(cost), list(factors))), mode)
     rotated = (moments * scale) @ vectors
-    multiplier = _multiplier(values, rotated.square().sum(0), float(tensor.square().sum()), bound**2)
+    multiplier = _multiplier(values.cpu(), rotated.square().sum(0).cpu(), float(tensor.square().sum()), bound**2)
     if multiplier is None:
         return factors[mode]
     return (rotated / (values + multiplier)) @ vectors.T * scale

@@ -1,7 +1,7 @@
 """CP decomposition: alternating least squares on TensorLy, corrected until its terms no longer cancel.
 
-Arithmetic runs on the CPU in fp64 (the normal equations square the condition), outside of autocast and autograd.
-It depends on the seed only.
+Arithmetic runs where the weight is (CPU or CUDA, else the CPU) in fp64 (the normal equations square the condition),
+outside of autocast and autograd. It depends on the seed only.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_ops.arithmetic import arithmetic, leading_vectors, prepare, store
+from lowrank_ops.arithmetic import arithmetic, prepare, store
 from lowrank_ops.correction import approximation_error, balanced, correct, expected_change, strengths
-from lowrank_ops.ranks import Rank, cp_rank
+from lowrank_ops.ranks import Rank, cp_rank, unfolding
+from lowrank_ops.singular import leading_vectors
 
 # Terms of a sound CP decomposition share the tensor's energy: orthogonal terms have norms with
 # sqrt(sum |term|^2) = |W|. Terms that cancel each other exceed that; above this ratio the cancellation loses
@@ -112,7 +113,7 @@ def cp_decompose(
         out_factor = store(out, weight)
         in_factor, height_factor, width_factor = (store(factor.T, weight) for factor in others)
         stored = [out_factor, *(factor.T for factor in (in_factor, height_factor, width_factor))]
-        error = approximation_error(weight, [factor.double().cpu() for factor in stored])
+        error = approximation_error(weight, [factor.to(tensor.device).double() for factor in stored])
     ours = (in_factor, height_factor, width_factor, out_factor)
     return CPFactors(*ours, error, sensitivity(ours), restarts)
 
@@ -208,10 +209,10 @@ def _start(tensor: Tensor, count: int, generator: torch.Generator, from_hosvd: b
     """Starting factors for ALS: unit vectors, those of the HOSVD as far as there are any, else random."""
     factors = []
     for mode, length in enumerate(tensor.shape):
-        factor = torch.randn(length, count, generator=generator, dtype=torch.float64).to(tensor.dtype)
+        factor = torch.randn(length, count, generator=generator, dtype=torch.float64, device="cpu").to(tensor)
         factor /= factor.norm(dim=0)
         if from_hosvd:
-            vectors = leading_vectors(tensor, mode, min(length, count, tensor.numel() // length))
+            vectors = leading_vectors(unfolding(tensor, mode), min(length, count, tensor.numel() // length))
             factor[:, : vectors.shape[1]] = vectors
         factors.append(factor)
     return CPTensor((torch.ones(count, dtype=tensor.dtype), factors))

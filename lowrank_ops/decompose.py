@@ -1,23 +1,20 @@
-"""Weights to factors: Tucker-2 (HOSVD start, HOOI) and SVD, on TensorLy; CP lies in `lowrank_ops.cp`.
+"""Weights to factors: Tucker-2 (HOSVD start, HOOI) and SVD; CP lies in `lowrank_ops.cp`.
 
-Arithmetic runs on the CPU in fp32 (Tucker and SVD of weights below fp64) or fp64 (Gram matrices, which square the
-condition; errors), outside of autocast and autograd. It depends on the seed only.
+Arithmetic runs where the weight is (CPU or CUDA, else the CPU) in fp32 (Tucker and SVD of weights below fp64) or fp64
+(Gram matrices, which square the condition; errors), outside of autocast and autograd. It depends on the seed only.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
-import tensorly as tl
 import torch
-from tensorly.decomposition import partial_tucker
-from tensorly.tenalg.svd import truncated_svd
 from torch import Tensor
 
-from lowrank_ops.arithmetic import arithmetic, leading_vectors, prepare, relative_error, store
+from lowrank_ops.arithmetic import arithmetic, prepare, relative_error, store
 from lowrank_ops.cp import CPFactors, cp_decompose
-from lowrank_ops.ranks import Rank, linear_rank, tucker_ranks
+from lowrank_ops.ranks import Rank, linear_rank, tucker_ranks, unfolding
+from lowrank_ops.singular import leading_svd, leading_vectors
 
 __all__ = [
     "CPFactors",
@@ -75,7 +72,7 @@ def tucker_decompose(
 
     Start: truncated HOSVD (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21 (2000) 1253, section 4), then
     higher-order orthogonal iteration (same authors, same volume, 1324, algorithm 4.2; Kim et al.,
-    arXiv:1511.06530, section 3) by `tensorly.decomposition.partial_tucker`.
+    arXiv:1511.06530, section 3).
 
     Args:
         weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
@@ -97,42 +94,62 @@ def tucker_decompose(
     with arithmetic():
         tensor, scale = prepare(weight, 4, name)
         in_rank, out_rank = tucker_ranks(rank, weight, multiple=multiple, name=name)
-        bases = [leading_vectors(tensor, 0, out_rank), leading_vectors(tensor, 1, in_rank)]
-        core = tl.tenalg.multi_mode_dot(tensor, bases, modes=[0, 1], transpose=True)
-        if iterations and scale:
-            with warnings.catch_warnings():
-                # R1 > R2 KH KW or the reverse, by explicit ranks: TensorLy fills the basis up, as it should.
-                warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
-                (core, bases), _ = partial_tucker(
-                    tensor,
-                    rank=[out_rank, in_rank],
-                    modes=[0, 1],
-                    init=(core, bases),
-                    n_iter_max=iterations,
-                    tol=tolerance,
-                    random_state=seed,
-                )
-        out_basis, in_basis = bases
+        out_basis = leading_vectors(unfolding(tensor, 0), out_rank)
+        in_basis = leading_vectors(unfolding(tensor, 1), in_rank)
+        if scale:
+            out_basis, in_basis = _iterate(tensor, out_basis, in_basis, iterations, tolerance, seed)
+        core = _project(_project(tensor, out_basis, 0), in_basis, 1)
         in_factor, out_factor = (store(factor, weight) for factor in (in_basis.T, out_basis))
         core = store(core * scale, weight).contiguous(memory_format=torch.channels_last)
-        core64 = core.double().cpu()
+        core64 = core.to(tensor.device).double()
         error = relative_error(
             weight, out_factor, lambda columns: torch.einsum("baij,as->bsij", core64, columns), in_factor
         )
     return TuckerFactors(in_factor, core, out_factor, error)
 
 
+def _iterate(
+    tensor: Tensor, out_basis: Tensor, in_basis: Tensor, iterations: int, tolerance: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """HOOI: each basis in turn is the best one for the other; ends where a sweep changes the error by too little.
+
+    R1 > R2 KH KW or the reverse, by explicit ranks: `leading_vectors` fills the basis up.
+    """
+    norm = float(tensor.norm())
+    last = None
+    for _ in range(iterations):
+        out_basis = leading_vectors(unfolding(_project(tensor, in_basis, 1), 0), out_basis.shape[1], seed)
+        projected = _project(tensor, out_basis, 0)
+        in_basis = leading_vectors(unfolding(projected, 1), in_basis.shape[1], seed)
+        kept = float(_project(projected, in_basis, 1).norm())
+        error = (max(norm**2 - kept**2, 0.0)) ** 0.5 / norm
+        if last is not None and last - error < tolerance:
+            break
+        last = error
+    return out_basis, in_basis
+
+
+def _project(tensor: Tensor, basis: Tensor, mode: int) -> Tensor:
+    """The tensor with axis `mode` in the coordinates of an orthonormal basis, ``[dim(mode), R]``."""
+    return (basis.T @ unfolding(tensor, mode)).unflatten(1, tensor.transpose(0, mode).shape[1:]).transpose(0, mode)
+
+
 def svd_decompose(
-    weight: Tensor, rank: Rank, *, multiple: int = 8, seed: int = 0, name: str = "weight"
+    weight: Tensor, rank: Rank, *, multiple: int = 8, seed: int = 0, name: str = "weight", exact: bool = False
 ) -> LinearFactors:
     """Truncated SVD of a linear layer's weight or a 1x1 convolution's: the best matrix of its rank.
+
+    Where the rank is at most a sixteenth of the shorter side, and that is at least 1024, it is a randomized SVD, used
+    only where its own check finds that its error is at most 1 % above the least possible (`lowrank_ops.singular`;
+    Halko, Martinsson and Tropp, SIAM Review 53 (2011)).
 
     Args:
         weight: ``[T, S]``, any floating dtype and device.
         rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.ranks`.
         multiple: what ranks that are no ints are rounded up to.
-        seed: for the same signature as the others; the SVD draws nothing.
+        seed: of the randomized SVD.
         name: the layer, for error messages.
+        exact: never the randomized SVD.
 
     Returns:
         `LinearFactors` in the weight's dtype and device, denormals flushed to zero.
@@ -145,7 +162,7 @@ def svd_decompose(
     with arithmetic():
         matrix, scale = prepare(weight, 2, name)
         count = linear_rank(rank, weight, multiple=multiple, name=name)
-        left, values, right = truncated_svd(matrix, n_eigenvecs=count)
+        left, values, right = leading_svd(matrix, count, seed, exact)
         roots = (values * scale).sqrt()
         out_factor = store(left * roots, weight)
         in_factor = store(right * roots[:, None], weight)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops import ranks
 from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
-from lowrank_ops.calibration import Fit, fit_in_order_
+from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
+from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
-from lowrank_ops.moments import Moments, gather_moments
+from lowrank_ops.moment_groups import moment_groups
+from lowrank_ops.moments import gather_moments
 from lowrank_ops.options import Choice, is_matrix
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
@@ -47,6 +51,7 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 
+@leaves_model_state
 def factorize_(
     model: nn.Module,
     method: Literal["tucker", "cp", "auto"] = "tucker",
@@ -90,9 +95,16 @@ def factorize_(
         calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`lowrank_ops.batches`).
             Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
             to the inputs that the already factorized layers before it give it (`lowrank_ops.calibration`). A layer
-            without a bias gets one. Some hundred images and a few thousand pixels per layer are enough; the model runs
-            in eval mode, about once per layer and batch. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its
-            statistics afterwards (`reestimate_batchnorm_`).
+            that is fitted gets a bias if it has none. Some hundred images and a few thousand pixels per layer are
+            enough; where rows are fewer than a layer's inputs, its factors lean on its weight (with a warning), and
+            where there are none, they keep the weight alone; both are noted in the report. A quarter of the rows is
+            held out; the report's output errors are those on them. The model runs in eval mode, twice per
+            layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
+            factorized modules, memory holds the second moments of as many layers as take half the model, 256 MiB or
+            one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
+            with a `Budget`), the rows to which a stage's layers are fitted (`lowrank_ops.calibration`), and what a
+            backward pass of a batch keeps. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics
+            afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
             of the whole model, and it is seen that the factorized model runs. The model is in eval mode for these runs.
@@ -122,14 +134,17 @@ def factorize_(
         that holds the other parameters. Where no layer is replaced, a warning says why.
 
     Raises:
-        ValueError: non-finite weights (naming the layer), a rank out of range or above the limit of every layer
-            that could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or
-            already factorized itself, an unknown method, a budget that cannot be met (saying the closest, or that
-            nothing can be replaced), calibration
-            data that are empty, not finite, or never reach a layer.
+        ValueError: non-finite weights (naming the layer), a model on the meta device that would have to run (with
+            calibration data, an example input or a budget), a rank out of range or above the limit of every layer that
+            could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or already
+            factorized itself, an unknown method, a budget that cannot be met (saying the closest, or that nothing can
+            be replaced), calibration data that are empty, not finite, or reach none of the layers.
         TypeError: arguments of the wrong kind.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
             data; the message names the layer in which it does.
+
+    Buffers and other state that the model keeps between calls, and the global random generators, are as they were
+    afterwards; data are not changed.
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
@@ -139,6 +154,8 @@ def factorize_(
             f"factorize_: model is already factorized, all {len(work.sites)} of its layers; "
             "to_dense() of a layer undoes it"
         )
+    if calibration is not None or example_input is not None or isinstance(rank, Budget):
+        _require_values(model)
     chosen = select(model, work.sites, include, exclude)
     before = count_parameters(model)
     batches = None if calibration is None else Batches(calibration, "factorize_: calibration", device_of(model))
@@ -153,13 +170,14 @@ def factorize_(
         work.note_reads(calls.reads, "example_input")
     if isinstance(rank, Budget) and met_already(rank, model, work.open_sites(), calls, example_input):
         work.reasons.update({id(site.layer): "the budget is met without it" for site in work.open_sites()})
-    if batches is not None and work.open_sites():
-        work.gather(batches)
+    work.arrange(batches)
     if isinstance(rank, Budget) and work.open_sites():
         work.spend(rank, calls, example_input)
-    work.decompose()
-    if batches is not None:
-        work.fit(batches)
+    for group in work.groups:
+        work.decompose(group)
+        work.fit(group)
+    work.check_ranks()
+    work.note_rows()
 
     times = {} if calls is None else work.measure(calls)
     replaced = [site for site in work.sites if id(site.layer) in work.replacements]
@@ -169,7 +187,7 @@ def factorize_(
     report = Report(type(model).__name__, entries, calls is not None, before, after, others, *whole)
     if not replaced and not isinstance(rank, Budget):  # a budget was met or an error before
         notes = "; ".join(report.notes[:3]) or "it has no parameters"
-        warnings.warn(f"factorize_: no layer of {report.model} was replaced: {notes}", stacklevel=2)
+        warnings.warn(f"factorize_: no layer of {report.model} was replaced: {notes}", stacklevel=3)
     return report
 
 
@@ -187,12 +205,18 @@ class _Work:
     progress: bool
     sites: list[Site] = field(init=False)
     reasons: dict[int, str] = field(default_factory=dict)
-    moments: dict[int, Moments] = field(default_factory=dict)
-    calls: dict[int, int] = field(default_factory=dict)
+    batches: Batches | None = None
     batch_count: int = 0
+    groups: list[list[Site]] = field(default_factory=list)  # of layers whose moments are gathered together
+    at_hand: int = -1  # the group whose moments' roots are held
+    whitenings: dict[int, Whitening] = field(default_factory=dict)
+    seen: dict[int, tuple[int, int]] = field(default_factory=dict)  # calibration rows and inputs of each layer reached
+    calls: dict[int, int] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)  # of the whitened weights
+    fits: list[Fit] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
-    output_errors: dict[int, float] = field(default_factory=dict)
+    output_errors: dict[int, float | None] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)  # of layers that are replaced
 
     def __post_init__(self) -> None:
@@ -216,82 +240,141 @@ class _Work:
             else:
                 ranks.require_finite(weight_of(site.layer), site.names[0])
 
+    def _note(self, site: Site, text: str) -> None:
+        """One more line on a layer that is replaced."""
+        before = self.notes.get(id(site.layer))
+        self.notes[id(site.layer)] = text if before in (None, text) else f"{before}; {text}"
+
     def note_reads(self, reads: WeightReads, data: str) -> None:
         """Leaves layers that a run of the model computed with instead of calling them; notes those that it also
         called."""
         for site in self.open_sites():
             key = id(site.layer)
             if key in reads.read and key in reads.called:
-                self.notes[key] = "the model also computes with its weight: the factors are multiplied each time"
+                self._note(site, "the model also computes with its weight: the factors are multiplied each time")
             elif key in reads.read:
                 self.reasons[key] = (
                     f"on {data} the model computes with its weight instead of calling it: the factors would be "
                     "multiplied each time, and nothing gained"
                 )
 
-    def gather(self, batches: Batches) -> None:
-        """The moments of all layers that may be replaced."""
+    def arrange(self, batches: Batches | None) -> None:
+        """Groups the layers that may be replaced; without calibration in one group."""
         sites = self.open_sites()
-        reads = WeightReads(self.model, [site.layer for site in sites])
-        self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
-        with _bar(None, "calibrate", self.progress, self.batch_count) as bar, self.failing(), reads:
-            self.moments, self.calls = gather_moments(
-                self.model,
-                [site.layer for site in sites],  # type: ignore[misc]
-                batches,
-                seen=bar.update,
-            )
+        self.batches, self.groups = batches, [sites]
+        if batches is None or not sites:
+            return
+        lazy = [name for name, value in self.model.named_parameters() if is_lazy(value)]
+        if lazy:
+            raise ValueError(f"factorize_: {lazy[0]} is not initialized yet; run the model once, then calibrate it")
+        with batches.same_order():
+            self.batch_count = sum(1 for _ in batches)  # what is wrong with the data shows here, before the model runs
+        with WeightReads(self.model, [site.layer for site in sites]) as reads:
+            with _bar(None, "order of the layers", self.progress, self.batch_count) as bar, self.failing():
+                self.groups = moment_groups(self.model, sites, batches, seen=bar.update)
+            self._gather(0)
         self.note_reads(reads, "the calibration data")
-        sites = self.open_sites()
-        unreached = [site.names[0] for site in sites if id(site.layer) not in self.moments]
-        if unreached:
+        self.groups = [[site for site in group if id(site.layer) not in self.reasons] for group in self.groups]
+        if self.open_sites() and not self.whitenings:
             raise ValueError(
-                f"factorize_: the calibration data never reach {', '.join(unreached)}: the model does not call "
-                f"{'it' if len(unreached) == 1 else 'them'} on these inputs; exclude such layers or give other data"
+                f"factorize_: the calibration data reach none of the {len(self.open_sites())} layers to replace: the "
+                "model does not call them on these inputs; give other data"
             )
 
-        for site in sites:
-            if not bool(torch.isfinite(self.moments[id(site.layer)].input).all()):
+    def _gather(self, index: int) -> None:
+        """The roots of the moments of a group; those of the group before are dropped. The sites of the group are then
+        in the order in which the model calls them."""
+        assert self.batches is not None
+        self.at_hand = index
+        self.whitenings.clear()
+        group = self.groups[index]
+        what = "calibrate" if len(self.groups) == 1 else f"calibrate, part {index + 1} of {len(self.groups)}"
+        with _bar(None, what, self.progress, self.batch_count) as bar, self.failing():
+            moments, calls = gather_moments(
+                self.model,
+                [site.layer for site in group],  # type: ignore[misc]
+                self.batches,
+                seen=bar.update,
+            )
+        self.calls.update(calls)
+        order = list(moments)
+        group.sort(key=lambda site: order.index(id(site.layer)) if id(site.layer) in moments else len(order))
+        for site in group[: len(order)]:
+            of_layer = moments.pop(id(site.layer))
+            if not bool(torch.isfinite(of_layer.input).all()):
                 raise ValueError(
                     f"factorize_: {site.names[0]} sees values that are not finite on the calibration data; leave out "
                     "the samples that cause them, or exclude the layer"
                 )
+            self.seen[id(site.layer)] = of_layer.rows, len(of_layer.input)
+            self.whitenings[id(site.layer)] = Whitening.of(of_layer)
 
-    def whitened(self) -> dict[int, torch.Tensor]:
-        """What a `Budget` weighs: whitened weights, or weights divided by their norms."""
-        result = {}
-        for site in self.open_sites():
-            weight = weight_of(site.layer)
-            moments = self.moments.get(id(site.layer))
-            if moments is not None:
-                result[id(site.layer)] = Whitening.of(moments).apply(weight)
-            else:
-                weight = weight.double().cpu()
-                result[id(site.layer)] = weight / (float(weight.norm()) or 1.0)
-        return result
+    def whitening(self, site: Site) -> Whitening | None:
+        """The roots of a layer's moments, gathered now if another group's are at hand; None if no data reach it."""
+        if self.batches is None:
+            return None
+        index = next(index for index, group in enumerate(self.groups) if any(other is site for other in group))
+        if index != self.at_hand:
+            self._gather(index)
+        return self.whitenings.get(id(site.layer))
 
     def spend(self, budget: Budget, calls: Calls | None, example_input: Any) -> None:
         """Chooses the ranks of each layer, or to leave it."""
+        sites = [site for group in self.groups for site in group]
         self.choices, left = spend(
             budget,
             self.model,
-            self.open_sites(),
-            self.whitened(),
+            sites,
+            self.weighed,
             self.method,
             self.multiple,
             self.seed,
             calls,
             example_input,
-            bool(self.moments),
+            self.batches is not None,
             self.progress,
         )
         self.reasons.update(left)
 
-    def decompose(self) -> None:
-        """Makes the modules, or notes why a layer is left."""
-        tried = len(self.open_sites())
+    def note_rows(self) -> None:
+        """Notes which layers the data reach too seldom, and warns of those that they reach."""
+        if self.batches is None:
+            return
+        few = []
+        sites = [site for group in self.groups for site in group]
+        for site in sites:
+            rows, width = self.seen.get(id(site.layer), (0, 0))
+            if not rows:
+                self._note(site, "the calibration data do not reach it: its factors keep its weight alone")
+            elif rows < width:
+                shown = f"{rows} calibration rows for {width} inputs"
+                self._note(site, f"{shown}: its factors lean on its weight")
+                few.append(f"{site.names[0]} ({shown})")
+        if few:
+            listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+            warnings.warn(
+                f"factorize_: few calibration data for {len(few)} of {len(sites)} layers: {listed}. Their factors lean "
+                "on their weights; give more data, at least a few rows for each input of a layer",
+                stacklevel=4,
+            )
+
+    def weighed(self, site: Site) -> torch.Tensor:
+        """What a `Budget` weighs: the whitened weight; without calibration, the weight divided by its norm. A layer
+        that the calibration data do not reach, which comes last, counts like the median of those that they reach."""
+        whitening, weight = self.whitening(site), weight_of(site.layer)
+        if whitening is not None:
+            weight = whitening.apply(weight)
+            self.norms.append(float(weight.norm()))
+            return weight
+        weight = weight.double()
+        return weight * ((statistics.median(self.norms) if self.norms else 1.0) / (float(weight.norm()) or 1.0))
+
+    def decompose(self, group: Sequence[Site]) -> None:
+        """Makes the modules of a group, or notes why a layer is left."""
         tasks: list[tuple[Site, Task]] = []
-        for site in self.open_sites():
+        for site in group:
+            if id(site.layer) in self.reasons:
+                continue
             task = self._task(site)
             if isinstance(task, str):
                 self.reasons[id(site.layer)] = task
@@ -307,6 +390,10 @@ class _Work:
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason
+
+    def check_ranks(self) -> None:
+        """Raises ValueError if the rank is above the limit of every layer."""
+        tried = sum(map(len, self.groups))
         above = [reason for reason in self.reasons.values() if isinstance(reason, _AboveLimit)]
         if above and len(above) == tried:
             shown = self.rank if self.linear in (None, False) else (self.rank, self.linear)
@@ -315,28 +402,36 @@ class _Work:
                 f"({above[0]}{'; ...' if tried > 1 else ''}); give a lower rank or a fraction"
             )
 
-    def fit(self, batches: Batches) -> None:
-        """Fits the modules to the dense layers' outputs, in the order in which the model calls them."""
-        order = list(self.moments)
-        sites = sorted(
-            (site for site in self.sites if id(site.layer) in self.replacements),
-            key=lambda site: order.index(id(site.layer)),
-        )
+    def fit(self, group: Sequence[Site]) -> None:
+        """Fits a group's modules to the dense layers' outputs, in the order in which the model calls them."""
+        if self.batches is None:
+            return
+        sites = [site for site in group if id(site.layer) in self.replacements and id(site.layer) in self.seen]
         relu = rectified(self.model, [site.layer for site in sites])
+        stage = -(-sum(map(len, self.groups)) // STAGES)
         fits = []
         for site in sites:
-            key = id(site.layer)
-            fits.append(Fit(site, self.replacements[key], self.moments[key], self.calls[key], key in relu))
+            key, whitening = id(site.layer), self.whitening(site)
+            assert whitening is not None
+            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], key in relu))
         with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, self.failing():
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            self.output_errors = fit_in_order_(self.model, fits, batches, self.batch_count, step)
+            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits, stage)
+        self.output_errors.update(errors)
         for site in sites:
             module = self.replacements[id(site.layer)]
             module.relative_error = weight_error(site.layer, module)
+        self.fits += [replace(fit, gradient=None) for fit in fits]
+
+    def rows_of(self, layer: nn.Module) -> int | None:
+        """Calibration rows of a layer that was replaced; None without calibration."""
+        if self.batches is None or id(layer) not in self.replacements:
+            return None
+        return self.seen.get(id(layer), (0, 0))[0]
 
     def failing(self) -> AbstractContextManager[None]:
         """Names the layer in which a run on the calibration data fails."""
@@ -369,7 +464,7 @@ class _Work:
                 own_rank = layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
             except ValueError as error:
                 return _AboveLimit(error)
-        return Task(layer, own_rank, tucker, self.moments.get(id(layer)), {**options, "seed": self.seed})
+        return Task(layer, own_rank, tucker, self.whitening(site), {**options, "seed": self.seed})
 
 
 def _too_large(layer: Any, module: FactorizedModule) -> str | None:
@@ -418,6 +513,16 @@ def _check_arguments(
         ranks.check_rank(entry, "factorize_: rank")
 
 
+def _require_values(model: nn.Module) -> None:
+    """Raises where the model cannot run."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise ValueError(
+                f"factorize_: the model cannot run, {name} is on the meta device, which has no values; load the "
+                "weights first"
+            )
+
+
 def _example_for(budget: Budget, batches: Batches | None) -> Any:
     """The input that a budget of multiplications or latency is for."""
     if budget.example_input is not None:
@@ -428,7 +533,8 @@ def _example_for(budget: Budget, batches: Batches | None) -> Any:
         raise ValueError(
             f"factorize_: a budget of {budget.kind} needs an input: give example_input=, or calibration data"
         )
-    batch = next(iter(batches))
+    with batches.same_order():
+        batch = next(iter(batches))
     return dict(batch.keywords) if batch.keywords else batch.arguments
 
 
@@ -493,6 +599,7 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
         macs_after=macs(made_of),
         weight_error=getattr(made_of, "relative_error", None),
         output_error=work.output_errors.get(id(layer)),
+        calibration_rows=work.rows_of(layer),
         sensitivity=sensitivity(list(made_of.factors().values())) if isinstance(made_of, _CP) else None,
         reason=work.reasons.get(id(layer)),
         note=None if module is None else work.notes.get(id(layer)),

@@ -273,7 +273,7 @@ class _CPConv(FactorizedConv):
         cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
         if weight.shape[2:] == (1, 1):  # a matrix: its SVD is the best CP decomposition of any rank
-            matrix = svd_decompose(weight.flatten(1), rank, multiple=multiple, name=name)
+            matrix = svd_decompose(weight.flatten(1), rank, multiple=multiple, seed=seed, name=name)
             ones = weight.new_ones(matrix.in_factor.shape[0], 1)
             in_factor, out_factor, height, width = matrix.in_factor, matrix.out_factor, ones, ones
             error = matrix.relative_error
@@ -386,7 +386,7 @@ class LowRankLinear(FactorizedModule):
     ) -> Self:
         """Decomposes the weight of `linear` (`svd_decompose`) and keeps everything else of it.
 
-        Arguments and errors as `TuckerConv2d.from_conv2d`; `seed` is unused, the SVD has no random start.
+        Arguments and errors as `TuckerConv2d.from_conv2d`; `seed` is that of the randomized SVD, for low ranks only.
         """
         check_replaceable(cls.__name__, linear, nn.Linear, name)
         check_activation(cls.__name__, activation)

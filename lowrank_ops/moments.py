@@ -2,7 +2,8 @@
 
 Every layer that we factorize is a matrix, times a row of its input: `weight.flatten(1)`, `[T, S K]`, times the K taps
 of a window in each of S channels (K = 1 for a linear layer). An output position (image and pixel, or row) is one row.
-A random part of the positions is enough; only those are ever copied, never a whole activation.
+A random part of the positions is enough; only those are ever copied, never a whole activation. Every fourth position is
+held out (`HeldOut`): what the factors are made from never sees it, and errors are measured there.
 """
 
 from __future__ import annotations
@@ -20,28 +21,52 @@ from lowrank_ops.autocast import no_autocast
 from lowrank_ops.batches import Batch, Batches, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.chains import same_padding
+from lowrank_ops.model_state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
+from lowrank_ops.shrinkage import SecondMoment
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
 @dataclass
 class Moments:
-    """Second moments of one layer over the calibration data.
+    """Second moments of one layer over the calibration data, shrunk where rows are few (`lowrank_ops.shrinkage`).
+
+    On the CPU, in the dtype of what the layer sees, fp32 at least. Of one wider than `shrinkage.WIDEST`: its diagonal.
 
     Attributes:
-        input: `[S, S]`, the mean of `x x^T` over input pixels (all taps of a window together).
+        input: `[S, S]`, the mean of `x x^T` over input pixels (all taps of a window together), without those of
+            held-out positions.
         gradient: `[T, T]`, the sum of `g g^T` over output positions, g the gradient of a random projection of the
             model's output with respect to the layer's output: an error `d` there moves the model's output by about
             `sqrt(d^T gradient d)`, so errors of different layers compare. The identity where the model passes no
             gradient.
+        rows: output positions that the layer has computed, held-out ones included.
     """
 
     input: Tensor
     gradient: Tensor
+    rows: int = 0
 
 
-class _Enough(Exception):
-    """Ends a model's run early."""
+class _Enough(BaseException):
+    """Ends a model's run early. No Exception: a model that falls back to another way of computing must not catch it."""
+
+
+class HeldOut:
+    """Which output positions of a layer's calls are held out: of the quarters of each call, in the order of positions,
+    the last one; of calls of fewer than four positions every fourth position.
+
+    Where the leading axis is the batch, these are whole samples: neighbours of a held-out pixel are held out, too.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def next_call(self, total: int) -> Callable[[Tensor], Tensor]:
+        """For the next call, of so many positions: a function from positions to whether they are held out."""
+        parts, before = min(4, total), self._before
+        self._before += parts
+        return lambda positions: (before + positions * parts // max(total, 1)) % 4 == 3
 
 
 def input_rows(layer: Layer, input: Tensor, positions: Tensor) -> Tensor:
@@ -76,9 +101,14 @@ def output_rows(layer: Layer, output: Tensor, positions: Tensor | None = None) -
     return flat if positions is None else flat[positions]
 
 
+def count_positions(layer: Layer, output: Tensor) -> int:
+    """How many positions a layer's output has."""
+    return output.numel() // output.shape[-1 if isinstance(layer, nn.Linear) else -len(layer.kernel_size) - 1]
+
+
 def draw_positions(layer: Layer, output: Tensor, count: int, key: str) -> Tensor:
     """At most `count` of the output's positions, drawn without replacement, the same ones for the same key."""
-    total = output.numel() // output.shape[-1 if isinstance(layer, nn.Linear) else -len(layer.kernel_size) - 1]
+    total = count_positions(layer, output)
     if total <= count:
         return torch.arange(total, device=output.device)
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
@@ -99,68 +129,102 @@ def gather_moments(
         positions: at most so many of a layer's positions are taken of each call for `input`.
         seen: called after each batch (progress).
 
-    A layer that is never called is missing in the results.
+    A layer that is never called, or on no position, is missing in the results. Each batch finds the model's buffers and
+    attributes, and the random generators, as this function found them.
     """
     sums: dict[int, _Sums] = {}
+    found: dict[int, int] = {}
 
     def record(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        size = output_rows(layer, output).shape[1]
-        of_layer = sums.setdefault(id(layer), _Sums(torch.zeros(size, size, dtype=torch.float64)))
-        of_layer.calls += 1
-        chosen = draw_positions(layer, output, positions, "moments")
+        total = count_positions(layer, output)
+        found[id(layer)] = found.get(id(layer), 0) + 1
+        if not total:
+            return None
+        of_layer = sums.setdefault(id(layer), _Sums(output_rows(layer, output).shape[1]))
+        held = of_layer.held.next_call(total)
+        chosen = draw_positions(layer, output, positions, "moments").sort().values
+        chosen = chosen[~held(chosen)]
         rows = input_rows(layer, (args[0] if args else kwargs["input"]).detach(), chosen).transpose(1, 2).flatten(0, 1)
-        of_layer.input = of_layer.input + product(rows)
-        of_layer.rows += len(rows)
+        of_layer.add_input(rows, total)
         if not torch.is_grad_enabled():  # the model's own no_grad or inference_mode: no gradient passes here
             return None
         fresh = not output.requires_grad
         if fresh:  # frozen weights behind integer inputs: the graph starts here
             output = output.clone().requires_grad_().clone()
-
-        def add(gradient: Tensor) -> None:
-            # not in place: a first call in the model's own inference_mode makes an inference tensor of the zeros
-            of_layer.gradient = of_layer.gradient + product(output_rows(layer, gradient))
-
-        output.register_hook(add)
+        output.register_hook(lambda gradient: of_layer.add_gradient(output_rows(layer, gradient)))
         return output if fresh else None
 
-    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     generator = torch.Generator().manual_seed(0)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()
+    ]
     calls: dict[int, int] = {}
+    state = ModelState(model)
+    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)  # no gradients of weights are wanted
-        with eval_mode(model), torch.inference_mode(False), torch.enable_grad(), _backward_through_recurrent_layers():
-            for batch in batches:
-                outputs = [output for output in outputs_of(_tracked(batch).run(model)) if output.requires_grad]
-                probes = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
-                if outputs:
-                    torch.autograd.backward(outputs, probes)
-                for key, of_layer in sums.items():
-                    calls[key] = max(calls.get(key, 0), of_layer.calls)
-                    of_layer.calls = 0
+        with (
+            eval_mode(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _backward_through_recurrent_layers(),
+            batches.same_order(),
+        ):
+            for index, batch in enumerate(batches):
+                with ordinary_tensors(model), own_random_numbers(index):
+                    outputs = [output for output in outputs_of(batch.run(model, track=True)) if output.requires_grad]
+                    probes = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+                    if outputs:
+                        torch.autograd.backward(outputs, probes)
+                state.restore()
+                for key, number in found.items():
+                    calls[key] = max(calls.get(key, 0), number)
+                found.clear()
                 seen()
     finally:
+        state.restore()
         for parameter in trained:
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {key: of_layer.moments() for key, of_layer in sums.items()}, calls
+    return {key: sums.pop(key).moments() for key in list(sums)}, calls
 
 
-@dataclass
 class _Sums:
-    gradient: Tensor
-    input: Tensor | float = 0.0
-    rows: int = 0
-    calls: int = 0
+    """What `gather_moments` knows of a layer."""
+
+    def __init__(self, outputs: int) -> None:
+        self.gradient = SecondMoment(outputs)
+        self.input: SecondMoment | None = None
+        self.held = HeldOut()
+        self.rows = 0
+
+    def add_input(self, rows: Tensor, positions: int) -> None:
+        """Rows of a call of so many positions. The first call is taken as three, so that there is something to compare:
+        see `SecondMoment.independent_rows`."""
+        self.rows += positions
+        first = self.input is None
+        if self.input is None:
+            self.input = SecondMoment(rows.shape[1])
+        for group in rows.chunk(3) if first else (rows,):
+            self.input.add(group)
+
+    def add_gradient(self, rows: Tensor) -> None:
+        for group in rows.chunk(3) if not self.gradient.rows else (rows,):
+            self.gradient.add(group)
 
     def moments(self) -> Moments:
-        usable = bool(torch.isfinite(self.gradient).all()) and bool(self.gradient.any())
-        gradient = self.gradient if usable else torch.eye(len(self.gradient), dtype=torch.float64)
-        assert isinstance(self.input, Tensor)
-        return Moments(self.input / self.rows, gradient)
+        total = self.gradient.total
+        usable = bool(torch.isfinite(total).all()) and bool(total.any())
+        gradient = self.gradient.shrunk().mul_(self.gradient.rows) if usable else _ones(total)
+        assert self.input is not None
+        return Moments(self.input.shrunk(), gradient, self.rows)
+
+
+def _ones(like: Tensor) -> Tensor:
+    """The identity, or its diagonal."""
+    return torch.ones_like(like) if like.dim() == 1 else torch.eye(len(like), dtype=like.dtype)
 
 
 def _backward_through_recurrent_layers() -> Any:
@@ -168,50 +232,56 @@ def _backward_through_recurrent_layers() -> Any:
     return torch.backends.cudnn.flags(enabled=False)
 
 
-def watch(
-    model: nn.Module, layer: nn.Module, batch: Batch, calls: int, record: Callable[[int, Tensor, Tensor], Any]
-) -> None:
-    """Runs the model on a batch up to the layer's last call; `record(call, input, output)` sees each of its calls,
-    outside of the model's autocast."""
-    number = 0
+@dataclass
+class Watched:
+    """A layer to watch: its next `calls` calls; `record(call, input, output)` sees each of them."""
 
-    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        nonlocal number
+    layer: nn.Module
+    calls: int
+    record: Callable[[int, Tensor, Tensor], Any]
+    number: int = 0
+
+
+def watch(model: nn.Module, watched: Sequence[Watched], batch: Batch, seed: int = 0) -> None:
+    """Runs the model on a batch up to the last of the watched calls, which are recorded outside of the model's
+    autocast. The same seed gives the same random numbers to the model. What the run changes in the model stays changed:
+    see `ModelState`."""
+
+    def left() -> bool:
+        return any(of_layer.number < of_layer.calls for of_layer in watched)
+
+    def hook(of_layer: Watched, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        if of_layer.number == of_layer.calls:  # also where the model caught _Enough and goes on
+            return
         with no_autocast():
-            record(number, args[0] if args else kwargs["input"], output)
-        number += 1
-        if number == calls:
+            of_layer.record(of_layer.number, args[0] if args else kwargs["input"], output)
+        of_layer.number += 1
+        if not left():
             raise _Enough
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handles = [
+        of_layer.layer.register_forward_hook(
+            lambda _, *call, of_layer=of_layer: hook(of_layer, *call),  # type: ignore[misc]
+            with_kwargs=True,
+        )
+        for of_layer in watched
+    ]
     try:
-        with eval_mode(model), torch.no_grad():
+        with (
+            eval_mode(model),
+            torch.inference_mode(in_inference_mode(model)),
+            torch.no_grad(),
+            own_random_numbers(seed),
+        ):
             batch.run(model)
     except _Enough:
         pass
+    except Exception:
+        if left():  # else the model made another error of _Enough, and all calls were seen
+            raise
     finally:
-        handle.remove()
-
-
-def _tracked(batch: Batch) -> Batch:
-    """The batch with floating-point inputs that require gradients."""
-
-    def track(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().clone().requires_grad_()
-        return value
-
-    return Batch(tuple(map(track, batch.arguments)), {name: track(value) for name, value in batch.keywords.items()})
-
-
-@no_autocast()
-def product(rows: Tensor) -> Tensor:
-    """`rows^T rows` in fp64 on the CPU; the products of 4096 rows at a time in fp32 at least."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for part in rows.detach().split(4096):
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        total += (part.T @ part).double().cpu()
-    return total
+        for handle in handles:
+            handle.remove()
 
 
 def _window(layer: nn.Conv1d | nn.Conv2d, input: Tensor) -> tuple[Tensor, Any, Any, Any, list[tuple[int, int]]]:

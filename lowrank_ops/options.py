@@ -19,6 +19,7 @@ from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.moments import Layer
 from lowrank_ops.report import count_macs, count_parameters
+from lowrank_ops.singular import energies, gram
 
 Kind = Literal["tucker", "cp", "svd"]
 
@@ -111,18 +112,12 @@ def _shrinks(layer: Layer, choice: Choice) -> bool:
 
 
 def _matrix_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], multiple: int) -> list[Option]:
-    energies = torch.linalg.svdvals(weight).square() if min(weight.shape) <= 1024 else _energies(weight)
-    lost = energies.flip(0).cumsum(0).flip(0)
-    price = _linear(lambda rank: cost(empty_module(layer, Choice("svd", rank))), len(energies))
+    lost = energies(weight).cumsum(0).flip(0)
+    price = _linear(lambda rank: cost(empty_module(layer, Choice("svd", rank))), len(lost))
     return [
         Option(price(rank), float(lost[rank]) if rank < len(lost) else 0.0, Choice("svd", rank))
-        for rank in _offered(len(energies), multiple)
+        for rank in _offered(len(lost), multiple)
     ]
-
-
-def _energies(weight: Tensor) -> Tensor:
-    gram = ranks.gram(weight if weight.shape[0] <= weight.shape[1] else weight.T)
-    return torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
 
 
 def _tucker_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], multiple: int) -> list[Option]:
@@ -146,7 +141,7 @@ def _tucker_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], fl
 
 def hosvd_core(weight: Tensor) -> Tensor:
     """`[T, S, KH, KW]` in the bases of the channel modes' singular vectors, the leading ones first."""
-    bases = [torch.linalg.eigh(ranks.gram(ranks.unfolding(weight, mode))).eigenvectors.flip(1) for mode in (0, 1)]
+    bases = [torch.linalg.eigh(gram(ranks.unfolding(weight, mode))).eigenvectors.flip(1) for mode in (0, 1)]
     rotated = (bases[0].T @ weight.flatten(1)).view_as(weight)
     return torch.einsum("tsij,sz->tzij", rotated, bases[1])
 

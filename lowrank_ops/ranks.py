@@ -28,6 +28,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from lowrank_ops.singular import computing_device, energies
 from lowrank_ops.vbmf import components_above_noise
 
 
@@ -153,8 +154,8 @@ def check_multiple(multiple: int, what: str) -> None:
 
 def require_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError, naming the layer, where ``weight`` holds a NaN or an infinity."""
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
+    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+        bad = weight.numel() - int(torch.isfinite(weight).sum())
         raise ValueError(
             f"{name}: a weight to decompose must be finite, got {bad} NaN or infinite of "
             f"{weight.numel()} values; repair the layer or exclude it"
@@ -164,15 +165,6 @@ def require_finite(weight: Tensor, name: str) -> None:
 def unfolding(weight: Tensor, mode: int) -> Tensor:
     """The weight as a matrix with axis ``mode`` (0: T, 1: S, ...) as rows; a copy but for mode 0."""
     return weight.detach().transpose(0, mode).flatten(1)
-
-
-def gram(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix^T`` in fp64, ``[M, M]`` from ``[M, K]``, without an fp64 copy of the whole matrix."""
-    product = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    for columns in matrix.split(4096, dim=1):
-        columns = columns.double()
-        product.addmm_(columns, columns.T)
-    return product
 
 
 def _resolve(
@@ -199,22 +191,22 @@ def _measured_rank(matrix: Tensor, rule: Energy | VBMF, what: str) -> int:
         raise ValueError(f"{what}: {kind} needs the values of a weight, got none; give an int or a fraction")
     require_finite(matrix, what)
     rounding = torch.finfo(matrix.dtype).eps / 2
-    matrix = matrix.to("cpu", torch.promote_types(matrix.dtype, torch.float32))
+    matrix = matrix.to(computing_device(matrix), torch.promote_types(matrix.dtype, torch.float32))
     matrix = matrix / matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)
     rows, columns = sorted(matrix.shape)
-    energies = torch.linalg.eigvalsh(gram(matrix if len(matrix) == rows else matrix.T)).clamp(min=0)
+    squares = energies(matrix).cpu()
     # What the Gram matrix in fp64 does not resolve.
     unresolved = rows * torch.finfo(torch.float64).eps
     if isinstance(rule, Energy):
-        return _energy_rank(energies, rule.kept, max(rounding**2, unresolved))
-    if not energies.any():
+        return _energy_rank(squares, rule.kept, max(rounding**2, unresolved))
+    if not squares.any():
         return 1
-    return max(components_above_noise(energies.clamp(min=unresolved * float(energies.sum())), columns), 1)
+    return max(components_above_noise(squares.clamp(min=unresolved * float(squares.sum())), columns), 1)
 
 
-def _energy_rank(energies: Tensor, kept: float, noise: float) -> int:
-    """The smallest rank that keeps the share ``kept`` of the ascending ``energies`` but for ``noise``, at least 1."""
+def _energy_rank(squares: Tensor, kept: float, noise: float) -> int:
+    """The smallest rank that keeps the share ``kept`` of the ascending energies but for ``noise``, at least 1."""
     # tails[i] is what is lost by dropping the i + 1 smallest.
-    tails = energies.cumsum(0)
+    tails = squares.cumsum(0)
     dropped = int((tails <= (1 - kept + noise) * tails[-1]).sum())
-    return max(len(energies) - dropped, 1)
+    return max(len(squares) - dropped, 1)

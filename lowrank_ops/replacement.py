@@ -15,7 +15,6 @@ from lowrank_ops import ranks
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.moments import Moments
 from lowrank_ops.options import is_matrix
 from lowrank_ops.ranks import Rank
 from lowrank_ops.surgery import HOOKS, own_attributes
@@ -23,17 +22,16 @@ from lowrank_ops.surgery import HOOKS, own_attributes
 
 @dataclass(frozen=True)
 class Task:
-    """What to decompose: a layer, its ranks, its moments if there are any, options of `from_conv2d`."""
+    """What to decompose: a layer, its ranks, the roots of its moments if there are any, options of `from_conv2d`."""
 
     layer: Any
     rank: int | tuple[int, int]
     tucker: bool
-    moments: Moments | None
+    whitening: Whitening | None
     options: Mapping[str, Any]
 
     def run(self) -> FactorizedModule:
-        whitening = None if self.moments is None else Whitening.of(self.moments)
-        return factorized(self.layer, self.rank, self.tucker, whitening, self.options)
+        return factorized(self.layer, self.rank, self.tucker, self.whitening, self.options)
 
 
 def run_tasks(tasks: list[Task], n_jobs: int | None) -> Iterator[FactorizedModule]:
@@ -51,7 +49,7 @@ def run_tasks(tasks: list[Task], n_jobs: int | None) -> Iterator[FactorizedModul
         import joblib
     except ImportError as error:
         raise ImportError("factorize_: n_jobs needs joblib; `pip install joblib`, or leave n_jobs out") from error
-    alone = [Task(_bare(task.layer), task.rank, task.tucker, task.moments, task.options) for task in tasks]
+    alone = [Task(_bare(task.layer), task.rank, task.tucker, task.whitening, task.options) for task in tasks]
     results: Iterable[Mapping[str, Any]] = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
         joblib.delayed(_run_with_one_thread)(task) for task in alone
     )

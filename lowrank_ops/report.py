@@ -36,12 +36,15 @@ class LayerReport:
         macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
             of the layer together), or per output pixel (per row for a linear layer) without one.
         weight_error: `||W - W_dense|| / ||W_dense||`.
-        output_error: relative error of the layer's output on the calibration data, with the inputs that the factorized
-            layers before it give it.
+        output_error: relative error of the layer's output on rows of the calibration data that were held out of the
+            fit (a quarter), with the inputs that the factorized layers before it give it.
+        calibration_rows: output positions (rows of a linear layer) that the layer computed on the calibration data,
+            held-out ones included.
         sensitivity: of a CP convolution: what noise in its factors does to its weight, see
             `lowrank_ops.cp.sensitivity`.
         reason: why the layer was left.
-        note: what to know of a layer that was replaced.
+        note: what to know of a layer that was replaced: that no or few calibration data reach it, or that the model
+            also computes with its weight.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
     """
@@ -57,6 +60,7 @@ class LayerReport:
     macs_after: int | None = None
     weight_error: float | None = None
     output_error: float | None = None
+    calibration_rows: int | None = None
     sensitivity: float | None = None
     reason: str | None = None
     note: str | None = None
@@ -196,7 +200,7 @@ class Report:
                 "" if layer.ranks is None else ", ".join(map(str, layer.ranks)),
                 _change(layer.parameters_before, layer.parameters_after),
                 _change(layer.macs_before, layer.macs_after),
-                _error(layer.output_error if fitted else layer.weight_error),
+                _error(layer.output_error if fitted else layer.weight_error),  # blank: no row was held out
             ]
             if timed:
                 cells.append(_change(layer.milliseconds_before, layer.milliseconds_after))

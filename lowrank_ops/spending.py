@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def spend(
     budget: Budget,
     model: nn.Module,
     sites: Sequence[Site],
-    weights: Mapping[int, Tensor],
+    weigh: Callable[[Site], Tensor],
     method: str,
     multiple: int,
     seed: int,
@@ -46,7 +46,7 @@ def spend(
     Args:
         budget: of the whole model.
         sites: the layers that may be replaced.
-        weights: whitened or normalized, by id of the layer: see `options.options_for`.
+        weigh: gives a site's weight, whitened or normalized: see `options.options_for`.
         calls: of the layers on `example_input`, for multiplications and latency.
         calibrated: layers without a bias will get one.
 
@@ -65,7 +65,7 @@ def spend(
                 cost, step = clock.of(layer, seen), max(multiple, _LANES)
             else:
                 cost, step = count_cost(budget.kind, seen, calibrated), multiple
-            menus.append(options_for(layer, weights[id(layer)], method, cost, step, site.names[0], seed))
+            menus.append(options_for(layer, weigh(site), method, cost, step, site.names[0], seed))
     dense = sum(menu[0].cost for menu in menus)
     whole = _whole_cost(budget, model, calls, example_input)
     if budget.kind == "latency" and dense > 0:
@@ -106,7 +106,7 @@ def met_already(
     wanted = f"factorize_: the budget of {_shown(target, budget.kind)}"
     if not budget.is_fraction and target >= whole:
         taken = f"is met already, the dense model takes {_shown(whole, budget.kind)}"
-        warnings.warn(f"{wanted} {taken}: nothing is replaced", stacklevel=3)
+        warnings.warn(f"{wanted} {taken}: nothing is replaced", stacklevel=4)
         return True
     if not sites:
         raise ValueError(

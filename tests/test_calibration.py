@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import Budget, Energy, calibration, factorize_
+from lowrank_ops import Budget, Energy, LowRankLinear, calibration, factorize_
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.report import Report
 
@@ -79,7 +79,7 @@ def test_outputs_on_new_inputs_are_kept_far_better(model: Network, method: str) 
     assert "output error" in str(report)
 
 
-@pytest.mark.parametrize("rank", [0.4, Budget(params=0.5)], ids=["rank", "budget"])
+@pytest.mark.parametrize("rank", [0.4, Budget(params=0.6)], ids=["rank", "budget"])
 def test_inside_autocast_only_the_model_computes_in_low_precision(model: Network, rank: float | Budget) -> None:
     images = _images(64, 1)
     other = copy.deepcopy(model)
@@ -163,13 +163,39 @@ def test_too_wide_features_fit_the_last_factor_only(model: Network, monkeypatch:
 
 
 def test_a_layer_that_the_data_never_reach(model: Network) -> None:
-    model.spare = nn.Linear(30, 30)
+    """It keeps its weight as it would without calibration, and the report says so."""
+    model.spare = nn.Linear(40, 40)
+    alone = LowRankLinear.from_linear(model.spare, 16)  # 0.4 of 40, rounded up to a multiple of 8
+    report = factorize_(model, rank=0.4, calibration=_images(96, 1), progress=False)
+    assert report["spare"].note == "the calibration data do not reach it: its factors keep its weight alone"
+    assert report["spare"].calibration_rows == 0 and report["spare"].output_error is None
+    assert torch.equal(model.spare.to_dense().weight, alone.to_dense().weight)  # type: ignore[operator]
+    assert report["head"].calibration_rows == 96 * 6 and report["head"].note is None
+    assert "do not reach it" in " ".join(str(report).split())
+
+
+def test_a_budget_weighs_a_layer_that_the_data_never_reach_like_the_others(model: Network) -> None:
+    model.spare = nn.Linear(40, 40)
+    report = factorize_(model, rank=Budget(params=0.5), calibration=_images(96, 1), progress=False)
+    error = report["spare"].weight_error
+    assert error is None or error < 0.9  # neither cut to nothing
+    assert report.model_parameters_after <= 0.5 * report.model_parameters_before
+
+
+def test_data_that_reach_no_layer_are_an_error() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(30, 30)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input * 2
+
+    model = Idle()
     state = _state(model)
-    with pytest.raises(ValueError, match=r"never reach spare: .* does not call it .* exclude such layers"):
-        factorize_(model, rank=0.4, calibration=_images(8, 1), progress=False)
+    with pytest.raises(ValueError, match="reach none of the 1 layers to replace"):
+        factorize_(model, rank=0.4, calibration=torch.randn(8, 3), progress=False)
     assert _unchanged(model, state)
-    report = factorize_(model, rank=0.4, exclude="spare", calibration=_images(8, 1), progress=False)
-    assert report["spare"].reason == "excluded by 'spare'"
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_ops import fitting
+from lowrank_ops import fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
-from lowrank_ops.fitting import Regression, Whitening
+from lowrank_ops.fitting import Regression, Whitening, refit
 from lowrank_ops.moments import Moments
+from lowrank_ops.roots import Root
 
 
 def _moment(size: int, seed: int, spread: float = 1.5) -> Tensor:
@@ -23,9 +24,18 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def _damped(moment: Tensor) -> Tensor:
+    level = roots.DAMPING * torch.linalg.eigvalsh(moment)[-1]
+    return moment + level * torch.eye(len(moment), dtype=torch.float64)
+
+
 def _output_error(change: Tensor, moments: Moments) -> float:
-    """`tr(G D C D^T)`, summed over taps."""
-    return float(torch.einsum("tu,usk,sz,tzk->", moments.gradient, change.flatten(2), moments.input, change.flatten(2)))
+    """`tr(G D C D^T)` of damped moments, summed over taps."""
+    return float(
+        torch.einsum(
+            "tu,usk,sz,tzk->", _damped(moments.gradient), change.flatten(2), _damped(moments.input), change.flatten(2)
+        )
+    )
 
 
 def test_the_norm_of_the_whitened_weight_is_the_output_error() -> None:
@@ -68,10 +78,12 @@ def test_directions_without_energy_are_not_amplified() -> None:
     empty = torch.zeros(4, 4, dtype=torch.float64)
     empty[0, 0] = 1.0
     whitening = Whitening.of(Moments(empty, empty))
-    largest = 1 / fitting.DAMPING**0.5
-    assert float(torch.linalg.matrix_norm(whitening.input_inverse, 2)) == pytest.approx(largest, rel=1e-9)
+    identity = torch.eye(4, dtype=torch.float64)
+    largest = 1 / roots.DAMPING**0.5
+    for root in (whitening.input, whitening.gradient):
+        assert float(torch.linalg.matrix_norm(root.undo(identity), 2)) == pytest.approx(largest, rel=1e-9)
     none = Whitening.of(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
-    assert torch.equal(none.input_root, torch.eye(4, dtype=torch.float64))
+    assert torch.equal(none.input.undo(identity), identity)
 
 
 @pytest.fixture
@@ -101,8 +113,12 @@ def test_an_exact_map_is_found() -> None:
 def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
     features = _normal(300, 6) @ _normal(6, 6, seed=9)
     regression = Regression(
-        features, features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2), torch.zeros(5, 6), metric
+        features,
+        features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2),
+        torch.zeros(5, 6),
+        None if metric is None else Root.of(metric),
     )
+    metric = None if metric is None else _damped(metric)
     out, inner, bias = regression.solve(2)
     assert out.shape == (5, 2)
     torch.testing.assert_close(out.T @ out, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -164,3 +180,91 @@ def test_the_compromise_behind_a_relu_is_the_best_one() -> None:
         grid = torch.linspace(-5, 5, 2001, dtype=torch.float64)
         least = torch.stack([cost(torch.full_like(targets, float(value))) for value in grid]).amin(0)
         assert bool((cost(found) <= least + 1e-12).all())
+
+
+def _problem(count: int, noise: float, seed: int = 0) -> tuple[Regression, Regression, tuple[Tensor, Tensor, Tensor]]:
+    """Rows to fit, held-out rows, and factors at some distance from the map that both follow."""
+    features = _normal(count, 40, seed=seed)
+    true = _normal(10, 40, seed=1) / 40**0.5
+    targets = features @ true.T + noise * _normal(count, 10, seed=seed + 2)
+    present = torch.eye(10).double(), true + 0.3 * _normal(10, 40, seed=3) / 40**0.5, torch.zeros(10).double()
+    held = count // 4
+    fitted, judged = (
+        Regression(features[part], targets[part], present[1]) for part in (slice(held, None), slice(held))
+    )
+    return fitted, judged, present
+
+
+def _loss_on_new_rows(solution: tuple[Tensor, Tensor, Tensor], noise: float) -> float:
+    judged = _problem(8000, noise, seed=50)[1]
+    return float(judged.losses(solution).mean())
+
+
+def test_many_rows_are_fitted_and_few_keep_the_factors() -> None:
+    for count, noise, gains in ((2000, 0.3, True), (60, 1.0, False), (8, 1.0, False)):
+        fitted, judged, present = _problem(count, noise)
+        solution, error = refit(fitted, judged, present, None, False)
+        before, after = (_loss_on_new_rows(which, noise) for which in (present, solution))
+        plain = _loss_on_new_rows(fitted.solve(), noise)
+        assert error == judged.error(solution)
+        if gains:
+            assert after < 0.8 * before and after == pytest.approx(plain, rel=0.01)
+        else:
+            assert after < 1.02 * before < plain  # a fit of the usual ridge is worse than none
+
+
+def test_a_stronger_pull_is_chosen_where_it_is_better() -> None:
+    fitted, judged, present = _problem(120, 0.5)
+    solution, _ = refit(fitted, judged, present, None, False)
+    found = _loss_on_new_rows(solution, 0.5)
+    assert found < 0.8 * _loss_on_new_rows(fitted.solve(), 0.5)
+    assert found < 0.98 * _loss_on_new_rows(present, 0.5)
+
+
+def test_no_rows_to_fit_or_to_judge() -> None:
+    fitted, judged, present = _problem(40, 1.0)
+    none = Regression(fitted.features[:0], fitted.targets[:0], fitted.prior)
+    assert refit(fitted, none, present, None, False) == (present, None)
+    assert refit(none, judged, present, None, False) == (present, judged.error(present))
+    one = Regression(judged.features[:1], judged.targets[:1], judged.prior)
+    assert refit(fitted, one, present, None, False)[0] is present  # one row shows no noise
+
+
+def test_behind_a_relu_the_rectified_loss_decides() -> None:
+    fitted, judged, present = _problem(2000, 0.3)
+    shifted = present[0], fitted.solve()[1], fitted.solve()[2] - 8  # all negative: wrong, and right behind the ReLU
+    low = [Regression(part.features, part.targets - 9, part.prior) for part in (fitted, judged)]
+    assert refit(*low, shifted, None, True)[0] is shifted
+    assert refit(*low, shifted, None, False)[0] is not shifted
+
+
+def test_rows_that_repeat_each_other_give_no_smaller_standard_error() -> None:
+    values = _normal(8)
+    error = fitting._standard_error(values)
+    assert error == pytest.approx(float(values.std()) / 8**0.5)
+    assert fitting._standard_error(values.repeat_interleave(50)) == pytest.approx(error)
+    assert fitting._standard_error(values[:1]) == float("inf")
+
+
+@pytest.mark.parametrize("metric", [None, _moment(5, 4)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
+    rank: int | None, metric: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[int] = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
+    features, prior = _normal(12, 30), _normal(5, 30, seed=3)
+    root = None if metric is None else Root.of(metric)
+    regression = Regression(features, _normal(12, 5, seed=1), prior, root)
+    small = regression.solve(rank)
+    monkeypatch.setattr(fitting._Normal, "_by_rows", lambda self: False)
+    centred = features - features.mean(0)
+    ridge = fitting.RIDGE * float(centred.square().mean())
+    covariance = centred.T @ centred / 12 + ridge * torch.eye(30, dtype=torch.float64)
+    large = fitting._Normal(centred, features.mean(0), cholesky(covariance), prior, ridge)
+    out, inner, bias = large.solve(regression.targets, rank, root)
+    assert sides == [12]
+    # fp64, the ridge makes the condition about a thousand
+    torch.testing.assert_close(small[0] @ small[1], out @ inner, rtol=0, atol=1e-9)
+    torch.testing.assert_close(small[2], bias, rtol=0, atol=1e-9)

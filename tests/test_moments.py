@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
+from lowrank_ops import shrinkage
 from lowrank_ops.batches import Batches
-from lowrank_ops.moments import Layer, draw_positions, gather_moments, input_rows, output_rows, watch
+from lowrank_ops.moments import HeldOut, Layer, Watched, draw_positions, gather_moments, input_rows, output_rows, watch
 
 LAYERS = [
     nn.Conv2d(5, 4, 3, padding=1),
@@ -78,6 +79,23 @@ class _Twice(nn.Module):
         return self.last(hidden.mean((2, 3)))
 
 
+@pytest.fixture
+def plain_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrinkage, "_shrinkage", lambda covariance, count: 0.0)
+
+
+def test_every_fourth_position_is_held_out_whole_samples_where_there_are_four() -> None:
+    held = HeldOut()
+    assert held.next_call(8)(torch.arange(8)).tolist() == [False] * 6 + [True] * 2
+    assert held.next_call(4 * 30)(torch.arange(120)).nonzero().flatten().tolist() == list(range(90, 120))
+    single = [bool(held.next_call(1)(torch.arange(1))) for _ in range(8)]
+    assert single == [False, False, False, True] * 2
+    pairs = [held.next_call(2)(torch.arange(2)).tolist() for _ in range(2)]
+    assert pairs == [[False, False], [False, True]]
+    assert held.next_call(8)(torch.tensor([7, 0])).tolist() == [True, False]
+
+
+@pytest.mark.usefixtures("plain_moments")
 def test_moments_are_those_of_all_inputs_and_of_the_gradients_of_a_projection() -> None:
     torch.manual_seed(0)
     model = _Twice().double()
@@ -91,10 +109,15 @@ def test_moments_are_those_of_all_inputs_and_of_the_gradients_of_a_projection() 
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert model.training
 
-    hidden = torch.cat([torch.relu(model.first(batch)) for batch in batches])
-    inputs = torch.cat([hidden, torch.relu(model.shared(hidden))])
-    rows = inputs.permute(0, 2, 3, 1).flatten(0, 2)
-    # fp64 sums of 360 products, in fp64 throughout
+    parts = []
+    for batch in batches:
+        hidden = torch.relu(model.first(batch))
+        for seen in (hidden, torch.relu(model.shared(hidden))):
+            all_rows = seen.permute(0, 2, 3, 1).flatten(0, 2)
+            parts.append(all_rows[: len(all_rows) * 3 // 4])  # the last quarter is held out
+    rows = torch.cat(parts)
+    assert found[id(model.shared)].rows == 2 * 6 * 30
+    # fp64 sums of 270 products, in fp64 throughout
     torch.testing.assert_close(found[id(model.shared)].input, rows.T @ rows / len(rows), rtol=1e-12, atol=1e-12)
 
     generator = torch.Generator().manual_seed(0)
@@ -155,6 +178,7 @@ def test_regions_without_gradients_pass_none(region: Callable[[], AbstractContex
     assert [layer.name for layer in report.replaced] == names
 
 
+@pytest.mark.usefixtures("plain_moments")
 def test_moments_inside_autocast_are_sums_in_fp32_of_what_the_model_computes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3))
@@ -165,11 +189,11 @@ def test_moments_inside_autocast_are_sums_in_fp32_of_what_the_model_computes() -
         inside, _ = gather_moments(model, layers, batches)
     assert torch.equal(inside[id(model[0])].input, outside[id(model[0])].input)
     assert hidden.dtype == torch.bfloat16
-    rows = hidden.detach().double()
-    # fp32 sums of 32 products
-    torch.testing.assert_close(inside[id(model[2])].input, rows.T @ rows / 32, rtol=1e-5, atol=1e-6)
+    rows = hidden.detach().double()[:24]
+    # fp32 sums of 24 products
+    torch.testing.assert_close(inside[id(model[2])].input.double(), rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
     gradient = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).bfloat16().double()
-    torch.testing.assert_close(inside[id(model[2])].gradient, gradient.T @ gradient, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inside[id(model[2])].gradient.double(), gradient.T @ gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_watch_records_outside_of_autocast() -> None:
@@ -177,9 +201,8 @@ def test_watch_records_outside_of_autocast() -> None:
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
     seen: list[tuple[torch.dtype, bool]] = []
     with torch.autocast("cpu", torch.bfloat16):
-        watch(
-            model, model.shared, batch, 1, lambda *call: seen.append((call[2].dtype, torch.is_autocast_enabled("cpu")))
-        )
+        watched = Watched(model.shared, 1, lambda *call: seen.append((call[2].dtype, torch.is_autocast_enabled("cpu"))))
+        watch(model, [watched], batch)
     assert seen == [(torch.bfloat16, False)]
 
 
@@ -189,7 +212,45 @@ def test_watch_stops_after_the_last_call() -> None:
     reached: list[str] = []
     model.last.register_forward_hook(lambda *_: reached.append("last"))
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
-    watch(model, model.shared, batch, 2, lambda call, input, output: seen.append(call))
+    watch(model, [Watched(model.shared, 2, lambda call, input, output: seen.append(call))], batch)
     assert seen == [0, 1]
     assert reached == []
     assert model.training
+
+
+class _Stubborn(_Twice):
+    """Catches whatever its layers raise and goes on, or fails with an error of its own."""
+
+    def __init__(self, kind: type[BaseException], own: bool) -> None:
+        super().__init__()
+        self.kind, self.own, self.caught = kind, own, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            hidden = self.shared(self.first(input))
+        except self.kind:
+            self.caught += 1
+            hidden = self.shared(self.first(input))
+            if self.own:
+                raise RuntimeError("fallback failed") from None
+        return self.last(hidden.mean((2, 3)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("kind", "caught"), [(Exception, 0), (BaseException, 1)])
+def test_watch_sees_each_call_once_whatever_the_model_catches(
+    kind: type[BaseException], caught: int, own: bool
+) -> None:
+    model = _Stubborn(kind, own)
+    (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
+    seen: list[int] = []
+    watch(model, [Watched(model.shared, 1, lambda call, input, output: seen.append(call))], batch)
+    assert seen == [0] and model.caught == caught
+
+
+def test_an_error_before_the_last_call_is_the_models_own() -> None:
+    model = _Stubborn(Exception, True)
+    model.first = nn.Conv2d(5, 3, 3)  # fails
+    (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
+    with pytest.raises(RuntimeError, match="channels"):
+        watch(model, [Watched(model.shared, 1, lambda *_: None)], batch)

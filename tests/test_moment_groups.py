@@ -1,0 +1,97 @@
+"""Layers whose moments do not fit at the same time are calibrated in groups, with the same result."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_ops import Budget, factorize, factorize_, moment_groups
+from lowrank_ops.batches import Batches
+from lowrank_ops.surgery import Site, find_sites
+
+
+class Backwards(nn.Module):
+    """Calls its layers in another order than that in which they stand, and one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(24, 12)
+        self.never = nn.Linear(20, 20)
+        self.middle = nn.Linear(32, 24)
+        self.first = nn.Linear(16, 32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.last(torch.relu(self.middle(torch.relu(self.first(input)))))
+
+
+@pytest.fixture
+def model() -> Backwards:
+    torch.manual_seed(0)
+    return Backwards()
+
+
+def _data(count: int = 256) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 16, generator=generator) * torch.logspace(0, -1, 16)
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    return find_sites(model, lambda layer: isinstance(layer, nn.Linear))
+
+
+def _names(groups: list[list[Site]]) -> list[list[str]]:
+    return [[site.names[0] for site in group] for group in groups]
+
+
+def test_what_fits_is_one_group_and_the_model_does_not_run(model: Backwards) -> None:
+    model.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    sites = _sites(model)
+    assert moment_groups.moment_groups(model, sites, Batches(_data(), "here")) == [sites]
+
+
+def test_groups_follow_the_order_of_calls_and_their_limit(model: Backwards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moment_groups, "LEAST", 0)
+    sites, batches = _sites(model), Batches(_data(), "here")
+    monkeypatch.setattr(moment_groups, "SHARE", 0.0)
+    assert _names(moment_groups.moment_groups(model, sites, batches)) == [["first"], ["middle"], ["last", "never"]]
+    # of 2,056 parameters; moments of 1,280, 1,600 and 720 entries
+    monkeypatch.setattr(moment_groups, "SHARE", 1.2)
+    assert _names(moment_groups.moment_groups(model, sites, batches)) == [["first"], ["middle", "last", "never"]]
+
+
+def test_wide_layers_count_by_their_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Conv2d(16, 40, 3)
+    assert moment_groups.moment_bytes(layer) == 4 * (16 * 16 + 40 * 40)
+    monkeypatch.setattr(moment_groups, "WIDEST", 32)
+    assert moment_groups.moment_bytes(layer) == 4 * (16 * 16 + 40)
+
+
+@pytest.mark.parametrize("rank", [0.4, Budget(params=0.5)], ids=["rank", "budget"])
+def test_groups_give_the_same_factors_bit_for_bit(
+    model: Backwards, rank: float | Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    gather = factorize.gather_moments
+
+    def spy(model: nn.Module, layers: Any, *args: Any, **kwargs: Any) -> Any:
+        at_once.append(len(layers))
+        return gather(model, layers, *args, **kwargs)
+
+    monkeypatch.setattr(factorize, "gather_moments", spy)
+    other = copy.deepcopy(model)
+    report = factorize_(other, rank=rank, calibration=_data(), progress=False)
+    assert at_once == [4]
+    at_once.clear()
+    monkeypatch.setattr(moment_groups, "LEAST", 0)
+    monkeypatch.setattr(moment_groups, "SHARE", 0.0)
+    grouped = factorize_(model, rank=rank, calibration=_data(), progress=False)
+    assert set(at_once) <= {1, 2} and len(at_once) <= 3 * (2 if isinstance(rank, Budget) else 1)
+    assert len(report.replaced) >= 3
+    assert [layer.output_error for layer in grouped.layers] == [layer.output_error for layer in report.layers]
+    assert grouped["never"].note == report["never"].note
+    state = other.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

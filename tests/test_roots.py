@@ -1,0 +1,67 @@
+"""Roots of second moments against their definition, and how often they are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_ops import Budget, factorize_, roots
+from lowrank_ops.roots import Root
+
+
+def _moment(size: int, seed: int = 0, directions: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(directions or 2 * size, size, generator=generator, dtype=torch.float64)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("directions", [20, 3], ids=["full", "rows fewer than columns"])
+def test_a_root_squares_to_the_damped_moment(directions: int) -> None:
+    moment = _moment(10, directions=directions)
+    root = Root.of(moment)
+    squared = root.apply(torch.eye(10, dtype=torch.float64)).T @ root.apply(torch.eye(10, dtype=torch.float64))
+    damping = squared - moment
+    level = float(damping.diagonal().mean())
+    torch.testing.assert_close(damping, level * torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12 * level / 1e-4)
+    largest = float(torch.linalg.eigvalsh(moment)[-1])
+    assert 0.9 * roots.DAMPING * largest <= level <= 1.000001 * roots.DAMPING * largest
+
+
+@pytest.mark.parametrize(
+    "moment", [_moment(8), _moment(8).diagonal(), torch.zeros(8, 8)], ids=["full", "diagonal", "0"]
+)
+def test_undo_is_the_inverse(moment: Tensor) -> None:
+    root, matrix = Root.of(moment), _moment(8, 1)[:, :3].float()
+    torch.testing.assert_close(root.undo(root.apply(matrix)), matrix.double(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_diagonal_is_the_root_of_a_diagonal_matrix() -> None:
+    diagonal = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
+    whole, short = Root.of(torch.diag(diagonal)), Root.of(diagonal)
+    torch.testing.assert_close(whole.factor, torch.diag(short.factor))
+
+
+def test_sums_of_low_precision_with_eigenvalues_below_zero_have_a_root() -> None:
+    moment = torch.diag(torch.tensor([1.0, 0.5, -0.01], dtype=torch.float64))
+    root = Root.of(moment)
+    assert bool(torch.isfinite(root.factor).all())
+
+
+@pytest.mark.parametrize("rank", [0.25, Budget(params=0.5)], ids=["rank", "budget"])
+def test_each_moment_is_factored_once_and_wide_sides_get_no_eigenvectors(
+    rank: float | Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a ReLU follows, in whose alternation a layer is solved for many times."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 20), nn.ReLU(), nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 12))
+    factored: list[int] = []
+    largest: list[int] = []
+    of = Root.of.__func__  # type: ignore[attr-defined]
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(Root, "of", classmethod(lambda cls, moment: factored.append(len(moment)) or of(cls, moment)))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: largest.append(len(matrix)) or eigh(matrix))
+    report = factorize_(model, rank=rank, calibration=torch.randn(512, 300), progress=False)
+    assert report.replaced
+    assert len(factored) <= 2 * 3
+    assert max(largest) <= 20
