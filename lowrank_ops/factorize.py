@@ -408,7 +408,7 @@ class _Work:
             return
         sites = [site for site in group if id(site.layer) in self.replacements and id(site.layer) in self.seen]
         relu = rectified(self.model, [site.layer for site in sites])
-        stage = -(-sum(map(len, self.groups)) // STAGES)
+        stage = max(1, -(-sum(map(len, self.groups)) // STAGES))
         fits = []
         for site in sites:
             key, whitening = id(site.layer), self.whitening(site)

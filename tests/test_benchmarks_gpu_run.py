@@ -227,7 +227,7 @@ def test_wrong_contenders_do_not_stop_a_run(simulated, monkeypatch, tmp_path, ca
         spoil(patch, "forced", "tucker_conv2d")
         assert simulated(*arguments, "--peers", "chain", "forced") == 1
     entry = json.loads(Path(file).read_text())["cells"][0]
-    assert set(entry["wrong"]) == {"fused (forced)"} and entry["over_fastest_peer"] > 0
+    assert set(entry["wrong"]) == {"fused (forced)", "chain (forced)"} and entry["over_fastest_peer"] > 0
 
 
 def test_a_dead_gpu_ends_the_run(simulated, monkeypatch, tmp_path, capsys) -> None:

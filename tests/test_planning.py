@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,7 @@ from conftest import OPS, Problem, assert_output
 from torch import nn
 
 import lowrank_ops
-from benchmarks import fit_cost
 from lowrank_ops._ops import _C
-
-RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("planner_*.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -313,21 +309,6 @@ def test_taps_far_outside_the_image(op: str, policy: str, dtype: torch.dtype) ->
         assert_output(call, call.run())
         found = explain_one(problem)
     assert found.path == "chain" and "a tile would take" in str(found)
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_regret_on_the_committed_results(path: Path) -> None:
-    """What the cost model picks is at most 5 % slower than the faster path, over the cells of a results file."""
-    constants = fit_cost.parse(fit_cost.CONSTANTS.read_text())
-    observations = fit_cost.read(path)
-    assert len(observations) >= 40
-    for group in {o.group for o in observations}:
-        cells = [o for o in observations if o.group == group]
-        assert fit_cost.regret(cells, constants[group]) <= 0.05, group
-
-
-def test_there_are_committed_results() -> None:
-    assert RESULTS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

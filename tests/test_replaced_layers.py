@@ -81,7 +81,8 @@ DATA = pytest.mark.parametrize("data", ["example_input", "calibration"])
 def test_metadata_are_no_reason_to_leave_a_layer(data: str) -> None:
     model = nn.Sequential(T5Block(), nn.LayerNorm(32), T5Block()).eval()
     report = factorize_(model, rank=0.25, progress=False, **{data: tokens()})
-    assert len(report.replaced) == 4 and all(layer.note is None for layer in report)
+    assert len(report.replaced) == 4
+    assert not any("computes with its weight" in (layer.note or "") for layer in report)
     assert model(tokens()).isfinite().all() and model.bfloat16()(tokens().bfloat16()).dtype is torch.bfloat16
     # `hidden` in float32, `wo` in bfloat16: the cast is there for this
     model[0].wi.float(), model[0].wo.bfloat16()

@@ -1,4 +1,6 @@
 // Tucker-2 on the CPU: the core convolution as a GEMM that slides over the ring buffer of hidden rows (conv.h).
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
 
 #include "cpu/conv.h"
@@ -7,6 +9,8 @@
 
 namespace lowrank_ops {
 namespace {
+
+constexpr int64_t kCopiedBytes = 64 << 10;  // of a core by a thread at least
 
 // Neighbouring output columns with the same taps inside the image.
 struct ColumnRun {
@@ -33,6 +37,32 @@ ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t cou
   return runs;
 }
 
+// The core as [R2, KH, KW, R1] in memory: itself in channels_last, otherwise a copy. Contiguous cores, which torch
+// would copy element by element, are transposed in registers as images are: a row of taps is an image of KH * KW
+// pixels.
+at::Tensor rows_of_core(const at::Tensor& core, const Problem& p, const Engine& engine) {
+  const ComputeKernels& kernels = *engine.kernels;
+  const bool whole = p.dtype == kernels.element && p.r1 % kernels.group == 0;
+  if (!whole || !core.is_contiguous() || core.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return core.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor rows = at::empty(core.sizes(), core.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t row_bytes = p.r1 * p.kh * p.kw * element_bytes(p.dtype);
+  const char* from = static_cast<const char*>(core.const_data_ptr());
+  char* to = static_cast<char*>(rows.data_ptr());
+  at::parallel_for(0, p.r2, std::max<int64_t>(1, kCopiedBytes / row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      LoadCall load;
+      load.in = from + row * row_bytes;
+      load.pixel_stride = 1;
+      load.channel_stride = load.pixels = p.kh * p.kw;
+      load.channels = load.tile_stride = p.r1;
+      load.tile = to + row * row_bytes;
+      kernels.load[int(p.dtype)](load);
+    }
+  });
+  return rows;
+}
+
 }  // namespace
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
@@ -41,8 +71,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
-  // [R2, KH, KW, R1] in memory: a core in channels_last; any other is copied here.
-  const auto core_rows = [&] { return core.contiguous(at::MemoryFormat::ChannelsLast); };
+  const auto core_rows = [&] { return rows_of_core(core, p, engine); };
   PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);

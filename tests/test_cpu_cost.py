@@ -1,0 +1,150 @@
+"""The CPU's cost model: what it counts, how it was fitted, and what its choices cost on measured cells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import fit_cost
+from benchmarks.layers import Cell
+from benchmarks.random_cells import random_cells
+from lowrank_ops._ops import _C
+
+RESULTS = sorted((Path(__file__).parent.parent / "benchmarks/results").glob("planner_*.json"))
+RANDOM = [path for path in RESULTS if "random" in path.stem]
+MACHINE = {"isa": ["avx2", "avx512f", "avx512_bf16"], "torch_cpu_capability": "AVX512", "caches": {"L2": "1024K"}}
+
+
+def counts(cell: Cell, way: str = "fused", layout: str = "channels_last", isa: str = "", dtype: str = "float32"):
+    machine = {**MACHINE, "lowrank_ops_cpu_isa": isa}
+    found = fit_cost.prediction(cell, dtype, layout, machine)[f"{way}_features"]
+    return dict(zip(getattr(_C, f"{way}_feature_names"), found, strict=True))
+
+
+def tucker(S: int, T: int, ranks: tuple[int, int], size: tuple[int, int], batch: int = 1, **window) -> Cell:
+    return Cell("tucker_conv2d", "made", S, T, ranks, size, batch, **window)
+
+
+# ---- what it counts
+
+
+@pytest.mark.parametrize(("isa", "lanes"), [("generic", 4), ("avx2", 8), ("avx512", 16)])
+def test_ranks_count_in_whole_vectors(isa: str, lanes: int) -> None:
+    cell = Cell("lowrank_linear", "made", 40, 70, 3, batch=1000, kernel=(1, 1), padding=0)
+    found = counts(cell, isa=isa)
+    width = -(-70 // lanes) * lanes
+    assert found["products"] == 1000 * (40 * lanes + 3 * width)
+    assert found["values"] == 1000 * (lanes + width)
+
+
+def test_whole_blocks_take_one_step_of_the_depth_each() -> None:
+    """AVX-512: 64 columns are one panel of four vectors, whose register blocks have six rows."""
+    cell = Cell("lowrank_linear", "made", 256, 64, 64, batch=600, kernel=(1, 1), padding=0)
+    assert counts(cell)["steps"] == 100 * (256 + 64)
+    narrow = Cell("lowrank_linear", "made", 256, 16, 16, batch=1400, kernel=(1, 1), padding=0)
+    assert counts(narrow)["steps"] == 100 * (256 + 16)  # blocks of fourteen rows
+
+
+def test_few_rows_are_dot_products() -> None:
+    cell = Cell("lowrank_linear", "made", 100, 30, 20, batch=2, kernel=(1, 1), padding=0)
+    found = counts(cell)
+    assert found["dots"] == 2 * (20 + 30) and found["steps"] == found["values"] == found["weights"] == 0
+    assert found["products"] == 2 * (20 * 112 + 30 * 32)
+
+
+def test_taps_outside_the_image_count_for_neither_path() -> None:
+    """A column of 5x5 taps on one pixel: one row of taps is inside; our kernel skips rows, the library both."""
+    cell = tucker(64, 64, (16, 16), (1, 1), 64, kernel=(5, 5), padding=2)
+    inside, outer = 64 * 16 * 16 * 5, 64 * (64 * 16 + 16 * 64)
+    assert counts(cell)["products"] == pytest.approx(inside + outer)
+    chain = counts(cell, "chain")
+    assert chain["core"] == 64 * 16 * 16 * 25 and chain["core_inside"] == pytest.approx(64 * 16 * 16)
+
+
+@pytest.mark.parametrize(("batch", "native"), [(1, 3), (2, 0)])
+def test_small_single_images_run_in_torchs_own_convolution(batch: int, native: int) -> None:
+    chain = counts(tucker(64, 32, (16, 16), (14, 14), batch), "chain")
+    assert (chain["native_calls"], chain["calls"]) == (native, 3 - native)
+    assert (chain["core"] == 0) == (chain["native_core"] > 0) == (native > 0)
+    assert counts(tucker(64, 32, (16, 16), (14, 14), batch), "chain", dtype="bfloat16")["native_calls"] == 0
+
+
+def test_rows_of_an_output_whole_pages_apart() -> None:
+    cell = Cell("lowrank_linear", "made", 64, 1024, 16, batch=100, kernel=(1, 1), padding=0)
+    assert counts(cell)["odd_stores"] == 100 * 1024
+    other = Cell("lowrank_linear", "made", 64, 1000, 16, batch=100, kernel=(1, 1), padding=0)
+    assert counts(other)["odd_stores"] == 0
+
+
+# ---- how it was fitted
+
+
+def test_the_fit_finds_the_constants_that_made_the_times() -> None:
+    rng = np.random.default_rng(0)
+    features, constants = rng.uniform(1, 100, (60, 4)), np.array([3.0, 0.0, 0.5, 2.0])
+    times = features @ constants
+    assert fit_cost.solve(features, times) == pytest.approx(constants, abs=1e-6)
+    times[0] *= 20  # one cell that nothing explains bends it little
+    assert fit_cost.solve(features, times) == pytest.approx(constants, abs=0.15)
+
+
+def test_the_constants_are_those_of_the_committed_results() -> None:
+    """Every group that was measured has constants, and no other."""
+    groups = {o.group for path in RESULTS if "zen4" not in path.stem for o in fit_cost.read(path)}
+    text = fit_cost.CONSTANTS.read_text()
+    for isa, op, dtype, layout in groups:
+        names = f'"{isa}", Op::{fit_cost.OPS[op]}, DType::{fit_cost.DTYPES[dtype]}, Layout::{fit_cost.LAYOUTS[layout]},'
+        assert text.count(names) == 1, names
+    assert text.count("\n{") == len(groups)
+
+
+# ---- what its choices cost
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_regret_of_the_planner(path: Path) -> None:
+    """What today's planner picks, at most so much slower than the faster path over the cells of a file."""
+    observations = fit_cost.read(path)
+    assert len(observations) >= 37
+    assert fit_cost.regret(observations) <= (0.07 if "generic" in path.stem else 0.02)
+
+
+@pytest.mark.parametrize("path", [path for path in RANDOM if "generic" not in path.stem], ids=lambda path: path.stem)
+def test_few_random_blocks_are_slower_than_the_faster_path(path: Path) -> None:
+    observations = fit_cost.read(path)
+    ratios = [min(o.fused, o.chain) / o.picked for o in observations]
+    assert sum(ratio < 0.9 for ratio in ratios) <= 0.03 * len(observations)
+    assert sum(ratio < 0.8 for ratio in ratios) <= 0.015 * len(observations)
+
+
+def test_there_are_committed_results() -> None:
+    assert len(RANDOM) == 10 and len(RESULTS) > len(RANDOM)
+
+
+# ---- the random blocks
+
+
+def test_random_cells_are_the_same_for_a_seed_and_bounded() -> None:
+    cells = random_cells(50)
+    assert cells == random_cells(60)[:50] != random_cells(50, seed=1)
+    assert {cell.op for cell in cells} == {"tucker_conv2d", "cp_conv2d", "lowrank_linear"}
+    assert all(min(cell.output_size) >= 1 for cell in cells)
+
+
+def test_capped_runs_tell_their_instruction_set(tmp_path: Path) -> None:
+    for capability, isa, dtype, found in [
+        ("AVX2", "", "bfloat16", "avx2"),
+        ("DEFAULT", "", "float32", "generic"),
+        ("AVX512", "avx512", "bfloat16", "avx512"),
+        ("AVX512", "", "bfloat16", "avx512bf16"),
+        ("AVX512", "", "float32", "avx512"),
+    ]:
+        machine = {**MACHINE, "torch_cpu_capability": capability, "lowrank_ops_cpu_isa": isa}
+        assert fit_cost.isa_class(machine, dtype) == found
+    gpu = tmp_path / "gpu.json"
+    gpu.write_text(json.dumps({"device": {"name": "a GPU"}, "cells": []}))
+    with pytest.raises(ValueError, match="a CPU's"):
+        fit_cost.read(gpu)
