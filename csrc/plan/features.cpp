@@ -14,8 +14,8 @@ struct Registers {
   int64_t rows[5];
 };
 Registers registers_of(const CpuCaps& caps) {
-  if (caps.isa == "generic") return {4, 2, {0, 6, 6, 0, 0}};
-  if (caps.isa == "avx2") return {8, 2, {0, 6, 6, 0, 0}};
+  if (caps.isa == "generic") return {4, 2, {0, 12, 6, 0, 0}};
+  if (caps.isa == "avx2") return {8, 2, {0, 12, 6, 0, 0}};
   return {16, 4, {0, 14, 14, 8, 6}};
 }
 

@@ -30,7 +30,7 @@ constexpr int kMaxRows[kMaxVectors + 1] = {0, 14, 14, 8, 6};
 #else
 // 16 registers.
 constexpr int kMaxVectors = 2;
-constexpr int kMaxRows[kMaxVectors + 1] = {0, 6, 6};
+constexpr int kMaxRows[kMaxVectors + 1] = {0, 12, 6};
 #endif
 
 // How elements multiply: `Element` in memory, `Scalar` is what one broadcast takes of A (a pair for bf16).
