@@ -1,8 +1,8 @@
 """Random blocks: what `benchmarks.run --random N` times, to see what no list of networks shows.
 
-The lists of layers.py are what the planner was fitted to. Users bring other shapes: odd channels, long and large
-windows, tiny images, ranks next to the channels. Cells drawn here are bounded in work, so that hundreds of them take
-minutes.
+The lists of layers.py are layers of networks. Users bring other shapes: odd channels, long and large windows, tiny
+images, ranks next to the channels. Cells drawn here are bounded in work, so that hundreds of them take minutes. The
+planner's constants are fitted to some of both (fit_cost.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every cell runs the fused op under policy "auto", the chain of library layers in NCHW and in channels_last, for CP
 the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), all
 these in ONNX Runtime and OpenVINO where they are installed (`pip install '.[bench]'`), and the dense layer in both
-formats and in the engines; `--peers` leaves some out, or adds the fused kernel forced. Outputs are checked
+formats and in the engines; `--peers` leaves some out, or adds both paths of the op, forced. Outputs are checked
 before anything is timed (`peers.check`): a contender that is wrong is reported and left out; with a wrong fused op
 the run goes on and ends with exit status 1.
 

@@ -33,7 +33,7 @@ class PreparedLayer:
 
 
 class Preparation(tuple[PreparedLayer, ...]):
-    """An entry for each factorized module, in the model's order; prints a line for each."""
+    """An entry for each factorized module, in the model's order; its text has a line for each."""
 
     @property
     def bytes(self) -> int:
