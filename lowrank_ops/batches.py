@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from lowrank_ops.model_state import own_random_numbers
+from lowrank_ops.warn import warn
 
 ROWS = 32  # of a tensor that is cut into batches
 
@@ -188,10 +188,9 @@ class Batches:
                 ) from error
         shapes = [entry.shape for entry in rest if isinstance(entry, Tensor)]
         if isinstance(first, Tensor) and first.dim() > 1 and first.shape in shapes:
-            warnings.warn(
+            warn(
                 f"{place} is a list: only its first entry is given to the model, though another one has the same shape "
                 f"{list(first.shape)}. Give a tuple or a mapping if it is an argument, the input alone if it is not",
-                stacklevel=2,
             )
         return tuple(first) if isinstance(first, list) else first
 

@@ -7,7 +7,6 @@ outside of autocast and autograd. It depends on the seed only.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lowrank_ops.arithmetic import arithmetic, prepare, store
 from lowrank_ops.correction import approximation_error, balanced, correct, expected_change, strengths
 from lowrank_ops.ranks import Rank, cp_rank, unfolding
 from lowrank_ops.singular import leading_vectors
+from lowrank_ops.warn import warn
 
 # Terms of a sound CP decomposition share the tensor's energy: orthogonal terms have norms with
 # sqrt(sum |term|^2) = |W|. Terms that cancel each other exceed that; above this ratio the cancellation loses
@@ -181,12 +181,11 @@ def _alternate(
             f"{name}: none of {len(RIDGES)} runs of CP-ALS at rank {count} gave finite factors; "
             "use a lower rank or Tucker"
         )
-    warnings.warn(
+    warn(
         f"{name}: after {len(RIDGES)} runs of CP-ALS at rank {count} the terms still cancel (norms "
         f"{best_ratio:.3g} times the weight's, relative error {best_error:.3g}): rounding will be amplified; "
         "use another rank or Tucker",
         RuntimeWarning,
-        stacklevel=3,
     )
     return best, len(RIDGES) - 1
 

@@ -7,7 +7,6 @@ import functools
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from lowrank_ops import processes
 from lowrank_ops.batches import Batch, Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.distill_errors import LayerErrors, layer_pairs, output_errors
+from lowrank_ops.warn import warn
 
 WARM_UP = 20  # steps over which the learning rate rises: Adam's second moments are guesses until then
 RETREAT = 4  # what the learning rate is divided by where the loss runs away
@@ -256,10 +256,9 @@ def distill_(
             group["lr"] = peak
         student.zero_grad(set_to_none=True)
     if not kept:
-        warnings.warn(
+        warn(
             f"distill_: after {len(losses)} steps the loss on the first batch is {last:.4g}, before it was "
             f"{losses[0]:.4g}: the student has its initial parameters again; use a lower learning rate or more steps",
-            stacklevel=2,
         )
     result = last if kept else losses[0]
     return DistillReport(losses, time.perf_counter() - started, tuple(pairs), runaway.restarts, kept, result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups
 from lowrank_ops.moments import gather_moments
-from lowrank_ops.options import Choice, is_matrix
+from lowrank_ops.options import Choice, empty_module, is_matrix
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
@@ -38,6 +37,7 @@ from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.spending import met_already, spend
 from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
 from lowrank_ops.timing import compare_models
+from lowrank_ops.warn import warn
 from lowrank_ops.weight_reads import WeightReads
 
 __all__ = ["factorize_", "fuse_"]
@@ -187,7 +187,7 @@ def factorize_(
     report = Report(type(model).__name__, entries, calls is not None, before, after, others, *whole)
     if not replaced and not isinstance(rank, Budget):  # a budget was met or an error before
         notes = "; ".join(report.notes[:3]) or "it has no parameters"
-        warnings.warn(f"factorize_: no layer of {report.model} was replaced: {notes}", stacklevel=3)
+        warn(f"factorize_: no layer of {report.model} was replaced: {notes}")
     return report
 
 
@@ -231,6 +231,7 @@ class _Work:
         owners = Owners(self.model)
         for site, reason, asked in zip(self.sites, chosen, by_name, strict=True):
             reason = reason or _unsafe(site, owners) or refusal(site.layer) or not_kept(site.layer)
+            reason = reason or self._clash(site.layer)
             if not asked and not isinstance(self.rank, Budget):  # a budget weighs what the layer's error costs
                 reason = reason or too_narrow(site)
             if self.linear is False and isinstance(site.layer, nn.Linear):
@@ -239,6 +240,14 @@ class _Work:
                 self.reasons[id(site.layer)] = reason
             else:
                 ranks.require_finite(weight_of(site.layer), site.names[0])
+
+    def _clash(self, layer: Any) -> str | None:
+        """Why no block can have the layer's attributes; known before a budget counts on the layer."""
+        matrix = is_matrix(layer)
+        choices = [Choice("tucker", (1, 1))] if self.method != "cp" and not matrix else []
+        if self.method != "tucker" or matrix:
+            choices.append(Choice("svd" if matrix else "cp", 1))
+        return next(filter(None, (clash(layer, empty_module(layer, choice)) for choice in choices)), None)
 
     def _note(self, site: Site, text: str) -> None:
         """One more line on a layer that is replaced."""
@@ -341,7 +350,7 @@ class _Work:
         if self.batches is None:
             return
         few = []
-        sites = [site for group in self.groups for site in group]
+        sites = [site for group in self.groups for site in group if id(site.layer) in self.replacements]
         for site in sites:
             rows, width = self.seen.get(id(site.layer), (0, 0))
             if not rows:
@@ -352,10 +361,9 @@ class _Work:
                 few.append(f"{site.names[0]} ({shown})")
         if few:
             listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
-            warnings.warn(
+            warn(
                 f"factorize_: few calibration data for {len(few)} of {len(sites)} layers: {listed}. Their factors lean "
                 "on their weights; give more data, at least a few rows for each input of a layer",
-                stacklevel=4,
             )
 
     def weighed(self, site: Site) -> torch.Tensor:
@@ -372,7 +380,7 @@ class _Work:
     def decompose(self, group: Sequence[Site]) -> None:
         """Makes the modules of a group, or notes why a layer is left."""
         tasks: list[tuple[Site, Task]] = []
-        for site in group:
+        for site in list(group):  # gathering its moments sorts the group
             if id(site.layer) in self.reasons:
                 continue
             task = self._task(site)
@@ -384,7 +392,7 @@ class _Work:
         with _bar([site for site, _ in tasks], "decompose", self.progress) as bar:
             for site, module in zip(bar, modules, strict=True):
                 bar.set_postfix_str(site.names[0])
-                reason = clash(site.layer, module) or _too_large(site.layer, module)
+                reason = _too_large(site.layer, module)
                 if reason is None:
                     keep_attributes(site.layer, module)
                     self.replacements[id(site.layer)] = module

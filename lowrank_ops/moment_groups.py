@@ -15,7 +15,7 @@ from torch import nn
 from lowrank_ops.batches import Batches
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.model_state import ModelState, in_inference_mode, own_random_numbers
-from lowrank_ops.moments import Layer
+from lowrank_ops.moments import Layer, add_calls
 from lowrank_ops.shrinkage import WIDEST
 from lowrank_ops.surgery import Site
 
@@ -63,11 +63,12 @@ def moment_groups(
 def _order_of_calls(
     model: nn.Module, layers: Sequence[nn.Module], batches: Batches, seen: Callable[[], Any]
 ) -> dict[int, int]:
-    """The place of each layer in the order of first calls, by id; the model is as before afterwards."""
-    order: dict[int, int] = {}
+    """The place of each layer in the order of calls, by id; the model is as before afterwards."""
+    order: list[int] = []
+    called: dict[int, None] = {}
 
     def record(layer: nn.Module, *_: Any) -> None:
-        order.setdefault(id(layer), len(order))
+        called.setdefault(id(layer))
 
     state = ModelState(model)
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
@@ -82,9 +83,11 @@ def _order_of_calls(
                 with own_random_numbers(index):
                     batch.run(model)
                 state.restore()
+                add_calls(order, list(called))
+                called.clear()
                 seen()
     finally:
         state.restore()
         for handle in handles:
             handle.remove()
-    return order
+    return {key: place for place, key in enumerate(order)}

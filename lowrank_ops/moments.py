@@ -118,7 +118,7 @@ def draw_positions(layer: Layer, output: Tensor, count: int, key: str) -> Tensor
 def gather_moments(
     model: nn.Module, layers: Sequence[Layer], batches: Batches, positions: int = 4096, seen: Callable[[], Any] = int
 ) -> tuple[dict[int, Moments], dict[int, int]]:
-    """The moments of layers by id, in the order in which the model calls them first, and how often a run calls each.
+    """The moments of layers by id, in the order in which the model calls them, and how often a run calls each.
 
     One forward and one backward pass per batch, in eval mode.
 
@@ -159,6 +159,7 @@ def gather_moments(
         parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()
     ]
     calls: dict[int, int] = {}
+    order: list[int] = []
     state = ModelState(model)
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
@@ -178,6 +179,7 @@ def gather_moments(
                     if outputs:
                         torch.autograd.backward(outputs, probes)
                 state.restore()
+                add_calls(order, list(found))
                 for key, number in found.items():
                     calls[key] = max(calls.get(key, 0), number)
                 found.clear()
@@ -188,7 +190,21 @@ def gather_moments(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {key: sums.pop(key).moments() for key in list(sums)}, calls
+    return {key: sums.pop(key).moments() for key in order if key in sums}, calls
+
+
+def add_calls(order: list[int], called: Sequence[int]) -> None:
+    """Adds the layers of one more run, in the order of its calls, to that of the runs before it: one that is new (an
+    expert that had no rows so far) comes after the one that was called before it."""
+    if set(called) <= set(order):
+        return
+    place = 0
+    for key in called:
+        if key in order:
+            place = order.index(key) + 1
+        else:
+            order.insert(place, key)
+            place += 1
 
 
 class _Sums:

@@ -6,7 +6,6 @@ import math
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from lowrank_ops.calls import Calls, model_errors, run_example, synchronize
 from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
 from lowrank_ops.report import count_macs, count_parameters
 from lowrank_ops.surgery import Site, keep_attributes
+from lowrank_ops.warn import warn
 
 # Ranks offered for a latency: whole vectors.
 _LANES = 16
@@ -106,7 +106,7 @@ def met_already(
     wanted = f"factorize_: the budget of {_shown(target, budget.kind)}"
     if not budget.is_fraction and target >= whole:
         taken = f"is met already, the dense model takes {_shown(whole, budget.kind)}"
-        warnings.warn(f"{wanted} {taken}: nothing is replaced", stacklevel=4)
+        warn(f"{wanted} {taken}: nothing is replaced")
         return True
     if not sites:
         raise ValueError(
@@ -186,10 +186,9 @@ def _corrected(
             allowed = min(max(allowed + 2**trial * (aim - taken), least), most)
         chosen = _allocate(menus, allowed, rest, "latency", whole)
     if fastest > target:
-        warnings.warn(
+        warn(
             f"factorize_: by its layers alone the model fits the budget of {_shown(target, 'latency')}, but measured "
             f"as a whole it takes {_shown(fastest, 'latency')}",
-            stacklevel=4,
         )
     return best
 

@@ -258,6 +258,17 @@ def test_a_budget_that_is_met_already_does_nothing_and_says_so(model: Network, b
     assert {layer.reason for layer in report} == {"the budget is met without it"}
 
 
+@pytest.mark.parametrize("method", ["tucker", "cp", "auto"])
+def test_a_layer_whose_attributes_no_block_can_have_is_not_counted_on(method: str) -> None:
+    """It stays dense, which the budget must know when it is spent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
+    model[0].rank = 3  # type: ignore[assignment]
+    report = factorize_(model, method, Budget(params=0.6), progress=False)
+    assert "an attribute 'rank' of its own" in str(report["0"].reason)
+    assert count_parameters(model) <= 0.6 * report.model_parameters_before
+
+
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
 def test_biases_that_calibration_adds_are_in_the_budget(fraction: float) -> None:
     torch.manual_seed(0)
@@ -410,8 +421,9 @@ def test_a_latency_that_only_the_layers_alone_reach_is_approached_and_warned_of(
             else alone(module, example)
         ),
     )
-    with pytest.warns(UserWarning, match=r"budget of .* ms, but .* takes .* ms"):
+    with pytest.warns(UserWarning, match=r"budget of .* ms, but .* takes .* ms") as caught:
         report = factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
+    assert caught[0].filename == __file__
     assert report.replaced and alone(model, INPUT) < 0.5 * alone(largest, INPUT)
 
 

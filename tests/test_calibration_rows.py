@@ -185,3 +185,13 @@ def test_the_report_shows_what_few_rows_mean() -> None:
     assert list(table["calibration_rows"]) == [20, 20] and all("lean on its weight" in note for note in table["note"])
     plain = factorize_(nn.Sequential(nn.Linear(64, 64)), rank=8, progress=False)
     assert plain["0"].calibration_rows is None and plain["0"].note is None and "notes" not in str(plain)
+
+
+def test_layers_that_stay_dense_are_not_warned_of() -> None:
+    """A head that sees one row for each sequence, and whose rank is above its limit: no factors lean on anything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 96), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 96)), nn.Flatten(), nn.Linear(96, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = factorize_(model, rank=40, calibration=torch.randn(20, 50, 96), progress=False)
+    assert report["0"].replaced_by == "LowRankLinear" and report["4"].replaced_by is None

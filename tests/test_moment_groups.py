@@ -95,3 +95,49 @@ def test_groups_give_the_same_factors_bit_for_bit(
     assert grouped["never"].note == report["never"].note
     state = other.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Experts(nn.Module):
+    """Two layers of which each row takes one; a batch may leave one of them without rows, or uncalled."""
+
+    def __init__(self, calls_empty: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 80)
+        self.left = nn.Linear(80, 24)
+        self.right = nn.Linear(80, 24)
+        self.last = nn.Linear(24, 12)
+        self.calls_empty = calls_empty
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(input))
+        positive = input[:, 0] > 0
+        parts = hidden.new_zeros(len(hidden), 24)
+        for layer, rows in ((self.left, positive), (self.right, ~positive)):
+            if self.calls_empty or bool(rows.any()):
+                parts[rows] = layer(hidden[rows])
+        return self.last(torch.relu(parts))
+
+
+@pytest.mark.parametrize("calls_empty", [True, False])
+@pytest.mark.parametrize("limit", [2**28, 4 * (80**2 + 16**2 + 100), 0], ids=["one group", "two groups", "four groups"])
+def test_a_layer_without_rows_in_the_first_batch_keeps_its_place(
+    calls_empty: bool, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moment_groups, "LEAST", limit)
+    monkeypatch.setattr(moment_groups, "SHARE", 0.0)
+    monkeypatch.setattr(moment_groups, "moment_bytes", lambda layer: 4 * sum(size**2 for size in layer.weight.shape))
+    fitted: list[str] = []
+    fit = factorize.fit_in_order_
+
+    def spy(model: nn.Module, fits: Any, *args: Any) -> Any:
+        fitted.extend(each.site.names[0] for each in fits)
+        return fit(model, fits, *args)
+
+    monkeypatch.setattr(factorize, "fit_in_order_", spy)
+    torch.manual_seed(0)
+    model = Experts(calls_empty)
+    data = _data()
+    batches = [data[data[:, 0] <= 0], data[data[:, 0] > 0]]  # the first one is all for the right layer
+    report = factorize_(model, rank=0.25, multiple=1, calibration=batches, progress=False)
+    assert [layer.reason for layer in report] == [None] * 4 and len(report.replaced) == 4
+    assert fitted == ["first", "left", "right", "last"]
