@@ -116,7 +116,7 @@ def test_regret_of_the_planner(path: Path) -> None:
 def test_few_random_blocks_are_slower_than_the_faster_path(path: Path) -> None:
     observations = fit_cost.read(path)
     ratios = [min(o.fused, o.chain) / o.picked for o in observations]
-    assert sum(ratio < 0.9 for ratio in ratios) <= 0.03 * len(observations)
+    assert sum(ratio < 0.9 for ratio in ratios) <= 0.04 * len(observations)
     assert sum(ratio < 0.8 for ratio in ratios) <= 0.02 * len(observations)
 
 
