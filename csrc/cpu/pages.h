@@ -18,9 +18,9 @@ struct MemoryRows {
 
 constexpr int64_t kPageBytes = 4096;  // the smallest that there are
 
-// Writes to every page of rows of an output, none of whose values is written yet. Inputs get no such access: others have
-// written them (torch.zeros may not have, and costs more once), and waiting for a value of each page took 10 % of a call
-// on images beyond L3.
+// Writes to every page of rows of an output, none of whose values is written yet. Inputs get no such access: others
+// have written them (torch.zeros may not have, and costs more once), and waiting for a value of each page took 10 % of
+// a call on images beyond L3.
 inline void map_for_writing(const MemoryRows& rows) {
   const auto write = [](const char* byte) { *static_cast<volatile char*>(const_cast<char*>(byte)) = 0; };
   if (rows.bytes <= 0) return;
