@@ -282,7 +282,8 @@ def _conv(
 
 
 def _with_parameters(layer: LayerT, weight: Tensor, bias: Tensor | None) -> LayerT:
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    # A clone: contiguous() leaves the strides of a weight of one channel as they are, and torch would go by them.
+    layer.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
     if bias is not None:
         layer.register_parameter("bias", nn.Parameter(bias.clone(), requires_grad=False))
     return layer.eval()

@@ -80,6 +80,7 @@ def select(
     part: str | None = None,
     device: str = "cpu",
     drawn: int | None = None,
+    seed: int = 0,
 ) -> list[Cell]:
     """The quick or the full list, `sample` cells of the full one, `drawn` random ones, or those that match a pattern.
 
@@ -90,7 +91,7 @@ def select(
     """
     quick, full = (layers.quick, layers.full) if device == "cpu" else (layers.quick_gpu, layers.full_gpu)
     if drawn is not None:
-        found = random_cells(drawn)
+        found = random_cells(drawn, seed)
     elif sample is not None:
         found = random.Random(0).sample(full(), sample)
     elif pattern is None:
@@ -123,6 +124,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     which.add_argument(
         "--random", type=int, metavar="N", help="N random blocks, always the same ones, for every layout"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of --random; the planner's constants are fitted to blocks of seed 0"
     )
     parser.add_argument("--cells", metavar="A:B", help="only these of the cells chosen, counted from 0")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -178,7 +182,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--json: for several dtypes must be a folder, got " + options.json)
     try:
         options.cells = select(
-            options.full, options.layer, options.sample, options.cells, options.device, options.random
+            options.full, options.layer, options.sample, options.cells, options.device, options.random, options.seed
         )
     except ValueError as error:
         parser.error(str(error))

@@ -31,7 +31,8 @@ bool is_linear(const Stage& stage) {
 
 Tensor forward(const Stage& stage, const Tensor& x, const OptionalTensor& bias) {
   if (is_linear(stage)) return at::linear(x, stage.weight, bias);
-  return at::conv2d(library_image(x), stage.weight, bias, stage.stride, stage.padding, stage.dilation, stage.groups);
+  return at::conv2d(library_image(x, stage.stride[1]), stage.weight, bias, stage.stride, stage.padding, stage.dilation,
+                    stage.groups);
 }
 
 // A tensor of the shape of forward(stage, x), its values never to be read.

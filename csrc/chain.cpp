@@ -65,14 +65,23 @@ at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const Op
                     at::IntArrayRef(one), at::IntArrayRef(zero), at::IntArrayRef(one));
 }
 
-// A hidden image in channels_last where the block's input is: ranks of one, which are neither format's, leave the
-// stages before in NCHW, and the output, which is larger, would be converted.
+// The same values of an axis of one channel, with strides that say channels_last or NCHW: for torch they are both.
+at::Tensor as_channels_last(const at::Tensor& one_channel) {
+  return one_channel.squeeze(1).contiguous().unsqueeze(-1).permute({0, 3, 1, 2});
+}
+at::Tensor as_nchw(const at::Tensor& one_channel) {
+  return one_channel.squeeze(1).unsqueeze(1);
+}
+
+// A hidden image in the memory format of the block's input: ranks of one, which are neither format's, leave the stages
+// before in the other one, and the output, which is larger, would be converted.
 at::Tensor in_format_of(const at::Tensor& input, const at::Tensor& hidden) {
-  if (under_transform() || input.suggest_memory_format() != at::MemoryFormat::ChannelsLast ||
-      hidden.suggest_memory_format() == at::MemoryFormat::ChannelsLast)
-    return hidden;
-  if (hidden.sym_size(1) != 1) return hidden.contiguous(at::MemoryFormat::ChannelsLast);
-  return hidden.squeeze(1).contiguous().unsqueeze(-1).permute({0, 3, 1, 2});  // the same values, strides that say so
+  const at::MemoryFormat format = input.suggest_memory_format();
+  if (under_transform() || hidden.suggest_memory_format() == format) return hidden;
+  const bool one_channel = hidden.sym_size(1) == 1;
+  if (format == at::MemoryFormat::ChannelsLast)
+    return one_channel ? as_channels_last(hidden) : hidden.contiguous(format);
+  return one_channel ? as_nchw(hidden) : hidden;
 }
 
 // The last 1x1 convolution with its activation, in the dtype and (but under a transform) memory format of the block's
@@ -89,14 +98,18 @@ at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const a
 // channels_last and the output back, at a fraction of the memory's rate. With a core of the image's format cuDNN does
 // that itself. On an H200 in bfloat16 (h200_lean_nchw.json, chains without the core's copy) this was 1.10 to 1.85 times
 // as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch converts both images as
-// well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time (AVX2).
+// well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time (AVX2). Of one channel to
+// one, where nothing is converted, channels_last took 0.2 to 0.9 of it (not with a stride along W: library_image).
 at::Tensor library_core(const at::Tensor& image, const at::Tensor& core, const at::Tensor& out_factor,
                         const Window& window) {
   constexpr int64_t kLeastValues = 1500000;
   const auto is_nchw = [](const at::Tensor& tensor) {
     return tensor.suggest_memory_format() == at::MemoryFormat::Contiguous;
   };
-  if (under_transform() || !is_nchw(image) || is_nchw(core)) return core;
+  if (under_transform() || !is_nchw(image)) return core;
+  if (image.is_cpu() && window.stride[1] == 1 && core.sym_size(0) == 1 && core.sym_size(1) == 1)
+    return as_channels_last(core);
+  if (is_nchw(core)) return core;
   if (image.is_cpu()) return core.clone(at::MemoryFormat::Contiguous);
   if (!image.is_cuda()) return core;
   const auto size = [](const at::Tensor& tensor, int64_t axis) {
@@ -116,7 +129,7 @@ at::Tensor tucker_chain(const at::Tensor& input, const at::Tensor& in_factor, co
                         Activation activation) {
   const at::ScalarType dtype = library_dtype(input, window, kernel_width(core));
   at::Tensor hidden = pointwise(input.to(dtype), in_factor);
-  hidden = library_image(hidden);
+  hidden = library_image(hidden, window.stride[1]);
   hidden = at::conv2d(hidden, library_core(hidden, core.to(dtype), out_factor, window), {}, window.stride,
                       window.padding, window.dilation);
   return last_stage(input, hidden, out_factor, bias, activation);
@@ -130,8 +143,8 @@ at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const 
   at::Tensor hidden = pointwise(input.to(dtype), in_factor);
   const auto depthwise = [&](const at::Tensor& weight, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
                              std::array<int64_t, 2> dilation) {
-    hidden = at::conv2d(library_image(hidden), weight.to(dtype), {}, at::IntArrayRef(stride), at::IntArrayRef(padding),
-                        at::IntArrayRef(dilation), rank);
+    hidden = at::conv2d(library_image(hidden, stride[1]), weight.to(dtype), {}, at::IntArrayRef(stride),
+                        at::IntArrayRef(padding), at::IntArrayRef(dilation), rank);
   };
   depthwise(height_factor.unsqueeze(1).unsqueeze(-1), {window.stride[0], 1}, {window.padding[0], 0},
             {window.dilation[0], 1});
@@ -146,8 +159,8 @@ at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor,
   const at::ScalarType dtype = library_dtype(input, window, kernel_width(width_factor));
   const at::Tensor weight = height_factor.to(dtype).unsqueeze(1).unsqueeze(-1).mul(
       width_factor.to(dtype).unsqueeze(1).unsqueeze(1));  // [R, 1, KH, KW], rounded once
-  const at::Tensor hidden = at::conv2d(library_image(pointwise(input.to(dtype), in_factor)), weight, {}, window.stride,
-                                       window.padding, window.dilation, in_factor.size(0));
+  const at::Tensor hidden = at::conv2d(library_image(pointwise(input.to(dtype), in_factor), window.stride[1]), weight,
+                                       {}, window.stride, window.padding, window.dilation, in_factor.size(0));
   return last_stage(input, hidden, out_factor, bias, activation);
 }
 
