@@ -65,23 +65,14 @@ at::Tensor pointwise(const at::Tensor& input, const at::Tensor& factor, const Op
                     at::IntArrayRef(one), at::IntArrayRef(zero), at::IntArrayRef(one));
 }
 
-// The same values of an axis of one channel, with strides that say channels_last or NCHW: for torch they are both.
-at::Tensor as_channels_last(const at::Tensor& one_channel) {
-  return one_channel.squeeze(1).contiguous().unsqueeze(-1).permute({0, 3, 1, 2});
-}
-at::Tensor as_nchw(const at::Tensor& one_channel) {
-  return one_channel.squeeze(1).unsqueeze(1);
-}
-
-// A hidden image in the memory format of the block's input: ranks of one, which are neither format's, leave the stages
-// before in the other one, and the output, which is larger, would be converted.
+// A hidden image in channels_last where the block's input is: ranks of one, which are neither format's, leave the
+// stages before in NCHW, and the output, which is larger, would be converted.
 at::Tensor in_format_of(const at::Tensor& input, const at::Tensor& hidden) {
-  const at::MemoryFormat format = input.suggest_memory_format();
-  if (under_transform() || hidden.suggest_memory_format() == format) return hidden;
-  const bool one_channel = hidden.sym_size(1) == 1;
-  if (format == at::MemoryFormat::ChannelsLast)
-    return one_channel ? as_channels_last(hidden) : hidden.contiguous(format);
-  return one_channel ? as_nchw(hidden) : hidden;
+  if (under_transform() || input.suggest_memory_format() != at::MemoryFormat::ChannelsLast ||
+      hidden.suggest_memory_format() == at::MemoryFormat::ChannelsLast)
+    return hidden;
+  if (hidden.sym_size(1) != 1) return hidden.contiguous(at::MemoryFormat::ChannelsLast);
+  return hidden.squeeze(1).contiguous().unsqueeze(-1).permute({0, 3, 1, 2});  // the same values, strides that say so
 }
 
 // The last 1x1 convolution with its activation, in the dtype and (but under a transform) memory format of the block's
@@ -106,10 +97,7 @@ at::Tensor library_core(const at::Tensor& image, const at::Tensor& core, const a
   const auto is_nchw = [](const at::Tensor& tensor) {
     return tensor.suggest_memory_format() == at::MemoryFormat::Contiguous;
   };
-  if (under_transform() || !is_nchw(image)) return core;
-  if (image.is_cpu() && window.stride[1] == 1 && core.sym_size(0) == 1 && core.sym_size(1) == 1)
-    return as_channels_last(core);
-  if (is_nchw(core)) return core;
+  if (under_transform() || !is_nchw(image) || is_nchw(core)) return core;
   if (image.is_cpu()) return core.clone(at::MemoryFormat::Contiguous);
   if (!image.is_cuda()) return core;
   const auto size = [](const at::Tensor& tensor, int64_t axis) {

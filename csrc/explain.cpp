@@ -104,8 +104,10 @@ struct Planned {
   std::string device, key;  // key: of its measurements
 };
 
-Planned plan_for_cpu(const Problem& p, bool prepared) {
+Planned plan_for_cpu(const Problem& given, bool packed) {
   const CpuCaps caps = cpu_caps();
+  const Problem p = as_fused(given);
+  const bool prepared = packed && packed_covers(p);
   Planned planned{plan_cpu(p, caps, policy(), prepared), in_words(caps), ""};
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {

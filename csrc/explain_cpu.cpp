@@ -10,7 +10,8 @@ namespace {
 py::dict cpu_prediction(const std::string& op, const std::string& dtype, bool channels_last,
                         std::array<int64_t, 9> sizes, std::array<int64_t, 6> window, const std::string& isa,
                         int64_t l2_bytes, int64_t l3_bytes) {
-  const Problem p = described_problem(op, dtype, channels_last, sizes, window, "none");
+  const Problem given = described_problem(op, dtype, channels_last, sizes, window, "none");
+  const Problem p = as_fused(given);
   CpuCaps caps;
   caps.isa = isa;
   caps.l2_bytes = l2_bytes;

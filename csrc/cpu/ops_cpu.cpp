@@ -13,11 +13,10 @@ namespace {
 using c10::IntArrayRef;
 using c10::string_view;
 
-// Runs the fused kernel or the chain, as the plan says.
+// Runs the fused kernel or the chain, as the plan says. `is_prepared`: all that the fused kernel needs is packed.
 template <typename Fused, typename Chain>
-at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fused, const Chain& chain) {
+at::Tensor run(const Problem& problem, bool is_prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
-  const bool is_prepared = prepared.in_factor != nullptr;
   const Policy chosen_policy = policy();
   const std::shared_ptr<const CpuChoice> choice = cached_choose_cpu(problem, caps, chosen_policy, is_prepared);
   const auto run_fused = [&] { return fused(choice->tile); };
@@ -28,18 +27,33 @@ at::Tensor run(const Problem& problem, const Prepared& prepared, const Fused& fu
   return take_chain ? chain() : run_fused();
 }
 
+// An image (core) of one column seen as one of one row (column_as_row), and an image of one row as one of one column,
+// with the strides of a dense tensor of its format.
+at::Tensor as_row(const at::Tensor& image) {
+  const int64_t length = image.size(2), step = image.stride(2);
+  return image.as_strided({image.size(0), image.size(1), 1, length},
+                          {image.stride(0), image.stride(1), length * step, step});
+}
+at::Tensor as_column(const at::Tensor& image) {
+  const int64_t step = image.stride(3);
+  return image.as_strided({image.size(0), image.size(1), image.size(3), 1},
+                          {image.stride(0), image.stride(1), step, step});
+}
+
 at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                   const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
                   IntArrayRef dilation, string_view activation_name, const at::Tensor* packed) {
   const Window window{stride, padding, dilation};
   check_tucker(input, in_factor, core, out_factor, bias, window);
   const Activation activation = parse_activation("tucker_conv2d", activation_name);
-  const Problem problem = tucker_problem(input, core, out_factor, window, activation);
+  const Problem problem = as_fused(tucker_problem(input, core, out_factor, window, activation));
   const Prepared prepared = packed ? prepared_for(*packed, in_factor, &core, out_factor) : Prepared{};
   return run(
-      problem, prepared,
+      problem, prepared && packed_covers(problem),
       [&](const CpuTile& tile) {
-        return tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile, prepared);
+        return problem.column ? as_column(tucker_cpu(as_row(input), in_factor, as_row(core), out_factor, bias, problem,
+                                                     tile, prepared))
+                              : tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile, prepared);
       },
       [&] { return tucker_chain(input, in_factor, core, out_factor, bias, window, activation); });
 }
@@ -51,12 +65,15 @@ at::Tensor cp(const at::Tensor& input, const at::Tensor& in_factor, const at::Te
   const Window window{stride, padding, dilation};
   check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
   const Activation activation = parse_activation("cp_conv2d", activation_name);
-  const Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, activation);
+  const Problem problem = as_fused(cp_problem(input, height_factor, width_factor, out_factor, window, activation));
   const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
   return run(
-      problem, prepared,
+      problem, bool(prepared),
       [&](const CpuTile& tile) {
-        return cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile, prepared);
+        return problem.column
+                   ? as_column(cp_cpu(as_row(input), in_factor, width_factor, height_factor, out_factor, bias, problem,
+                                      tile, prepared))
+                   : cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile, prepared);
       },
       [&] { return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation); });
 }
@@ -68,7 +85,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& in_factor, const at
   const Problem problem = linear_problem(input, out_factor, activation);
   const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
   return run(
-      problem, prepared,
+      problem, bool(prepared),
       [&](const CpuTile& tile) { return linear_cpu(input, in_factor, out_factor, bias, problem, tile, prepared); },
       [&] { return linear_chain(input, in_factor, out_factor, bias, activation); });
 }

@@ -17,6 +17,8 @@ struct Prepared {
   const char* core = nullptr;    // Tucker
   const char* winograd[4] = {};  // Tucker, where that transform can be used (by Winograd)
   const char* out_factor = nullptr;
+
+  explicit operator bool() const { return in_factor != nullptr; }
 };
 
 // Packs the factors of a block; `core` [R2, R1, KH, KW] is a Tucker block's, `unit_window` says that stride and

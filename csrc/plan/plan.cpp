@@ -236,7 +236,10 @@ bool tile_is_too_large(const Problem& p, const CpuTile& tile) {
 
 // The chain would run in fp32 (library_dtype of ops.h), and is no candidate.
 bool chain_needs_float32(const Problem& p) {
-  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 && library_bfloat16_fails(p.kw, p.stride[1], p.padding[1]);
+  const int width = p.column ? 0 : 1;  // the axis that is the call's width
+  const int64_t kernel_width = p.column ? p.kh : p.kw;
+  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 &&
+         library_bfloat16_fails(kernel_width, p.stride[width], p.padding[width]);
 }
 
 }  // namespace
@@ -277,6 +280,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   if (fused.tile.prepared && !fused.tile.unpacked)
     fused.notes.push_back(
         "its weights were packed by prepare_for_inference_; packed anew in each call where they have changed since");
+  if (p.column) fused.notes.push_back("images of one column are read as images of one row");
   fused.predicted_seconds = choice.fused_seconds;
   const Features fused_counts = fused_features(p, caps, choice.one_thread_tile), chain_counts = chain_features(p, caps);
   fused.features.assign(fused_counts.begin(), fused_counts.end());

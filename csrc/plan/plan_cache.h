@@ -16,7 +16,7 @@ namespace lowrank_ops {
 // Everything that a plan depends on: the problem, further numbers (what a planner knows of the machine, the policy), a
 // name.
 struct PlanKey {
-  static constexpr size_t kOfProblem = 24, kFurther = 10;
+  static constexpr size_t kOfProblem = 25, kFurther = 10;
   std::array<int64_t, kOfProblem + kFurther> numbers;
   std::string name;
 

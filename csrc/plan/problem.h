@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace lowrank_ops {
 
@@ -25,11 +26,39 @@ struct Problem {
   bool tf32 = false;
   int64_t input_vector = 0, factor_vector = 0, output_vector = 0;
   bool repeats = false;  // GPUs: rows of the input or of a factor overlap, or an axis has a stride of 0
+  bool column = false;   // CPUs: this is a call with images of one column, as the fused kernel sees it (column_as_row)
 };
 
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
   return span < 0 ? 0 : span / stride + 1;
+}
+
+// Whether the images have one column and the window sees no other: what one-dimensional networks make of conv2d.
+inline bool is_one_column(const Problem& p) {
+  return p.op != Op::kLinear && p.w == 1 && p.kw == 1 && p.padding[1] == 0 && p.h > 1;
+}
+// The same problem with columns for rows. One column and one row lie in memory alike, in both layouts; to kernels that
+// multiply the pixels of a row together the one is rows of one pixel, the other a row of all.
+inline Problem column_as_row(Problem p) {
+  std::swap(p.h, p.w);
+  std::swap(p.oh, p.ow);
+  std::swap(p.kh, p.kw);
+  std::swap(p.stride[0], p.stride[1]);
+  std::swap(p.padding[0], p.padding[1]);
+  std::swap(p.dilation[0], p.dilation[1]);
+  p.column = true;
+  return p;
+}
+// A call's problem as the CPU's fused kernels see it.
+inline Problem as_fused(const Problem& given) {
+  return is_one_column(given) ? column_as_row(given) : given;
+}
+
+// Whether weights that were packed before hold all that a call may take. Winograd's transform along a line is packed
+// for windows of one row: images of one column, which can take it as rows, are not known when weights are packed.
+inline bool packed_covers(const Problem& p) {
+  return p.op != Op::kTucker || !p.column;
 }
 
 // Whether torch's bf16 convolutions (oneDNN's, as of torch 2.13) cannot be trusted with a window on a CPU. Some with a
