@@ -116,6 +116,7 @@ def test_other_devices_run_the_chain_and_explain_says_so() -> None:
                 found = explain_one(Problem("tucker_conv2d"), device=device)
             assert found.path == "chain" and found.device == device
             assert found.rejections == [("fused", reason)]
+            assert "tf32" not in found.problem, "tf32 is a number format of NVIDIA's GPUs"
 
 
 def test_a_device_means_the_same_with_and_without_its_index() -> None:
