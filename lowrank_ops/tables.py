@@ -32,9 +32,13 @@ def terminal_width() -> int:
 
 
 def fits(table: Table, width: int) -> bool:
-    """Whether no word of the table has to be broken."""
-    console = _console(width)
-    return Measurement.get(console, console.options.update(width=10_000), table).minimum <= width
+    """Whether no word of the table has to be broken, and no cell of a column that must not wrap."""
+    console = _console(10_000)
+    needed = -2  # a column is followed by two spaces, but for the last one
+    for column in table.columns:
+        sizes = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+        needed += 2 + max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+    return needed <= width
 
 
 def as_text(*parts: Table | str, width: int | None = None) -> str:

@@ -207,6 +207,19 @@ def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) ->
     assert width < 80 or ("Conv2d > " in untimed and "TuckerConv2d" in untimed), "no word is broken where there is room"
 
 
+def test_no_table_breaks_a_number_from_its_unit() -> None:
+    layer = LayerReport("layer", "Linear", parameters_before=2_345_678, parameters_after=12_345)
+    assert "2.35M > 12.35k (190.01x)" in str(Report("Net", [layer]))
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_explain_has_no_empty_columns_and_breaks_no_heading(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lone = str(lowrank_ops.explain(BLOCK, (1, 64, 14, 14), device="mps")).splitlines()
+    heading = next(line for line in lone if "kernel" in line)
+    assert heading.split() == ["kernel", "GFLOP", "MB"]
+
+
 def test_a_wide_terminal_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     table = new_table("wide")
