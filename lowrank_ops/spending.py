@@ -99,12 +99,14 @@ def met_already(
 ) -> bool:
     """Whether the dense model keeps the budget; warns then that nothing is replaced.
 
-    Raises ValueError where it does not, and there is no layer to replace.
+    Raises ValueError where it does not, and there is no layer to replace; and for multiplications where the input
+    reaches no layer whose multiplications are known.
     """
     whole = _whole_cost(budget, model, calls, example_input)
     target = budget.absolute(whole)
     wanted = f"factorize_: the budget of {_shown(target, budget.kind)}"
-    if not budget.is_fraction and target >= whole:
+    uncounted = budget.kind == "macs" and not whole
+    if not budget.is_fraction and target >= whole and not uncounted:
         taken = f"is met already, the dense model takes {_shown(whole, budget.kind)}"
         warn(f"{wanted} {taken}: nothing is replaced")
         return True
