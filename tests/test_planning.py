@@ -274,6 +274,13 @@ def test_explain_refuses_what_the_op_refuses() -> None:
         lowrank_ops.explain(lowrank_ops.tucker_conv2d, [(1, 4, 8, 8), (2, 4), (3, 5, 3, 3), (6, 3)], verbose=False)
 
 
+def test_planning_does_not_walk_through_the_image() -> None:
+    """A look at each row and column of these would take an hour and a minute."""
+    block = lowrank_ops.TuckerConv2d(8, 8, 3, 4, padding=1)
+    for size in ((2**39, 8), (8, 2**34)):
+        assert lowrank_ops.explain(block, (1, 8, *size))[0].chosen["flops"] > 2**34
+
+
 def test_windows_that_crash_torch_in_bf16_never_go_to_the_chain_on_their_own() -> None:
     problem = Problem("tucker_conv2d", kernel=(1, 1), stride=(1, 2), padding=(0, 1), dtype=torch.bfloat16)
     with lowrank_ops.set_policy("auto"):

@@ -43,9 +43,11 @@ double steps(const Registers& registers, const Product& product) {
 // The share of a window's taps that see the image, over all output rows (columns).
 double share_inside(const Axis& axis) {
   int64_t inside = 0;
-  for (int64_t output = 0; output < axis.out; ++output) {
-    const Axis::Taps taps = axis.taps_inside(output * axis.stride, axis.first_inside(), axis.end_inside());
-    inside += taps.end - taps.begin;
+  for (int64_t tap = 0; tap < axis.kernel; ++tap) {
+    const auto outputs_before = [&](int64_t z) {  // those for which this tap is at a position below z
+      return std::min(ceil_div(std::max<int64_t>(z - tap * axis.dilation, 0), axis.stride), axis.out);
+    };
+    inside += outputs_before(axis.end_inside()) - outputs_before(axis.first_inside());
   }
   return double(inside) / double(std::max<int64_t>(axis.out * axis.kernel, 1));
 }
