@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
 from lowrank_ops.calls import no_nested_tensors
-from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, fits, new_table, terminal_width
+from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, figure, fits, new_table, terminal_width
 
 POLICIES = ("auto", "fused", "chain", "measure")
 
@@ -148,9 +148,9 @@ def _cell(plan: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
 
 
 _WORK: dict[str, Callable[[dict[str, Any]], str]] = {
-    "GFLOP": lambda plan: f"{plan['flops'] / 1e9:.4g}",
-    "MB": lambda plan: f"{plan['bytes'] / 1e6:.4g}",
-    "predicted": lambda plan: f"{plan['predicted_seconds'] * 1e6:.4g} us" if plan["predicted_seconds"] else "",
+    "GFLOP": lambda plan: figure(plan["flops"] / 1e9),
+    "MB": lambda plan: figure(plan["bytes"] / 1e6),
+    "predicted": lambda plan: f"{figure(plan['predicted_seconds'] * 1e6)} us" if plan["predicted_seconds"] else "",
 }
 _CPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tile": lambda plan: " x ".join(str(plan[key]) for key in ("tile_rows", "tile_columns") if key in plan),

@@ -18,6 +18,7 @@ from lowrank_ops.calls import Calls, model_errors, run_example, synchronize
 from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
 from lowrank_ops.report import count_macs, count_parameters
 from lowrank_ops.surgery import Site, keep_attributes
+from lowrank_ops.tables import figure
 from lowrank_ops.warn import warn
 
 # Ranks offered for a latency: whole vectors.
@@ -196,7 +197,7 @@ def _corrected(
 
 
 def _shown(value: float, kind: str) -> str:
-    return f"{1e3 * value:.3g} ms" if kind == "latency" else f"{value:,.0f} {_NOUNS[kind]}"
+    return f"{figure(1e3 * value)} ms" if kind == "latency" else f"{value:,.0f} {_NOUNS[kind]}"
 
 
 def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_input: Any) -> float:

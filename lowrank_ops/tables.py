@@ -26,6 +26,11 @@ def new_table(title: str, **options: Any) -> Table:
     return Table(title=title_text, title_justify="left", box=_BOX, show_edge=False, padding=(0, 1, 0, 0), **options)
 
 
+def figure(value: float) -> str:
+    """Four digits, or all of a number above: 5150 and 11,760, never 1.176e+04."""
+    return f"{value:.4g}" if value < 9999.5 else f"{value:,.0f}"
+
+
 def terminal_width() -> int:
     """Columns of the terminal; COLUMNS overrides it."""
     return shutil.get_terminal_size((_WIDTH, 24)).columns

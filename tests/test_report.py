@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lowrank_ops
 from lowrank_ops import Budget, factorize_, timing
 from lowrank_ops.report import LayerReport, Report, count_parameters
-from lowrank_ops.tables import as_text, new_table
+from lowrank_ops.tables import as_text, figure, new_table
 
 
 class Conv1D(nn.Module):
@@ -205,6 +205,12 @@ def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) ->
         assert "".join(text.split()).isascii(), name
     untimed = str(factorize_(nn.Sequential(nn.Conv2d(16, 16, 3)), rank=0.25, progress=False))
     assert width < 80 or ("Conv2d > " in untimed and "TuckerConv2d" in untimed), "no word is broken where there is room"
+
+
+def test_figures_have_no_exponent_where_digits_do() -> None:
+    assert [figure(value) for value in (0.0123456, 5150.4, 9999.6, 11761.0)] == ["0.01235", "5150", "10,000", "11,761"]
+    block = lowrank_ops.TuckerConv2d(64, 64, 3, 16)
+    assert "e+" not in str(lowrank_ops.explain(block, (64, 64, 1024, 1024)))
 
 
 def test_no_table_breaks_a_number_from_its_unit() -> None:
