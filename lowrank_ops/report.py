@@ -189,7 +189,7 @@ class Report:
 
         add("parameters", "parameters")
         add(f"MACs{unit}", "macs")
-        table.add_column("output error" if fitted else "error", justify="right", overflow="fold")
+        table.add_column("output error" if fitted else "weight error", justify="right", overflow="fold")
         if timed:
             add("ms", "milliseconds")
         for layer in self.layers:
