@@ -88,12 +88,13 @@ def _packed(weight: torch.Tensor) -> torch.Tensor | None:
     """The weight in oneDNN's own layout, by a private op of torch; None where that has none for the dtype and CPU."""
     if not torch.backends.mkldnn.is_available():
         return None
-    try:
-        return torch.ops.mkldnn._reorder_linear_weight(weight, weight.shape[1])
-    except RuntimeError as error:  # bfloat16 without AVX-512 or AVX-NE-CONVERT
-        if "needs the cpu support" in str(error):
-            return None
-        raise
+    ops = torch.ops.mkldnn
+    supported = weight.dtype == torch.float32
+    if weight.dtype == torch.bfloat16:  # AVX-512 or AVX-NE-CONVERT
+        supported = ops._is_mkldnn_bf16_supported()
+    elif weight.dtype == torch.float16:
+        supported = ops._is_mkldnn_fp16_supported()
+    return ops._reorder_linear_weight(weight, weight.shape[1]) if supported else None
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:

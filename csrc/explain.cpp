@@ -176,7 +176,7 @@ Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
   const GpuCaps* named = find_gpu(device);
   const std::optional<c10::Device> known = named ? std::nullopt : std::optional(parse_device(device));
   if (known && known->is_cpu()) return plan_for_cpu(p, prepared);
-  p.tf32 = p.dtype == DType::kFloat && tf32_allowed(p.op);
+  p.tf32 = (named || known->is_cuda()) && p.dtype == DType::kFloat && tf32_allowed(p.op);
   if (named)
     return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
             in_words(*named) + "; " + source_of_predictions(*named), ""};

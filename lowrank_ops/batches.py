@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,8 +92,8 @@ class Batches:
 
     Raises:
         TypeError: data of another kind, an iterator that can be read only once.
-        ValueError: when iterated: no batch at all, values that are not finite or on the meta device, mappings that do
-            not stack.
+        ValueError: when iterated: no batch at all, values that are NaN or infinite (but minus infinity, which masks
+            hold) or on the meta device, mappings that do not stack.
     """
 
     def __init__(self, data: Any, where: str, device: torch.device | None = None) -> None:
@@ -149,7 +150,8 @@ class Batches:
         for tensor in tensors_in(arguments):
             if tensor.is_meta and tensor.is_floating_point():
                 raise ValueError(f"{place} is on the meta device, which has no values; give real data")
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum()) if tensor.is_floating_point() else 0
+            # Minus infinity is what attention masks hold; where it reaches a layer, that is an error later.
+            bad = int((tensor.isnan() | (tensor == math.inf)).sum()) if tensor.is_floating_point() else 0
             if bad:
                 raise ValueError(
                     f"{place} holds {bad} NaN or infinite of {tensor.numel()} values; leave such samples out"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from lowrank_ops._ops import _C
+from lowrank_ops.files import written_whole
 
 FORMAT = 1  # of the file; goes up when older versions could not read it
 
@@ -27,12 +27,8 @@ def save_measurements(path: str | os.PathLike[str]) -> int:
         {"problem": problem, "fastest": fastest, "seconds": dict(seconds)}
         for problem, fastest, seconds in _C.measurements()
     ]
-    target = Path(path)
-    # In a folder of its own beside the file: a reader never sees half a file, and processes never share one.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        written = Path(folder, target.name)
+    with written_whole(Path(path)) as written:
         written.write_text(json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
-        written.replace(target)
     return len(entries)
 
 

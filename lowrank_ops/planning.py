@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
 from lowrank_ops.calls import no_nested_tensors
-from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, fits, new_table, terminal_width
+from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, figure, fits, new_table, terminal_width
 
 POLICIES = ("auto", "fused", "chain", "measure")
 
@@ -103,10 +103,11 @@ class Explanation:
     def _table(self, width: int) -> Table:
         """A line for each plan: its figures in columns where they fit, otherwise in one sentence."""
         plans = (self.chosen, *self.others)
-        columns = _GPU_COLUMNS if any("ctas" in plan for plan in plans) else _CPU_COLUMNS
+        known = _GPU_COLUMNS if any("ctas" in plan for plan in plans) else _CPU_COLUMNS
+        columns = {heading: show for heading, show in known.items() if any(_cell(plan, show) for plan in plans)}
         reasons = dict(self.rejections)
         table, narrow = (new_table(f"{self.op}: {self.problem}") for _ in range(2))
-        for heading in ("", "kernel", *columns, "why not"):
+        for heading in ("", "kernel", *columns, *(["why not"] if self.others else [])):
             table.add_column(heading, overflow="fold", no_wrap=heading != "why not")
         for heading in ("", "kernel", "plan"):
             narrow.add_column(heading, overflow="fold")
@@ -114,7 +115,7 @@ class Explanation:
             why_not = reasons.get(plan["kernel"], "")
             figures = {heading: _cell(plan, show) for heading, show in columns.items()}
             head = "" if plan["kernel"] in reasons else "runs", plan["kernel"]
-            table.add_row(*head, *figures.values(), why_not)
+            table.add_row(*head, *figures.values(), *([why_not] if self.others else []))
             told = [f"{heading} {figure}" for heading, figure in figures.items() if figure]
             narrow.add_row(*head, ", ".join([*told, *filter(None, [why_not])]))
         return table if fits(table, width) else narrow
@@ -147,9 +148,9 @@ def _cell(plan: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> str:
 
 
 _WORK: dict[str, Callable[[dict[str, Any]], str]] = {
-    "GFLOP": lambda plan: f"{plan['flops'] / 1e9:.4g}",
-    "MB": lambda plan: f"{plan['bytes'] / 1e6:.4g}",
-    "predicted": lambda plan: f"{plan['predicted_seconds'] * 1e6:.4g} us" if plan["predicted_seconds"] else "",
+    "GFLOP": lambda plan: figure(plan["flops"] / 1e9),
+    "MB": lambda plan: figure(plan["bytes"] / 1e6),
+    "predicted": lambda plan: f"{figure(plan['predicted_seconds'] * 1e6)} us" if plan["predicted_seconds"] else "",
 }
 _CPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tile": lambda plan: " x ".join(str(plan[key]) for key in ("tile_rows", "tile_columns") if key in plan),

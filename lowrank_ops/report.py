@@ -189,7 +189,7 @@ class Report:
 
         add("parameters", "parameters")
         add(f"MACs{unit}", "macs")
-        table.add_column("output error" if fitted else "error", justify="right", overflow="fold")
+        table.add_column("output error" if fitted else "weight error", justify="right", overflow="fold")
         if timed:
             add("ms", "milliseconds")
         for layer in self.layers:
@@ -384,7 +384,7 @@ def _error(value: float | None) -> str:
 def _number(value: float) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if value < 100 else f"{value:.1f}"
-    for size, suffix in ((10**9, " G"), (10**6, " M"), (10**4, " k")):
-        if value >= size:
-            return f"{value / (size if suffix != ' k' else 1000):.2f}{suffix}"
+    for least, unit, suffix in ((10**9, 10**9, "G"), (10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if value >= least:
+            return f"{value / unit:.2f}{suffix}"  # one word, which no table breaks
     return str(value)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowrank_ops.files import written_whole
 from lowrank_ops.structure import Structure, named_tensors, note_tree, restructure
 
 KEY = "lowrank_ops"
@@ -71,16 +72,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     structure = Structure.of(model)
     stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if name not in structure.same}
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(stored, partial, metadata={KEY: structure.to_json()})
-        partial.replace(path)
+        with written_whole(path) as written:
+            save_file(stored, written, metadata={KEY: structure.to_json()})
     except KeyError as error:
         raise ValueError(f"save: safetensors has no dtype {error}: convert the tensors that are of it") from error
     except SafetensorError as error:  # what the writer makes of "no such folder", "no space left"
         raise OSError(f"save: {path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

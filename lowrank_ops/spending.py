@@ -18,6 +18,7 @@ from lowrank_ops.calls import Calls, model_errors, run_example, synchronize
 from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
 from lowrank_ops.report import count_macs, count_parameters
 from lowrank_ops.surgery import Site, keep_attributes
+from lowrank_ops.tables import figure
 from lowrank_ops.warn import warn
 
 # Ranks offered for a latency: whole vectors.
@@ -99,12 +100,14 @@ def met_already(
 ) -> bool:
     """Whether the dense model keeps the budget; warns then that nothing is replaced.
 
-    Raises ValueError where it does not, and there is no layer to replace.
+    Raises ValueError where it does not, and there is no layer to replace; and for multiplications where the input
+    reaches no layer whose multiplications are known.
     """
     whole = _whole_cost(budget, model, calls, example_input)
     target = budget.absolute(whole)
     wanted = f"factorize_: the budget of {_shown(target, budget.kind)}"
-    if not budget.is_fraction and target >= whole:
+    uncounted = budget.kind == "macs" and not whole
+    if not budget.is_fraction and target >= whole and not uncounted:
         taken = f"is met already, the dense model takes {_shown(whole, budget.kind)}"
         warn(f"{wanted} {taken}: nothing is replaced")
         return True
@@ -194,7 +197,7 @@ def _corrected(
 
 
 def _shown(value: float, kind: str) -> str:
-    return f"{1e3 * value:.3g} ms" if kind == "latency" else f"{value:,.0f} {_NOUNS[kind]}"
+    return f"{figure(1e3 * value)} ms" if kind == "latency" else f"{value:,.0f} {_NOUNS[kind]}"
 
 
 def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_input: Any) -> float:

@@ -26,15 +26,24 @@ def new_table(title: str, **options: Any) -> Table:
     return Table(title=title_text, title_justify="left", box=_BOX, show_edge=False, padding=(0, 1, 0, 0), **options)
 
 
+def figure(value: float) -> str:
+    """Four digits, or all of a number above: 5150 and 11,760, never 1.176e+04."""
+    return f"{value:.4g}" if value < 9999.5 else f"{value:,.0f}"
+
+
 def terminal_width() -> int:
     """Columns of the terminal; COLUMNS overrides it."""
     return shutil.get_terminal_size((_WIDTH, 24)).columns
 
 
 def fits(table: Table, width: int) -> bool:
-    """Whether no word of the table has to be broken."""
-    console = _console(width)
-    return Measurement.get(console, console.options.update(width=10_000), table).minimum <= width
+    """Whether no word of the table has to be broken, and no cell of a column that must not wrap."""
+    console = _console(10_000)
+    needed = -2  # a column is followed by two spaces, but for the last one
+    for column in table.columns:
+        sizes = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+        needed += 2 + max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+    return needed <= width
 
 
 def as_text(*parts: Table | str, width: int | None = None) -> str:

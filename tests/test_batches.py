@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lowrank_ops import factorize_
 from lowrank_ops.batches import ROWS, Batches, device_of, outputs_of
 
 ROW = torch.arange(6.0).reshape(2, 3)
@@ -93,6 +95,23 @@ def test_integers_pass_and_tensors_are_moved() -> None:
 def test_bad_data(data: object, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         list(Batches(data, "here"))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+        return (self.query(input) @ input.mT + mask).softmax(-1) @ self.value(input)
+
+
+def test_masks_hold_minus_infinity() -> None:
+    input, mask = torch.randn(40, 6, 16), nn.Transformer.generate_square_subsequent_mask(6)
+    report = factorize_(Attends(), rank=0.25, calibration=[(input, mask)], progress=False)
+    assert len(report.replaced) == 2 and all(0 < layer.output_error < 1 for layer in report)
+    with pytest.raises(ValueError, match="query sees values that are not finite"):
+        factorize_(Attends(), rank=0.25, calibration=[(input - math.inf, mask)], progress=False)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from benchmarks import bench, cpu_result, engines, layers, peers
 from benchmarks.bench import Timing
 from benchmarks.cpu_result import CpuResult
 from benchmarks.layers import Cell
-from benchmarks.limits import Limits, intermediate_bytes, measure_limits, scratch_bytes
+from benchmarks.limits import Limits, _packed, intermediate_bytes, measure_limits, scratch_bytes
 from benchmarks.outcome import explain
 
 # The engines are large and only peers of the benchmark: `make test` does not install them (CI stays light), a checkout
@@ -143,6 +143,13 @@ def test_limits_are_rates_of_what_was_timed(monkeypatch) -> None:
     made["packed 8"] = 1e-7
     assert measure_limits(torch.float32, matrix_sizes=(8, 16), copy_bytes=(64,)).gemm == pytest.approx(1.024e10)
     assert limits.copies == pytest.approx({64: 6.4e9, 128: 1.28e9}) and limits.stream == pytest.approx(1.28e9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_are_packed_where_torch_can(dtype: torch.dtype) -> None:
+    """Without an error on any CPU (make test-avx2: no half precision), for any dtype."""
+    packed = _packed(torch.ones(16, 16, dtype=dtype))
+    assert (packed is None) == (dtype == torch.float64) or dtype.itemsize == 2
 
 
 def test_memory_of_a_chain_and_of_our_tiles() -> None:

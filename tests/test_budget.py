@@ -245,8 +245,11 @@ def test_a_budget_of_multiplications_needs_layers_that_the_input_reaches(model: 
         def forward(self, input: Tensor) -> Tensor:
             return input
 
-    with pytest.raises(ValueError, match="the example input reaches no convolution or linear layer"):
-        factorize_(Skips(), rank=Budget(macs=0.5), example_input=INPUT, progress=False)
+    for macs in (0.5, 10**9):
+        with pytest.raises(ValueError, match="the example input reaches no convolution or linear layer"):
+            factorize_(Skips(), rank=Budget(macs=macs), example_input=INPUT, progress=False)
+    with pytest.raises(ValueError, match="none of its layers may be replaced"):
+        factorize_(nn.Sequential(OtherWeight()), rank=Budget(macs=10**9), example_input=torch.ones(2, 32))
 
 
 @pytest.mark.parametrize("budget", [Budget(params=10**6), Budget(macs=10**12), Budget(latency="1000 s")])

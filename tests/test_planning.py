@@ -116,6 +116,7 @@ def test_other_devices_run_the_chain_and_explain_says_so() -> None:
                 found = explain_one(Problem("tucker_conv2d"), device=device)
             assert found.path == "chain" and found.device == device
             assert found.rejections == [("fused", reason)]
+            assert "tf32" not in found.problem, "tf32 is a number format of NVIDIA's GPUs"
 
 
 def test_a_device_means_the_same_with_and_without_its_index() -> None:
@@ -271,6 +272,13 @@ def test_explain_inside_autocast_plans_the_region_s_dtype() -> None:
 def test_explain_refuses_what_the_op_refuses() -> None:
     with pytest.raises(ValueError, match="core must have size"):
         lowrank_ops.explain(lowrank_ops.tucker_conv2d, [(1, 4, 8, 8), (2, 4), (3, 5, 3, 3), (6, 3)], verbose=False)
+
+
+def test_planning_does_not_walk_through_the_image() -> None:
+    """A look at each row and column of these would take an hour and a minute."""
+    block = lowrank_ops.TuckerConv2d(8, 8, 3, 4, padding=1)
+    for size in ((2**39, 8), (8, 2**34)):
+        assert lowrank_ops.explain(block, (1, 8, *size))[0].chosen["flops"] > 2**34
 
 
 def test_windows_that_crash_torch_in_bf16_never_go_to_the_chain_on_their_own() -> None:

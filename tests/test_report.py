@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lowrank_ops
 from lowrank_ops import Budget, factorize_, timing
 from lowrank_ops.report import LayerReport, Report, count_parameters
-from lowrank_ops.tables import as_text, new_table
+from lowrank_ops.tables import as_text, figure, new_table
 
 
 class Conv1D(nn.Module):
@@ -205,6 +205,25 @@ def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) ->
         assert "".join(text.split()).isascii(), name
     untimed = str(factorize_(nn.Sequential(nn.Conv2d(16, 16, 3)), rank=0.25, progress=False))
     assert width < 80 or ("Conv2d > " in untimed and "TuckerConv2d" in untimed), "no word is broken where there is room"
+
+
+def test_figures_have_no_exponent_where_digits_do() -> None:
+    assert [figure(value) for value in (0.0123456, 5150.4, 9999.6, 11761.0)] == ["0.01235", "5150", "10,000", "11,761"]
+    block = lowrank_ops.TuckerConv2d(64, 64, 3, 16)
+    assert "e+" not in str(lowrank_ops.explain(block, (64, 64, 1024, 1024)))
+
+
+def test_no_table_breaks_a_number_from_its_unit() -> None:
+    layer = LayerReport("layer", "Linear", parameters_before=2_345_678, parameters_after=12_345)
+    assert "2.35M > 12.35k (190.01x)" in str(Report("Net", [layer]))
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_explain_has_no_empty_columns_and_breaks_no_heading(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lone = str(lowrank_ops.explain(BLOCK, (1, 64, 14, 14), device="mps")).splitlines()
+    heading = next(line for line in lone if "kernel" in line)
+    assert heading.split() == ["kernel", "GFLOP", "MB"]
 
 
 def test_a_wide_terminal_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from lowrank_ops import (
     fuse_,
     load,
     save,
+    saving,
 )
 
 # A class of its own module: the other process imports it from the same text.
@@ -415,6 +416,22 @@ def test_the_same_class_with_other_sizes_and_other_classes(path: Path) -> None:
     with pytest.raises(ValueError, match="has no memory in the model"):
         load(path, model)
     assert isinstance(model.body[0], nn.Conv2d)
+
+
+def test_two_threads_may_save_to_one_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ends last wins; here the other one begins and ends in the middle of it."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        save_file(*arguments, **options)
+        monkeypatch.setattr(saving, "save_file", save_file)
+        save(second, path)
+        assert torch.equal(load_file(path)["weight"], second.weight)
+
+    monkeypatch.setattr(saving, "save_file", interrupted)
+    save(first, path)
+    assert torch.equal(load_file(path)["weight"], first.weight)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_arguments_of_the_wrong_kind(path: Path) -> None:

@@ -130,7 +130,8 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
 
 MemoryRows HiddenRows::output_rows(int64_t row, int64_t rows) const {
   const at::Tensor& o = block_.output;
-  if (o.stride(1) != 1) return {};  // stored from a staging buffer: nothing is asked for
+  // Several channels that are not next to each other are stored from a staging buffer: nothing is asked for.
+  if (o.stride(1) != 1 && block_.problem.t != 1) return {};
   const int64_t element = element_bytes(block_.problem.dtype);
   const int64_t first = task_.image * o.stride(0) + row * o.stride(2) + task_.first_column * o.stride(3);
   return {static_cast<const char*>(o.const_data_ptr()) + first * element, rows,

@@ -35,8 +35,7 @@ struct ConvBlock {
   PackedWeight& out_weight;
   const SumRows& bias;
   DType hidden_type;  // of the ring buffer
-  Axis rows{problem.h, problem.kh, problem.stride[0], problem.padding[0], problem.dilation[0]};
-  Axis columns{problem.w, problem.kw, problem.stride[1], problem.padding[1], problem.dilation[1]};
+  Axis rows = row_axis(problem), columns = column_axis(problem);
 
   int64_t hidden_columns() const { return in_weight.panels().padded_columns(); }
   int64_t tile_columns() const { return round_up(problem.r2, engine.kernels->lanes); }

@@ -49,8 +49,7 @@ double block_flops(const Problem& p) {
 double fused_flops(const Problem& p, const CpuTile& tile) {
   double in_pixels = double(p.h) * p.w;
   if (p.op != Op::kLinear) {
-    const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
-    const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+    const Axis rows = row_axis(p), columns = column_axis(p);
     const int64_t strip = (p.oh + tile.strips - 1) / tile.strips;
     const int64_t parts = (p.ow + tile.columns - 1) / tile.columns;
     const int64_t inside_rows = rows.end_inside() - rows.first_inside();
@@ -74,8 +73,7 @@ double fused_products(const Problem& p, const CpuTile& tile) {
 }
 
 double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first, int64_t last) {
-  const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
-  const Axis columns(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+  const Axis rows = row_axis(p), columns = column_axis(p);
   const int64_t top = std::max(first * rows.stride, rows.first_inside());
   const int64_t bottom = std::min(first * rows.stride + rows.span(last - first), rows.end_inside());
   const int64_t inside_columns = columns.end_inside() - columns.first_inside();

@@ -43,18 +43,13 @@ double steps(const Registers& registers, const Product& product) {
 // The share of a window's taps that see the image, over all output rows (columns).
 double share_inside(const Axis& axis) {
   int64_t inside = 0;
-  for (int64_t output = 0; output < axis.out; ++output) {
-    const Axis::Taps taps = axis.taps_inside(output * axis.stride, axis.first_inside(), axis.end_inside());
-    inside += taps.end - taps.begin;
+  for (int64_t tap = 0; tap < axis.kernel; ++tap) {
+    const auto outputs_before = [&](int64_t z) {  // those for which this tap is at a position below z
+      return std::min(ceil_div(std::max<int64_t>(z - tap * axis.dilation, 0), axis.stride), axis.out);
+    };
+    inside += outputs_before(axis.end_inside()) - outputs_before(axis.first_inside());
   }
   return double(inside) / double(std::max<int64_t>(axis.out * axis.kernel, 1));
-}
-
-Axis rows_of(const Problem& p) {
-  return Axis(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
-}
-Axis columns_of(const Problem& p) {
-  return Axis(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
 }
 
 double beyond_l2(double bytes, const CpuCaps& caps) {
@@ -122,8 +117,8 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
     core_share = std::max(fused_products(p, tile) - outer, 0.0) / direct;
     depthwise = double(p.n) * winograd_sums(p, tile.winograd);
   } else if (p.op == Op::kTucker) {
-    core_share = share_inside(rows_of(p));
-    const bool joined = columns_of(p).dilation == 1 && p.r1 % registers.lanes == 0;
+    core_share = share_inside(row_axis(p));
+    const bool joined = column_axis(p).dilation == 1 && p.r1 % registers.lanes == 0;
     taps = calls(stages.core) * double(p.kh) * (joined ? 1.0 : double(p.kw)) * core_share;
   } else if (p.op == Op::kCP) {
     depthwise = double(p.n) * depthwise_sums(p) / double(p.r1) * padded(registers, p.r1);
@@ -167,7 +162,7 @@ Features chain_features(const Problem& p, const CpuCaps& caps) {
   const bool tucker = p.op == Op::kTucker;
   // Elements of the matrix of windows that a core's product would have.
   const double core_columns = tucker ? out_pixels * double(p.r1 * p.kh * p.kw) : 0;
-  const double inside = tucker ? share_inside(rows_of(p)) * share_inside(columns_of(p)) : 0;
+  const double inside = tucker ? share_inside(row_axis(p)) * share_inside(column_axis(p)) : 0;
   const bool core_native = tucker && is_native(p, p.r1, p.h, p.w, p.kh, p.kw);
   const double native_calls = double(in_native) + double(out_native) + double(core_native);
   const double core = core_native ? 0 : core_columns;

@@ -148,7 +148,7 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   const auto [converted, element, sum, r1, r2] = TileSizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
-  const Axis rows(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
+  const Axis rows = row_axis(p);
   // Up to some MB in L3 hardware prefetching does as well, and asking costs what it takes (Zen 5: up to 12 % of a
   // call); beyond, not asking costs up to half.
   const int64_t near = std::max(caps.l2_bytes / 4 * 5, std::min(caps.l3_bytes / 4, kMostNearBytes));

@@ -108,6 +108,14 @@ struct Axis {
   }
 };
 
+// The two axes of a convolution.
+inline Axis row_axis(const Problem& p) {
+  return Axis(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]);
+}
+inline Axis column_axis(const Problem& p) {
+  return Axis(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]);
+}
+
 int64_t element_bytes(DType dtype);
 // Columns from one row of a streamed linear layer's tile to the next: no power of two, whose rows would all fall into
 // the same few lines of L1.

@@ -16,8 +16,8 @@ TileSizes::TileSizes(const Problem& p, const CpuCaps& caps)
 
 ConvScratch::ConvScratch(const Problem& p, const CpuCaps& caps, Winograd winograd)
     : sizes_(p, caps),
-      rows_(p.h, p.kh, p.stride[0], p.padding[0], p.dilation[0]),
-      columns_(p.w, p.kw, p.stride[1], p.padding[1], p.dilation[1]),
+      rows_(row_axis(p)),
+      columns_(column_axis(p)),
       patch_(patch_of(winograd)),
       tap_groups_(tap_groups(winograd, p.kw)),
       // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
