@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lowrank_ops.chains import activation_name
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
+from lowrank_ops.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.surgery import find_sites, identity_for
 
 _FUNCTIONS = {
@@ -59,7 +59,8 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_activations_: model must be an nn.Module, got {type(model).__name__}")
-    before = [] if example_input is None else run_on(model, example_input, "fold_activations_")
+    batches = example_batches(model, example_input, "fold_activations_")
+    before = [] if batches is None else run_on(model, batches, "fold_activations_")
     pairs, untraced = find_pairs(model, lambda layer: isinstance(layer, FactorizedModule), _activation_of)
     sites = {id(site.layer): site for site in find_sites(model, lambda layer: activation_name(layer) is not None)}
     folds = []
@@ -73,8 +74,8 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
                 undo.callback(sites[id(pair.follower)].put, pair.follower)
                 pair.layer.activation = pair.step  # type: ignore[assignment]
                 sites[id(pair.follower)].put(identity_for(pair.follower))
-        if example_input is not None:
-            require_same(before, run_on(model, example_input, "fold_activations_"), "fold_activations_")
+        if batches is not None:
+            require_same(before, run_on(model, batches, "fold_activations_"), "fold_activations_")
         undo.pop_all()  # nothing to undo
     return FoldReport(type(model).__name__, folds, untraced)
 

@@ -83,8 +83,8 @@ class Batches:
             * a mapping (dict, OrderedDict, UserDict, transformers' BatchEncoding and ModelOutput) or a dataclass
               object: its keyword arguments, by their names;
             * a list: the first entry is the input, as above (a list: positional arguments), the rest (labels:
-              PyTorch's DataLoader makes such lists of its samples) is not used. With a warning if another entry has
-              the input's own shape, as a mask would;
+              PyTorch's DataLoader makes such lists of its samples) is not used. With a warning, the first time that
+              another entry has the input's own shape, as a mask would;
             * a list of several mappings with the same keys: samples, which torch.utils.data.default_collate stacks.
         where: the argument's name, for errors ("factorize_: calibration").
         device: where the tensors go; None leaves them where they are.
@@ -97,6 +97,7 @@ class Batches:
 
     def __init__(self, data: Any, where: str, device: torch.device | None = None) -> None:
         self._data, self._where, self._device = data, where, device
+        self._warned = False
         if _is_batch(data):
             return
         if isinstance(data, Iterator) or not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
@@ -187,7 +188,8 @@ class Batches:
                     f"{error}. Pad them, or give a mapping of stacked tensors for each batch"
                 ) from error
         shapes = [entry.shape for entry in rest if isinstance(entry, Tensor)]
-        if isinstance(first, Tensor) and first.dim() > 1 and first.shape in shapes:
+        if not self._warned and isinstance(first, Tensor) and first.dim() > 1 and first.shape in shapes:
+            self._warned = True
             warn(
                 f"{place} is a list: only its first entry is given to the model, though another one has the same shape "
                 f"{list(first.shape)}. Give a tuple or a mapping if it is an argument, the input alone if it is not",

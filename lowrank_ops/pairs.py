@@ -141,15 +141,20 @@ def find_pairs(model: nn.Module, is_layer: IsLayer, step_of: StepOf) -> tuple[li
     return list(pairs.values()), untraced
 
 
-def run_on(model: nn.Module, example_input: Any, where: str) -> list[Tensor]:
+def run_on(model: nn.Module, batches: Batches, where: str) -> list[Tensor]:
     """What the model gives in eval mode, as a list of tensors. Raises RuntimeError if it fails."""
     results: list[Tensor] = []
     with eval_mode(model), torch.no_grad():
-        for batch in Batches(example_input, f"{where}: example_input", device_of(model)):
+        for batch in batches:
             with model_errors(f"{where}: the model", model, "example_input"):
                 output = batch.run(model)
             results += [tensor.clone() for tensor in outputs_of(output)]
     return results
+
+
+def example_batches(model: nn.Module, example_input: Any, where: str) -> Batches | None:
+    """The example input of a function that folds; None if there is none."""
+    return None if example_input is None else Batches(example_input, f"{where}: example_input", device_of(model))
 
 
 def require_same(before: list[Tensor], after: list[Tensor], where: str) -> None:
