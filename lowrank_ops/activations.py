@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lowrank_ops.chains import activation_name
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.surgery import find_sites, identity_for
@@ -27,6 +28,7 @@ _FUNCTIONS = {
 _METHODS = {"relu": "relu", "relu_": "relu"}
 
 
+@takes_compiled()
 def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport:
     """Makes the activation that follows a factorized module, in place, the `activation` of that module.
 

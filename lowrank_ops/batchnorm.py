@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.calls import eval_mode, model_errors
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.computed import remedy
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
@@ -27,6 +28,7 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLin
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+@takes_compiled()
 def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
     """Folds every BatchNorm that directly follows a layer into that layer, in place, before or after `factorize_`.
 
@@ -91,6 +93,7 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
     return FoldReport(type(model).__name__, folds, untraced)
 
 
+@takes_compiled()
 @torch.no_grad()
 def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = True) -> nn.Module:
     """Estimates the running statistics of every BatchNorm anew, in place, from data; no labels, no gradients.

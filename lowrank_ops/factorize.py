@@ -21,6 +21,7 @@ from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
@@ -51,6 +52,7 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 
+@takes_compiled()
 @leaves_model_state
 def factorize_(
     model: nn.Module,
@@ -124,6 +126,10 @@ def factorize_(
     `example_input` or `calibration` whatever a run of the model computes with instead of calling it). Without such data
     nothing tells that a model computes with a weight: the factorized layer then multiplies its factors each time (its
     `weight`).
+
+    A model that torch.compile has compiled, as a whole or in parts, runs uncompiled here (milliseconds and a budget of
+    latency are those of the uncompiled model), and names are those of what it wraps, without `_orig_mod`. Afterwards it
+    is compiled anew at its next call. A layer on which `compile()` was called itself is left, with the reason.
 
     Replacements keep what a model reads of a dense layer: `weight`, `bias`, the arguments of nn.Linear and nn.Conv2d,
     and the attributes that were set on it. Layers with more than that are left: parameters, buffers, submodules,

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from lowrank_ops.chains import ACTIVATION_MODULES, NotOneOp, activation_name
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
@@ -35,6 +36,7 @@ class _Find:
     reason: str | None
 
 
+@takes_compiled()
 def fuse_(model: nn.Module) -> Report:
     """Replaces, in place, every chain in an nn.Sequential that equals one op by the module of that op.
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
 from lowrank_ops.calls import no_nested_tensors
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, fits, new_table, terminal_width
 
 POLICIES = ("auto", "fused", "chain", "measure")
@@ -211,6 +212,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@takes_compiled("op_or_module")
 def explain(
     op_or_module: Callable[..., Any] | nn.Module,
     input_or_shapes: Inputs,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.computed import remedy
 from lowrank_ops.module_base import FactorizedModule
 
@@ -44,6 +45,7 @@ class Preparation(tuple[PreparedLayer, ...]):
         return "\n".join(map(str, self)) if self else "the model has no factorized modules"
 
 
+@takes_compiled()
 def prepare_for_inference_(model: nn.Module) -> Preparation:
     """Packs the weights of every factorized module once, in place, so that calls on the CPU need not.
 
@@ -76,6 +78,7 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     return Preparation(_prepare(name, module) for name, module in _factorized("prepare_for_inference_", model))
 
 
+@takes_compiled()
 def unprepare_(model: nn.Module) -> nn.Module:
     """Drops what `prepare_for_inference_` has packed, and returns the model.
 

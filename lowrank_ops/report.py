@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from lowrank_ops.chains import same_padding
+from lowrank_ops.compiled import uncompiled
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.tables import as_html, as_text, new_table
@@ -283,6 +284,8 @@ def count_layer_weights(model: nn.Module, layer_name: str) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"count_layer_weights: model must be an nn.Module, got {type(model).__name__}")
     layers = dict(model.named_modules(remove_duplicate=False))
+    with uncompiled(model) as plain:  # the names in reports
+        layers.update(plain.named_modules(remove_duplicate=False))
     if layer_name not in layers:
         near = difflib.get_close_matches(layer_name, layers, 3) or [name for name in layers if name][:3]
         raise KeyError(
