@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_ops.batches import Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.notes import grouped, listed
 from lowrank_ops.surgery import HOOKS, has_hooks
 from lowrank_ops.tables import as_html, as_text, new_table
 
@@ -110,8 +111,8 @@ class FoldReport:
         for fold in self.folds:
             table.add_row(fold.layer or "", fold.follower, fold.step, fold.reason or "")
         lines = [
-            f"torch.fx cannot trace {name or self.model}, so its children were: {reason}"
-            for name, reason in self.untraced.items()
+            f"torch.fx cannot trace {listed(names)}, so its children were: {reason}"
+            for reason, names in grouped((reason, name or self.model) for name, reason in self.untraced.items())
         ]
         return [table, *lines]
 

@@ -17,6 +17,7 @@ from lowrank_ops.chains import same_padding
 from lowrank_ops.compiled import uncompiled
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.notes import grouped, listed
 from lowrank_ops.tables import as_html, as_text, new_table
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Report:
         for layer in self.layers:
             if name == layer.name or name in layer.aliases:
                 return layer
-        raise KeyError(f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}")
+        raise KeyError(f"no layer {name!r} in the report; it has {listed([layer.name for layer in self.layers])}")
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -212,16 +213,15 @@ class Report:
     def notes(self) -> list[str]:
         """The lines below the table: why layers were left, what to know of others, and what no layer holds."""
         lines = []
-        for reason in dict.fromkeys(layer.reason for layer in self.skipped if layer.reason is not None):
-            left = [layer for layer in self.skipped if layer.reason == reason]
+        for reason, left in grouped((layer.reason, layer) for layer in self.skipped):
             kinds = ", ".join(dict.fromkeys(layer.type for layer in left))
-            lines.append(f"left: {_listed([layer.name for layer in left])} ({kinds}; {self._shares(left)}): {reason}")
-        for note in dict.fromkeys(layer.note for layer in self.replaced if layer.note is not None):
-            lines.append(f"{_listed([layer.name for layer in self.replaced if layer.note == note])}: {note}")
+            lines.append(f"left: {listed([layer.name for layer in left])} ({kinds}; {self._shares(left)}): {reason}")
+        for note, told in grouped((layer.note, layer) for layer in self.replaced):
+            lines.append(f"{listed([layer.name for layer in told])}: {note}")
         for kind in dict.fromkeys(other.type for other in self.others):
             found = [other for other in self.others if other.type == kind]
             share = _percent(sum(other.parameters for other in found), self.model_parameters_before)
-            names = _listed([other.name or "the model itself" for other in found])
+            names = listed([other.name or "the model itself" for other in found])
             lines.append(f"not a layer that can be factorized: {kind} ({names}), {share} of the parameters")
         return lines
 
@@ -369,10 +369,6 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None or before == after:
         return _number(before)
     return f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _percent(part: float, whole: float) -> str:
