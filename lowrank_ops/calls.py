@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch
 from lowrank_ops.model_state import in_inference_mode
-from lowrank_ops.weight_reads import WeightReads
+from lowrank_ops.weight_reads import ReadProducts, WeightReads
 
 _SECONDS_PER_SHAPE = 0.2
 _ROUNDS = (5, 50)  # at least, at most
@@ -47,10 +47,14 @@ class InputKind:
 
 @dataclass
 class LayerCalls:
-    """The calls of one layer during a run of the model: inputs by kind, and the first output's shape."""
+    """The calls of one layer during a run of the model: inputs by kind, and the first output's shape; and what the
+    model computed with its weight besides: multiply-accumulates, in so many operations, or unknown ones."""
 
     inputs: Counter[InputKind] = field(default_factory=Counter)
     output_size: tuple[int, ...] | None = None
+    read_macs: int = 0
+    reads: int = 0
+    unknown_reads: bool = False
 
     def total(self, count: Callable[[tuple[int, ...]], int | None]) -> int | None:
         """Sum over all calls; None if one is not known, 0 for a layer that was not called."""
@@ -138,11 +142,19 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
-        with model_errors("factorize_: the model", model, "example_input"), no_nested_tensors(), calls.reads:
+        errors, products = (
+            model_errors("factorize_: the model", model, "example_input"),
+            ReadProducts(calls.reads, layers),
+        )
+        with errors, no_nested_tensors(), calls.reads, products:
             run_example(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
+    for layer in layers:
+        seen = calls.of(layer)
+        seen.read_macs, seen.reads = products.macs[id(layer)], products.uses[id(layer)]
+        seen.unknown_reads = id(layer) in calls.reads.read and not seen.reads and not seen.inputs
     return calls
 
 

@@ -30,7 +30,8 @@ from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups
 from lowrank_ops.moments import gather_moments
-from lowrank_ops.options import Choice, empty_module, is_matrix
+from lowrank_ops.notes import listed
+from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
@@ -174,6 +175,7 @@ def factorize_(
     work.refuse(chosen, named(work.sites, include))
     if calls is not None:
         work.note_reads(calls.reads, "example_input")
+        work.note_uncounted(calls)
     if isinstance(rank, Budget) and met_already(rank, model, work.open_sites(), calls, example_input):
         work.reasons.update({id(site.layer): "the budget is met without it" for site in work.open_sites()})
     work.arrange(batches)
@@ -272,6 +274,18 @@ class _Work:
                     f"on {data} the model computes with its weight instead of calling it: the factors would be "
                     "multiplied each time, and nothing gained"
                 )
+
+    def note_uncounted(self, calls: Calls) -> None:
+        """Says of which layers the model's multiplications are not known; a budget of them warns."""
+        uncounted = [site for site in self.sites if calls.of(site.layer).unknown_reads]
+        for site in uncounted:
+            self.reasons[id(site.layer)] += "; its MACs are not known: torch counts no operation with it"
+        if uncounted and isinstance(self.rank, Budget) and self.rank.kind == "macs":
+            warn(
+                f"factorize_: the budget of macs is one without those by the weights of "
+                f"{listed([site.names[0] for site in uncounted])}, which the model computes with in a way that "
+                "torch.utils.flop_counter does not count"
+            )
 
     def arrange(self, batches: Batches | None) -> None:
         """Groups the layers that may be replaced; without calibration in one group."""
@@ -599,7 +613,7 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
     seen = None if calls is None else calls.of(layer)
 
     def macs(which: nn.Module) -> int | None:
-        return count_macs(which) if seen is None else seen.total(lambda shape: count_macs(which, shape))
+        return count_macs(which) if seen is None else macs_in(seen, which)
 
     return LayerReport(
         name=site.names[0],

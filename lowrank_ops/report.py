@@ -35,8 +35,9 @@ class LayerReport:
         kernel: kernel size per axis, of convolutions.
         ranks: `(R1, R2)` for Tucker, `(R,)` otherwise.
         parameters_before, parameters_after: numbers of parameters, bias included; equal if it was left.
-        macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
-            of the layer together), or per output pixel (per row for a linear layer) without one.
+        macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls of the
+            layer together, and the matrix products and convolutions by its weight that the model computes itself), or
+            per output pixel (per row for a linear layer) without one.
         weight_error: `||W - W_dense|| / ||W_dense||`.
         output_error: relative error of the layer's output on rows of the calibration data that were held out of the
             fit (a quarter), with the inputs that the factorized layers before it give it.

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ops.dense_weight import METADATA
@@ -23,6 +26,7 @@ class WeightReads(TorchFunctionMode):
     Attributes:
         read: ids of the layers whose weights were read.
         called: ids of the layers that were called.
+        inside: how many calls of each layer are going on now, by id.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -31,7 +35,7 @@ class WeightReads(TorchFunctionMode):
         self.called: set[int] = set()
         self._model, self._layers = model, layers
         self._owners: dict[int, int] = {}  # from a weight's id to its layer's, while the model runs
-        self._inside: Counter[int] = Counter()
+        self.inside: Counter[int] = Counter()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> WeightReads:
@@ -55,7 +59,7 @@ class WeightReads(TorchFunctionMode):
         if self._owners and func not in METADATA:
             for value in tree_leaves((args, kwargs)):
                 owner = self._owners.get(id(value))
-                if owner is not None and not self._inside[owner]:
+                if owner is not None and not self.inside[owner]:
                     self.read.add(owner)
         return func(*args, **kwargs)
 
@@ -68,7 +72,59 @@ class WeightReads(TorchFunctionMode):
 
     def _enter_layer(self, layer: nn.Module, *_: Any) -> None:
         self.called.add(id(layer))
-        self._inside[id(layer)] += 1
+        self.inside[id(layer)] += 1
 
     def _leave_layer(self, layer: nn.Module, *_: Any) -> None:
-        self._inside[id(layer)] -= 1
+        self.inside[id(layer)] -= 1
+
+
+class ReadProducts(TorchDispatchMode):
+    """Counts the multiplications by weights that a model reads, in a run that `WeightReads` watches.
+
+    They are those of the operations that torch can count (`torch.utils.flop_counter`: matrix products, convolutions)
+    whose arguments are a weight, a view of one, or what is made of nothing else (a copy in another dtype).
+
+    Attributes:
+        macs: multiply-accumulates by a layer's id, without those of the layer's own calls.
+        uses: how many operations those are.
+    """
+
+    def __init__(self, reads: WeightReads, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.macs: Counter[int] = Counter()
+        self.uses: Counter[int] = Counter()
+        self._reads = reads
+        self._layers: dict[int, list[int]] = {}  # from a storage to the layers whose weight it holds
+        self._copies: list[Tensor] = []  # keeps the storages of copies from being used again
+        for layer in layers:
+            weight = layer._parameters.get("weight")
+            if weight is not None and not is_lazy(weight):
+                self._layers.setdefault(_storage(weight), []).append(id(layer))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # under inference_mode linear layers are not matrix products yet
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        storages = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for storage in storages & self._layers.keys():
+            layers = self._layers[storage]
+            if count is not None and not any(self._reads.inside[layer] for layer in layers):
+                self.macs[layers[0]] += count(*args, **kwargs, out_val=result) // 2
+                self.uses[layers[0]] += 1
+            elif count is None and len(storages) == 1:
+                for made in tree_leaves(result):
+                    if isinstance(made, Tensor) and _storage(made) not in self._layers:
+                        self._copies.append(made)
+                        self._layers[_storage(made)] = layers
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
