@@ -142,11 +142,8 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
-        errors, products = (
-            model_errors("factorize_: the model", model, "example_input"),
-            ReadProducts(calls.reads, layers),
-        )
-        with errors, no_nested_tensors(), calls.reads, products:
+        errors = model_errors("factorize_: the model", model, "example_input")
+        with errors, no_nested_tensors(), calls.reads, ReadProducts(calls.reads, layers) as products:
             run_example(model, example_input)
     finally:
         for handle in handles:

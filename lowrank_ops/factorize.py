@@ -126,7 +126,7 @@ def factorize_(
     module reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with
     `example_input` or `calibration` whatever a run of the model computes with instead of calling it). Without such data
     nothing tells that a model computes with a weight: the factorized layer then multiplies its factors each time (its
-    `weight`).
+    `weight`, which warns of it once).
 
     A model that torch.compile has compiled, as a whole or in parts, runs uncompiled here (milliseconds and a budget of
     latency are those of the uncompiled model), and names are those of what it wraps, without `_orig_mod`. Afterwards it
@@ -226,6 +226,7 @@ class _Work:
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
     output_errors: dict[int, float | None] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)  # of layers that are replaced
+    also_read: set[int] = field(default_factory=set)  # layers that the model calls and computes with their weights
 
     def __post_init__(self) -> None:
         self.sites = find_sites(self.model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
@@ -268,6 +269,7 @@ class _Work:
         for site in self.open_sites():
             key = id(site.layer)
             if key in reads.read and key in reads.called:
+                self.also_read.add(key)
                 self._note(site, "the model also computes with its weight: the factors are multiplied each time")
             elif key in reads.read:
                 self.reasons[key] = (
@@ -415,6 +417,7 @@ class _Work:
                 reason = _too_large(site.layer, module)
                 if reason is None:
                     keep_attributes(site.layer, module)
+                    module._read_is_known = True  # until its entry in the report is made
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason
@@ -606,6 +609,8 @@ def _swap(
 def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, float] | None) -> LayerReport:
     layer = site.layer
     module = work.replacements.get(id(layer))
+    if module is not None:
+        module._read_is_known = id(layer) in work.also_read
     kernel = getattr(layer, "kernel_size", None)
     size = count_parameters(layer)
     made_of = layer if module is None else module

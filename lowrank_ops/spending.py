@@ -219,6 +219,7 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
             module = empty_module(layer, option.choice).to_empty(device=layer.weight.device)
             module.reset_parameters()
             keep_attributes(layer, module)
+            module._read_is_known = True  # the report says so
             modules[id(layer)] = module.train(layer.training)
     ratios = []
     for _ in range(_TURNS):
