@@ -36,6 +36,7 @@ from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.selection import Selectors, named, select, too_narrow
+from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend
 from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
 from lowrank_ops.timing import compare_models
@@ -67,6 +68,7 @@ def factorize_(
     example_input: Any = None,
     multiple: int = 8,
     seed: int = 0,
+    exact: bool = False,
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Report:
@@ -114,6 +116,8 @@ def factorize_(
         multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
             budget are multiples of it.
         seed: of the decompositions.
+        exact: no randomized SVD, which low ranks of large linear layers and 1x1 convolutions get otherwise, where its
+            error is at most 1 % above the least possible (`svd_decompose`).
         n_jobs: decompose in so many processes of one thread each (joblib; -1: one a core); the same bits for every
             number. None: one layer after the other, with torch's threads.
         progress: a progress bar on stderr.
@@ -155,7 +159,7 @@ def factorize_(
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
-    work = _Work(model, method, rank, linear, multiple, seed, n_jobs, progress)
+    work = _Work(model, method, rank, linear, multiple, seed, exact, n_jobs, progress)
     if work.sites and all(isinstance(site.layer, FactorizedModule) for site in work.sites):
         raise ValueError(
             f"factorize_: model is already factorized, all {len(work.sites)} of its layers; "
@@ -209,6 +213,7 @@ class _Work:
     linear: Rank | Literal[False] | None
     multiple: int
     seed: int
+    exact: bool
     n_jobs: int | None
     progress: bool
     sites: list[Site] = field(init=False)
@@ -445,7 +450,8 @@ class _Work:
             key, whitening = id(site.layer), self.whitening(site)
             assert whitening is not None
             fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], key in relu))
-        with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, self.failing():
+        progress = _bar(None, "fit", self.progress, len(fits) * self.batch_count)
+        with progress as bar, self.failing(), exactly(self.exact):
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
@@ -495,7 +501,7 @@ class _Work:
                 own_rank = layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
             except ValueError as error:
                 return _AboveLimit(error)
-        return Task(layer, own_rank, tucker, self.whitening(site), {**options, "seed": self.seed})
+        return Task(layer, own_rank, tucker, self.whitening(site), {**options, "seed": self.seed}, self.exact)
 
 
 def _too_large(layer: Any, module: FactorizedModule) -> str | None:
