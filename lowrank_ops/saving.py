@@ -98,7 +98,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             of the layer that it replaces.
 
     Returns:
-        The model, in place. Its outputs are those of the saved one, bit for bit on the same machine.
+        The model, in place. Its values and strides are those of the saved one, bit for bit; so are the outputs of its
+        fused layers, on the same machine with the same number of threads. What the library computes (the chain where
+        the planner takes it, and all other layers) is equal up to rounding: it promises no more.
 
     Raises:
         ValueError: the file is truncated, no safetensors file (torch.save's, say), was not written by `save` or by a
