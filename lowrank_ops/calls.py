@@ -65,10 +65,11 @@ class LayerCalls:
 
 
 class Calls:
-    """The calls of several layers, and the reads of their weights."""
+    """The calls of several layers, the reads of their weights, and what the model multiplies outside of them."""
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.reads = WeightReads(model, layers)
+        self.macs_elsewhere = 0
         self._layers = list(layers)
         self._by_id = {id(layer): LayerCalls() for layer in layers}
 
@@ -148,6 +149,7 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
     finally:
         for handle in handles:
             handle.remove()
+    calls.macs_elsewhere = products.elsewhere
     for layer in layers:
         seen = calls.of(layer)
         seen.read_macs, seen.reads = products.macs[id(layer)], products.uses[id(layer)]

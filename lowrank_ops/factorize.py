@@ -196,7 +196,10 @@ def factorize_(
     whole = _swap(model, replaced, work.replacements, example_input)
     entries = [_entry(site, work, calls, times.get(id(site.layer))) for site in work.sites]
     after = count_parameters(model)
-    report = Report(type(model).__name__, entries, calls is not None, before, after, others, *whole)
+    elsewhere = None if calls is None else calls.macs_elsewhere
+    report = Report(
+        type(model).__name__, entries, calls is not None, before, after, others, whole[0], whole[1], elsewhere
+    )
     if not replaced and not isinstance(rank, Budget):  # a budget was met or an error before
         notes = "; ".join(report.notes[:3]) or "it has no parameters"
         warn(f"factorize_: no layer of {report.model} was replaced: {notes}")

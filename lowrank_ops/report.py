@@ -102,6 +102,9 @@ class Report:
         others: the modules that hold the parameters of the model that have no entry in `layers`.
         model_milliseconds_before, model_milliseconds_after: median time of the whole model on the example input; None
             without one.
+        macs_elsewhere: multiply-accumulates of a forward pass on the example input outside of the layers, as far as
+            torch counts them (`torch.utils.flop_counter`: matrix products with other parameters and with each other;
+            as of torch 2.13 not fused attention and recurrent layers on the CPU). None without one.
     """
 
     model: str
@@ -112,6 +115,7 @@ class Report:
     others: list[OtherModule] = field(default_factory=list)
     model_milliseconds_before: float | None = None
     model_milliseconds_after: float | None = None
+    macs_elsewhere: int | None = None
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -139,8 +143,8 @@ class Report:
     def total(self, column: str) -> float | None:
         """A column's total, e.g. of "macs_before" or "milliseconds_after"; None if it is not known.
 
-        Parameters and milliseconds are those of the whole model. MACs are the sum over the layers; those per output
-        pixel are not summed: their pixels differ.
+        Parameters and milliseconds are those of the whole model. MACs are the sum over the layers, without
+        `macs_elsewhere`; those per output pixel are not summed: their pixels differ.
         """
         if column.startswith(("parameters", "milliseconds")):
             return getattr(self, f"model_{column}")  # type: ignore[no-any-return]
@@ -224,6 +228,11 @@ class Report:
             share = _percent(sum(other.parameters for other in found), self.model_parameters_before)
             names = listed([other.name or "the model itself" for other in found])
             lines.append(f"not a layer that can be factorized: {kind} ({names}), {share} of the parameters")
+        if self.macs_elsewhere:
+            whole = self.macs_elsewhere + (self.total("macs_before") or 0)
+            share = _percent(self.macs_elsewhere, whole)
+            macs = _number(self.macs_elsewhere)
+            lines.append(f"not in the MACs above: {macs} outside of these layers, {share} of all")
         return lines
 
     def _shares(self, layers: Sequence[LayerReport]) -> str:

@@ -79,7 +79,8 @@ class WeightReads(TorchFunctionMode):
 
 
 class ReadProducts(TorchDispatchMode):
-    """Counts the multiplications by weights that a model reads, in a run that `WeightReads` watches.
+    """Counts the multiplications by weights that a model reads, in a run that `WeightReads` watches, and all others
+    outside of its layers.
 
     They are those of the operations that torch can count (`torch.utils.flop_counter`: matrix products, convolutions)
     whose arguments are a weight, a view of one, or what is made of nothing else (a copy in another dtype).
@@ -87,12 +88,14 @@ class ReadProducts(TorchDispatchMode):
     Attributes:
         macs: multiply-accumulates by a layer's id, without those of the layer's own calls.
         uses: how many operations those are.
+        elsewhere: multiply-accumulates neither in a layer's call nor with a layer's weight.
     """
 
     def __init__(self, reads: WeightReads, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.macs: Counter[int] = Counter()
         self.uses: Counter[int] = Counter()
+        self.elsewhere = 0
         self._reads = reads
         self._layers: dict[int, list[int]] = {}  # from a storage to the layers whose weight it holds
         self._copies: list[Tensor] = []  # keeps the storages of copies from being used again
@@ -113,17 +116,25 @@ class ReadProducts(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         storages = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for storage in storages & self._layers.keys():
-            layers = self._layers[storage]
-            if count is not None and not any(self._reads.inside[layer] for layer in layers):
-                self.macs[layers[0]] += count(*args, **kwargs, out_val=result) // 2
-                self.uses[layers[0]] += 1
-            elif count is None and len(storages) == 1:
-                for made in tree_leaves(result):
-                    if isinstance(made, Tensor) and _storage(made) not in self._layers:
-                        self._copies.append(made)
-                        self._layers[_storage(made)] = layers
+        known = [self._layers[storage] for storage in storages & self._layers.keys()]
+        if count is not None:
+            self._count(known, count(*args, **kwargs, out_val=result) // 2)
+        elif known and len(storages) == 1:
+            for made in tree_leaves(result):
+                if isinstance(made, Tensor) and _storage(made) not in self._layers:
+                    self._copies.append(made)
+                    self._layers[_storage(made)] = known[0]
         return result
+
+    def _count(self, read: Sequence[list[int]], macs: int) -> None:
+        """Of an operation with the weights of these layers."""
+        if any(self._reads.inside.values()):  # a layer's own call
+            return
+        if not read:
+            self.elsewhere += macs
+        for layers in read[:1]:
+            self.macs[layers[0]] += macs
+            self.uses[layers[0]] += 1
 
 
 def _storage(tensor: Tensor) -> int:

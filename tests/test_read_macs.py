@@ -84,6 +84,32 @@ def test_attention() -> None:
         "linear1": 20 * 32 * 64,
         "linear2": 20 * 32 * 64,
     }
+    assert report.macs_elsewhere == 20 * 32 * 96  # torch's counter does not know its fused attention on CPUs
+    (line,) = (note for note in report.notes if note.startswith("not in the MACs above: "))
+    assert line == "not in the MACs above: 61.44 k outside of these layers, 37.5 % of all"
+
+
+def test_nothing_elsewhere_is_not_told() -> None:
+    report = factorize_(reader(), rank=8, example_input=INPUT, progress=False)
+    assert report.macs_elsewhere == 0 and not any("not in the MACs" in note for note in report.notes)
+    assert factorize_(reader(), rank=8, progress=False).macs_elsewhere is None
+
+
+def test_parameters_of_three_axes() -> None:
+    """As of a mixture of experts: most of its MACs are in no layer."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(4, 32, 64)), nn.Parameter(torch.randn(4, 64, 32))
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer((x[:, None] @ self.up).relu() @ self.down)
+
+    report = factorize_(Experts(), rank=8, example_input=INPUT, progress=False)
+    assert report.macs_elsewhere == 2 * 2 * 4 * 10 * 32 * 64
+    assert report.total("macs_before") == 4 * 20 * 32 * 32
 
 
 @pytest.mark.parametrize("share", [0.9, 0.8])
