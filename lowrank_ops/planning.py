@@ -107,17 +107,23 @@ class Explanation:
         columns = _GPU_COLUMNS if any("ctas" in plan for plan in plans) else _CPU_COLUMNS
         reasons = dict(self.rejections)
         table, narrow = (new_table(f"{self.op}: {self.problem}") for _ in range(2))
-        for heading in ("", "kernel", *columns, "why not"):
-            table.add_column(heading, overflow="fold", no_wrap=heading != "why not")
         for heading in ("", "kernel", "plan"):
             narrow.add_column(heading, overflow="fold")
+        rows = []
         for plan in plans:
             why_not = reasons.get(plan["kernel"], "")
             figures = {heading: _cell(plan, show) for heading, show in columns.items()}
             head = "" if plan["kernel"] in reasons else "runs", plan["kernel"]
-            table.add_row(*head, *figures.values(), why_not)
+            rows.append((*head, *figures.values(), why_not))
             told = [f"{heading} {figure}" for heading, figure in figures.items() if figure]
             narrow.add_row(*head, ", ".join([*told, *filter(None, [why_not])]))
+        *figured, last = zip(("", "kernel", *columns, "why not"), *rows, strict=True)
+        for heading, *cells in figured:  # the least width said, of which rich takes the longest word's otherwise
+            table.add_column(heading, no_wrap=True, min_width=max(map(len, (heading, *cells))))
+        if any(last[1:]):
+            table.add_column(last[0], overflow="fold")
+        for row in rows:
+            table.add_row(*row[: len(table.columns)])
         return table if fits(table, width) else narrow
 
     def _remarks(self) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.computed import remedy
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.tables import as_text
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class PreparedLayer:
     reason: str | None = None
 
     def __str__(self) -> str:
+        return as_text(self._told())
+
+    def _told(self) -> str:
         told = f"{self.bytes / 1024:.0f} KiB packed" if self.reason is None else f"not prepared: {self.reason}"
         return f"{self.name or 'the model'} ({self.type}): {told}"
 
@@ -42,7 +46,7 @@ class Preparation(tuple[PreparedLayer, ...]):
         return sum(layer.bytes for layer in self)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) if self else "the model has no factorized modules"
+        return as_text(*map(PreparedLayer._told, self)) if self else "the model has no factorized modules"
 
 
 @takes_compiled()

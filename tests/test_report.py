@@ -258,6 +258,16 @@ def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) ->
     assert width < 80 or ("Conv2d > " in untimed and "TuckerConv2d" in untimed), "no word is broken where there is room"
 
 
+@pytest.mark.parametrize("width", range(60, 130, 5))
+def test_no_heading_of_an_explanation_is_broken(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Also where cells have more than one word and no plan has a reason against it."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    for device in ("cpu", "A100", "cuda:9"):
+        text = str(lowrank_ops.explain(BLOCK, (1, 64, 14, 14), device=device))
+        headings = next(line for line in text.splitlines() if line.split()[:1] == ["kernel"])
+        assert "chain of torch ops" in text and ("predicted" in headings.split() or headings.split()[1:] == ["plan"])
+
+
 def test_a_wide_terminal_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     table = new_table("wide")
@@ -298,6 +308,7 @@ model = nn.Sequential()
 model.add_module("gr\\u00f6\\u00dfe", nn.Conv2d(16, 16, 3))
 print(lowrank_ops.factorize_(model, rank=0.25))
 print(lowrank_ops.explain(model, (1, 16, 8, 8)))
+print(lowrank_ops.prepare_for_inference_(model.eval()))
 """
 
 
@@ -307,4 +318,5 @@ def test_an_ascii_stdout_is_enough() -> None:
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert "gr\\xf6\\xdfe" in done.stdout.decode("ascii") and "tucker_conv2d" in done.stdout.decode("ascii")
+    printed = done.stdout.decode("ascii")
+    assert printed.count("gr\\xf6\\xdfe") == 2 and "tucker_conv2d" in printed and "KiB packed" in printed
