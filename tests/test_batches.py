@@ -173,6 +173,17 @@ def test_an_entry_of_the_inputs_shape_is_not_dropped_without_a_word() -> None:
         list(Batches([[tokens, torch.tensor([0, 1])], [ROW[:, :1], ROW[:, 0]], [ROW, "name"]], "here"))
 
 
+def test_tokens_and_a_mask_in_a_list_are_two_batches_with_a_warning() -> None:
+    tokens = torch.arange(6).reshape(2, 3)
+    for mask in (torch.ones_like(tokens), tokens > 3):
+        with pytest.warns(UserWarning, match=r"here is a list of two tensors.*Give a tuple \(tokens, mask\)"):
+            assert len(list(Batches([tokens, mask], "here"))) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in ([tokens, tokens + 1], [tokens % 2, tokens % 2], [ROW, torch.ones_like(ROW)], (tokens, tokens > 3)):
+            list(Batches(data, "here"))
+
+
 @pytest.mark.parametrize(
     "call",
     [
