@@ -14,7 +14,7 @@ from lowrank_ops.chains import activation_name
 from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
-from lowrank_ops.surgery import find_sites, identity_for
+from lowrank_ops.surgery import Owners, find_sites, identity_for
 
 _FUNCTIONS = {
     F.relu: "relu",
@@ -65,10 +65,10 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
     before = [] if batches is None else run_on(model, batches, "fold_activations_")
     pairs, untraced = find_pairs(model, lambda layer: isinstance(layer, FactorizedModule), _activation_of)
     sites = {id(site.layer): site for site in find_sites(model, lambda layer: activation_name(layer) is not None)}
-    folds = []
+    folds, owners = [], Owners(model)
     with ExitStack() as undo:
         for pair in pairs:
-            reason = _obstacle(pair)
+            reason = _obstacle(pair, owners)
             folds.append(Fold(pair.layer_name, pair.follower_name, pair.step, reason))
             if reason is None:
                 assert pair.follower is not None
@@ -99,7 +99,7 @@ def rectified(model: nn.Module, layers: Collection[nn.Module]) -> set[int]:
     return {id(pair.layer) for pair in pairs if pair.step == "relu" and pair.reason is None}
 
 
-def _obstacle(pair: Pair) -> str | None:
+def _obstacle(pair: Pair, owners: Owners) -> str | None:
     if pair.reason is not None:
         return pair.reason
     if pair.follower is None:
@@ -108,7 +108,7 @@ def _obstacle(pair: Pair) -> str | None:
         )
     if pair.layer.activation != "none":
         return f"the block has an activation already ({pair.layer.activation})"
-    return None
+    return owners.held(pair.follower)
 
 
 _BY_HAND = "take it out and set the block's activation"

@@ -212,8 +212,8 @@ def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[i
         return "the layer's parameters have no values yet"
     if rows.shape[0] != norm.num_features:
         return f"it has {norm.num_features} features, the layer {rows.shape[0]} outputs: it normalizes another axis"
-    if pair.reason is not None:
-        return pair.reason
+    if pair.reason is not None or owners.held(norm) is not None:
+        return pair.reason or owners.held(norm)
     shared = owners.sharing(layer)
     if shared is not None:
         return f"the layer shares a parameter with {shared}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -126,11 +126,12 @@ def factorize_(
     or multiplications, where they have at most 8 channels or features on a side (unless `include` names them, or a
     `Budget` chooses the ranks), where an integer rank is above the layer's limit, where a budget is better spent on the
     dense layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a
-    forward of their own, computed (parametrized) weights, weights shared with another module, weights that the parent
-    module reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with
-    `example_input` or `calibration` whatever a run of the model computes with instead of calling it). Without such data
-    nothing tells that a model computes with a weight: the factorized layer then multiplies its factors each time (its
-    `weight`, which warns of it once).
+    forward of their own, computed (parametrized) weights, weights shared with another module, layers that a module
+    also holds in a list or another plain attribute, weights that the parent module reads itself
+    (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with `example_input` or
+    `calibration` whatever a run of the model computes with instead of calling it). Without such data nothing tells that
+    a model computes with a weight: the factorized layer then multiplies its factors each time (its `weight`, which
+    warns of it once).
 
     A model that torch.compile has compiled, as a whole or in parts, runs uncompiled here (milliseconds and a budget of
     latency are those of the uncompiled model), and names are those of what it wraps, without `_orig_mod`. Afterwards it
@@ -193,7 +194,7 @@ def factorize_(
 
     times = {} if calls is None else work.measure(calls)
     replaced = [site for site in work.sites if id(site.layer) in work.replacements]
-    whole = _swap(model, replaced, work.replacements, example_input)
+    whole = _swap(work, replaced, example_input)
     entries = [_entry(site, work, calls, times.get(id(site.layer))) for site in work.sites]
     after = count_parameters(model)
     elsewhere = None if calls is None else calls.macs_elsewhere
@@ -295,6 +296,17 @@ class _Work:
                 f"factorize_: the budget of macs is one without those by the weights of "
                 f"{listed([site.names[0] for site in uncounted])}, which the model computes with in a way that "
                 "torch.utils.flop_counter does not count"
+            )
+
+    def note_kept(self, called: Sequence[Site]) -> None:
+        """Notes of layers that were replaced, and that the model calls all the same."""
+        sites = [site for site in self.sites if any(site is other for other in called)]
+        for site in sites:
+            self._note(site, "the model goes on calling the dense layer, which it holds elsewhere than in its modules")
+        if sites:
+            warn(
+                f"factorize_: the model goes on calling the dense layers {listed([site.names[0] for site in sites])}, "
+                "which it holds elsewhere than in its modules; nothing is gained there: have it call its modules"
             )
 
     def arrange(self, batches: Batches | None) -> None:
@@ -585,16 +597,32 @@ def _unsafe(site: Site, owners: Owners) -> str | None:
             if isinstance(parent, kind) and key in keys:
                 return f"nn.{kind.__name__} reads {key}.weight itself instead of calling {key}"
     shared = owners.sharing(site.layer)
-    return None if shared is None else f"it shares a parameter with {shared}; untie them first"
+    held = owners.held(site.layer)
+    return held if shared is None else f"it shares a parameter with {shared}; untie them first"
 
 
 class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
 
 
-def _swap(
-    model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any
-) -> tuple[float, float] | tuple[None, None]:
+class _Called:
+    """Which layers are called while it is entered: of layers that have left the model those that it has elsewhere."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.called: list[Site] = []
+        self._handles = [
+            site.layer.register_forward_pre_hook(lambda *_, site=site: self.called.append(site)) for site in sites
+        ]
+
+    def __enter__(self) -> _Called:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _swap(work: _Work, sites: list[Site], example_input: Any) -> tuple[float, float] | tuple[None, None]:
     """Puts the replacements in; leaves the model as it was if it then fails on the example input.
 
     Returns the whole model's milliseconds on the example input, before and after.
@@ -603,15 +631,17 @@ def _swap(
     if example_input is not None:
         hint = "It was left as it was. It may ask more of a layer than a factorized one answers: exclude that layer"
         try:
-            with model_errors("factorize_: the factorized model", model, "example_input", hint):
-                times = compare_models(model, sites, replacements, example_input)
+            errors = model_errors("factorize_: the factorized model", work.model, "example_input", hint)
+            with errors, _Called(sites) as dense:
+                times = compare_models(work.model, sites, work.replacements, example_input)
+            work.note_kept(dense.called)
         except BaseException:
             for site in sites:
                 site.put(site.layer)
             raise
     for site in sites:
-        site.put(replacements[id(site.layer)])
-        move_hooks(site.layer, replacements[id(site.layer)])
+        site.put(work.replacements[id(site.layer)])
+        move_hooks(site.layer, work.replacements[id(site.layer)])
     return times
 
 
