@@ -25,7 +25,10 @@ def takes_compiled(parameter: str = "model") -> Callable[[Callable[P, R]], Calla
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # whose error has its name
             given = bound.arguments.get(parameter)
             if not isinstance(given, nn.Module):
                 return function(*args, **kwargs)

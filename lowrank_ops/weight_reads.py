@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -101,13 +102,16 @@ class ReadProducts(TorchDispatchMode):
         self._copies: list[Tensor] = []  # keeps the storages of copies from being used again
         for layer in layers:
             weight = layer._parameters.get("weight")
-            if weight is not None and not is_lazy(weight):
-                self._layers.setdefault(_storage(weight), []).append(id(layer))
+            storage = None if weight is None or is_lazy(weight) else _storage(weight)
+            if storage is not None:
+                self._layers.setdefault(storage, []).append(id(layer))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not all(kind in (Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # a subclass of tensors makes other operations of it, which come here again
         count = flop_registry.get(func._overloadpacket)
         if count is None:
             with self:  # under inference_mode linear layers are not matrix products yet
@@ -115,15 +119,16 @@ class ReadProducts(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        storages = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        known = [self._layers[storage] for storage in storages & self._layers.keys()]
+        storages = set(map(_storage, tree_leaves((args, kwargs)))) - {None}
+        known = [self._layers[storage] for storage in storages if storage in self._layers]
         if count is not None:
             self._count(known, count(*args, **kwargs, out_val=result) // 2)
         elif known and len(storages) == 1:
             for made in tree_leaves(result):
-                if isinstance(made, Tensor) and _storage(made) not in self._layers:
+                storage = _storage(made)
+                if storage is not None and storage not in self._layers:
                     self._copies.append(made)
-                    self._layers[_storage(made)] = known[0]
+                    self._layers[storage] = known[0]
         return result
 
     def _count(self, read: Sequence[list[int]], macs: int) -> None:
@@ -137,5 +142,8 @@ class ReadProducts(TorchDispatchMode):
             self.uses[layers[0]] += 1
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _storage(value: Any) -> int | None:
+    """Which memory a tensor has; None for what is no tensor or has no storage (a sparse one)."""
+    if not isinstance(value, Tensor) or not torch._C._has_storage(value):
+        return None
+    return int(value.untyped_storage()._cdata)

@@ -211,3 +211,10 @@ def test_a_layer_alone_and_a_layer_compiled_in_place() -> None:
     model[2][0].compile(backend="eager")
     assert "set on the instance (by compile()" in str(factorized(model)["2.0"].reason)
     assert outputs(model).isfinite().all()
+
+
+def test_wrong_arguments_are_told_by_the_functions_name() -> None:
+    with pytest.raises(TypeError, match=r"factorize_\(\) got an unexpected keyword argument 'ranks'"):
+        factorize_(network(), ranks=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"save\(\) missing 2 required positional arguments"):
+        save()  # type: ignore[call-arg]

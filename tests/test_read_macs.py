@@ -125,6 +125,37 @@ def test_a_budget_below_what_is_read_cannot_be_met() -> None:
         factorize_(reader(), rank=Budget(macs=0.2), example_input=INPUT, progress=False)
 
 
+class Graph(nn.Module):
+    """Its adjacency is sparse, and has no storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.adjacency = nn.Linear(32, 64), torch.eye(10).to_sparse()
+        self.register_buffer("csr", torch.eye(10).to_sparse_csr())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.csr, torch.sparse.mm(self.adjacency, self.layer(x)))
+
+
+class PerRow(nn.Module):
+    """Transforms of torch.func inside of a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: self.layer(row) + row @ self.layer.weight.T)(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_tensors_of_other_kinds() -> None:
+    (row,) = factorize_(Graph(), rank=8, example_input=INPUT[0], progress=False)
+    assert row.replaced_by == "LowRankLinear" and row.macs_before == 10 * 32 * 64
+    (row,) = factorize_(PerRow(), rank=8, example_input=INPUT[0], progress=False)
+    assert row.macs_before is not None and row.macs_before >= 10 * 32 * 64
+
+
 class ByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
