@@ -55,6 +55,7 @@ class LayerCalls:
     read_macs: int = 0
     reads: int = 0
     unknown_reads: bool = False
+    nested: bool = False  # it was called with a nested tensor, which has no shape to count or time
 
     def total(self, count: Callable[[tuple[int, ...]], int | None]) -> int | None:
         """Sum over all calls; None if one is not known, 0 for a layer that was not called."""
@@ -138,6 +139,9 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
         tensor = args[0] if args else kwargs.get("input")
         if isinstance(tensor, Tensor) and isinstance(output, Tensor):
             seen = calls.of(layer)
+            if tensor.is_nested:
+                seen.nested = True
+                return
             seen.inputs[InputKind.of(tensor)] += 1
             seen.output_size = seen.output_size or tuple(output.shape)
 

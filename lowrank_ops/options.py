@@ -267,7 +267,7 @@ def macs_in(calls: LayerCalls, module: nn.Module) -> int | None:
     """Multiply-accumulates of a layer, or of what replaces it, in a run of the model: in its calls, and where the model
     computes with its weight, which a factorized module multiplies out each time. None if they are not known."""
     called = calls.total(lambda shape: count_macs(module, shape))
-    if called is None or calls.unknown_reads:
+    if called is None or calls.unknown_reads or calls.nested:
         return None
     product = 0
     if isinstance(module, FactorizedModule):

@@ -156,6 +156,24 @@ def test_tensors_of_other_kinds() -> None:
     assert row.macs_before is not None and row.macs_before >= 10 * 32 * 64
 
 
+class Jagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)).values()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_the_layers_name() -> None:
+    """No factorized op takes them; the model stays as it was."""
+    model = Jagged()
+    with pytest.raises(RuntimeError, match=r"the factorized model fails .*lowrank_linear.*exclude that layer"):
+        factorize_(model, rank=8, example_input=INPUT[0], progress=False)
+    assert isinstance(model.layer, nn.Linear)
+
+
 class ByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
