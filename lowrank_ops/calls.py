@@ -83,6 +83,26 @@ class Calls:
         return self._by_id[id(layer)]
 
 
+class CalledLayers:
+    """Watches which of some layers are called while it is entered: of layers that have left the model those that it
+    holds elsewhere.
+
+    Attributes:
+        called: their ids.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.called: set[int] = set()
+        self._handles = [layer.register_forward_pre_hook(lambda each, _: self.called.add(id(each))) for layer in layers]
+
+    def __enter__(self) -> CalledLayers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
 def run_example(model: nn.Module, example_input: Any) -> None:
     """Runs the model on a copy of a tensor, of a tuple or list of arguments or of a mapping of keyword arguments;
     without gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
-from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls
+from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
@@ -298,9 +298,9 @@ class _Work:
                 "torch.utils.flop_counter does not count"
             )
 
-    def note_kept(self, called: Sequence[Site]) -> None:
+    def note_kept(self, called: Collection[int]) -> None:
         """Notes of layers that were replaced, and that the model calls all the same."""
-        sites = [site for site in self.sites if any(site is other for other in called)]
+        sites = [site for site in self.sites if id(site.layer) in called]
         for site in sites:
             self._note(site, "the model goes on calling the dense layer, which it holds elsewhere than in its modules")
         if sites:
@@ -605,23 +605,6 @@ class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
 
 
-class _Called:
-    """Which layers are called while it is entered: of layers that have left the model those that it has elsewhere."""
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.called: list[Site] = []
-        self._handles = [
-            site.layer.register_forward_pre_hook(lambda *_, site=site: self.called.append(site)) for site in sites
-        ]
-
-    def __enter__(self) -> _Called:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 def _swap(work: _Work, sites: list[Site], example_input: Any) -> tuple[float, float] | tuple[None, None]:
     """Puts the replacements in; leaves the model as it was if it then fails on the example input.
 
@@ -632,7 +615,7 @@ def _swap(work: _Work, sites: list[Site], example_input: Any) -> tuple[float, fl
         hint = "It was left as it was. It may ask more of a layer than a factorized one answers: exclude that layer"
         try:
             errors = model_errors("factorize_: the factorized model", work.model, "example_input", hint)
-            with errors, _Called(sites) as dense:
+            with errors, CalledLayers([site.layer for site in sites]) as dense:
                 times = compare_models(work.model, sites, work.replacements, example_input)
             work.note_kept(dense.called)
         except BaseException:
