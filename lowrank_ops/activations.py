@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lowrank_ops.chains import activation_name
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
-from lowrank_ops.surgery import find_sites, identity_for
+from lowrank_ops.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
+from lowrank_ops.surgery import Owners, find_sites, identity_for
 
 _FUNCTIONS = {
     F.relu: "relu",
@@ -27,6 +28,7 @@ _FUNCTIONS = {
 _METHODS = {"relu": "relu", "relu_": "relu"}
 
 
+@takes_compiled()
 def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport:
     """Makes the activation that follows a factorized module, in place, the `activation` of that module.
 
@@ -59,13 +61,14 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_activations_: model must be an nn.Module, got {type(model).__name__}")
-    before = [] if example_input is None else run_on(model, example_input, "fold_activations_")
+    batches = example_batches(model, example_input, "fold_activations_")
+    before = [] if batches is None else run_on(model, batches, "fold_activations_")
     pairs, untraced = find_pairs(model, lambda layer: isinstance(layer, FactorizedModule), _activation_of)
     sites = {id(site.layer): site for site in find_sites(model, lambda layer: activation_name(layer) is not None)}
-    folds = []
+    folds, owners = [], Owners(model)
     with ExitStack() as undo:
         for pair in pairs:
-            reason = _obstacle(pair)
+            reason = _obstacle(pair, owners)
             folds.append(Fold(pair.layer_name, pair.follower_name, pair.step, reason))
             if reason is None:
                 assert pair.follower is not None
@@ -73,8 +76,8 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
                 undo.callback(sites[id(pair.follower)].put, pair.follower)
                 pair.layer.activation = pair.step  # type: ignore[assignment]
                 sites[id(pair.follower)].put(identity_for(pair.follower))
-        if example_input is not None:
-            require_same(before, run_on(model, example_input, "fold_activations_"), "fold_activations_")
+        if batches is not None:
+            require_same(before, run_on(model, batches, "fold_activations_"), "fold_activations_")
         undo.pop_all()  # nothing to undo
     return FoldReport(type(model).__name__, folds, untraced)
 
@@ -96,7 +99,7 @@ def rectified(model: nn.Module, layers: Collection[nn.Module]) -> set[int]:
     return {id(pair.layer) for pair in pairs if pair.step == "relu" and pair.reason is None}
 
 
-def _obstacle(pair: Pair) -> str | None:
+def _obstacle(pair: Pair, owners: Owners) -> str | None:
     if pair.reason is not None:
         return pair.reason
     if pair.follower is None:
@@ -105,7 +108,7 @@ def _obstacle(pair: Pair) -> str | None:
         )
     if pair.layer.activation != "none":
         return f"the block has an activation already ({pair.layer.activation})"
-    return None
+    return owners.held(pair.follower)
 
 
 _BY_HAND = "take it out and set the block's activation"

@@ -75,7 +75,7 @@ class Batches:
             * one batch, as below, but for a list;
             * an iterable that starts anew each time (a list, a DataLoader), each item a batch. A list of two entries
               whose second one are labels of the first (a floating-point tensor `[rows, ...]` and integers `[rows]`) is
-              one batch.
+              one batch. Tokens and their mask are two batches, with a warning: `(tokens, mask)` is one.
 
             A batch is
 
@@ -84,8 +84,8 @@ class Batches:
             * a mapping (dict, OrderedDict, UserDict, transformers' BatchEncoding and ModelOutput) or a dataclass
               object: its keyword arguments, by their names;
             * a list: the first entry is the input, as above (a list: positional arguments), the rest (labels:
-              PyTorch's DataLoader makes such lists of its samples) is not used. With a warning if another entry has
-              the input's own shape, as a mask would;
+              PyTorch's DataLoader makes such lists of its samples) is not used. With a warning, the first time that
+              another entry has the input's own shape, as a mask would;
             * a list of several mappings with the same keys: samples, which torch.utils.data.default_collate stacks.
         where: the argument's name, for errors ("factorize_: calibration").
         device: where the tensors go; None leaves them where they are.
@@ -98,6 +98,12 @@ class Batches:
 
     def __init__(self, data: Any, where: str, device: torch.device | None = None) -> None:
         self._data, self._where, self._device = data, where, device
+        self._warned = False
+        if _are_tokens_and_mask(data):
+            warn(
+                f"{where} is a list of two tensors, which are two batches, though the second looks like a mask of the "
+                "first. Give a tuple (tokens, mask), or a mapping, if they are the model's arguments"
+            )
         if _is_batch(data):
             return
         if isinstance(data, Iterator) or not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
@@ -189,7 +195,8 @@ class Batches:
                     f"{error}. Pad them, or give a mapping of stacked tensors for each batch"
                 ) from error
         shapes = [entry.shape for entry in rest if isinstance(entry, Tensor)]
-        if isinstance(first, Tensor) and first.dim() > 1 and first.shape in shapes:
+        if not self._warned and isinstance(first, Tensor) and first.dim() > 1 and first.shape in shapes:
+            self._warned = True
             warn(
                 f"{place} is a list: only its first entry is given to the model, though another one has the same shape "
                 f"{list(first.shape)}. Give a tuple or a mapping if it is an argument, the input alone if it is not",
@@ -215,6 +222,20 @@ def _are_input_and_labels(value: Any) -> bool:
     input, labels = value
     integers = not labels.is_floating_point() and not labels.is_complex()
     return input.dim() > 1 and input.is_floating_point() and integers and labels.shape == input.shape[:1]
+
+
+def _are_tokens_and_mask(value: Any) -> bool:
+    """Whether a list holds integers, and zeros and ones of the same shape."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, Tensor) for entry in value):
+        return False
+    tokens, mask = value
+    if tokens.shape != mask.shape or any(entry.is_floating_point() or entry.is_complex() for entry in value):
+        return False
+    return not _is_mask(tokens) and _is_mask(mask)
+
+
+def _is_mask(value: Tensor) -> bool:
+    return value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all())
 
 
 def _advice(value: Any) -> str:

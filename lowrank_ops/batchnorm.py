@@ -16,17 +16,19 @@ from tqdm import tqdm
 
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.calls import eval_mode, model_errors
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.computed import remedy
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import LowRankLinear
-from lowrank_ops.pairs import Fold, FoldReport, Pair, find_pairs, require_same, run_on
+from lowrank_ops.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.surgery import Owners, Site, find_sites, identity_for
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+@takes_compiled()
 def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
     """Folds every BatchNorm that directly follows a layer into that layer, in place, before or after `factorize_`.
 
@@ -66,7 +68,8 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_batchnorm_: model must be an nn.Module, got {type(model).__name__}")
     matrices = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, LowRankLinear))]
-    before, axes = _run_and_watch(model, example_input, matrices)
+    batches = example_batches(model, example_input, "fold_batchnorm_")
+    before, axes = _run_and_watch(model, batches, matrices)
     pairs, untraced = find_pairs(model, _is_layer, lambda _, module: "batchnorm" if _is_norm(module) else None)
     sites = find_sites(model, _is_norm)
     owners = Owners(model)
@@ -83,13 +86,14 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
             layers[id(norm)] = pair.layer_name
             reason = _obstacle(pair, norm, owners, axes)
             reasons[id(norm)] = reason or _fold(pair.layer, site, undo)
-        if example_input is not None:
-            require_same(before, run_on(model, example_input, "fold_batchnorm_"), "fold_batchnorm_")
+        if batches is not None:
+            require_same(before, run_on(model, batches, "fold_batchnorm_"), "fold_batchnorm_")
         undo.pop_all()  # nothing to undo
     folds = [Fold(layers.get(id(site.layer)), site.names[0], "batchnorm", reasons[id(site.layer)]) for site in sites]
     return FoldReport(type(model).__name__, folds, untraced)
 
 
+@takes_compiled()
 @torch.no_grad()
 def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = True) -> nn.Module:
     """Estimates the running statistics of every BatchNorm anew, in place, from data; no labels, no gradients.
@@ -164,11 +168,11 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _run_and_watch(
-    model: nn.Module, example_input: Any, matrices: Sequence[nn.Module]
+    model: nn.Module, batches: Batches | None, matrices: Sequence[nn.Module]
 ) -> tuple[list[Tensor], dict[int, set[int]]]:
     """What the model gives on the example input, and how many axes the outputs of the linear layers have."""
     axes: dict[int, set[int]] = {}
-    if example_input is None:
+    if batches is None:
         return [], axes
 
     def watch(layer: nn.Module, _: Any, output: Any) -> None:
@@ -176,7 +180,7 @@ def _run_and_watch(
 
     handles = [layer.register_forward_hook(watch) for layer in matrices]
     try:
-        return run_on(model, example_input, "fold_batchnorm_"), axes
+        return run_on(model, batches, "fold_batchnorm_"), axes
     finally:
         for handle in handles:
             handle.remove()
@@ -208,8 +212,8 @@ def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[i
         return "the layer's parameters have no values yet"
     if rows.shape[0] != norm.num_features:
         return f"it has {norm.num_features} features, the layer {rows.shape[0]} outputs: it normalizes another axis"
-    if pair.reason is not None:
-        return pair.reason
+    if pair.reason is not None or owners.held(norm) is not None:
+        return pair.reason or owners.held(norm)
     shared = owners.sharing(layer)
     if shared is not None:
         return f"the layer shares a parameter with {shared}"

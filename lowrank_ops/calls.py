@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch
 from lowrank_ops.model_state import in_inference_mode
-from lowrank_ops.weight_reads import WeightReads
+from lowrank_ops.weight_reads import ReadProducts, WeightReads
 
 _SECONDS_PER_SHAPE = 0.2
 _ROUNDS = (5, 50)  # at least, at most
@@ -47,10 +47,15 @@ class InputKind:
 
 @dataclass
 class LayerCalls:
-    """The calls of one layer during a run of the model: inputs by kind, and the first output's shape."""
+    """The calls of one layer during a run of the model: inputs by kind, and the first output's shape; and what the
+    model computed with its weight besides: multiply-accumulates, in so many operations, or unknown ones."""
 
     inputs: Counter[InputKind] = field(default_factory=Counter)
     output_size: tuple[int, ...] | None = None
+    read_macs: int = 0
+    reads: int = 0
+    unknown_reads: bool = False
+    nested: bool = False  # it was called with a nested tensor, which has no shape to count or time
 
     def total(self, count: Callable[[tuple[int, ...]], int | None]) -> int | None:
         """Sum over all calls; None if one is not known, 0 for a layer that was not called."""
@@ -61,10 +66,11 @@ class LayerCalls:
 
 
 class Calls:
-    """The calls of several layers, and the reads of their weights."""
+    """The calls of several layers, the reads of their weights, and what the model multiplies outside of them."""
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.reads = WeightReads(model, layers)
+        self.macs_elsewhere = 0
         self._layers = list(layers)
         self._by_id = {id(layer): LayerCalls() for layer in layers}
 
@@ -75,6 +81,26 @@ class Calls:
     def of(self, layer: nn.Module) -> LayerCalls:
         """The calls of one of the layers."""
         return self._by_id[id(layer)]
+
+
+class CalledLayers:
+    """Watches which of some layers are called while it is entered: of layers that have left the model those that it
+    holds elsewhere.
+
+    Attributes:
+        called: their ids.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.called: set[int] = set()
+        self._handles = [layer.register_forward_pre_hook(lambda each, _: self.called.add(id(each))) for layer in layers]
+
+    def __enter__(self) -> CalledLayers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def run_example(model: nn.Module, example_input: Any) -> None:
@@ -133,16 +159,25 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
         tensor = args[0] if args else kwargs.get("input")
         if isinstance(tensor, Tensor) and isinstance(output, Tensor):
             seen = calls.of(layer)
+            if tensor.is_nested:
+                seen.nested = True
+                return
             seen.inputs[InputKind.of(tensor)] += 1
             seen.output_size = seen.output_size or tuple(output.shape)
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
-        with model_errors("factorize_: the model", model, "example_input"), no_nested_tensors(), calls.reads:
+        errors = model_errors("factorize_: the model", model, "example_input")
+        with errors, no_nested_tensors(), calls.reads, ReadProducts(calls.reads, layers) as products:
             run_example(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
+    calls.macs_elsewhere = products.elsewhere
+    for layer in layers:
+        seen = calls.of(layer)
+        seen.read_macs, seen.reads = products.macs[id(layer)], products.uses[id(layer)]
+        seen.unknown_reads = id(layer) in calls.reads.read and not seen.reads and not seen.inputs
     return calls
 
 

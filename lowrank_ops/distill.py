@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lowrank_ops import processes
 from lowrank_ops.batches import Batch, Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.distill_errors import LayerErrors, layer_pairs, output_errors
 from lowrank_ops.warn import warn
 
@@ -100,6 +101,8 @@ class DistillReport:
         return told if self.kept else f"{told}; no better than before, so undone"
 
 
+@takes_compiled("student")
+@takes_compiled("teacher")
 def distill_(
     student: nn.Module,
     teacher: nn.Module,
@@ -132,6 +135,8 @@ def distill_(
     are trained. Training flags, hooks and the optimizer's learning rates are as before when it returns; the
     student's gradients are None. After an error the student has its initial parameters and buffers; interrupted
     from the keyboard it keeps what it has learned.
+
+    Networks that torch.compile has compiled run uncompiled here: compiled code calls no hooks that it does not know.
 
     Under torch.distributed (`torchrun`) every process calls this with a loader of its own, and the result is that
     of one process on the union of the batches: squared errors are normalized over all processes, gradients

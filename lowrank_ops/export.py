@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.surgery import find_sites, keep_attributes, move_hooks
 
 
+@takes_compiled()
 def to_chain(model: nn.Module) -> nn.Module:
     """A copy of `model` in which plain layers stand for each factorized module (its `to_sequential()`).
 

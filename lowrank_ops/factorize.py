@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from lowrank_ops.activations import rectified
 from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
-from lowrank_ops.calls import Calls, compare_times, model_errors, recorded_calls
+from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
@@ -29,11 +30,13 @@ from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups
 from lowrank_ops.moments import gather_moments
-from lowrank_ops.options import Choice, empty_module, is_matrix
+from lowrank_ops.notes import listed
+from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.selection import Selectors, named, select, too_narrow
+from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend
 from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
 from lowrank_ops.timing import compare_models
@@ -51,6 +54,7 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 
+@takes_compiled()
 @leaves_model_state
 def factorize_(
     model: nn.Module,
@@ -64,6 +68,7 @@ def factorize_(
     example_input: Any = None,
     multiple: int = 8,
     seed: int = 0,
+    exact: bool = False,
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Report:
@@ -111,6 +116,8 @@ def factorize_(
         multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
             budget are multiples of it.
         seed: of the decompositions.
+        exact: no randomized SVD, which low ranks of large linear layers and 1x1 convolutions get otherwise, where its
+            error is at most 1 % above the least possible (`svd_decompose`).
         n_jobs: decompose in so many processes of one thread each (joblib; -1: one a core); the same bits for every
             number. None: one layer after the other, with torch's threads.
         progress: a progress bar on stderr.
@@ -119,11 +126,16 @@ def factorize_(
     or multiplications, where they have at most 8 channels or features on a side (unless `include` names them, or a
     `Budget` chooses the ranks), where an integer rank is above the layer's limit, where a budget is better spent on the
     dense layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a
-    forward of their own, computed (parametrized) weights, weights shared with another module, weights that the parent
-    module reads itself (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with
-    `example_input` or `calibration` whatever a run of the model computes with instead of calling it). Without such data
-    nothing tells that a model computes with a weight: the factorized layer then multiplies its factors each time (its
-    `weight`).
+    forward of their own, computed (parametrized) weights, weights shared with another module, layers that a module
+    also holds in a list or another plain attribute, weights that the parent module reads itself
+    (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with `example_input` or
+    `calibration` whatever a run of the model computes with instead of calling it). Without such data nothing tells that
+    a model computes with a weight: the factorized layer then multiplies its factors each time (its `weight`, which
+    warns of it once).
+
+    A model that torch.compile has compiled, as a whole or in parts, runs uncompiled here (milliseconds and a budget of
+    latency are those of the uncompiled model), and names are those of what it wraps, without `_orig_mod`. Afterwards it
+    is compiled anew at its next call. A layer on which `compile()` was called itself is left, with the reason.
 
     Replacements keep what a model reads of a dense layer: `weight`, `bias`, the arguments of nn.Linear and nn.Conv2d,
     and the attributes that were set on it. Layers with more than that are left: parameters, buffers, submodules,
@@ -148,7 +160,7 @@ def factorize_(
     """
     rank = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     _check_arguments(model, method, rank, linear, multiple)
-    work = _Work(model, method, rank, linear, multiple, seed, n_jobs, progress)
+    work = _Work(model, method, rank, linear, multiple, seed, exact, n_jobs, progress)
     if work.sites and all(isinstance(site.layer, FactorizedModule) for site in work.sites):
         raise ValueError(
             f"factorize_: model is already factorized, all {len(work.sites)} of its layers; "
@@ -168,6 +180,7 @@ def factorize_(
     work.refuse(chosen, named(work.sites, include))
     if calls is not None:
         work.note_reads(calls.reads, "example_input")
+        work.note_uncounted(calls)
     if isinstance(rank, Budget) and met_already(rank, model, work.open_sites(), calls, example_input):
         work.reasons.update({id(site.layer): "the budget is met without it" for site in work.open_sites()})
     work.arrange(batches)
@@ -181,10 +194,13 @@ def factorize_(
 
     times = {} if calls is None else work.measure(calls)
     replaced = [site for site in work.sites if id(site.layer) in work.replacements]
-    whole = _swap(model, replaced, work.replacements, example_input)
+    whole = _swap(work, replaced, example_input)
     entries = [_entry(site, work, calls, times.get(id(site.layer))) for site in work.sites]
     after = count_parameters(model)
-    report = Report(type(model).__name__, entries, calls is not None, before, after, others, *whole)
+    elsewhere = None if calls is None else calls.macs_elsewhere
+    report = Report(
+        type(model).__name__, entries, calls is not None, before, after, others, whole[0], whole[1], elsewhere
+    )
     if not replaced and not isinstance(rank, Budget):  # a budget was met or an error before
         notes = "; ".join(report.notes[:3]) or "it has no parameters"
         warn(f"factorize_: no layer of {report.model} was replaced: {notes}")
@@ -201,6 +217,7 @@ class _Work:
     linear: Rank | Literal[False] | None
     multiple: int
     seed: int
+    exact: bool
     n_jobs: int | None
     progress: bool
     sites: list[Site] = field(init=False)
@@ -218,6 +235,7 @@ class _Work:
     replacements: dict[int, FactorizedModule] = field(default_factory=dict)
     output_errors: dict[int, float | None] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)  # of layers that are replaced
+    also_read: set[int] = field(default_factory=set)  # layers that the model calls and computes with their weights
 
     def __post_init__(self) -> None:
         self.sites = find_sites(self.model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
@@ -260,12 +278,36 @@ class _Work:
         for site in self.open_sites():
             key = id(site.layer)
             if key in reads.read and key in reads.called:
+                self.also_read.add(key)
                 self._note(site, "the model also computes with its weight: the factors are multiplied each time")
             elif key in reads.read:
                 self.reasons[key] = (
                     f"on {data} the model computes with its weight instead of calling it: the factors would be "
                     "multiplied each time, and nothing gained"
                 )
+
+    def note_uncounted(self, calls: Calls) -> None:
+        """Says of which layers the model's multiplications are not known; a budget of them warns."""
+        uncounted = [site for site in self.sites if calls.of(site.layer).unknown_reads]
+        for site in uncounted:
+            self.reasons[id(site.layer)] += "; its MACs are not known: torch counts no operation with it"
+        if uncounted and isinstance(self.rank, Budget) and self.rank.kind == "macs":
+            warn(
+                f"factorize_: the budget of macs is one without those by the weights of "
+                f"{listed([site.names[0] for site in uncounted])}, which the model computes with in a way that "
+                "torch.utils.flop_counter does not count"
+            )
+
+    def note_kept(self, called: Collection[int]) -> None:
+        """Notes of layers that were replaced, and that the model calls all the same."""
+        sites = [site for site in self.sites if id(site.layer) in called]
+        for site in sites:
+            self._note(site, "the model goes on calling the dense layer, which it holds elsewhere than in its modules")
+        if sites:
+            warn(
+                f"factorize_: the model goes on calling the dense layers {listed([site.names[0] for site in sites])}, "
+                "which it holds elsewhere than in its modules; nothing is gained there: have it call its modules"
+            )
 
     def arrange(self, batches: Batches | None) -> None:
         """Groups the layers that may be replaced; without calibration in one group."""
@@ -395,6 +437,7 @@ class _Work:
                 reason = _too_large(site.layer, module)
                 if reason is None:
                     keep_attributes(site.layer, module)
+                    module._read_is_known = True  # until its entry in the report is made
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason
@@ -422,7 +465,8 @@ class _Work:
             key, whitening = id(site.layer), self.whitening(site)
             assert whitening is not None
             fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], key in relu))
-        with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, self.failing():
+        progress = _bar(None, "fit", self.progress, len(fits) * self.batch_count)
+        with progress as bar, self.failing(), exactly(self.exact):
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
@@ -472,7 +516,7 @@ class _Work:
                 own_rank = layer_rank(layer, rank, tucker, options)  # type: ignore[arg-type]
             except ValueError as error:
                 return _AboveLimit(error)
-        return Task(layer, own_rank, tucker, self.whitening(site), {**options, "seed": self.seed})
+        return Task(layer, own_rank, tucker, self.whitening(site), {**options, "seed": self.seed}, self.exact)
 
 
 def _too_large(layer: Any, module: FactorizedModule) -> str | None:
@@ -553,16 +597,15 @@ def _unsafe(site: Site, owners: Owners) -> str | None:
             if isinstance(parent, kind) and key in keys:
                 return f"nn.{kind.__name__} reads {key}.weight itself instead of calling {key}"
     shared = owners.sharing(site.layer)
-    return None if shared is None else f"it shares a parameter with {shared}; untie them first"
+    held = owners.held(site.layer)
+    return held if shared is None else f"it shares a parameter with {shared}; untie them first"
 
 
 class _AboveLimit(str):
     """The reason to leave a layer: the integer rank is above its limit."""
 
 
-def _swap(
-    model: nn.Module, sites: list[Site], replacements: Mapping[int, nn.Module], example_input: Any
-) -> tuple[float, float] | tuple[None, None]:
+def _swap(work: _Work, sites: list[Site], example_input: Any) -> tuple[float, float] | tuple[None, None]:
     """Puts the replacements in; leaves the model as it was if it then fails on the example input.
 
     Returns the whole model's milliseconds on the example input, before and after.
@@ -571,21 +614,25 @@ def _swap(
     if example_input is not None:
         hint = "It was left as it was. It may ask more of a layer than a factorized one answers: exclude that layer"
         try:
-            with model_errors("factorize_: the factorized model", model, "example_input", hint):
-                times = compare_models(model, sites, replacements, example_input)
+            errors = model_errors("factorize_: the factorized model", work.model, "example_input", hint)
+            with errors, CalledLayers([site.layer for site in sites]) as dense:
+                times = compare_models(work.model, sites, work.replacements, example_input)
+            work.note_kept(dense.called)
         except BaseException:
             for site in sites:
                 site.put(site.layer)
             raise
     for site in sites:
-        site.put(replacements[id(site.layer)])
-        move_hooks(site.layer, replacements[id(site.layer)])
+        site.put(work.replacements[id(site.layer)])
+        move_hooks(site.layer, work.replacements[id(site.layer)])
     return times
 
 
 def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, float] | None) -> LayerReport:
     layer = site.layer
     module = work.replacements.get(id(layer))
+    if module is not None:
+        module._read_is_known = id(layer) in work.also_read
     kernel = getattr(layer, "kernel_size", None)
     size = count_parameters(layer)
     made_of = layer if module is None else module
@@ -593,7 +640,7 @@ def _entry(site: Site, work: _Work, calls: Calls | None, times: tuple[float, flo
     seen = None if calls is None else calls.of(layer)
 
     def macs(which: nn.Module) -> int | None:
-        return count_macs(which) if seen is None else seen.total(lambda shape: count_macs(which, shape))
+        return count_macs(which) if seen is None else macs_in(seen, which)
 
     return LayerReport(
         name=site.names[0],

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from lowrank_ops.chains import ACTIVATION_MODULES, NotOneOp, activation_name
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
@@ -35,6 +36,7 @@ class _Find:
     reason: str | None
 
 
+@takes_compiled()
 def fuse_(model: nn.Module) -> Report:
     """Replaces, in place, every chain in an nn.Sequential that equals one op by the module of that op.
 
@@ -71,8 +73,10 @@ def fuse_(model: nn.Module) -> Report:
     def obstacle(layer: nn.Module) -> str | None:
         if used[id(layer)] > 1 and layer._parameters:
             return f"a stage ({type(layer).__name__}) stands in several places"
-        shared = owners.sharing(layer)
-        return None if shared is None else f"a stage shares a parameter with {shared}"
+        shared, held = owners.sharing(layer), owners.held(layer)
+        if shared is None:
+            return None if held is None else f"a stage cannot be taken out: {held}"
+        return f"a stage shares a parameter with {shared}"
 
     order = [name for name, _ in model.named_modules(remove_duplicate=False)]
     entries: dict[str, LayerReport] = {}
@@ -146,8 +150,8 @@ def _absorb(
     name = activation_name(after[0]) if after else None
     if name is None or module.activation != "none":
         return None
-    if has_hooks(module) or has_hooks(after[0]) or obstacle(module) is not None:
-        return _Find(2, None, "the module or the activation after it has hooks or stands in several places")
+    if has_hooks(module) or has_hooks(after[0]) or any(obstacle(part) is not None for part in (module, after[0])):
+        return _Find(2, None, "the module or the activation after it has hooks or is held in several places")
     module.activation = name
     return _Find(2, module, None)
 

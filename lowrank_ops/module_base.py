@@ -18,6 +18,7 @@ from lowrank_ops.dense_weight import DenseWeight
 from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
 from lowrank_ops.surgery import plain_kind
+from lowrank_ops.warn import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,6 +48,7 @@ class FactorizedModule(nn.Module):
     relative_error: float | None = None
     init: Init = "default"
     _packing: Packing | None = None
+    _read_is_known: bool = False  # that something computes with `weight`: no warning
     in_factor: nn.Parameter
     out_factor: nn.Parameter
     bias: nn.Parameter | None
@@ -66,7 +68,7 @@ class FactorizedModule(nn.Module):
         also under autocast, with gradients for the factors. With K = KH KW that takes `T R1 K (R2 + S)`
         multiplications for Tucker, `T S K R` for CP and `T S R` for a linear layer, and the dense weight's memory for
         the time of the operation (several times that where gradients are kept). So a model that computes with it,
-        `F.linear(x, layer.weight)`, gains nothing from the factors.
+        `F.linear(x, layer.weight)`, gains nothing from the factors; the first such operation on a module warns.
 
         It cannot be set, and what changes it in place raises RuntimeError (see `lowrank_ops.dense_weight`):
         `to_dense()` has a weight that can. Programs that are recorded (torch.compile, torch.export, torch.jit.trace,
@@ -80,7 +82,19 @@ class FactorizedModule(nn.Module):
         if recorded or isinstance(factors[0], torch.fx.Proxy):
             return self._dense_weight()
         grad = any(factor.requires_grad for factor in factors)
-        return DenseWeight(self._name, self._dense_shape(), factors[0], grad, self._dense_weight)
+        return DenseWeight(self._name, self._dense_shape(), factors[0], grad, self._read_weight)
+
+    def _read_weight(self) -> Tensor:
+        """The product for `weight`, with a warning the first time."""
+        if not self._read_is_known:
+            self._read_is_known = True
+            warn(
+                f"{self}: something computes with the weight of this module instead of calling it, so its factors are "
+                "multiplied out and nothing is gained from them; a layer that is built from it (by a model's own "
+                "fuse(), say) is dense again. Do so before factorize_; weight.shape, dtype and device cost nothing. "
+                "This is said once for each module"
+            )
+        return self._dense_weight()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -145,8 +159,8 @@ class FactorizedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry no packed weights."""
-        return {name: value for name, value in self.__dict__.items() if name != "_packing"}
+        """Copies and pickles carry no packed weights, and warn on their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packing", "_read_is_known")}
 
     def reset_parameters(self, init: Init | None = None) -> None:
         """Draws new values for the factors and the bias.

@@ -29,6 +29,7 @@ from lowrank_ops.module_base import (
     widened,
 )
 from lowrank_ops.ranks import Rank
+from lowrank_ops.singular import exactly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -308,10 +309,12 @@ class CPConv2d(_CPConv):
         activation: str = "none",
         name: str = "conv",
         progress: bool = False,
+        exact: bool = False,
     ) -> Self:
-        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`. With
-        `progress`, a bar on stderr where that takes more than two seconds."""
-        return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
+        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`, without a randomized
+        SVD if `exact`. With `progress`, a bar on stderr where that takes more than two seconds."""
+        with exactly(exact):
+            return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class CPConv1d(_CPConv):
@@ -334,9 +337,11 @@ class CPConv1d(_CPConv):
         activation: str = "none",
         name: str = "conv",
         progress: bool = False,
+        exact: bool = False,
     ) -> Self:
         """As `CPConv2d.from_conv2d`, from an nn.Conv1d."""
-        return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
+        with exactly(exact):
+            return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class LowRankLinear(FactorizedModule):
@@ -383,14 +388,17 @@ class LowRankLinear(FactorizedModule):
         seed: int = 0,
         activation: str = "none",
         name: str = "linear",
+        exact: bool = False,
     ) -> Self:
         """Decomposes the weight of `linear` (`svd_decompose`) and keeps everything else of it.
 
-        Arguments and errors as `TuckerConv2d.from_conv2d`; `seed` is that of the randomized SVD, for low ranks only.
+        Arguments and errors as `TuckerConv2d.from_conv2d`; `seed` is that of the randomized SVD, for low ranks only,
+        which `exact` excludes.
         """
         check_replaceable(cls.__name__, linear, nn.Linear, name)
         check_activation(cls.__name__, activation)
-        factors, error = cls._decompose(linear.weight.detach(), rank, multiple, seed, name, False)
+        with exactly(exact):
+            factors, error = cls._decompose(linear.weight.detach(), rank, multiple, seed, name, False)
         module = cls._empty(factors, linear.bias is not None, activation)
         module._adopt(factors, linear.bias, linear, frozen=not linear.weight.requires_grad)
         module.relative_error = error

@@ -260,4 +260,21 @@ def count_cost(kind: str, calls: LayerCalls | None, calibrated: bool = False) ->
 
     if kind == "params" or calls is None:
         return parameters
-    return lambda module: float(calls.total(lambda shape: count_macs(module, shape)) or 0)
+    return lambda module: float(macs_in(calls, module) or 0)
+
+
+def macs_in(calls: LayerCalls, module: nn.Module) -> int | None:
+    """Multiply-accumulates of a layer, or of what replaces it, in a run of the model: in its calls, and where the model
+    computes with its weight, which a factorized module multiplies out each time. None if they are not known."""
+    called = calls.total(lambda shape: count_macs(module, shape))
+    if called is None or calls.unknown_reads or calls.nested:
+        return None
+    product = 0
+    if isinstance(module, FactorizedModule):
+        outputs, inputs, *taps = module._dense_shape()
+        core = module.factors().get("core")
+        if core is None:
+            product = outputs * inputs * math.prod(taps) * int(module.rank)  # type: ignore[arg-type]
+        else:
+            product = outputs * core.shape[1] * math.prod(taps) * (core.shape[0] + inputs)
+    return called + calls.read_macs + calls.reads * product

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_ops.batches import Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.notes import grouped, listed
 from lowrank_ops.surgery import HOOKS, has_hooks
 from lowrank_ops.tables import as_html, as_text, new_table
 
@@ -110,8 +111,8 @@ class FoldReport:
         for fold in self.folds:
             table.add_row(fold.layer or "", fold.follower, fold.step, fold.reason or "")
         lines = [
-            f"torch.fx cannot trace {name or self.model}, so its children were: {reason}"
-            for name, reason in self.untraced.items()
+            f"torch.fx cannot trace {listed(names)}, so its children were: {reason}"
+            for reason, names in grouped((reason, name or self.model) for name, reason in self.untraced.items())
         ]
         return [table, *lines]
 
@@ -141,15 +142,20 @@ def find_pairs(model: nn.Module, is_layer: IsLayer, step_of: StepOf) -> tuple[li
     return list(pairs.values()), untraced
 
 
-def run_on(model: nn.Module, example_input: Any, where: str) -> list[Tensor]:
+def run_on(model: nn.Module, batches: Batches, where: str) -> list[Tensor]:
     """What the model gives in eval mode, as a list of tensors. Raises RuntimeError if it fails."""
     results: list[Tensor] = []
     with eval_mode(model), torch.no_grad():
-        for batch in Batches(example_input, f"{where}: example_input", device_of(model)):
+        for batch in batches:
             with model_errors(f"{where}: the model", model, "example_input"):
                 output = batch.run(model)
             results += [tensor.clone() for tensor in outputs_of(output)]
     return results
+
+
+def example_batches(model: nn.Module, example_input: Any, where: str) -> Batches | None:
+    """The example input of a function that folds; None if there is none."""
+    return None if example_input is None else Batches(example_input, f"{where}: example_input", device_of(model))
 
 
 def require_same(before: list[Tensor], after: list[Tensor], where: str) -> None:

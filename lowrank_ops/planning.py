@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops._ops import _C
 from lowrank_ops.calls import no_nested_tensors
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.tables import HTML_WIDTH, as_html, as_text, figure, fits, new_table, terminal_width
 
 POLICIES = ("auto", "fused", "chain", "measure")
@@ -107,17 +108,23 @@ class Explanation:
         columns = {heading: show for heading, show in known.items() if any(_cell(plan, show) for plan in plans)}
         reasons = dict(self.rejections)
         table, narrow = (new_table(f"{self.op}: {self.problem}") for _ in range(2))
-        for heading in ("", "kernel", *columns, *(["why not"] if self.others else [])):
-            table.add_column(heading, overflow="fold", no_wrap=heading != "why not")
         for heading in ("", "kernel", "plan"):
             narrow.add_column(heading, overflow="fold")
+        rows = []
         for plan in plans:
             why_not = reasons.get(plan["kernel"], "")
             figures = {heading: _cell(plan, show) for heading, show in columns.items()}
             head = "" if plan["kernel"] in reasons else "runs", plan["kernel"]
-            table.add_row(*head, *figures.values(), *([why_not] if self.others else []))
+            rows.append((*head, *figures.values(), why_not))
             told = [f"{heading} {figure}" for heading, figure in figures.items() if figure]
             narrow.add_row(*head, ", ".join([*told, *filter(None, [why_not])]))
+        *figured, last = zip(("", "kernel", *columns, "why not"), *rows, strict=True)
+        for heading, *cells in figured:  # the least width said, of which rich takes the longest word's otherwise
+            table.add_column(heading, no_wrap=True, min_width=max(map(len, (heading, *cells))))
+        if any(last[1:]):
+            table.add_column(last[0], overflow="fold")
+        for row in rows:
+            table.add_row(*row[: len(table.columns)])
         return table if fits(table, width) else narrow
 
     def _remarks(self) -> list[str]:
@@ -212,6 +219,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@takes_compiled("op_or_module")
 def explain(
     op_or_module: Callable[..., Any] | nn.Module,
     input_or_shapes: Inputs,

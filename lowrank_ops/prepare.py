@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.computed import remedy
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.tables import as_text
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class PreparedLayer:
     reason: str | None = None
 
     def __str__(self) -> str:
+        return as_text(self._told())
+
+    def _told(self) -> str:
         told = f"{self.bytes / 1024:.0f} KiB packed" if self.reason is None else f"not prepared: {self.reason}"
         return f"{self.name or 'the model'} ({self.type}): {told}"
 
@@ -41,9 +46,10 @@ class Preparation(tuple[PreparedLayer, ...]):
         return sum(layer.bytes for layer in self)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) if self else "the model has no factorized modules"
+        return as_text(*map(PreparedLayer._told, self)) if self else "the model has no factorized modules"
 
 
+@takes_compiled()
 def prepare_for_inference_(model: nn.Module) -> Preparation:
     """Packs the weights of every factorized module once, in place, so that calls on the CPU need not.
 
@@ -76,6 +82,7 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     return Preparation(_prepare(name, module) for name, module in _factorized("prepare_for_inference_", model))
 
 
+@takes_compiled()
 def unprepare_(model: nn.Module) -> nn.Module:
     """Drops what `prepare_for_inference_` has packed, and returns the model.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.options import is_matrix
 from lowrank_ops.ranks import Rank
+from lowrank_ops.singular import exactly
 from lowrank_ops.surgery import HOOKS, own_attributes
 
 
@@ -29,9 +30,11 @@ class Task:
     tucker: bool
     whitening: Whitening | None
     options: Mapping[str, Any]
+    exact: bool = False  # no randomized SVD
 
     def run(self) -> FactorizedModule:
-        return factorized(self.layer, self.rank, self.tucker, self.whitening, self.options)
+        with exactly(self.exact):
+            return factorized(self.layer, self.rank, self.tucker, self.whitening, self.options)
 
 
 def run_tasks(tasks: list[Task], n_jobs: int | None) -> Iterator[FactorizedModule]:
@@ -49,7 +52,7 @@ def run_tasks(tasks: list[Task], n_jobs: int | None) -> Iterator[FactorizedModul
         import joblib
     except ImportError as error:
         raise ImportError("factorize_: n_jobs needs joblib; `pip install joblib`, or leave n_jobs out") from error
-    alone = [Task(_bare(task.layer), task.rank, task.tucker, task.whitening, task.options) for task in tasks]
+    alone = [replace(task, layer=_bare(task.layer)) for task in tasks]
     results: Iterable[Mapping[str, Any]] = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
         joblib.delayed(_run_with_one_thread)(task) for task in alone
     )

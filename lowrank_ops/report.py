@@ -14,8 +14,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from lowrank_ops.chains import same_padding
+from lowrank_ops.compiled import uncompiled
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.notes import grouped, listed
 from lowrank_ops.tables import as_html, as_text, new_table
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ class LayerReport:
         kernel: kernel size per axis, of convolutions.
         ranks: `(R1, R2)` for Tucker, `(R,)` otherwise.
         parameters_before, parameters_after: numbers of parameters, bias included; equal if it was left.
-        macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls
-            of the layer together), or per output pixel (per row for a linear layer) without one.
+        macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls of the
+            layer together, and the matrix products and convolutions by its weight that the model computes itself), or
+            per output pixel (per row for a linear layer) without one.
         weight_error: `||W - W_dense|| / ||W_dense||`.
         output_error: relative error of the layer's output on rows of the calibration data that were held out of the
             fit (a quarter), with the inputs that the factorized layers before it give it.
@@ -99,6 +102,9 @@ class Report:
         others: the modules that hold the parameters of the model that have no entry in `layers`.
         model_milliseconds_before, model_milliseconds_after: median time of the whole model on the example input; None
             without one.
+        macs_elsewhere: multiply-accumulates of a forward pass on the example input outside of the layers, as far as
+            torch counts them (`torch.utils.flop_counter`: matrix products with other parameters and with each other;
+            as of torch 2.13 not fused attention and recurrent layers on the CPU). None without one.
     """
 
     model: str
@@ -109,6 +115,7 @@ class Report:
     others: list[OtherModule] = field(default_factory=list)
     model_milliseconds_before: float | None = None
     model_milliseconds_after: float | None = None
+    macs_elsewhere: int | None = None
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -121,7 +128,7 @@ class Report:
         for layer in self.layers:
             if name == layer.name or name in layer.aliases:
                 return layer
-        raise KeyError(f"no layer {name!r} in the report; it has {', '.join(layer.name for layer in self.layers)}")
+        raise KeyError(f"no layer {name!r} in the report; it has {listed([layer.name for layer in self.layers])}")
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -136,8 +143,8 @@ class Report:
     def total(self, column: str) -> float | None:
         """A column's total, e.g. of "macs_before" or "milliseconds_after"; None if it is not known.
 
-        Parameters and milliseconds are those of the whole model. MACs are the sum over the layers; those per output
-        pixel are not summed: their pixels differ.
+        Parameters and milliseconds are those of the whole model. MACs are the sum over the layers, without
+        `macs_elsewhere`; those per output pixel are not summed: their pixels differ.
         """
         if column.startswith(("parameters", "milliseconds")):
             return getattr(self, f"model_{column}")  # type: ignore[no-any-return]
@@ -211,17 +218,21 @@ class Report:
     def notes(self) -> list[str]:
         """The lines below the table: why layers were left, what to know of others, and what no layer holds."""
         lines = []
-        for reason in dict.fromkeys(layer.reason for layer in self.skipped if layer.reason is not None):
-            left = [layer for layer in self.skipped if layer.reason == reason]
+        for reason, left in grouped((layer.reason, layer) for layer in self.skipped):
             kinds = ", ".join(dict.fromkeys(layer.type for layer in left))
-            lines.append(f"left: {_listed([layer.name for layer in left])} ({kinds}; {self._shares(left)}): {reason}")
-        for note in dict.fromkeys(layer.note for layer in self.replaced if layer.note is not None):
-            lines.append(f"{_listed([layer.name for layer in self.replaced if layer.note == note])}: {note}")
+            lines.append(f"left: {listed([layer.name for layer in left])} ({kinds}; {self._shares(left)}): {reason}")
+        for note, told in grouped((layer.note, layer) for layer in self.replaced):
+            lines.append(f"{listed([layer.name for layer in told])}: {note}")
         for kind in dict.fromkeys(other.type for other in self.others):
             found = [other for other in self.others if other.type == kind]
             share = _percent(sum(other.parameters for other in found), self.model_parameters_before)
-            names = _listed([other.name or "the model itself" for other in found])
+            names = listed([other.name or "the model itself" for other in found])
             lines.append(f"not a layer that can be factorized: {kind} ({names}), {share} of the parameters")
+        if self.macs_elsewhere:
+            whole = self.macs_elsewhere + (self.total("macs_before") or 0)
+            share = _percent(self.macs_elsewhere, whole)
+            macs = _number(self.macs_elsewhere)
+            lines.append(f"not in the MACs above: {macs} outside of these layers, {share} of all")
         return lines
 
     def _shares(self, layers: Sequence[LayerReport]) -> str:
@@ -283,6 +294,8 @@ def count_layer_weights(model: nn.Module, layer_name: str) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"count_layer_weights: model must be an nn.Module, got {type(model).__name__}")
     layers = dict(model.named_modules(remove_duplicate=False))
+    with uncompiled(model) as plain:  # the names in reports
+        layers.update(plain.named_modules(remove_duplicate=False))
     if layer_name not in layers:
         near = difflib.get_close_matches(layer_name, layers, 3) or [name for name in layers if name][:3]
         raise KeyError(
@@ -366,10 +379,6 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None or before == after:
         return _number(before)
     return f"{_number(before)} > {_number(after)} ({before / after:.2f}x)" if after else f"{_number(before)} > 0"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _percent(part: float, whole: float) -> str:

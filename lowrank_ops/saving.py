@@ -29,18 +29,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.files import written_whole
 from lowrank_ops.structure import Structure, named_tensors, note_tree, restructure
 
 KEY = "lowrank_ops"
 
 
+@takes_compiled()
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the parameters, buffers and factorized structure of `model` to a safetensors file.
 
     The file holds tensors and JSON, no pickle; other readers of safetensors see the tensors under their names in the
     state_dict. Tensors that the model shares are stored once, non-persistent buffers not at all. The file is complete
     or not there: it is written under another name first.
+
+    Names are those of the uncompiled model: a file of `torch.compile(model)` loads into the model, and the reverse.
 
     A file of the state_dict alone (torch.save, safetensors' save_file) has no structure in it: `load_state_dict` into
     the dense model lists `in_factor`, `out_factor` and so on as unexpected keys, and no hook of ours can say more: a
@@ -81,6 +85,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise OSError(f"save: {path} cannot be written: {error}") from error
 
 
+@takes_compiled()
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Gives `model` the structure and the values in a file that `save` wrote.
 
@@ -91,7 +96,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             of the layer that it replaces.
 
     Returns:
-        The model, in place. Its outputs are those of the saved one, bit for bit on the same machine.
+        The model, in place. Its values and strides are those of the saved one, bit for bit; so are the outputs of its
+        fused layers, on the same machine with the same number of threads. What the library computes (the chain where
+        the planner takes it, and all other layers) is equal up to rounding: it promises no more.
 
     Raises:
         ValueError: the file is truncated, no safetensors file (torch.save's, say), was not written by `save` or by a

@@ -15,6 +15,10 @@ Ritz value of a Krylov space that begins with random columns of its own (`_MARGI
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +32,18 @@ _FIRST_CHECK, _ITERATIONS = 3, 8
 # The Krylov space of h: random columns, powers, and what is added to its largest Ritz value.
 _PROBES, _POWERS, _MARGIN = 4, 8, 0.1
 
+_EXACT = ContextVar("exact", default=False)
+
+
+@contextmanager
+def exactly(exact: bool = True) -> Iterator[None]:
+    """Within it no decomposition is randomized; `exact` False: as outside of it."""
+    token = _EXACT.set(exact or _EXACT.get())
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
+
 
 def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular vectors and values: `[M, count]`, `[count]` descending and `[count, N]`, in its dtype.
@@ -36,10 +52,10 @@ def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> t
         matrix: `[M, N]`, fp32 or fp64.
         count: at most min(M, N).
         seed: of the randomized method.
-        exact: not the randomized method. Singular values of an fp32 matrix then come from the eigenvalues of its Gram
-            matrix in fp64, which resolve them to 1e-8 of the largest.
+        exact: not the randomized method, which `exactly` excludes too. Singular values of an fp32 matrix then come from
+            the eigenvalues of its Gram matrix in fp64, which resolve them to 1e-8 of the largest.
     """
-    if not exact and worth_randomizing(matrix, count):
+    if not exact and not _EXACT.get() and worth_randomizing(matrix, count):
         found = _randomized(matrix, count, seed)
         if found is not None:
             return found

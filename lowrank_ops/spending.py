@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from lowrank_ops.budget import Budget, Option, allocate
 from lowrank_ops.calls import Calls, model_errors, run_example, synchronize
-from lowrank_ops.options import Choice, Clock, count_cost, empty_module, options_for
-from lowrank_ops.report import count_macs, count_parameters
+from lowrank_ops.options import Choice, Clock, count_cost, empty_module, macs_in, options_for
+from lowrank_ops.report import count_parameters
 from lowrank_ops.surgery import Site, keep_attributes
 from lowrank_ops.tables import figure
 from lowrank_ops.warn import warn
@@ -207,10 +207,7 @@ def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_i
     assert calls is not None
     if budget.kind == "latency":
         return _seconds(model, example_input)
-    total = 0
-    for layer in calls.layers():
-        total += calls.of(layer).total(lambda shape, layer=layer: count_macs(layer, shape)) or 0  # type: ignore[misc]
-    return float(total)
+    return float(sum(macs_in(calls.of(layer), layer) or 0 for layer in calls.layers()))
 
 
 def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], example_input: Any) -> float:
@@ -225,6 +222,7 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
             module = empty_module(layer, option.choice).to_empty(device=layer.weight.device)
             module.reset_parameters()
             keep_attributes(layer, module)
+            module._read_is_known = True  # the report says so
             modules[id(layer)] = module.train(layer.training)
     ratios = []
     for _ in range(_TURNS):

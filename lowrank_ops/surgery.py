@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ def find_sites(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Si
 
 
 class Owners:
-    """Which modules of a model own which parameters."""
+    """Which modules of a model own which parameters, and which hold others in plain attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -76,6 +76,20 @@ class Owners:
                     owner = f"{name}.{key}" if name else f"{type(model).__name__}.{key}"
                     self._owners[id(parameter)].append((module, owner))
 
+        self._holders: dict[int, str] = {}
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                if key not in _NEW[nn.Module]:
+                    owner = f"{name}.{key}" if name else f"{type(model).__name__}.{key}"
+                    self._holders.update((id(held), owner) for held in _modules_in(value))
+
+    def held(self, layer: nn.Module) -> str | None:
+        """Why a layer cannot be replaced that an attribute holds besides; None if none does."""
+        holder = self._holders.get(id(layer))
+        if holder is None:
+            return None
+        return f"the attribute {holder} holds it too, and would keep it: make that an nn.ModuleList or nn.ModuleDict"
+
     def sharing(self, layer: nn.Module) -> str | None:
         """The name of another module's parameter that is also one of this layer's, or None."""
         for parameter in layer._parameters.values():
@@ -83,6 +97,21 @@ class Owners:
                 if module is not layer:
                     return name
         return None
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    """The modules in a value: itself, or in lists, tuples, sets and mappings."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        entry = pending.pop()
+        if isinstance(entry, nn.Module):
+            found.append(entry)
+        elif isinstance(entry, (list, tuple, set, frozenset, deque, Mapping)) and id(entry) not in seen:
+            seen.add(id(entry))
+            pending += entry.values() if isinstance(entry, Mapping) else entry
+    return found
 
 
 def has_hooks(layer: nn.Module) -> bool:

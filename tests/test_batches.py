@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import threading
 import warnings
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lowrank_ops import factorize_
+from lowrank_ops import distill_, factorize_, fold_batchnorm_
 from lowrank_ops.batches import ROWS, Batches, device_of, outputs_of
 
 ROW = torch.arange(6.0).reshape(2, 3)
@@ -187,6 +189,36 @@ def test_an_entry_of_the_inputs_shape_is_not_dropped_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(Batches([[tokens, torch.tensor([0, 1])], [ROW[:, :1], ROW[:, 0]], [ROW, "name"]], "here"))
+
+
+def test_tokens_and_a_mask_in_a_list_are_two_batches_with_a_warning() -> None:
+    tokens = torch.arange(6).reshape(2, 3)
+    for mask in (torch.ones_like(tokens), tokens > 3):
+        with pytest.warns(UserWarning, match=r"here is a list of two tensors.*Give a tuple \(tokens, mask\)"):
+            assert len(list(Batches([tokens, mask], "here"))) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in ([tokens, tokens + 1], [tokens % 2, tokens % 2], [ROW, torch.ones_like(ROW)], (tokens, tokens > 3)):
+            list(Batches(data, "here"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, data: factorize_(model, rank=2, calibration=data, progress=False),
+        lambda model, data: fold_batchnorm_(model, data),
+        lambda model, data: distill_(copy.deepcopy(model), model, data, steps=5, layer_weight=0, progress=False),
+    ],
+    ids=["factorize_", "fold_batchnorm_", "distill_"],
+)
+def test_it_is_said_once_a_call(call: Callable[[nn.Module, object], object]) -> None:
+    """However often the data are run over, and however many batches they have."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16)).eval()
+    data = [[torch.randn(40, 16), torch.ones(40, 16)] for _ in range(3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(model, data)
+    assert sum("only its first entry" in str(warning.message) for warning in caught) == 1
 
 
 def test_arguments_in_lists_and_inside_of_arguments() -> None:

@@ -175,7 +175,7 @@ def test_children_of_what_fx_cannot_trace() -> None:
     model = trained(nn.Sequential(Branch(nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6), nn.ReLU()), nn.Conv2d(6, 3, 1)))
     report = fold_batchnorm_(copy.deepcopy(model))
     assert set(report.untraced) == {"", "0"} and "TraceError" in report.untraced[""]
-    assert "cannot trace 0" in str(report)
+    assert "cannot trace Sequential, 0, so its children were" in str(report)
     assert_folds(model, IMAGE, [("0.body.0", "0.body.1")])
 
 

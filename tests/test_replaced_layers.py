@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lowrank_ops import (
     factorize_,
     fold_activations_,
     fold_batchnorm_,
+    frobenius_decay,
     fuse_,
     load,
     save,
@@ -105,6 +108,7 @@ def test_layers_whose_weights_the_model_computes_with_are_left(
     assert "computes with its weight instead" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore:.* computes with the weight of this module")
 def test_without_data_such_layers_still_work() -> None:
     model = nn.Sequential(SwinBlock()).eval()
     assert len(factorize_(model, rank=0.25, progress=False).replaced) == 3
@@ -122,6 +126,67 @@ def test_layers_that_are_called_and_read_are_replaced_with_a_note(data: str, mon
     assert isinstance(model[0].layer, LowRankLinear)
     assert "also computes with its weight" in str(report["0.layer"].note) and report["0.layer"].reason is None
     assert "also computes with its weight" in str(report)
+
+
+def told(call: Callable[[], object]) -> list[str]:
+    """The warnings of a call that something computes with a weight."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in caught if "computes with the weight of this module" in str(each.message)]
+
+
+class Fusable(nn.Sequential):
+    """As LeViT's and RepVGG's: makes one dense layer of the convolution and its BatchNorm."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        conv, norm = self
+        scale = norm.weight / (norm.running_var + norm.eps) ** 0.5
+        fused = nn.Conv2d(conv.weight.shape[1], conv.weight.shape[0], conv.weight.shape[2:], padding=conv.padding)
+        fused.weight.copy_(conv.weight * scale[:, None, None, None])
+        fused.bias.copy_(norm.bias + (conv.bias - norm.running_mean) * scale)
+        return fused
+
+
+def test_a_models_own_fuse_is_told() -> None:
+    model = Fusable(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)).eval()
+    factorize_(model, rank=0.25, progress=False)
+    (message,) = told(model.fuse)
+    assert message.startswith("TuckerConv2d(16, 32, kernel_size=(3, 3)") and "fuse()" in message
+    input = torch.randn(1, 16, 5, 5)
+    assert not told(lambda: torch.testing.assert_close(model.fuse()(input), model(input)))
+    assert len(told(lambda: copy.deepcopy(model).fuse())) == 1
+
+
+@DATA
+def test_a_read_is_told_once_and_not_where_the_report_has_it(data: str) -> None:
+    """Nor while `factorize_` runs the model itself."""
+    model = nn.Sequential(SwinBlock(), nn.Linear(64, 32), Penalty()).eval()
+    for rank in (0.25, Budget(params=0.8)):
+        tried = copy.deepcopy(model)
+        arguments: dict[str, Any] = {"rank": rank, "progress": False, data: tokens()}
+        assert not told(lambda tried=tried, arguments=arguments: factorize_(tried, **arguments))
+        assert not told(lambda tried=tried: tried(tokens()))
+    factorize_(model, rank=0.25, progress=False)
+    assert len(told(lambda: model(tokens()))) == 3  # qkv, proj and the penalty's
+    assert not told(lambda: model(tokens()))
+
+
+def test_what_needs_no_values_is_not_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(288, 20)).eval()
+    factorize_(model, rank=0.25, progress=False)
+    reads: list[Callable[[], object]] = [
+        lambda: [(layer.weight.dtype, layer.weight.shape, layer.weight.device) for layer in (model[0], model[2])],
+        lambda: (model.state_dict(), list(model.parameters()), copy.deepcopy(model), repr(model)),
+        lambda: (torch.save(model, tmp_path / "pickle"), save(model, tmp_path / "file")),
+        lambda: load(tmp_path / "file", copy.deepcopy(model)),
+        lambda: (model[0].to_dense(), to_chain(model), frobenius_decay(model, 0.1)),
+        lambda: factorize_(nn.Sequential(model, nn.Linear(20, 20)), rank=2, calibration=torch.randn(60, 16, 5, 5)),
+        lambda: model(torch.randn(2, 16, 5, 5)),
+    ]
+    for read in reads:
+        assert not told(read)
 
 
 def test_only_runs_of_the_model_count() -> None:

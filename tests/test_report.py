@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops import Budget, factorize_, timing
+from lowrank_ops.notes import grouped, listed
 from lowrank_ops.report import LayerReport, Report, count_parameters
 from lowrank_ops.tables import as_text, figure, new_table
 
@@ -106,7 +107,57 @@ def test_lines_of_the_same_kind_are_one() -> None:
     model = nn.Sequential(*(nn.Conv2d(16, 16, 3, groups=4) for _ in range(6)), nn.Conv2d(16, 16, 3))
     report = factorize_(model, rank=0.25, progress=False)
     (line,) = report.notes
-    assert line.startswith("left: 0, 1, 2, 3 and 2 more (Conv2d; ") and "groups must be 1" in line
+    assert line.startswith("left: 0 ... 5 (6) (Conv2d; ") and "groups must be 1" in line
+
+
+def test_lines_do_not_grow_with_the_number_of_experts() -> None:
+    """Reasons that differ in their numbers or in names are one line."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(32, 48) for _ in range(40))
+            self.small = nn.ModuleList(nn.Linear(10 + i, 12) for i in range(9))
+            self.tied = nn.ModuleList(nn.Linear(16, 24) for _ in range(10))
+            self.also_tied = nn.ModuleList(nn.Linear(16, 24) for _ in range(10))
+            for one, other in zip(self.tied, self.also_tied, strict=True):
+                other.weight = one.weight
+            self.narrow = nn.ModuleList(nn.Linear(4 + i % 3, 32) for i in range(20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = zip(self.experts, x.split([*range(1, 31), 200]), strict=False)  # nine experts get nothing
+            return torch.cat([expert(rows) for expert, rows in parts])
+
+    data = torch.randn(sum(range(1, 31)) + 200, 32)
+    with pytest.warns(UserWarning, match="few calibration data for 30 of 40 layers"):
+        report = factorize_(Mixture(), rank=8, calibration=(data,), progress=False)
+    left = ["tied.0 ... tied.9 (10)", "also_tied.0 ... also_tied.9 (10)", "small.0 ... small.8 (9)"]
+    lines = {note.removeprefix("left: ").partition(" (Linear")[0]: note for note in report.notes}
+    assert set(lines) > {*left, "narrow.0 ... narrow.19 (20)"} and len(lines) == 6
+    assert "it shares a parameter with also_tied.0 to 9.weight; untie" in lines[left[0]]
+    assert "rank 8 has 188 to 252 parameters, the dense layer 132 to 228" in lines[left[2]]
+    assert report.notes[-2:] == [
+        "experts.0 ... experts.29 (30): 1 to 30 calibration rows for 32 inputs: its factors lean on its weight",
+        "experts.31 ... experts.39 (9): the calibration data do not reach it: its factors keep its weight alone",
+    ]
+
+
+def test_texts_are_told_together() -> None:
+    told: list[tuple[str | None, str]] = [
+        ("3 of 1.5 rows of x.3.w, 'a.1', float32, 8x8", "a"),
+        (None, "b"),
+        ("other", "c"),
+    ]
+    told.append(("11 of 0.5 rows of x.12.w, 'a.2', float32, 8x8", "d"))
+    told.append(("11 of 0.5 rows of x.12.w, 'a.2', float64, 8x8", "e"))
+    assert grouped(told) == [
+        ("3 to 11 of 0.5 to 1.5 rows of x.3 to 12.w, 'a.1', float32, 8x8", ["a", "d"]),
+        ("other", ["c"]),
+        ("11 of 0.5 rows of x.12.w, 'a.2', float64, 8x8", ["e"]),
+    ]
+    assert listed(["0", "3", "head"]) == "0, 3, head"
+    assert listed([*(f"experts.{i}.up" for i in range(64)), "head"]) == "experts.0.up ... experts.63.up (64), head"
+    assert listed([*"abcde", *(f"f.{i}" for i in range(9))]) == "a, b, c, d and 10 more"
 
 
 def test_milliseconds_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +277,16 @@ def test_explain_has_no_empty_columns_and_breaks_no_heading(monkeypatch: pytest.
     assert heading.split() == ["kernel", "GFLOP", "MB"]
 
 
+@pytest.mark.parametrize("width", range(60, 130, 5))
+def test_no_heading_of_an_explanation_is_broken(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Also where cells have more than one word and no plan has a reason against it."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    for device in ("cpu", "A100"):
+        text = str(lowrank_ops.explain(BLOCK, (1, 64, 14, 14), device=device))
+        headings = next(line for line in text.splitlines() if line.split()[:1] == ["kernel"])
+        assert "chain of torch ops" in text and ("predicted" in headings.split() or headings.split()[1:] == ["plan"])
+
+
 def test_a_wide_terminal_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     table = new_table("wide")
@@ -266,6 +327,7 @@ model = nn.Sequential()
 model.add_module("gr\\u00f6\\u00dfe", nn.Conv2d(16, 16, 3))
 print(lowrank_ops.factorize_(model, rank=0.25))
 print(lowrank_ops.explain(model, (1, 16, 8, 8)))
+print(lowrank_ops.prepare_for_inference_(model.eval()))
 """
 
 
@@ -275,4 +337,5 @@ def test_an_ascii_stdout_is_enough() -> None:
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert "gr\\xf6\\xdfe" in done.stdout.decode("ascii") and "tucker_conv2d" in done.stdout.decode("ascii")
+    printed = done.stdout.decode("ascii")
+    assert printed.count("gr\\xf6\\xdfe") == 2 and "tucker_conv2d" in printed and "KiB packed" in printed

@@ -1,9 +1,11 @@
-"""`save` and `load`: the same bits in another process; files that do not fit are refused, the model unchanged."""
+"""`save` and `load`: the same values in another process, and the same bits from fused layers; files that do not fit are
+refused, the model unchanged."""
 
 from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from lowrank_ops import (
     load,
     save,
     saving,
+    set_policy,
 )
 
 # A class of its own module: the other process imports it from the same text.
@@ -104,27 +107,41 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("method", "fold"), [("tucker", True), ("cp", False)])
 def test_another_process_gives_the_same_bits(path: Path, method: str, fold: bool) -> None:
+    """Of every tensor, and of the blocks on the inputs that they get there. The other layers are torch's own: which of
+    its convolutions and matrix products runs is for torch to choose."""
     model = factorized(method, fold).to(memory_format=torch.channels_last)
     save(model, path)
     threads = torch.get_num_threads()
     script = f"""{SOURCE}
-import sys
-from safetensors.torch import load_file, save_file
+import pickle, sys
 import lowrank_ops
+from lowrank_ops.module_base import FactorizedModule
 torch.set_num_threads({threads})
 torch.manual_seed(99)
+with open(sys.argv[2], "rb") as file:
+    input = pickle.load(file)
 model = lowrank_ops.load(sys.argv[1], Network().eval())
-with torch.no_grad():
-    save_file({{"output": model(load_file(sys.argv[2])["input"])}}, sys.argv[3])
+calls = []
+for name, module in model.named_modules():
+    if isinstance(module, FactorizedModule):
+        module.register_forward_hook(lambda _, args, output, name=name: calls.append((name, args[0], output)))
+with torch.no_grad(), lowrank_ops.set_policy("fused"):
+    output = model(input)
+with open(sys.argv[2], "wb") as file:
+    pickle.dump((model.state_dict(), calls, output), file)
 """
-    save_file({"input": INPUT}, path.with_name("input"))
-    arguments = [str(path), str(path.with_name("input")), str(path.with_name("output"))]
+    exchanged = path.with_name("exchanged")
+    exchanged.write_bytes(pickle.dumps(INPUT))
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, cwd=root)
-    with torch.no_grad():
-        expected = model(INPUT)
-    assert expected.norm() > 0
-    assert torch.equal(load_file(arguments[2])["output"], expected)
+    subprocess.run([sys.executable, "-c", script, str(path), str(exchanged)], check=True, cwd=root)
+    state, calls, output = pickle.loads(exchanged.read_bytes())
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value) and state[name].stride() == value.stride(), name
+    assert [name for name, _, _ in calls] == ["body.0", "body.3", "shared", "shared", "line.1"]
+    with torch.no_grad(), set_policy("fused"):
+        for name, input, found in calls:
+            assert found.norm() > 0 and torch.equal(model.get_submodule(name)(input), found), name
+        torch.testing.assert_close(output, model(INPUT))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

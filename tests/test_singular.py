@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank_ops import singular
+from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, factorize_, singular
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.singular import leading_svd, leading_vectors
 
@@ -173,3 +173,48 @@ def test_the_seed_is_all_that_a_randomized_decomposition_depends_on() -> None:
         second = svd_decompose(matrix, RANK, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first.in_factor, second.in_factor) and torch.equal(first.out_factor, second.out_factor)
+
+
+def in_model(**arguments: Any) -> Callable[[bool], object]:
+    def run(exact: bool) -> object:
+        model = nn.Sequential(nn.Linear(ROWS, ROWS))
+        return factorize_(model, rank=16, exact=exact, progress=False, **arguments)
+
+    return run
+
+
+DECOMPOSING: dict[str, Callable[[bool], object]] = {
+    "linear": lambda exact: LowRankLinear.from_linear(nn.Linear(ROWS, ROWS), 16, exact=exact),
+    "1x1 convolution": lambda exact: CPConv2d.from_conv2d(nn.Conv2d(ROWS, ROWS, 1), 16, exact=exact),
+    "convolution of width 1": lambda exact: CPConv1d.from_conv1d(nn.Conv1d(ROWS, ROWS, 1), 16, exact=exact),
+    "factorize_": in_model(),
+    "calibrated": in_model(calibration=torch.randn(40, ROWS)),
+}
+
+
+@pytest.mark.parametrize("call", DECOMPOSING)
+@pytest.mark.filterwarnings("ignore:.*few calibration data")
+def test_exact_where_it_is_asked_for(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def spy(matrix: Tensor, count: int, seed: int) -> None:
+        tried.append(count)  # and nothing found: exact then, too
+
+    monkeypatch.setattr(singular, "_randomized", spy)
+    DECOMPOSING[call](True)
+    assert not tried
+    DECOMPOSING[call](False)
+    assert tried
+
+
+def test_exact_in_other_processes() -> None:
+    """To the bit what this process gives."""
+    torch.manual_seed(0)
+    layer = nn.Linear(ROWS, ROWS)
+    found = []
+    for options in ({"exact": True}, {"exact": True, "n_jobs": 2}, {}):
+        model = nn.Sequential(nn.Linear(ROWS, ROWS))
+        model.load_state_dict({f"0.{name}": value for name, value in layer.state_dict().items()})
+        factorize_(model, rank=16, progress=False, **options)  # type: ignore[arg-type]
+        found.append(model[0].relative_error)
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[2] > found[0] * (1 + 1e-6)
