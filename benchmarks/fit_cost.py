@@ -3,9 +3,11 @@
 Reads files written by `benchmarks.run --peers chain forced --json`, asks the planner for what it counts for each cell,
 fits the nanoseconds that a feature costs, fused and as a chain, for each op, dtype, layout and class of instruction
 sets, and writes csrc/plan/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted anew
-some times so that a few cells which the model cannot explain do not bend it. What it is judged by is the regret: how
-much longer the paths that the model picks take than the faster path of every cell. Times are fitted path by path, and
-their errors decide where both are close: so the chain's constants are scaled at last by the factor of least regret.
+some times so that a few cells which the model cannot explain do not bend it. Cells where both paths take about the
+same time count more, as errors decide there. What it is judged by is the regret: how much longer the paths that the
+model picks take than the faster path of every cell. Times are fitted path by path: so the chain's constants are scaled
+at last by the factor of least loss, which is the regret with cells that run fused, and slower, counted three times:
+a user who never chose a path must not lose to the plain chain.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "cost_constants.inc"
 Vector = NDArray[np.float64]
-Group = tuple[str, str, str, str]
-"""Class of instruction sets, op, dtype and layout: what has constants of its own."""
+Group = tuple[str, str, str, str, bool]
+"""Class of instruction sets, op, dtype, layout and whether a Tucker block has a rank of one ("thin"): what has
+constants of its own."""
+FUSED_COUNTS = 3.0  # in the loss, of a cell that runs fused and would be faster as a chain
+NEAR = 0.3  # logarithm of the paths' ratio from which on cells count less in the fit
 OPS = {"tucker_conv2d": "kTucker", "cp_conv2d": "kCP", "lowrank_linear": "kLinear"}
 DTYPES = {"float32": "kFloat", "bfloat16": "kBFloat16"}
 LAYOUTS = {"nchw": "kContiguous", "channels_last": "kChannelsLast"}
@@ -95,6 +100,10 @@ def prediction(cell: Cell, dtype: str, layout: str, machine: dict[str, Any]) -> 
     return found
 
 
+def _is_thin(cell: Cell) -> bool:
+    return isinstance(cell.rank, tuple) and min(cell.rank) == 1
+
+
 def _bytes(text: str) -> int:
     return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
 
@@ -125,7 +134,7 @@ def read(path: str | Path) -> list[Observation]:
         found.append(
             Observation(
                 name=f"{cell} {layout} {dtype}",
-                group=(isa_class(content["machine"], dtype), cell.op, dtype, layout_of_constants),
+                group=(isa_class(content["machine"], dtype), cell.op, dtype, layout_of_constants, _is_thin(cell)),
                 fused_features=np.array(planned["fused_features"]),
                 chain_features=np.array(planned["chain_features"]),
                 takes_chain=planned["chain"],
@@ -138,29 +147,39 @@ def read(path: str | Path) -> list[Observation]:
     return found
 
 
-def solve(features: Iterable[Vector], times: Iterable[float]) -> Vector:
-    """Non-negative constants with a small relative error: squared for small errors, less for large ones."""
+def solve(features: Iterable[Vector], times: Iterable[float], counts: Vector | float = 1.0) -> Vector:
+    """Non-negative constants with a small relative error: squared for small errors, less for large ones.
+
+    `counts` says how much each row counts.
+    """
     times = np.array(list(times))
     rows = np.array(list(features)) / times[:, None]
     scale = np.maximum(rows.max(axis=0), 1e-30)
     rows /= scale
-    weight = np.ones(len(times))
+    weight = np.sqrt(counts) * np.ones(len(times))
     for _ in range(20):
         found, _ = nnls(rows * weight[:, None], weight)
         share = rows @ found  # predicted of measured
-        weight = 1 / np.sqrt((np.abs(share - 1) + 0.05) * np.maximum(share, 1))
+        weight = np.sqrt(counts / ((np.abs(share - 1) + 0.05) * np.maximum(share, 1)))
     return np.asarray(found / scale)
 
 
 def fit(observations: Sequence[Observation]) -> Constants:
-    """Constants for both paths' times, each for itself, then the chain's scaled to the least regret."""
-    fused = solve((o.fused_features for o in observations), (o.fused for o in observations))
-    chain = solve((o.chain_features for o in observations), (o.chain for o in observations))
-    scales = np.arange(0.7, 1.6001, 0.02)
-    regrets = [regret(picks(observations, Constants(fused, chain * scale))) for scale in scales]
+    """Constants for both paths' times, each for itself, then the chain's scaled to the least loss."""
+    counts = np.array([1 / (abs(np.log(o.fused / o.chain)) + NEAR) for o in observations])
+    fused = solve((o.fused_features for o in observations), (o.fused for o in observations), counts)
+    chain = solve((o.chain_features for o in observations), (o.chain for o in observations), counts)
+    scales = np.arange(0.5, 1.6001, 0.02)
+    losses = np.array([loss(picks(observations, Constants(fused, chain * scale))) for scale in scales])
     # In the middle of the scales that are as good as the best: nothing was measured that decides between them.
-    best = scales[np.array(regrets) <= min(regrets) + 1e-4]
+    best = scales[losses <= losses.min() + 1e-4]
     return Constants(fused, chain * float(np.median(best)))
+
+
+def loss(observations: Sequence[Observation]) -> float:
+    """Mean logarithm of (time of the path picked / time of the faster path), fused ones counted FUSED_COUNTS times."""
+    lost = [np.log(o.picked / min(o.chain, o.fused)) * (1.0 if o.takes_chain else FUSED_COUNTS) for o in observations]
+    return float(np.mean(lost))
 
 
 def picks(observations: Sequence[Observation], constants: Constants) -> list[Observation]:
@@ -187,11 +206,11 @@ def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
         "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/fit_cost.py; measured on",
         f"// {', '.join(cpus)}, its instruction sets capped. Do not edit.",
     ]
-    for (isa, op, dtype, layout), constants in sorted(groups.items()):
+    for (isa, op, dtype, layout, thin), constants in sorted(groups.items()):
         numbers = (
             "{" + ", ".join(f"{value:.4g}" for value in vector) + "}" for vector in (constants.fused, constants.chain)
         )
-        names = f'"{isa}", Op::{OPS[op]}, DType::{DTYPES[dtype]}, Layout::{LAYOUTS[layout]}'
+        names = f'"{isa}", Op::{OPS[op]}, DType::{DTYPES[dtype]}, Layout::{LAYOUTS[layout]}, {str(thin).lower()}'
         found.append(f"{{{names}, {', '.join(numbers)}}},")
     return found
 
@@ -209,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         groups[name] = fit(group)
         decided = picks(group, groups[name])
         print(
-            f"{' '.join(name)}: {len(group)} cells, regret {regret(decided):.2%} (today's constants "
+            f"{' '.join(map(str, name))}: {len(group)} cells, regret {regret(decided):.2%} (today's constants "
             f"{regret(group):.2%}), below 0.9 of the library's chain {share_below(decided, 0.9):.1%}, "
             f"below 0.8 {share_below(decided, 0.8):.1%}"
         )

@@ -95,8 +95,9 @@ def test_the_constants_are_those_of_the_committed_results() -> None:
     """Every group that was measured has constants, and no other."""
     groups = {o.group for path in RESULTS if "zen4" not in path.stem for o in fit_cost.read(path)}
     text = fit_cost.CONSTANTS.read_text()
-    for isa, op, dtype, layout in groups:
-        names = f'"{isa}", Op::{fit_cost.OPS[op]}, DType::{fit_cost.DTYPES[dtype]}, Layout::{fit_cost.LAYOUTS[layout]},'
+    for isa, op, dtype, layout, thin in groups:
+        kind = f"DType::{fit_cost.DTYPES[dtype]}, Layout::{fit_cost.LAYOUTS[layout]}, {str(thin).lower()},"
+        names = f'"{isa}", Op::{fit_cost.OPS[op]}, {kind}'
         assert text.count(names) == 1, names
     assert text.count("\n{") == len(groups)
 

@@ -189,6 +189,7 @@ struct Constants {
   Op op;
   DType dtype;
   Layout layout;  // of a linear layer always kContiguous
+  bool thin;      // a Tucker block with a rank of one: libraries have convolutions of their own for one channel
   Features fused, chain;
 };
 constexpr Constants kConstants[] = {
@@ -202,8 +203,10 @@ const Constants* constants_for(const Problem& p, const CpuCaps& caps) {
                                : p.dtype == DType::kBFloat16 && caps.bfloat16_dot ? "avx512bf16"
                                                                                   : "avx512";
   const Layout layout = p.op == Op::kLinear ? Layout::kContiguous : p.layout;
+  const bool thin = p.op == Op::kTucker && std::min(p.r1, p.r2) == 1;
   for (const Constants& constants : kConstants)
-    if (constants.isa == isa && constants.op == p.op && constants.dtype == p.dtype && constants.layout == layout)
+    if (constants.isa == isa && constants.op == p.op && constants.dtype == p.dtype && constants.layout == layout &&
+        constants.thin == thin)
       return &constants;
   return nullptr;
 }
