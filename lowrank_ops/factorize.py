@@ -27,7 +27,7 @@ from lowrank_ops.fuse import fuse_
 from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
-from lowrank_ops.moment_groups import moment_groups
+from lowrank_ops.moment_groups import moment_groups, room
 from lowrank_ops.moments import gather_moments
 from lowrank_ops.options import Choice, empty_module, is_matrix
 from lowrank_ops.ranks import Rank
@@ -416,19 +416,22 @@ class _Work:
             return
         sites = [site for site in group if id(site.layer) in self.replacements and id(site.layer) in self.seen]
         relu = rectified(self.model, [site.layer for site in sites])
+        limit = room(self.model)
         stage = max(1, -(-sum(map(len, self.groups)) // STAGES))
         fits = []
         for site in sites:
             key, whitening = id(site.layer), self.whitening(site)
             assert whitening is not None
-            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], key in relu))
+            positions, _ = self.seen[key]
+            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], positions, key in relu))
+        self.whitenings, self.at_hand = {}, -1  # of them only those of the gradients are needed from here on
         with _bar(None, "fit", self.progress, len(fits) * self.batch_count) as bar, self.failing():
 
             def step(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits, stage)
+            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits, stage, limit)
         self.output_errors.update(errors)
         for site in sites:
             module = self.replacements[id(site.layer)]
