@@ -98,12 +98,14 @@ def factorize_(
             that is fitted gets a bias if it has none. Some hundred images and a few thousand pixels per layer are
             enough; where rows are fewer than a layer's inputs, its factors lean on its weight (with a warning), and
             where there are none, they keep the weight alone; both are noted in the report. A quarter of the rows is
-            held out; the report's output errors are those on them. The model runs in eval mode, twice per
+            held out; the report's output errors are those on them of a fit without them, and the layer is then
+            fitted once more to all rows. The model runs in eval mode, twice per
             layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
-            factorized modules, memory holds the second moments of as many layers as take half the model, 256 MiB or
-            one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
-            with a `Budget`), the rows to which a stage's layers are fitted (`lowrank_ops.calibration`), and what a
-            backward pass of a batch keeps. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics
+            factorized modules, memory holds the second moments of as many layers as take a quarter of the model, 64 MiB
+            or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
+            with a `Budget`), as much again of rows to which layers are fitted together, one layer's matrices in fp64
+            (several times its moments while they are factored), and what a backward pass of a batch keeps. Fold
+            BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics
             afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
