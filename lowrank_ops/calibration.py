@@ -6,12 +6,14 @@ them. Of more than `STAGES` layers several take their rows from the same runs, s
 not with its square; of those, the ones before a layer are then factorized but not fitted yet. Rows of input and output
 are copied at random positions (`lowrank_ops.moments`), never whole activations.
 
-A quarter of the rows is held out of all of it. They decide how much of a fit there is, and give the reported error.
+A quarter of the rows is held out. They decide how much of a fit there is, and give the reported error; then the layer
+is fitted once more, to all rows. The rows of layers that are fitted together take a limited part of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch, Batches
-from lowrank_ops.fitting import Regression, refit
+from lowrank_ops.fitting import CHUNK, Regression, refit
 from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.moment_groups import moment_bytes
 from lowrank_ops.moments import HeldOut, Watched, count_positions, draw_positions, input_rows, output_rows, watch
 from lowrank_ops.roots import Root
 from lowrank_ops.surgery import Site
@@ -41,12 +44,14 @@ def positions_for(width: int) -> int:
 @dataclass
 class Fit:
     """One layer to fit: where it stands, the factorized module for it, the root of its gradient's moment (None once it
-    is fitted), how often a run of the model calls it, whether a ReLU follows it."""
+    is fitted), how often a run of the model calls it, on how many output positions all runs do, whether a ReLU follows
+    it."""
 
     site: Site
     module: FactorizedModule
     gradient: Root | None
     calls: int
+    positions: int
     relu: bool = False
 
 
@@ -58,6 +63,7 @@ def fit_in_order_(
     step: Callable[[str], Any],
     fitted: Sequence[Fit] = (),
     stage: int = 1,
+    room: float = math.inf,
 ) -> dict[int, float | None]:
     """Fits the last factors and the bias of modules, in place; the model itself is as before afterwards.
 
@@ -67,7 +73,8 @@ def fit_in_order_(
         batches: calibration data, `count` batches.
         step: called before each batch with the layer's name (progress).
         fitted: earlier ones, whose modules stand for their layers in the factorized model.
-        stage: so many layers take their rows from the same runs of the model.
+        stage: so many layers at most take their rows from the same runs of the model.
+        room: bytes that the rows of these layers may take; those of a single one at least what its moments take.
 
     Returns:
         Relative errors of the outputs on the held-out rows, by id of the dense layer; None where there are none.
@@ -79,15 +86,15 @@ def fit_in_order_(
     done = list(fitted)
     state = ModelState(model)
     try:
-        for start in range(0, len(fits), stage):
-            rows = [_Rows(fit, count) for fit in fits[start : start + stage]]
+        for rows in _stages(fits, count, stage, room):
             runs = _Runs(model, state, rows, done)
             with batches.same_order():
                 for index, batch in enumerate(batches):
                     for of_layer in rows:
                         step(of_layer.fit.site.names[0])
                     runs.add(batch, index)
-            for of_layer in rows:
+            while rows:
+                of_layer = rows.pop(0)
                 errors[id(of_layer.fit.site.layer)] = _fit(of_layer)
                 done.append(of_layer.fit)
     finally:
@@ -96,35 +103,65 @@ def fit_in_order_(
     return errors
 
 
+def _stages(fits: Sequence[Fit], count: int, stage: int, room: float) -> Iterator[list[_Rows]]:
+    """The layers that take their rows from the same runs: at most `stage`, whose rows fit into the room."""
+    rows: list[_Rows] = []
+    for fit in fits:
+        of_layer = _Rows(fit, count, room)
+        if len(rows) == stage or (rows and sum(each.bytes for each in rows) + of_layer.bytes > room):
+            yield rows
+            rows = []
+        rows.append(of_layer)
+    if rows:
+        yield rows
+
+
 def _fit(rows: _Rows) -> float | None:
     fit = rows.fit
-    fitted, judged = rows.regression(held=False), rows.regression(held=True)
+    _, _, map_of, rank = _problem(fit.module)
+    prior = map_of()
+    fitted, judged = (Regression(features, targets, prior, fit.gradient) for features, targets in rows.parts())
     for regression in (fitted, judged):
-        if not bool(torch.isfinite(regression.features).all() and torch.isfinite(regression.targets).all()):
+        if not all(map(_finite, (regression.features, regression.targets))):
             raise ValueError(
                 f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
                 "exclude it, or leave out the samples that cause them"
             )
-    outputs, bias = len(rows.prior), fit.module.bias
+    outputs, bias = len(prior), fit.module.bias
     offset = torch.zeros(outputs) if bias is None else bias.detach()
-    present = torch.eye(outputs, dtype=torch.float64), rows.prior, offset.double().cpu()
-    solution, error = refit(fitted, judged, present, rows.rank, fit.relu)
+    present = torch.eye(outputs, dtype=torch.float64), prior, offset.double().cpu()
+    solution, error = refit(fitted, judged, present, rank, fit.relu)
     if solution is not present:
-        _write(fit.module, *solution, whole=rows.rank is not None)
+        _write(fit.module, *solution, whole=rank is not None)
     return error
 
 
-class _Rows:
-    """Rows of a layer, held-out ones and others: features that its module sees, targets that the dense layer gives."""
+def _finite(rows: Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in rows.split(CHUNK))
 
-    def __init__(self, fit: Fit, count: int) -> None:
+
+class _Rows:
+    """Rows of a layer, held-out ones and others: features that its module sees, targets that the dense layer gives.
+
+    Both kinds lie in one memory, the held-out ones from its end on: no copy is made of them.
+
+    Attributes:
+        bytes: that all of them take at most; no more than the room or the layer's moments.
+    """
+
+    def __init__(self, fit: Fit, count: int, room: float) -> None:
         self.fit = fit
-        self.features_of, self.prior, self.rank = _problem(fit.module)
-        drawn = positions_for(self.prior.shape[1]) * 4 // 3  # with the held-out ones
-        self._positions = max(drawn // (count * fit.calls), 1)
+        self._features_of, width, _, _ = _problem(fit.module)
+        weight: Any = fit.site.layer.weight
+        self._widths = width, weight.shape[0]
+        entry = sum(self._widths) * max(weight.element_size(), 4)
+        drawn = int(min(positions_for(width) * 4 // 3, max(room, moment_bytes(fit.site.layer)) / entry))  # type: ignore[arg-type]
+        self._positions = max(drawn // (count * fit.calls), 1)  # with the held-out ones
+        self._limit = min(self._positions * count * fit.calls, fit.positions)
+        self.bytes = self._limit * entry
         self._held_out = HeldOut()
-        none = torch.empty(0, self.prior.shape[1]), torch.empty(0, len(self.prior))
-        self._parts: dict[bool, list[tuple[Tensor, Tensor]]] = {False: [none], True: [none]}
+        self._memory: tuple[Tensor, Tensor] | None = None  # features and targets
+        self._filled = [0, 0]  # rows to fit, and held-out ones
         self.begin(0)
 
     def begin(self, index: int) -> None:
@@ -148,7 +185,8 @@ class _Rows:
         layer: Any = self.fit.site.layer
         known = call < len(self._chosen) and call not in self._features
         if known and self._chosen[call][0] == count_positions(layer, output):
-            self._features[call] = self.features_of(input_rows(layer, input, self._chosen[call][1]))
+            parts = self._chosen[call][1].split(CHUNK)
+            self._features[call] = torch.cat([self._features_of(input_rows(layer, input, part)) for part in parts])
 
     def see_both(self, call: int, input: Tensor, output: Tensor) -> None:
         """A call of both: no layer before it is factorized."""
@@ -162,13 +200,27 @@ class _Rows:
     def end(self) -> None:
         """Keeps the rows of the batch."""
         for call, (_, _, held) in enumerate(self._chosen):
-            for part in (False, True):
-                self._parts[part].append((self._features[call][held == part], self._targets[call][held == part]))
+            pair = self._features.pop(call), self._targets[call]
+            for part in (0, 1):
+                self._keep([rows[held == bool(part)] for rows in pair], part)
+        self.begin(self._index)
 
-    def regression(self, held: bool) -> Regression:
-        """Of the rows so far, which this forgets."""
-        features, targets = map(_joined, zip(*self._parts.pop(held), strict=True))
-        return Regression(features, targets, self.prior, self.fit.gradient)
+    def _keep(self, pair: Sequence[Tensor], part: int) -> None:
+        if self._memory is None:
+            dtype = torch.promote_types(torch.promote_types(pair[0].dtype, pair[1].dtype), torch.float32)
+            features, targets = (torch.empty(self._limit, width, dtype=dtype) for width in self._widths)
+            self._memory = features, targets
+        number = min(len(pair[0]), self._limit - sum(self._filled))
+        start = self._limit - self._filled[1] - number if part else self._filled[0]
+        for memory, rows in zip(self._memory, pair, strict=True):
+            memory[start : start + number] = rows[:number]
+        self._filled[part] += number
+
+    def parts(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Features and targets of the rows to fit, and of the held-out ones in the order in which they came."""
+        features, targets = self._memory or (torch.empty(0, self._widths[0]), torch.empty(0, self._widths[1]))
+        end, start = self._filled[0], len(features) - self._filled[1]
+        return (features[:end], targets[:end]), (features[start:], targets[start:])
 
 
 class _Runs:
@@ -219,19 +271,16 @@ def _put_dense(fits: Collection[Fit]) -> None:
         fit.site.put(fit.site.layer)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    rows = torch.cat([part.detach().cpu() for part in parts])
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _problem(module: FactorizedModule) -> tuple[Callable[[Tensor], Tensor], Tensor, int | None]:
-    """What a module's last factors are fitted by: features of input rows `[N, S, K]`, the present map, its rank (None:
-    the map is out_factor alone).
+def _problem(
+    module: FactorizedModule,
+) -> tuple[Callable[[Tensor], Tensor], int, Callable[[], Tensor], int | None]:
+    """What a module's last factors are fitted by: features of input rows `[N, S, K]`, their number, a function that
+    gives the present map (of the dense weight's size), its rank (None: the map is out_factor alone).
 
     Tucker: all windows of hidden pixels, the map is core and out_factor. A matrix: the input itself, the map is both
     factors. CP, and what is too wide: the features before out_factor.
     """
-    factors = {name: factor.detach().double().cpu() for name, factor in module.factors().items()}
+    factors = {name: factor.detach().cpu() for name, factor in module.factors().items()}
     first, last = factors["in_factor"], factors["out_factor"]
 
     def hidden(rows: Tensor) -> Tensor:
@@ -242,20 +291,27 @@ def _problem(module: FactorizedModule) -> tuple[Callable[[Tensor], Tensor], Tens
     if core is not None:
         inner = core.flatten(1)
         if inner.shape[1] <= WIDEST:
-            return lambda rows: hidden(rows).flatten(1), last @ inner, inner.shape[0]
-        return lambda rows: hidden(rows).flatten(1) @ inner.T.to(hidden(rows[:1])), last, None
+            map = lambda: last.double() @ inner.double()  # noqa: E731
+            return lambda rows: hidden(rows).flatten(1), inner.shape[1], map, inner.shape[0]
+        features = lambda rows: hidden(rows).flatten(1) @ inner.T.to(hidden(rows[:1]))  # noqa: E731
+        return features, len(inner), last.double, None
     taps = _taps(factors)
     if taps.shape[1] == 1 and first.shape[1] <= WIDEST:
-        return lambda rows: rows.flatten(1), (last * taps.T) @ first, len(first)
-    return lambda rows: torch.einsum("prk,rk->pr", hidden(rows), taps.to(hidden(rows[:1]))), last, None
+        map = lambda: (last.double() * taps.T) @ first.double()  # noqa: E731
+        return lambda rows: rows.flatten(1), first.shape[1], map, len(first)
+
+    def summed(rows: Tensor) -> Tensor:
+        return torch.einsum("prk,rk->pr", hidden(rows), taps.to(hidden(rows[:1])))
+
+    return summed, len(first), last.double, None
 
 
 def _taps(factors: dict[str, Tensor]) -> Tensor:
-    """`[R, K]`: the product of CP's spatial factors; ones for a linear layer."""
-    taps = factors["in_factor"].new_ones(len(factors["in_factor"]), 1)
+    """`[R, K]`, fp64: the product of CP's spatial factors; ones for a linear layer."""
+    taps = torch.ones(len(factors["in_factor"]), 1, dtype=torch.float64)
     for name in ("height_factor", "width_factor"):
         if name in factors:
-            taps = (taps.unsqueeze(2) * factors[name].unsqueeze(1)).flatten(1)
+            taps = (taps.unsqueeze(2) * factors[name].double().unsqueeze(1)).flatten(1)
     return taps
 
 

@@ -28,7 +28,7 @@ from lowrank_ops.fuse import fuse_
 from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
-from lowrank_ops.moment_groups import moment_groups
+from lowrank_ops.moment_groups import moment_groups, room
 from lowrank_ops.moments import gather_moments
 from lowrank_ops.notes import listed
 from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
@@ -103,12 +103,14 @@ def factorize_(
             that is fitted gets a bias if it has none. Some hundred images and a few thousand pixels per layer are
             enough; where rows are fewer than a layer's inputs, its factors lean on its weight (with a warning), and
             where there are none, they keep the weight alone; both are noted in the report. A quarter of the rows is
-            held out; the report's output errors are those on them. The model runs in eval mode, twice per
+            held out; the report's output errors are those on them of a fit without them, and the layer is then
+            fitted once more to all rows. The model runs in eval mode, twice per
             layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
-            factorized modules, memory holds the second moments of as many layers as take half the model, 256 MiB or
-            one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
-            with a `Budget`), the rows to which a stage's layers are fitted (`lowrank_ops.calibration`), and what a
-            backward pass of a batch keeps. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics
+            factorized modules, memory holds the second moments of as many layers as take a quarter of the model, 64 MiB
+            or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
+            with a `Budget`), as much again of rows to which layers are fitted together, one layer's matrices in fp64
+            (several times its moments while they are factored), and what a backward pass of a batch keeps. Fold
+            BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics
             afterwards (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
@@ -459,12 +461,15 @@ class _Work:
             return
         sites = [site for site in group if id(site.layer) in self.replacements and id(site.layer) in self.seen]
         relu = rectified(self.model, [site.layer for site in sites])
+        limit = room(self.model)
         stage = max(1, -(-sum(map(len, self.groups)) // STAGES))
         fits = []
         for site in sites:
             key, whitening = id(site.layer), self.whitening(site)
             assert whitening is not None
-            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], key in relu))
+            positions, _ = self.seen[key]
+            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], positions, key in relu))
+        self.whitenings, self.at_hand = {}, -1  # of them only those of the gradients are needed from here on
         progress = _bar(None, "fit", self.progress, len(fits) * self.batch_count)
         with progress as bar, self.failing(), exactly(self.exact):
 
@@ -472,7 +477,7 @@ class _Work:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits, stage)
+            errors = fit_in_order_(self.model, fits, self.batches, self.batch_count, step, self.fits, stage, limit)
         self.output_errors.update(errors)
         for site in sites:
             module = self.replacements[id(site.layer)]

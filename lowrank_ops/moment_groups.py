@@ -19,8 +19,14 @@ from lowrank_ops.moments import Layer, add_calls
 from lowrank_ops.shrinkage import WIDEST
 from lowrank_ops.surgery import Site
 
-# What a group may take: that part of the model's parameters, so many bytes, or one layer's moments, whichever is more.
-SHARE, LEAST = 0.5, 2**28
+# What a group may take, and the rows to which layers are fitted together: that part of the model's parameters, so many
+# bytes, or one layer's moments, whichever is more.
+SHARE, LEAST = 0.25, 2**26
+
+
+def room(model: nn.Module) -> float:
+    """Bytes for the moments of a group of layers, and as many for the rows of layers that are fitted together."""
+    return max(SHARE * sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()), LEAST)
 
 
 def moment_bytes(layer: Layer) -> int:
@@ -43,7 +49,7 @@ def moment_groups(
 
     Layers that the model never calls are in the last group.
     """
-    most = max(SHARE * sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()), LEAST)
+    most = room(model)
     sizes = {id(site.layer): moment_bytes(site.layer) for site in sites}  # type: ignore[arg-type]
     if sum(sizes.values()) <= most:
         return [list(sites)]

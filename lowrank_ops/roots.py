@@ -36,19 +36,22 @@ class Root:
     def of(cls, moment: Tensor) -> Root:
         """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, in its dtype, computed in fp64; all ones
         for one of zeros."""
-        dtype, moment = moment.dtype, moment.double()
+        dtype = moment.dtype
         if not bool(moment.any()):
             return cls(torch.ones(len(moment), dtype=dtype))
         if moment.dim() == 1:
+            moment = moment.double()
             return cls((moment + DAMPING * float(moment.max())).sqrt().to(dtype))
-        damped = moment.clone() if dtype == torch.float64 else moment
-        damping = DAMPING * _largest_eigenvalue(moment)
+        damped = moment.to(torch.float64, copy=True)
+        damping = share = DAMPING * _largest_eigenvalue(damped)
         while True:
             damped.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
+            factor = cholesky_(damped)
+            if factor is not None:
                 return cls(factor.to(dtype))
-            damping *= 10  # sums of low precision, of which an eigenvalue is far below zero
+            share *= 10  # sums of low precision, of which an eigenvalue is far below zero
+            damping += share
+            damped.copy_(moment)
 
     def apply(self, matrix: Tensor) -> Tensor:
         """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, fp64, where the matrix is."""
@@ -66,6 +69,14 @@ class Root:
         """Factor and matrix in fp64 on one device."""
         device = computing_device(matrix)
         return self.factor.to(device).double(), matrix.to(device).double()
+
+
+def cholesky_(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a symmetric matrix, in its memory; None where it is not positive definite, and its
+    values are lost. A copy of `[8192, 8192]` in fp64 would take half a gigabyte."""
+    factor = matrix.mT  # columns lie together, as LAPACK has them
+    _, failed = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty((), dtype=torch.int32, device=matrix.device)))
+    return None if bool(failed) else factor
 
 
 def _largest_eigenvalue(moment: Tensor) -> float:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import factorize, factorize_
+from lowrank_ops import LowRankLinear, calibration, factorize, factorize_
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.surgery import Site
 
 DEPTH, BATCHES = 12, 2
 
@@ -64,3 +65,18 @@ def test_in_a_stage_the_layers_before_are_factorized(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(factorize.fit_in_order_.__globals__, "watch", spy)
     _calls_of(model, 1, monkeypatch)
     assert seen == [False, True] * BATCHES
+
+
+def test_the_rows_of_a_stage_fit_into_their_room() -> None:
+    """Layers that take their rows from the same runs hold no more than the room; one alone, its moments at least."""
+    fits = [
+        calibration.Fit(Site(layer), LowRankLinear.from_linear(layer, 8), None, 1, 10_000)
+        for layer in (nn.Linear(24, 24) for _ in range(6))
+    ]
+    alone = next(calibration._stages(fits, 1, 1, float("inf")))[0].bytes
+    assert alone == (8 * 24 + 2048) * 4 // 3 * 48 * 4
+    stages = list(calibration._stages(fits, 1, 6, 2.5 * alone))
+    assert [len(rows) for rows in stages] == [2, 2, 2]
+    least = list(calibration._stages(fits, 1, 6, 0.0))
+    assert [len(rows) for rows in least] == [1] * 6
+    assert all(rows[0].bytes <= 4 * 2 * 24**2 for rows in least)
