@@ -78,6 +78,18 @@ def test_the_policy_decides_what_runs(op: str) -> None:
     assert count_convolutions(Problem(op), "chain") == stages
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("ranks", [dict(r1=1, r2=8), dict(r1=8, r2=1), dict(r1=1, r2=1)], ids=str)
+def test_chains_of_ranks_of_one_copy_no_image(ranks: dict[str, int], layout: torch.memory_format) -> None:
+    """Their images are of both formats; a stage that takes them for the other one makes the next convert."""
+    call = Problem("tucker_conv2d", s=16, t=12, h=20, w=20, kernel=(3, 3), bias=False, layout=layout, **ranks).make()
+    call.tensors["core"] = call.tensors["core"].contiguous(memory_format=layout)
+    with lowrank_ops.set_policy("chain"), torch.profiler.profile(record_shapes=True) as profile, torch.inference_mode():
+        call.run()
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert not [shape for shape in copied if shape[0] == call.tensors["input"].size(0)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_auto_runs_what_explain_says(op: str, dtype: torch.dtype) -> None:
