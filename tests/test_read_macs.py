@@ -86,7 +86,7 @@ def test_attention() -> None:
     }
     assert report.macs_elsewhere == 20 * 32 * 96  # torch's counter does not know its fused attention on CPUs
     (line,) = (note for note in report.notes if note.startswith("not in the MACs above: "))
-    assert line == "not in the MACs above: 61.44 k outside of these layers, 37.5 % of all"
+    assert line == "not in the MACs above: 61.44k outside of these layers, 37.5 % of all"
 
 
 def test_nothing_elsewhere_is_not_told() -> None:

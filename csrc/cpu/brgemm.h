@@ -56,5 +56,9 @@ inline void brgemm_release() {
   brgemm_sums(0);
   at::native::cpublas::brgemm_release(true);
 }
+// The same at the end of a scope, also when something in it throws.
+struct BrgemmScope {
+  ~BrgemmScope() { brgemm_release(); }
+};
 
 }  // namespace lowrank_ops

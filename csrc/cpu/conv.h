@@ -152,6 +152,7 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
   const bool far_weights = t.team == 1 && !needs_packing(block.weights());
   const auto run_tasks = [&](Team& team, int64_t begin, int64_t end) {
     Scratch scratch(scratch_bytes);
+    const BrgemmScope products;
     void* ring = scratch.take(HiddenRows::ring_bytes(block));
     void* tile = scratch.take(tile_bytes);
     void* staging = scratch.take(staging_bytes);
@@ -177,7 +178,6 @@ void run_conv(const ConvBlock& block, const ExtraBytes& extra_bytes_of, const Mi
         write_output(block, team, hidden.ahead(), task, row, rows, tile, staging);
       }
     }
-    brgemm_release();
   };
   if (t.team > 1) {
     Team team(t.team);

@@ -186,6 +186,7 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
     const int64_t slices = weight.slices();
     const int64_t parts = std::min(ceil_div(threads, slices), p.n), part_rows = ceil_div(p.n, parts);
     at::parallel_for(0, parts * slices, 1, [&](int64_t begin, int64_t end) {
+      const BrgemmScope products;
       char* memory = own + at::get_thread_num() * thread_bytes;
       while (begin < end) {
         const int64_t part = begin / slices, slice = begin % slices;
@@ -194,7 +195,6 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
         if (row < last_row) stage(row, last_row, slice, last_slice, memory);
         begin += last_slice - slice;
       }
-      brgemm_release();
     });
   };
 
@@ -317,6 +317,7 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     if (each_packs) pack_own(weights);
     Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(staging_bytes));
+    const BrgemmScope products;
     char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
     void* staging = scratch.take(staging_bytes);
     if (p.r1 != hidden_columns) std::memset(hidden, 0, size_t(hidden_bytes));
@@ -373,7 +374,6 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
         }
       }
     }
-    brgemm_release();
   });
   return output;
 }

@@ -82,9 +82,7 @@ class Team {
 
  private:
   void serve() {
-    const struct Release {  // also when a share throws
-      ~Release() { brgemm_release(); }
-    } release;
+    const BrgemmScope products;
     wait_until([&] {
       if (next_.load(std::memory_order_relaxed) < threads_) work();
       return over_.load(std::memory_order_acquire);
