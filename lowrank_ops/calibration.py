@@ -118,8 +118,9 @@ def _stages(fits: Sequence[Fit], count: int, stage: int, room: float) -> Iterato
 
 def _fit(rows: _Rows) -> float | None:
     fit = rows.fit
-    _, _, map_of, rank = _problem(fit.module)
-    prior = map_of()
+    _, _, factors_of, rank = _problem(fit.module)
+    out, inner = factors_of()
+    prior = out if rank is None else out @ inner
     fitted, judged = (Regression(features, targets, prior, fit.gradient) for features, targets in rows.parts())
     for regression in (fitted, judged):
         if not all(map(_finite, (regression.features, regression.targets))):
@@ -127,9 +128,9 @@ def _fit(rows: _Rows) -> float | None:
                 f"factorize_: {fit.site.names[0]} sees or gives values that are not finite on the calibration data; "
                 "exclude it, or leave out the samples that cause them"
             )
-    outputs, bias = len(prior), fit.module.bias
-    offset = torch.zeros(outputs) if bias is None else bias.detach()
-    present = torch.eye(outputs, dtype=torch.float64), prior, offset.double().cpu()
+    bias = fit.module.bias
+    offset = torch.zeros(len(out)) if bias is None else bias.detach()
+    present = out, inner, offset.double().cpu()
     solution, error = refit(fitted, judged, present, rank, fit.relu)
     if solution is not present:
         _write(fit.module, *solution, whole=rank is not None)
@@ -273,9 +274,10 @@ def _put_dense(fits: Collection[Fit]) -> None:
 
 def _problem(
     module: FactorizedModule,
-) -> tuple[Callable[[Tensor], Tensor], int, Callable[[], Tensor], int | None]:
+) -> tuple[Callable[[Tensor], Tensor], int, Callable[[], tuple[Tensor, Tensor]], int | None]:
     """What a module's last factors are fitted by: features of input rows `[N, S, K]`, their number, a function that
-    gives the present map (of the dense weight's size), its rank (None: the map is out_factor alone).
+    gives the two factors of the present map in fp64, its rank (None: the map is out_factor alone, the second factor
+    the identity).
 
     Tucker: all windows of hidden pixels, the map is core and out_factor. A matrix: the input itself, the map is both
     factors. CP, and what is too wide: the features before out_factor.
@@ -287,23 +289,26 @@ def _problem(
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return torch.einsum("psk,rs->prk", rows, first.to(rows))
 
+    def alone() -> tuple[Tensor, Tensor]:
+        return last.double(), torch.eye(last.shape[1], dtype=torch.float64)
+
     core = factors.get("core")
     if core is not None:
         inner = core.flatten(1)
         if inner.shape[1] <= WIDEST:
-            map = lambda: last.double() @ inner.double()  # noqa: E731
-            return lambda rows: hidden(rows).flatten(1), inner.shape[1], map, inner.shape[0]
+            pair = lambda: (last.double(), inner.double())  # noqa: E731
+            return lambda rows: hidden(rows).flatten(1), inner.shape[1], pair, inner.shape[0]
         features = lambda rows: hidden(rows).flatten(1) @ inner.T.to(hidden(rows[:1]))  # noqa: E731
-        return features, len(inner), last.double, None
+        return features, len(inner), alone, None
     taps = _taps(factors)
     if taps.shape[1] == 1 and first.shape[1] <= WIDEST:
-        map = lambda: (last.double() * taps.T) @ first.double()  # noqa: E731
-        return lambda rows: rows.flatten(1), first.shape[1], map, len(first)
+        pair = lambda: (last.double() * taps.T, first.double())  # noqa: E731
+        return lambda rows: rows.flatten(1), first.shape[1], pair, len(first)
 
     def summed(rows: Tensor) -> Tensor:
         return torch.einsum("prk,rk->pr", hidden(rows), taps.to(hidden(rows[:1])))
 
-    return summed, len(first), last.double, None
+    return summed, len(first), alone, None
 
 
 def _taps(factors: dict[str, Tensor]) -> Tensor:

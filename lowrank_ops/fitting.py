@@ -91,7 +91,7 @@ class Regression:
         """`out [T, R]`, `map [R, F]` and `bias [T]`, fp64: targets are about `features map^T out^T + bias`.
 
         Args:
-            rank: of the map; None: not limited, `out` is the identity.
+            rank: of the map; None: not limited, `map` is the identity, `[F, F]`.
             relu: the error counts behind a ReLU: between rounds of least squares, each target is replaced by the best
                 compromise between what the ReLU lets through and the present output (Zhang et al., section 3.2).
             strength: of the ridge, in units of `RIDGE`.
@@ -262,7 +262,9 @@ class _Factored:
         """For the targets `change(features, targets)` of each chunk."""
         normal = self.normal
         mean, best = self._best(change)
-        if rank is None or rank >= len(best):
+        if rank is None:
+            out, inner = best, torch.eye(best.shape[1], dtype=torch.float64)
+        elif rank >= len(best):
             out, inner = torch.eye(len(best), dtype=torch.float64), best
         else:
             out, inner = self._reduce(best, rank, gradient)

@@ -2,11 +2,13 @@
 
 Any L with `L L^T = C` gives the same metric, `tr(D C D^T) = |D L|^2`. The Cholesky factor takes `n^3 / 3` operations
 where all eigenvectors, which the symmetric root needs, take some `9 n^3`, and is inverted by substitution. It has the
-moment's dtype, fp32 for an fp32 model. `apply` and `undo` compute in fp64 with the same matrix, so they cancel.
+moment's dtype, fp32 for an fp32 model. `apply` and `undo` compute in fp64 with the same matrix, so they cancel; they
+take it in blocks of columns, from the diagonal down, so that no fp64 copy of all of it is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,8 @@ from lowrank_ops.singular import computing_device
 # What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
 # noise, and data that calibration did not show may use them.
 DAMPING = 1e-4
+# Columns of the factor that are computed with at a time.
+BLOCK = 1024
 _POWERS = 30  # to estimate the largest eigenvalue, a few percent below it at worst
 
 
@@ -55,20 +59,31 @@ class Root:
 
     def apply(self, matrix: Tensor) -> Tensor:
         """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, fp64, where the matrix is."""
-        factor, matrix = self._beside(matrix)
-        return factor[:, None] * matrix if factor.dim() == 1 else factor.T @ matrix
+        matrix = matrix.to(computing_device(matrix)).double()
+        if self.factor.dim() == 1:
+            return self.factor.to(matrix)[:, None] * matrix
+        result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+        for start, columns in self._blocks(matrix):
+            torch.matmul(columns.T, matrix[start:], out=result[start : start + BLOCK])
+        return result
 
     def undo(self, matrix: Tensor) -> Tensor:
         """The inverse of `apply`: `[n, m]`, fp64."""
-        factor, matrix = self._beside(matrix)
-        if factor.dim() == 1:
-            return matrix / factor[:, None]
-        return torch.linalg.solve_triangular(factor.T, matrix, upper=True)
+        matrix = matrix.to(computing_device(matrix)).double()
+        if self.factor.dim() == 1:
+            return matrix / self.factor.to(matrix)[:, None]
+        result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+        for start, columns in self._blocks(matrix, backwards=True):
+            end = start + columns.shape[1]
+            right = matrix[start:end] - columns[end - start :].T @ result[end:]
+            result[start:end] = torch.linalg.solve_triangular(columns[: end - start].T, right, upper=True)
+        return result
 
-    def _beside(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Factor and matrix in fp64 on one device."""
-        device = computing_device(matrix)
-        return self.factor.to(device).double(), matrix.to(device).double()
+    def _blocks(self, matrix: Tensor, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """The factor's columns beside the matrix, `BLOCK` at a time: where they start, and their rows from there on."""
+        starts = range(0, len(self.factor), BLOCK)
+        for start in reversed(starts) if backwards else starts:
+            yield start, self.factor[start:, start : start + BLOCK].to(matrix)
 
 
 def cholesky_(matrix: Tensor) -> Tensor | None:

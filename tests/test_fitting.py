@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank_ops import fitting, roots
+from lowrank_ops import factorize_, fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.fitting import Regression, Whitening, refit
 from lowrank_ops.moments import Moments
@@ -151,8 +151,8 @@ def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
     features[:, 3] = 0
     prior = _normal(2, 4, seed=1)
     regression = Regression(features, features @ _normal(4, 2, seed=2), prior)
-    _, inner, _ = regression.solve()
-    torch.testing.assert_close(inner[:, 3], prior[:, 3], rtol=1e-12, atol=0)
+    out, inner, _ = regression.solve()
+    torch.testing.assert_close((out @ inner)[:, 3], prior[:, 3], rtol=1e-12, atol=0)
 
 
 def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -> None:
@@ -233,8 +233,9 @@ def test_no_rows_to_fit_or_to_judge() -> None:
 
 
 def test_behind_a_relu_the_rectified_loss_decides() -> None:
-    fitted, judged, present = _problem(2000, 0.3)
-    shifted = present[0], fitted.solve()[1], fitted.solve()[2] - 8  # all negative: wrong, and right behind the ReLU
+    fitted, judged, _ = _problem(2000, 0.3)
+    out, inner, bias = fitted.solve()
+    shifted = out, inner, bias - 8  # all negative: wrong, and right behind the ReLU
     low = [Regression(part.features, part.targets - 9, part.prior) for part in (fitted, judged)]
     assert refit(*low, shifted, None, True)[0] is shifted
     assert refit(*low, shifted, None, False)[0] is not shifted
@@ -292,3 +293,18 @@ def test_held_out_rows_lessen_the_error_on_new_rows() -> None:
         before += _loss_on_new_rows(fitted.solve(), noise) - 10 * noise**2
         after += _loss_on_new_rows(refit(fitted, judged, present, None, False)[0], noise) - 10 * noise**2
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("kind", ["linear", "cp"])
+def test_no_square_matrix_of_a_wide_output_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8192 outputs it would take half a gigabyte in fp64."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 200) if kind == "linear" else nn.Conv2d(12, 200, 3)
+    data = torch.randn(400, 12) if kind == "linear" else torch.randn(20, 12, 6, 6)
+    sizes: list[int] = []
+    eye = torch.eye
+    monkeypatch.setattr(torch, "eye", lambda size, **options: sizes.append(size) or eye(size, **options))
+    model, method = nn.Sequential(layer, nn.Flatten(), nn.ReLU()), "tucker" if kind == "linear" else "cp"
+    report = factorize_(model, method, rank=0.25, calibration=data, progress=False)  # type: ignore[arg-type]
+    assert report.replaced[0].output_error is not None
+    assert 200 not in sizes

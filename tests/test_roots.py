@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops import Budget, factorize_, roots
 from lowrank_ops.roots import Root
@@ -46,6 +49,36 @@ def test_sums_of_low_precision_with_eigenvalues_below_zero_have_a_root() -> None
     moment = torch.diag(torch.tensor([1.0, 0.5, -0.01], dtype=torch.float64))
     root = Root.of(moment)
     assert bool(torch.isfinite(root.factor).all())
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 10], ids=str)
+def test_blocks_of_a_root_are_the_whole_root(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, matrix = Root.of(_moment(10)), _moment(10, 1)[:, :3]
+    monkeypatch.setattr(roots, "BLOCK", block)
+    torch.testing.assert_close(root.apply(matrix), root.factor.T @ matrix, rtol=1e-12, atol=1e-12)
+    inverse = torch.linalg.inv(root.factor.T)
+    torch.testing.assert_close(root.undo(matrix), inverse @ matrix, rtol=1e-9, atol=1e-12)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest fp64 tensor that an operation gives."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.dtype == torch.float64:
+            self.entries = max(self.entries, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("name", ["apply", "undo"])
+def test_no_fp64_copy_of_a_whole_root_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roots, "BLOCK", 8)
+    root = Root.of(_moment(64).float())
+    with _Largest() as largest:
+        getattr(root, name)(torch.ones(64, 2))
+    assert 64 * 2 <= largest.entries <= 64 * 8
 
 
 @pytest.mark.parametrize("rank", [0.25, Budget(params=0.5)], ids=["rank", "budget"])
