@@ -109,9 +109,9 @@ def factorize_(
             factorized modules, memory holds the second moments of as many layers as take a quarter of the model, 64 MiB
             or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
             with a `Budget`), as much again of rows to which layers are fitted together, one layer's matrices in fp64,
-            and what a backward pass of a batch keeps. In a model of wide layers those matrices are the most: with two
-            fp32 linear layers, from 2048 features to 8192 and back (128 MiB), and 1024 rows, the process grew by 1.4
-            GiB at most, model included; gathering moments and fitting took about as much (1.3 GiB and more), on a CPU.
+            and what a backward pass of a batch keeps. A CPU's process with two fp32 linear layers, from 2048 features
+            to 8192 and back (128 MiB), and 1024 rows grew by 1.4 GiB at most, model included; gathering moments and
+            fitting took about as much.
             Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics afterwards
             (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
