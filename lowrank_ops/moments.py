@@ -135,17 +135,21 @@ def gather_moments(
     sums: dict[int, _Sums] = {}
     found: dict[int, int] = {}
 
+    running_backward = False
+
     def record(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         total = count_positions(layer, output)
-        found[id(layer)] = found.get(id(layer), 0) + 1
+        if not running_backward:
+            found[id(layer)] = found.get(id(layer), 0) + 1
         if not total:
             return None
         of_layer = sums.setdefault(id(layer), _Sums(output_rows(layer, output).shape[1]))
-        held = of_layer.held.next_call(total)
-        chosen = draw_positions(layer, output, positions, "moments").sort().values
-        chosen = chosen[~held(chosen)]
-        rows = input_rows(layer, (args[0] if args else kwargs["input"]).detach(), chosen).transpose(1, 2).flatten(0, 1)
-        of_layer.add_input(rows, total)
+        if not running_backward:  # otherwise torch.utils.checkpoint computes again what was seen in the forward pass
+            held = of_layer.held.next_call(total)
+            chosen = draw_positions(layer, output, positions, "moments").sort().values
+            chosen = chosen[~held(chosen)]
+            input = (args[0] if args else kwargs["input"]).detach()
+            of_layer.add_input(input_rows(layer, input, chosen).transpose(1, 2).flatten(0, 1), total)
         if not torch.is_grad_enabled():  # the model's own no_grad or inference_mode: no gradient passes here
             return None
         fresh = not output.requires_grad
@@ -176,8 +180,10 @@ def gather_moments(
                 with ordinary_tensors(model), own_random_numbers(index):
                     outputs = [output for output in outputs_of(batch.run(model, track=True)) if output.requires_grad]
                     probes = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+                    running_backward = True
                     if outputs:
                         torch.autograd.backward(outputs, probes)
+                    running_backward = False
                 state.restore()
                 add_calls(order, list(found))
                 for key, number in found.items():

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank_ops
 from lowrank_ops import shrinkage
@@ -216,6 +217,38 @@ def test_watch_stops_after_the_last_call() -> None:
     assert seen == [0, 1]
     assert reached == []
     assert model.training
+
+
+class _Checkpointed(nn.Module):
+    """Two layers whose forward pass torch.utils.checkpoint runs again in the backward pass; None: it does not."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.reentrant = reentrant
+
+    def _both(self, input: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(input)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.last(self._both(input))
+        return self.last(checkpoint(self._both, input, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_a_checkpoint_computes_twice_are_seen_once(reentrant: bool) -> None:
+    plain, model = _Checkpointed(None).double(), _Checkpointed(reentrant).double()
+    model.load_state_dict(plain.state_dict())
+    batches = Batches(torch.randn(20, 5, dtype=torch.float64), "here")
+    results = [gather_moments(each, [each.first, each.second, each.last], batches) for each in (plain, model)]
+    for name in ("first", "second", "last"):
+        (before, calls), (after, again) = (
+            (found[id(getattr(each, name))], n[id(getattr(each, name))])
+            for each, (found, n) in zip((plain, model), results, strict=True)
+        )
+        assert (after.rows, again) == (before.rows, calls) == (20, 1)
+        assert torch.equal(after.input, before.input) and torch.equal(after.gradient, before.gradient)
 
 
 class _Stubborn(_Twice):
