@@ -60,8 +60,12 @@ std::string environment(const char* name, const char* otherwise) {
   return wanted ? wanted : otherwise;
 }
 
+// What the environment asks for, or "": the widest that runs here.
+Choice from_environment() {
+  return choose(environment("LOWRANK_OPS_CPU_ISA", ""));
+}
 Choice& current() {
-  static Choice choice = choose(environment("LOWRANK_OPS_CPU_ISA", ""));
+  static Choice choice = from_environment();
   return choice;
 }
 
@@ -162,7 +166,7 @@ void set_cpu_teams(const std::string& choice) {
 }
 
 void set_cpu_isa(const std::string& isa) {
-  current() = choose(isa);
+  current() = isa.empty() ? from_environment() : choose(isa);
 }
 
 }  // namespace lowrank_ops
