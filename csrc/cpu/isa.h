@@ -27,10 +27,10 @@ inline CpuCaps measured_caps(CpuCaps caps, bool prepared) {
   return caps;
 }
 
-// Caps the instruction set: "generic", "avx2", "avx512", "avx512bf16", "amx", or "" for the best that the CPU has. The
-// environment variable LOWRANK_OPS_CPU_ISA does the same at start. For tests: not to be called while an op runs. Asking
-// for more than the CPU has is an error. "brgemm" runs fp32 through oneDNN's kernels, to test on any machine the code
-// that AMX needs and to compare speeds.
+// Caps the instruction set: "generic", "avx2", "avx512", "avx512bf16", "amx", or "" for what the environment variable
+// LOWRANK_OPS_CPU_ISA asks for, as at start; without it, the best that the CPU has. For tests: not to be called while
+// an op runs. Asking for more than the CPU has is an error. "brgemm" runs fp32 through oneDNN's kernels, to test on any
+// machine the code that AMX needs and to compare speeds.
 void set_cpu_isa(const std::string& isa);
 
 // Where Winograd's transforms are used (Tucker's cores of stride 1): "auto" where they are predicted to pay, "never",
