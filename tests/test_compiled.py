@@ -146,8 +146,8 @@ def test_folding_activations_preparing_and_explaining(compile_: Callable[[nn.Mod
     torch.testing.assert_close(outputs(model), outputs(plain))
     assert [entry.name for entry in prepare_for_inference_(model)] == ["2.0", "5"]
     torch.testing.assert_close(outputs(model), outputs(plain))
-    shown = [(entry.op, entry.problem, entry.path) for entry in explain(model, INPUT)]
-    assert shown == [(entry.op, entry.problem, entry.path) for entry in explain(plain, INPUT)]
+    shown = [(entry.op, entry.problem) for entry in explain(model, INPUT)]
+    assert shown == [(entry.op, entry.problem) for entry in explain(plain, INPUT)]  # prepared, it may take another path
     assert not any("_orig_mod" in name for name, _ in to_chain(model).named_modules())
     torch.testing.assert_close(to_chain(model)(INPUT), outputs(plain))
 
