@@ -89,8 +89,7 @@ at::Tensor last_stage(const at::Tensor& input, const at::Tensor& hidden, const a
 // channels_last and the output back, at a fraction of the memory's rate. With a core of the image's format cuDNN does
 // that itself. On an H200 in bfloat16 (h200_lean_nchw.json, chains without the core's copy) this was 1.10 to 1.85 times
 // as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch converts both images as
-// well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time (AVX2). Of one channel to
-// one, where nothing is converted, channels_last took 0.2 to 0.9 of it (not with a stride along W: library_image).
+// well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time (AVX2).
 at::Tensor library_core(const at::Tensor& image, const at::Tensor& core, const at::Tensor& out_factor,
                         const Window& window) {
   constexpr int64_t kLeastValues = 1500000;
