@@ -118,10 +118,11 @@ def _stages(fits: Sequence[Fit], count: int, stage: int, room: float) -> Iterato
 
 def _fit(rows: _Rows) -> float | None:
     fit = rows.fit
-    _, _, factors_of, rank = _problem(fit.module)
-    out, inner = factors_of()
-    prior = out if rank is None else out @ inner
-    fitted, judged = (Regression(features, targets, prior, fit.gradient) for features, targets in rows.parts())
+    factors = _LastFactors(fit.module)
+    out, inner = factors.present()
+    parts = rows.parts()
+    prior = out if factors.rank is None else out.to(parts[0][0]) @ inner.to(parts[0][0])
+    fitted, judged = (Regression(features, targets, prior, fit.gradient) for features, targets in parts)
     for regression in (fitted, judged):
         if not all(map(_finite, (regression.features, regression.targets))):
             raise ValueError(
@@ -131,9 +132,9 @@ def _fit(rows: _Rows) -> float | None:
     bias = fit.module.bias
     offset = torch.zeros(len(out)) if bias is None else bias.detach()
     present = out, inner, offset.double().cpu()
-    solution, error = refit(fitted, judged, present, rank, fit.relu)
+    solution, error = refit(fitted, judged, present, factors.rank, fit.relu)
     if solution is not present:
-        _write(fit.module, *solution, whole=rank is not None)
+        _write(fit.module, *solution, whole=factors.rank is not None)
     return error
 
 
@@ -152,11 +153,12 @@ class _Rows:
 
     def __init__(self, fit: Fit, count: int, room: float) -> None:
         self.fit = fit
-        self._features_of, width, _, _ = _problem(fit.module)
+        factors = _LastFactors(fit.module)
+        self._features_of = factors.features
         weight: Any = fit.site.layer.weight
-        self._widths = width, weight.shape[0]
+        self._widths = factors.width, weight.shape[0]
         entry = sum(self._widths) * max(weight.element_size(), 4)
-        drawn = int(min(positions_for(width) * 4 // 3, max(room, moment_bytes(fit.site.layer)) / entry))  # type: ignore[arg-type]
+        drawn = int(min(positions_for(factors.width) * 4 // 3, max(room, moment_bytes(fit.site.layer)) / entry))  # type: ignore[arg-type]
         self._positions = max(drawn // (count * fit.calls), 1)  # with the held-out ones
         self._limit = min(self._positions * count * fit.calls, fit.positions)
         self.bytes = self._limit * entry
@@ -272,43 +274,49 @@ def _put_dense(fits: Collection[Fit]) -> None:
         fit.site.put(fit.site.layer)
 
 
-def _problem(
-    module: FactorizedModule,
-) -> tuple[Callable[[Tensor], Tensor], int, Callable[[], tuple[Tensor, Tensor]], int | None]:
-    """What a module's last factors are fitted by: features of input rows `[N, S, K]`, their number, a function that
-    gives the two factors of the present map in fp64, its rank (None: the map is out_factor alone, the second factor
-    the identity).
+class _LastFactors:
+    """The last factors of a module: a map of features of its input rows, which is what is fitted.
 
-    Tucker: all windows of hidden pixels, the map is core and out_factor. A matrix: the input itself, the map is both
-    factors. CP, and what is too wide: the features before out_factor.
+    Tucker: the features are all windows of hidden pixels, the map is core and out_factor. A matrix: the input itself,
+    the map is both factors. CP, and what is too wide: the features before out_factor, which is the map alone.
+
+    Attributes:
+        width: number of features.
+        rank: of the map; None: it is out_factor alone.
     """
-    factors = {name: factor.detach().cpu() for name, factor in module.factors().items()}
-    first, last = factors["in_factor"], factors["out_factor"]
 
-    def hidden(rows: Tensor) -> Tensor:
+    def __init__(self, module: FactorizedModule) -> None:
+        factors = {name: factor.detach().cpu() for name, factor in module.factors().items()}
+        self._first, self._last = factors["in_factor"], factors["out_factor"]
+        core = factors.get("core")
+        self._core = None if core is None else core.flatten(1)  # [R2, R1 K]
+        self._taps = _taps(factors)
+        if self._core is not None:
+            whole, self._is_matrix = self._core.shape[1], False
+        else:
+            whole, self._is_matrix = self._first.shape[1], self._taps.shape[1] == 1
+        fits = whole <= WIDEST and (self._is_matrix or self._core is not None)
+        self.rank = (len(self._first) if self._core is None else len(self._core)) if fits else None
+        self.width = whole if fits else self._last.shape[1]
+
+    def features(self, rows: Tensor) -> Tensor:
+        """`[N, width]`, fp32 at least but for a matrix, from input rows `[N, S, K]`."""
+        if self._is_matrix and self.rank is not None:
+            return rows.flatten(1)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return torch.einsum("psk,rs->prk", rows, first.to(rows))
+        hidden = torch.einsum("psk,rs->prk", rows, self._first.to(rows))
+        if self._core is None:
+            return torch.einsum("prk,rk->pr", hidden, self._taps.to(hidden))
+        windows = hidden.flatten(1)
+        return windows if self.rank is not None else windows @ self._core.T.to(windows)
 
-    def alone() -> tuple[Tensor, Tensor]:
-        return last.double(), torch.eye(last.shape[1], dtype=torch.float64)
-
-    core = factors.get("core")
-    if core is not None:
-        inner = core.flatten(1)
-        if inner.shape[1] <= WIDEST:
-            pair = lambda: (last.double(), inner.double())  # noqa: E731
-            return lambda rows: hidden(rows).flatten(1), inner.shape[1], pair, inner.shape[0]
-        features = lambda rows: hidden(rows).flatten(1) @ inner.T.to(hidden(rows[:1]))  # noqa: E731
-        return features, len(inner), alone, None
-    taps = _taps(factors)
-    if taps.shape[1] == 1 and first.shape[1] <= WIDEST:
-        pair = lambda: (last.double() * taps.T, first.double())  # noqa: E731
-        return lambda rows: rows.flatten(1), first.shape[1], pair, len(first)
-
-    def summed(rows: Tensor) -> Tensor:
-        return torch.einsum("prk,rk->pr", hidden(rows), taps.to(hidden(rows[:1])))
-
-    return summed, len(first), alone, None
+    def present(self) -> tuple[Tensor, Tensor]:
+        """The factors `[T, R]` and `[R, width]` of the present map, fp64; where it is out_factor, that and the
+        identity."""
+        last = self._last.double()
+        if self.rank is None:
+            return last, torch.eye(self.width, dtype=torch.float64)
+        return (last * self._taps.T, self._first.double()) if self._core is None else (last, self._core.double())
 
 
 def _taps(factors: dict[str, Tensor]) -> Tensor:
@@ -322,10 +330,10 @@ def _taps(factors: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _write(module: FactorizedModule, out: Tensor, inner: Tensor, bias: Tensor, whole: bool) -> None:
-    """The solution of `_problem` as the module's factors; `whole`: the map stands for all last factors."""
+    """The solution as the module's last factors; `whole`: more than out_factor."""
     factors = module.factors()
     if not whole:
-        factors["out_factor"].copy_(out @ inner)
+        factors["out_factor"].copy_(out)
     else:
         factors["out_factor"].copy_(out)
         if "core" in factors:

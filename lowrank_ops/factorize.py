@@ -29,7 +29,7 @@ from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups, room
-from lowrank_ops.moments import gather_moments
+from lowrank_ops.moments import finite, gather_moments
 from lowrank_ops.notes import listed
 from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
@@ -356,13 +356,13 @@ class _Work:
         group.sort(key=lambda site: order.index(id(site.layer)) if id(site.layer) in moments else len(order))
         for site in group[: len(order)]:
             of_layer = moments.pop(id(site.layer))
-            if not bool(torch.isfinite(of_layer.input).all()):
+            if not finite(of_layer.input):
                 raise ValueError(
                     f"factorize_: {site.names[0]} sees values that are not finite on the calibration data; leave out "
                     "the samples that cause them, or exclude the layer"
                 )
             self.seen[id(site.layer)] = of_layer.rows, len(of_layer.input)
-            self.whitenings[id(site.layer)] = Whitening.of(of_layer)
+            self.whitenings[id(site.layer)] = Whitening.of_(of_layer)
 
     def whitening(self, site: Site) -> Whitening | None:
         """The roots of a layer's moments, gathered now if another group's are at hand; None if no data reach it."""

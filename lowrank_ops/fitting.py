@@ -24,7 +24,7 @@ from torch import Tensor
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.moments import Moments
 from lowrank_ops.roots import Root, cholesky_
-from lowrank_ops.singular import leading_svd
+from lowrank_ops.singular import computing_device, energy, leading_svd
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
 # decomposition, which is what directions that the calibration data do not reach then keep. Where rows are few, a
@@ -41,7 +41,8 @@ BLOCKS = 8
 # The weights of the constraint in the alternation through a ReLU, one a round: Zhang et al. raise it step by step.
 RELU_ROUNDS = (0.01, 0.01, 0.1, 0.1, 1.0, 1.0)
 
-Solution = tuple[Tensor, Tensor, Tensor]  # see `Regression.solve`
+# See `Regression.solve`. Matrices as large as a weight have the features' dtype, smaller ones fp64.
+Solution = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class Whitening:
     gradient: Root
 
     @classmethod
-    def of(cls, moments: Moments) -> Whitening:
-        return cls(Root.of(moments.input), Root.of(moments.gradient))
+    def of_(cls, moments: Moments) -> Whitening:
+        """In the moments' memory."""
+        return cls(Root.of_(moments.input), Root.of_(moments.gradient))
 
     @no_autocast()
     def apply(self, weight: Tensor) -> Tensor:
         """`G^(1/2) W C^(1/2)` of a weight `[T, S, ...]`, in its shape, fp64."""
-        columns = self.gradient.apply(weight.detach().flatten(1)).unflatten(1, weight.shape[1:])
-        rows = self.input.apply(columns.transpose(0, 1).flatten(1))  # [S, T ...]
+        columns = self.gradient.apply(weight.detach().to(computing_device(weight), torch.float64).flatten(1))
+        rows = columns.unflatten(1, weight.shape[1:]).transpose(0, 1).flatten(1)  # [S, T ...]; of a matrix no copy
+        rows = self.input.apply_(rows)
         return rows.unflatten(1, (weight.shape[0], *weight.shape[2:])).transpose(0, 1).contiguous()
 
     @no_autocast()
@@ -88,7 +91,7 @@ class Regression:
 
     @no_autocast()
     def solve(self, rank: int | None = None, relu: bool = False, strength: float = 1.0) -> Solution:
-        """`out [T, R]`, `map [R, F]` and `bias [T]`, fp64: targets are about `features map^T out^T + bias`.
+        """`out [T, R]`, `map [R, F]` and `bias [T]`: targets are about `features map^T out^T + bias`.
 
         Args:
             rank: of the map; None: not limited, `map` is the identity, `[F, F]`.
@@ -102,7 +105,7 @@ class Regression:
     def error(self, solution: Solution) -> float:
         """Relative error of the output on these rows."""
         lost = float(self.losses(solution).sum())
-        total = float(torch.linalg.vector_norm(self.targets, dtype=torch.float64)) ** 2
+        total = energy(self.targets)
         return (lost / total) ** 0.5 if total else 0.0
 
     @no_autocast()
@@ -128,9 +131,8 @@ def _predict(solution: Solution, features: Tensor) -> Tensor:
 
 def _solve(parts: Sequence[Regression], normal: _Normal, rank: int | None, relu: bool, strength: float) -> Solution:
     """`Regression.solve` for the rows of all parts, whose normal equations are given."""
-    gradient = parts[0].gradient
-    factored = normal.factored(RIDGE * strength)
-    solution = factored.solve(lambda _, targets: targets, rank, gradient)
+    factored = normal.factored(RIDGE * strength, parts[0].gradient)
+    solution = factored.solve(lambda _, targets: targets, rank)
     if not relu:
         return solution
     best, least = solution, _rectified_error(parts, solution)
@@ -141,7 +143,7 @@ def _solve(parts: Sequence[Regression], normal: _Normal, rank: int | None, relu:
         ) -> Tensor:
             return _through_relu(targets, _predict(present, features), weight)
 
-        solution = factored.solve(compromise, rank, gradient)
+        solution = factored.solve(compromise, rank, solution)
         error = _rectified_error(parts, solution)
         if error < least:
             best, least = solution, error
@@ -211,105 +213,134 @@ class _Normal:
 
     Attributes:
         square: `[F, F]`, X^T X, or `[N, N]`, X X^T.
-        rows: X, `[N, F]`, if that is the smaller system.
     """
 
     def __init__(self, parts: Sequence[Regression]) -> None:
-        self.parts, self.prior = parts, parts[0].prior.double()
+        self.parts, self.prior = parts, parts[0].prior.to(parts[0].features)
         self.count = sum(len(part.features) for part in parts)
         self.mean = torch.stack([part.features.sum(0) for part in parts]).sum(0) / self.count
-        self.rows: Tensor | None = None
-        if self.by_rows():
-            self.rows = torch.cat([part.features for part in parts]).sub_(self.mean)
-            self.square = self.rows @ self.rows.T
-        else:
-            self.square = self.mean.new_zeros(len(self.mean), len(self.mean))
+        side = self.count if self.by_rows else len(self.mean)
+        self.square = self.mean.new_zeros(side, side)
+        if not self.by_rows:
             for features, _ in self.chunks():
                 self.square.addmm_(features.T, features)
+            return
+        for top, rows in self.blocks():
+            for left, columns in self.blocks():
+                self.square[top, left] = rows @ columns.T
 
+    @property
     def by_rows(self) -> bool:
         return self.count < len(self.mean)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Centred features and targets."""
+        """Centred features and targets, `CHUNK` rows at a time: no centred copy of all is made."""
         for part in self.parts:
             for features, targets in part.chunks():
                 yield features - self.mean, targets
 
-    def factored(self, ridge: float) -> _Factored:
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Where they are among all rows, and centred features."""
+        start = 0
+        for features, _ in self.chunks():
+            yield slice(start, start + len(features)), features
+            start += len(features)
+
+    def factored(self, ridge: float, gradient: Root | None) -> _Factored:
         """With a ridge relative to the mean square of a feature."""
         ridge = ridge * float(self.square.diagonal().sum(dtype=torch.float64)) / (self.count * len(self.mean)) or 1.0
         square = self.square.to(torch.float64, copy=True)
-        if self.by_rows():
+        if self.by_rows:
             square.diagonal().add_(ridge * self.count)
         else:
             square.div_(self.count).diagonal().add_(ridge)
         factor = cholesky_(square)
         assert factor is not None  # the ridge is far above rounding
-        return _Factored(self, factor, ridge)
+        return _Factored(self, factor, ridge, gradient)
 
 
 @dataclass(frozen=True)
 class _Factored:
     """Normal equations and their Cholesky factor, lower triangular: of the features' covariance plus the ridge,
-    `[F, F]`, or of the rows, `[N, N]`."""
+    `[F, F]`, or of the rows, `[N, N]`. With the metric of the outputs, see `Regression`."""
 
     normal: _Normal
     factor: Tensor
     ridge: float
+    gradient: Root | None
 
-    def solve(self, change: Callable[[Tensor, Tensor], Tensor], rank: int | None, gradient: Root | None) -> Solution:
-        """For the targets `change(features, targets)` of each chunk."""
+    def solve(
+        self, change: Callable[[Tensor, Tensor], Tensor], rank: int | None, near: Solution | None = None
+    ) -> Solution:
+        """For the targets `change(features, targets)` of each chunk; `near`: a solution for targets like these, from
+        which a limited rank is reached by one step of orthogonal iteration instead of a decomposition."""
         normal = self.normal
         mean, best = self._best(change)
         if rank is None:
-            out, inner = best, torch.eye(best.shape[1], dtype=torch.float64)
+            out, inner = best, torch.eye(best.shape[1]).to(best)
         elif rank >= len(best):
-            out, inner = torch.eye(len(best), dtype=torch.float64), best
+            out, inner = torch.eye(len(best)).to(best), best
         else:
-            out, inner = self._reduce(best, rank, gradient)
-        return out, inner, mean - out @ (inner @ normal.mean.double())
+            out, inner = self._reduce(best, rank, near)
+        return out, inner, mean - out.double() @ (inner @ normal.mean).double()
 
     def _best(self, change: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean of the targets and the map `[T, F]` of any rank."""
+        """The mean of the targets, fp64, and the map `[T, F]` of any rank, in the features' dtype."""
         normal = self.normal
         changed = ((centred, change(centred + normal.mean, targets)) for centred, targets in normal.chunks())
-        if normal.rows is not None:
-            targets = torch.cat([targets - centred @ normal.prior.T.to(centred) for centred, targets in changed])
+        if normal.by_rows:
+            targets = torch.cat([targets - centred @ normal.prior.T for centred, targets in changed])
             mean = targets.double().mean(0)
             weights = torch.cholesky_solve(targets.double() - mean, self.factor)
-            return mean, normal.prior + _product(weights.T, normal.rows)
+            best = normal.prior.clone()
+            for rows, centred in normal.blocks():
+                best.addmm_(weights[rows].T.to(centred), centred)
+            return mean, best
         products = normal.square.new_zeros(normal.prior.shape)
         sums = torch.zeros(len(products), dtype=torch.float64)
         for centred, targets in changed:
             sums += targets.sum(0)
             products.addmm_(targets.T, centred)
-        right = products.double().div_(normal.count).add_(normal.prior, alpha=self.ridge)
-        return sums / normal.count, torch.cholesky_solve(right.T, self.factor).T
+        right = products.div_(normal.count).add_(normal.prior, alpha=self.ridge)
+        solved = [torch.cholesky_solve(part.double().T, self.factor).T.to(right) for part in right.split(CHUNK)]
+        return sums / normal.count, torch.cat(solved)
 
-    def _weighed(self, map: Tensor) -> Tensor:
-        """A map times a root of the features' covariance plus the ridge."""
-        if self.normal.rows is None:
-            return map @ self.factor
-        outputs = torch.cat([map @ rows.double().T for rows in self.normal.rows.split(CHUNK)], dim=1)
-        return torch.cat([outputs.div_(self.normal.count**0.5), self.ridge**0.5 * map], dim=1)
-
-    def _reduce(self, best: Tensor, rank: int, gradient: Root | None) -> tuple[Tensor, Tensor]:
-        """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]`
-        with orthonormal columns, `[R, F]`."""
-        image = best if gradient is None else gradient.apply(best)
-        leading, _, _ = leading_svd(self._weighed(image).to(self.normal.mean.dtype), rank, seed=0)
+    def _reduce(self, best: Tensor, rank: int, near: Solution | None) -> tuple[Tensor, Tensor]:
+        """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]`,
+        fp64, with orthonormal columns, and `[R, F]`."""
+        leading = self._decomposed(best, rank) if near is None else self._iterated(best, near[1])
         leading = torch.linalg.qr(leading.double()).Q
-        if gradient is None:
-            return leading, leading.T @ best
-        out, triangle = torch.linalg.qr(gradient.undo(leading))
-        return out, triangle @ (leading.T @ image)
+        if self.gradient is None:
+            return leading, leading.T.to(best) @ best
+        out, triangle = torch.linalg.qr(self.gradient.undo(leading))
+        return out, (triangle @ self.gradient.times(leading).T).to(best) @ best
 
+    def _decomposed(self, best: Tensor, rank: int) -> Tensor:
+        """The leading left singular vectors of the best map in both metrics, `[T, R]`, in the features' dtype."""
+        normal = self.normal
+        image = self._measured(best.clone())
+        if not normal.by_rows:
+            image = image @ self.factor.to(image)
+        else:
+            outputs = [image @ centred.T for _, centred in normal.blocks()]
+            image = torch.cat([*(part.div_(normal.count**0.5) for part in outputs), image.mul_(self.ridge**0.5)], dim=1)
+        return leading_svd(image, rank, seed=0)[0]
 
-def _product(left: Tensor, rows: Tensor) -> Tensor:
-    """`left @ rows` in fp64, without an fp64 copy of all rows."""
-    parts = zip(left.split(CHUNK, dim=1), rows.split(CHUNK), strict=True)
-    return sum((columns @ part.double() for columns, part in parts), torch.zeros((), dtype=torch.float64))
+    def _iterated(self, best: Tensor, inner: Tensor) -> Tensor:
+        """Those vectors from the map `[R, F]` of a solution that is near: the span of the best map's outputs for the
+        directions of features that it reads."""
+        normal = self.normal
+        read = self.ridge * inner
+        if normal.by_rows:
+            for centred, _ in normal.chunks():
+                read.addmm_(inner @ centred.T, centred, alpha=1 / normal.count)
+        else:
+            read.addmm_(inner, normal.square, alpha=1 / normal.count)
+        return self._measured(best @ read.T)
+
+    def _measured(self, map: Tensor) -> Tensor:
+        """In the metric of the gradient, in place."""
+        return map if self.gradient is None else self.gradient.apply_(map)
 
 
 def _through_relu(targets: Tensor, present: Tensor, weight: float) -> Tensor:

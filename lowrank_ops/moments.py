@@ -196,7 +196,7 @@ def gather_moments(
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {key: sums.pop(key).moments() for key in order if key in sums}, calls
+    return {key: sums.pop(key).moments_() for key in order if key in sums}, calls
 
 
 def add_calls(order: list[int], called: Sequence[int]) -> None:
@@ -236,17 +236,23 @@ class _Sums:
         for group in rows.chunk(3) if not self.gradient.rows else (rows,):
             self.gradient.add(group)
 
-    def moments(self) -> Moments:
+    def moments_(self) -> Moments:
+        """In the memory of the sums, which are lost."""
         total = self.gradient.total
-        usable = bool(torch.isfinite(total).all()) and bool(total.any())
-        gradient = self.gradient.shrunk().mul_(self.gradient.rows) if usable else _ones(total)
+        usable = finite(total) and bool(total.any())
+        gradient = self.gradient.shrunk_().mul_(self.gradient.rows) if usable else _ones_(total)
         assert self.input is not None
-        return Moments(self.input.shrunk(), gradient, self.rows)
+        return Moments(self.input.shrunk_(), gradient, self.rows)
 
 
-def _ones(like: Tensor) -> Tensor:
-    """The identity, or its diagonal."""
-    return torch.ones_like(like) if like.dim() == 1 else torch.eye(len(like), dtype=like.dtype)
+def finite(moment: Tensor) -> bool:
+    """Whether all entries are: where one is not, one on the diagonal is not, as no entry is above both of its own."""
+    return bool(torch.isfinite(moment if moment.dim() == 1 else moment.diagonal()).all())
+
+
+def _ones_(moment: Tensor) -> Tensor:
+    """The identity, or its diagonal, in the moment's place."""
+    return moment.fill_(1) if moment.dim() == 1 else moment.zero_().fill_diagonal_(1)
 
 
 def _backward_through_recurrent_layers() -> Any:

@@ -17,7 +17,7 @@ from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.options import is_matrix
 from lowrank_ops.ranks import Rank
-from lowrank_ops.singular import exactly
+from lowrank_ops.singular import ROWS, energy, exactly
 from lowrank_ops.surgery import HOOKS, own_attributes
 
 
@@ -112,9 +112,10 @@ def weight_of(layer: Any) -> torch.Tensor:
 
 def weight_error(layer: Any, module: FactorizedModule) -> float:
     dense: Any = module.to_dense()  # type: ignore[operator]
-    before, after = weight_of(layer).double(), weight_of(dense).double()
-    norm = float(before.norm())
-    return float((after - before).norm()) / norm if norm else 0.0
+    pairs = zip(weight_of(layer).split(ROWS), weight_of(dense).split(ROWS), strict=True)
+    lost = sum(energy(before.double() - after.double()) for before, after in pairs)
+    norm = energy(weight_of(layer))
+    return (lost / norm) ** 0.5 if norm else 0.0
 
 
 def layer_rank(

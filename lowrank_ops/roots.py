@@ -1,9 +1,10 @@
 """Square roots of second moments, by which weights are whitened: triangular ones, far cheaper than symmetric ones.
 
 Any L with `L L^T = C` gives the same metric, `tr(D C D^T) = |D L|^2`. The Cholesky factor takes `n^3 / 3` operations
-where all eigenvectors, which the symmetric root needs, take some `9 n^3`, and is inverted by substitution. It has the
-moment's dtype, fp32 for an fp32 model. `apply` and `undo` compute in fp64 with the same matrix, so they cancel; they
-take it in blocks of columns, from the diagonal down, so that no fp64 copy of all of it is made.
+where all eigenvectors, which the symmetric root needs, take some `9 n^3`, and is inverted by substitution. It takes the
+moment's place in memory and has its dtype, fp32 for an fp32 model: an [8192, 8192] moment has a quarter of a gigabyte.
+`apply` and `undo` compute with the same matrix, so they cancel. All work is done in blocks of columns, so that only
+blocks have copies in fp64.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lowrank_ops.singular import computing_device
 # What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
 # noise, and data that calibration did not show may use them.
 DAMPING = 1e-4
-# Columns of the factor that are computed with at a time.
+# Columns that are computed with at a time.
 BLOCK = 1024
 _POWERS = 30  # to estimate the largest eigenvalue, a few percent below it at worst
 
@@ -37,46 +38,48 @@ class Root:
 
     @classmethod
     @no_autocast()
-    def of(cls, moment: Tensor) -> Root:
-        """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, in its dtype, computed in fp64; all ones
-        for one of zeros."""
-        dtype = moment.dtype
+    def of_(cls, moment: Tensor) -> Root:
+        """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, whose memory it takes; all ones for one of
+        zeros."""
         if not bool(moment.any()):
-            return cls(torch.ones(len(moment), dtype=dtype))
+            return cls(torch.ones(len(moment), dtype=moment.dtype))
         if moment.dim() == 1:
-            moment = moment.double()
-            return cls((moment + DAMPING * float(moment.max())).sqrt().to(dtype))
-        damped = moment.to(torch.float64, copy=True)
-        damping = share = DAMPING * _largest_eigenvalue(damped)
-        while True:
-            damped.diagonal().add_(damping)
-            factor = cholesky_(damped)
-            if factor is not None:
-                return cls(factor.to(dtype))
-            share *= 10  # sums of low precision, of which an eigenvalue is far below zero
-            damping += share
-            damped.copy_(moment)
+            return cls(moment.add_(DAMPING * float(moment.max())).sqrt_())
+        _cholesky_(moment, DAMPING * _largest_eigenvalue(moment))
+        return cls(moment)
 
     def apply(self, matrix: Tensor) -> Tensor:
-        """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, fp64, where the matrix is."""
-        matrix = matrix.to(computing_device(matrix)).double()
+        """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, in the matrix' dtype, where it is."""
+        return self.apply_(_copy(matrix))
+
+    def apply_(self, matrix: Tensor) -> Tensor:
+        """`apply` in the matrix' memory."""
         if self.factor.dim() == 1:
-            return self.factor.to(matrix)[:, None] * matrix
-        result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+            return matrix.mul_(self.factor.to(matrix)[:, None])
         for start, columns in self._blocks(matrix):
-            torch.matmul(columns.T, matrix[start:], out=result[start : start + BLOCK])
-        return result
+            matrix[start : start + BLOCK] = columns.T @ matrix[start:]
+        return matrix
 
     def undo(self, matrix: Tensor) -> Tensor:
-        """The inverse of `apply`: `[n, m]`, fp64."""
-        matrix = matrix.to(computing_device(matrix)).double()
+        """The inverse of `apply`: `[n, m]`, in the matrix' dtype."""
+        result = _copy(matrix)
         if self.factor.dim() == 1:
-            return matrix / self.factor.to(matrix)[:, None]
-        result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-        for start, columns in self._blocks(matrix, backwards=True):
+            return result.div_(self.factor.to(result)[:, None])
+        for start, columns in self._blocks(result, backwards=True):
             end = start + columns.shape[1]
-            right = matrix[start:end] - columns[end - start :].T @ result[end:]
+            right = result[start:end] - columns[end - start :].T @ result[end:]
             result[start:end] = torch.linalg.solve_triangular(columns[: end - start].T, right, upper=True)
+        return result
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """`factor matrix`: `[n, m]`, in the matrix' dtype."""
+        result = _copy(matrix)
+        if self.factor.dim() == 1:
+            return result.mul_(self.factor.to(result)[:, None])
+        for start, columns in self._blocks(result, backwards=True):
+            rows = result[start : start + BLOCK].clone()
+            result[start : start + BLOCK] = 0
+            result[start:].addmm_(columns, rows)
         return result
 
     def _blocks(self, matrix: Tensor, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
@@ -84,6 +87,42 @@ class Root:
         starts = range(0, len(self.factor), BLOCK)
         for start in reversed(starts) if backwards else starts:
             yield start, self.factor[start:, start : start + BLOCK].to(matrix)
+
+
+def _copy(matrix: Tensor) -> Tensor:
+    """A copy to compute with, where the matrix is if that device has fp64."""
+    return matrix.to(computing_device(matrix), copy=True, memory_format=torch.contiguous_format)
+
+
+def _cholesky_(moment: Tensor, damping: float) -> None:
+    """The lower Cholesky factor of `moment + damping I` in its place, `[n, n]`, zeros above the diagonal.
+
+    Blocks on the diagonal are factored in fp64. Where one is not positive definite all the same (sums of low precision
+    may have eigenvalues far below zero), it gets more damping: the result is the factor of a moment with that addition.
+    """
+    starts = range(0, len(moment), BLOCK)
+    for start in starts:
+        end = min(start + BLOCK, len(moment))
+        factor = _damped_factor(moment[start:end, start:end].double(), damping)
+        moment[start:end, start:end] = factor
+        moment[start:end, end:] = 0
+        panel = moment[end:, start:end]
+        for rows in panel.split(BLOCK):
+            rows.copy_(torch.linalg.solve_triangular(factor.T, rows.double(), upper=True, left=False))
+        for first in starts[end // BLOCK :] if end < len(moment) else ():
+            columns = panel[first - end : first - end + BLOCK]
+            moment[first:, first : first + BLOCK].addmm_(panel[first - end :], columns.T, alpha=-1)
+
+
+def _damped_factor(block: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor of a symmetric block plus `damping I`, or ten, a hundred ... times as much."""
+    while True:
+        damped = block.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return factor
+        damping *= 10
 
 
 def cholesky_(matrix: Tensor) -> Tensor | None:
@@ -96,7 +135,12 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
 
 def _largest_eigenvalue(moment: Tensor) -> float:
     """From below, by the power method from the column of the largest diagonal entry."""
-    vector = moment[:, int(moment.diagonal().argmax())]
+    image = moment[:, int(moment.diagonal().argmax())]
     for _ in range(_POWERS):
-        vector = moment @ (vector / vector.norm())
-    return float(vector.norm())
+        vector = image / image.abs().max()
+        image = moment @ vector
+    return _norm(image) / _norm(vector)
+
+
+def _norm(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

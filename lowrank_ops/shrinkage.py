@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
+from lowrank_ops.singular import energy
 
 # Of more features only the squares are summed: [8192, 8192] in fp32 is a quarter of a gigabyte, and a root takes a
 # second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et al., arXiv:2312.05821).
 WIDEST = 8192
+BLOCK = 1024  # columns of the moment whose new part is held
 
 
 class SecondMoment:
@@ -55,36 +57,42 @@ class SecondMoment:
             self._groups += self._add_products(rows)
             self._sum += rows.sum(0).double().cpu()
             squares = rows.square()
-            self._fourth += _energy(squares.sum(1) if self.total.dim() == 2 else squares)
+            self._fourth += energy(squares.sum(1) if self.total.dim() == 2 else squares)
             self._sizes += len(rows) ** 2
             self.rows += len(rows)
 
     def _add_products(self, rows: Tensor) -> float:
         """Adds to `total`, and returns the energy of what was added, from the shorter side's products."""
+        if self.total.dim() == 1:
+            squares = rows.square().sum(0)
+            self.total += squares.to("cpu", self.total.dtype)
+            return energy(squares)
         count, width = rows.shape
-        if self.total.dim() == 2 and count < width and rows.device.type == "cpu":
+        if count < width and rows.device.type == "cpu":
             self.total.addmm_(rows.T.to(self.total.dtype), rows.to(self.total.dtype))
-            return _energy(rows @ rows.T)
-        products = rows.T @ rows if self.total.dim() == 2 else rows.square().sum(0)
-        self.total += products.to("cpu", self.total.dtype)
-        return _energy(products)
+            return energy(rows @ rows.T)
+        added = 0.0
+        for start in range(0, width, BLOCK):
+            products = rows.T @ rows[:, start : start + BLOCK]
+            self.total[:, start : start + BLOCK] += products.to("cpu", self.total.dtype)
+            added += energy(products)
+        return added
 
     def independent_rows(self) -> float:
         """How many independent rows would tell as much; 1 to `rows`."""
         shares = self._sizes / self.rows**2
         if self.rows < 2 or shares >= 1:  # a single group: nothing shows how much its rows depend on each other
             return float(self.rows)
-        square = _energy(self.total) / self.rows**2
+        square = energy(self.total) / self.rows**2
         variance = (self._groups / self.rows**2 - square * shares) / (1 - shares)
         independent = (self._fourth / self.rows**2 - square / self.rows) / (1 - 1 / self.rows)
         effect = variance / independent if independent > 0 else 1.0
         return self.rows / min(max(effect, 1.0), float(self.rows))
 
-    def shrunk(self) -> Tensor:
-        """The mean of `x x^T`, of the shape and dtype of `total`, its part around the mean shrunk; positive but for
-        zero rows."""
+    def shrunk_(self) -> Tensor:
+        """The mean of `x x^T`, in the place of `total`, its part around the mean shrunk; positive but for zero rows."""
         count = self.independent_rows() - 1  # one for the mean
-        covariance = self.total / self.rows
+        covariance = self.total.div_(self.rows)
         diagonal = covariance if covariance.dim() == 1 else covariance.diagonal()
         if count < 1:
             level = float(diagonal.mean())
@@ -104,14 +112,9 @@ def _add_outer(moment: Tensor, mean: Tensor, sign: int) -> Tensor:
     return moment.addcmul_(mean, mean, value=sign) if moment.dim() == 1 else moment.addr_(mean, mean, alpha=sign)
 
 
-def _energy(values: Tensor) -> float:
-    """The sum of all squares, in fp64."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-
-
 def _shrinkage(covariance: Tensor, count: float) -> float:
     """`a` for the covariance of so many independent rows: 0 to 1."""
-    width, square = len(covariance), _energy(covariance)
+    width, square = len(covariance), energy(covariance)
     if covariance.dim() == 1:  # a variance of normal numbers is known to two parts in the count of its own square
         spread = count * (square - float(covariance.sum(dtype=torch.float64)) ** 2 / width)
         return min(2 * square / spread, 1.0) if spread > 0 else 1.0

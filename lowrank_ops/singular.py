@@ -32,6 +32,8 @@ _FIRST_CHECK, _ITERATIONS = 3, 8
 # The Krylov space of h: random columns, powers, and what is added to its largest Ritz value.
 _PROBES, _POWERS, _MARGIN = 4, 8, 0.1
 
+ROWS = 512  # of a matrix that are copied in fp64 at a time
+
 _EXACT = ContextVar("exact", default=False)
 
 
@@ -122,14 +124,14 @@ def _randomized(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, 
     """As `leading_svd`; None where the check of the error fails after `_ITERATIONS`."""
     width = count + max(_SPARE, int(_SPARE_SHARE * count))
     basis = torch.linalg.qr(matrix @ normal(matrix.shape[1], width, seed, matrix)).Q
-    total = _energy(matrix)
+    total = energy(matrix)
     for iteration in range(1, _ITERATIONS + 1):
         inner, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         basis = basis @ inner
         image = matrix @ right.T  # [M, width]
         if iteration >= _FIRST_CHECK:
             left, best, across = basis[:, :count], values[:count], right[:count]
-            lost = _energy(matrix, left, best[:, None] * across)
+            lost = energy(matrix, left, best[:, None] * across)
             # what rounding leaves of an exact factorization
             if (
                 lost <= (32 * torch.finfo(matrix.dtype).eps) ** 2 * total
@@ -176,12 +178,12 @@ def _largest_outside(matrix: Tensor, basis: Tensor, seed: int) -> float:
     return float(torch.linalg.matrix_norm((space.T @ matrix).double(), 2)) ** 2
 
 
-def _energy(matrix: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> float:
-    """``|matrix - left right|_F^2``, summed in fp64, 512 rows at a time."""
+def energy(matrix: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> float:
+    """``|matrix - left right|_F^2``, or of a vector, summed in fp64, `ROWS` at a time: no fp64 copy is made of it."""
     total = 0.0
-    for start in range(0, matrix.shape[0], 512):
-        part = matrix[start : start + 512]
+    for start in range(0, matrix.shape[0], ROWS):
+        part = matrix[start : start + ROWS]
         if left is not None and right is not None:
-            part = part - left[start : start + 512] @ right
+            part = part - left[start : start + ROWS] @ right
         total += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
     return total

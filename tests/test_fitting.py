@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,13 +42,13 @@ def _output_error(change: Tensor, moments: Moments) -> float:
 
 def test_the_norm_of_the_whitened_weight_is_the_output_error() -> None:
     weight, moments = _normal(6, 5, 3, 2), Moments(_moment(5, 1), _moment(6, 2))
-    norm = float(Whitening.of(moments).apply(weight).square().sum())
+    norm = float(Whitening.of_(copy.deepcopy(moments)).apply(weight).square().sum())
     assert norm == pytest.approx(_output_error(weight, moments), rel=1e-12)
 
 
 def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_own_factors() -> None:
     moments = Moments(_moment(12, 1, 3.0), _moment(10, 2, 3.0))
-    whitening = Whitening.of(moments)
+    whitening = Whitening.of_(copy.deepcopy(moments))
     matrix = _normal(10, 12)
     plain = svd_decompose(matrix, 4)
     found = svd_decompose(whitening.apply(matrix), 4)
@@ -77,12 +79,12 @@ def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_o
 def test_directions_without_energy_are_not_amplified() -> None:
     empty = torch.zeros(4, 4, dtype=torch.float64)
     empty[0, 0] = 1.0
-    whitening = Whitening.of(Moments(empty, empty))
+    whitening = Whitening.of_(Moments(empty, empty.clone()))
     identity = torch.eye(4, dtype=torch.float64)
     largest = 1 / roots.DAMPING**0.5
     for root in (whitening.input, whitening.gradient):
         assert float(torch.linalg.matrix_norm(root.undo(identity), 2)) == pytest.approx(largest, rel=1e-9)
-    none = Whitening.of(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
+    none = Whitening.of_(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
     assert torch.equal(none.input.undo(identity), identity)
 
 
@@ -116,7 +118,7 @@ def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
         features,
         features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2),
         torch.zeros(5, 6),
-        None if metric is None else Root.of(metric),
+        None if metric is None else Root.of_(metric.clone()),
     )
     metric = None if metric is None else _damped(metric)
     out, inner, bias = regression.solve(2)
@@ -258,10 +260,10 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     cholesky = fitting.cholesky_
     monkeypatch.setattr(fitting, "cholesky_", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
     features, prior = _normal(12, 30), _normal(5, 30, seed=3)
-    root = None if metric is None else Root.of(metric)
+    root = None if metric is None else Root.of_(metric.clone())
     regression = Regression(features, _normal(12, 5, seed=1), prior, root)
     small = regression.solve(rank)
-    monkeypatch.setattr(fitting._Normal, "by_rows", lambda self: False)
+    monkeypatch.setattr(fitting._Normal, "by_rows", property(lambda self: False))
     out, inner, bias = regression.solve(rank)
     assert sides == [12, 30]
     # fp64, the ridge makes the condition about a thousand

@@ -22,7 +22,7 @@ def _moment(size: int, seed: int = 0, directions: int | None = None) -> Tensor:
 @pytest.mark.parametrize("directions", [20, 3], ids=["full", "rows fewer than columns"])
 def test_a_root_squares_to_the_damped_moment(directions: int) -> None:
     moment = _moment(10, directions=directions)
-    root = Root.of(moment)
+    root = Root.of_(moment.clone())
     squared = root.apply(torch.eye(10, dtype=torch.float64)).T @ root.apply(torch.eye(10, dtype=torch.float64))
     damping = squared - moment
     level = float(damping.diagonal().mean())
@@ -35,28 +35,29 @@ def test_a_root_squares_to_the_damped_moment(directions: int) -> None:
     "moment", [_moment(8), _moment(8).diagonal(), torch.zeros(8, 8)], ids=["full", "diagonal", "0"]
 )
 def test_undo_is_the_inverse(moment: Tensor) -> None:
-    root, matrix = Root.of(moment), _moment(8, 1)[:, :3].float()
-    torch.testing.assert_close(root.undo(root.apply(matrix)), matrix.double(), rtol=1e-9, atol=1e-9)
+    root, matrix = Root.of_(moment.clone()), _moment(8, 1)[:, :3]
+    torch.testing.assert_close(root.undo(root.apply(matrix)), matrix, rtol=1e-9, atol=1e-9)
 
 
 def test_a_diagonal_is_the_root_of_a_diagonal_matrix() -> None:
     diagonal = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
-    whole, short = Root.of(torch.diag(diagonal)), Root.of(diagonal)
+    whole, short = Root.of_(torch.diag(diagonal)), Root.of_(diagonal.clone())
     torch.testing.assert_close(whole.factor, torch.diag(short.factor))
 
 
 def test_sums_of_low_precision_with_eigenvalues_below_zero_have_a_root() -> None:
     moment = torch.diag(torch.tensor([1.0, 0.5, -0.01], dtype=torch.float64))
-    root = Root.of(moment)
+    root = Root.of_(moment)
     assert bool(torch.isfinite(root.factor).all())
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 10], ids=str)
 def test_blocks_of_a_root_are_the_whole_root(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, matrix = Root.of(_moment(10)), _moment(10, 1)[:, :3]
+    root, matrix = Root.of_(_moment(10)), _moment(10, 1)[:, :3]
     monkeypatch.setattr(roots, "BLOCK", block)
     torch.testing.assert_close(root.apply(matrix), root.factor.T @ matrix, rtol=1e-12, atol=1e-12)
     inverse = torch.linalg.inv(root.factor.T)
+    torch.testing.assert_close(root.times(matrix), root.factor @ matrix, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(root.undo(matrix), inverse @ matrix, rtol=1e-9, atol=1e-12)
 
 
@@ -72,13 +73,36 @@ class _Largest(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("name", ["apply", "undo"])
+@pytest.mark.parametrize("block", [1, 3, 4, 10], ids=str)
+def test_a_root_is_the_same_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Root.of_(_moment(10)).factor
+    monkeypatch.setattr(roots, "BLOCK", block)
+    moment = _moment(10)
+    found = Root.of_(moment).factor
+    assert found.data_ptr() == moment.data_ptr()
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_a_moment_in_fp32_has_a_root_of_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roots, "BLOCK", 16)
+    moment = _moment(64)
+    factor = Root.of_(moment.float()).factor
+    assert factor.dtype == torch.float32
+    squared, largest = factor.double() @ factor.double().T, float(torch.linalg.eigvalsh(moment)[-1])
+    squared.diagonal().sub_(roots.DAMPING * largest)
+    error = float(torch.linalg.matrix_norm(squared - moment, 2)) / largest
+    # 64 columns in fp32, each entry with up to 64 roundings; the largest eigenvalue is estimated from below
+    assert error <= 64 * torch.finfo(torch.float32).eps + 0.1 * roots.DAMPING
+
+
+@pytest.mark.parametrize("name", ["of_", "apply", "undo", "times"])
 def test_no_fp64_copy_of_a_whole_root_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roots, "BLOCK", 8)
-    root = Root.of(_moment(64).float())
+    moment = _moment(64).float()
+    root = Root.of_(moment.clone())
     with _Largest() as largest:
-        getattr(root, name)(torch.ones(64, 2))
-    assert 64 * 2 <= largest.entries <= 64 * 8
+        Root.of_(moment) if name == "of_" else getattr(root, name)(torch.ones(64, 2, dtype=torch.float64))
+    assert 8 * 8 <= largest.entries <= 64 * 8
 
 
 @pytest.mark.parametrize("rank", [0.25, Budget(params=0.5)], ids=["rank", "budget"])
@@ -90,9 +114,9 @@ def test_each_moment_is_factored_once_and_wide_sides_get_no_eigenvectors(
     model = nn.Sequential(nn.Linear(300, 20), nn.ReLU(), nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 12))
     factored: list[int] = []
     largest: list[int] = []
-    of = Root.of.__func__  # type: ignore[attr-defined]
+    of = Root.of_.__func__  # type: ignore[attr-defined]
     eigh = torch.linalg.eigh
-    monkeypatch.setattr(Root, "of", classmethod(lambda cls, moment: factored.append(len(moment)) or of(cls, moment)))
+    monkeypatch.setattr(Root, "of_", classmethod(lambda cls, moment: factored.append(len(moment)) or of(cls, moment)))
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: largest.append(len(matrix)) or eigh(matrix))
     report = factorize_(model, rank=rank, calibration=torch.randn(512, 300), progress=False)
     assert report.replaced
