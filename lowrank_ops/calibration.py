@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch, Batches
-from lowrank_ops.fitting import CHUNK, Regression, refit
+from lowrank_ops.fitting import Regression, chunk_rows, refit
 from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.moment_groups import moment_bytes
@@ -139,7 +139,7 @@ def _fit(rows: _Rows) -> float | None:
 
 
 def _finite(rows: Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in rows.split(CHUNK))
+    return all(bool(torch.isfinite(part).all()) for part in rows.split(chunk_rows(rows.shape[1])))
 
 
 class _Rows:
@@ -188,7 +188,7 @@ class _Rows:
         layer: Any = self.fit.site.layer
         known = call < len(self._chosen) and call not in self._features
         if known and self._chosen[call][0] == count_positions(layer, output):
-            parts = self._chosen[call][1].split(CHUNK)
+            parts = self._chosen[call][1].split(chunk_rows(layer.weight[0].numel()))
             self._features[call] = torch.cat([self._features_of(input_rows(layer, input, part)) for part in parts])
 
     def see_both(self, call: int, input: Tensor, output: Tensor) -> None:

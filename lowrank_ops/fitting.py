@@ -32,8 +32,8 @@ from lowrank_ops.singular import computing_device, energy, leading_svd
 RIDGE = 1e-3
 STRENGTHS = (1.0, 1e2, 1e4)
 
-# Rows that are computed with at a time.
-CHUNK = 1024
+# Rows that are computed with at a time, at most; and entries of all rows' features and targets.
+CHUNK, CHUNK_ENTRIES = 1024, 2**20
 
 # Held-out rows are judged in so many blocks of neighbours, which may depend on each other (pixels of an image).
 BLOCKS = 8
@@ -60,7 +60,8 @@ class Whitening:
     @no_autocast()
     def apply(self, weight: Tensor) -> Tensor:
         """`G^(1/2) W C^(1/2)` of a weight `[T, S, ...]`, in its shape, fp64."""
-        columns = self.gradient.apply(weight.detach().to(computing_device(weight), torch.float64).flatten(1))
+        copy = weight.detach().to(computing_device(weight), torch.float64, copy=True)
+        columns = self.gradient.apply_(copy.flatten(1))
         rows = columns.unflatten(1, weight.shape[1:]).transpose(0, 1).flatten(1)  # [S, T ...]; of a matrix no copy
         rows = self.input.apply_(rows)
         return rows.unflatten(1, (weight.shape[0], *weight.shape[2:])).transpose(0, 1).contiguous()
@@ -120,8 +121,14 @@ class Regression:
         return torch.cat(found)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and targets of `CHUNK` rows at a time: what is computed with them takes no memory worth a word."""
-        return zip(self.features.split(CHUNK), self.targets.split(CHUNK), strict=True)
+        """Features and targets of some rows at a time: what is computed with them takes little memory."""
+        rows = chunk_rows(self.features.shape[1] + self.targets.shape[1])
+        return zip(self.features.split(rows), self.targets.split(rows), strict=True)
+
+
+def chunk_rows(width: int) -> int:
+    """How many rows of so many entries are computed with at a time."""
+    return max(min(CHUNK, CHUNK_ENTRIES // width), 64)
 
 
 def _predict(solution: Solution, features: Tensor) -> Tensor:
@@ -234,7 +241,7 @@ class _Normal:
         return self.count < len(self.mean)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Centred features and targets, `CHUNK` rows at a time: no centred copy of all is made."""
+        """Centred features and targets of some rows at a time: no centred copy of all is made."""
         for part in self.parts:
             for features, targets in part.chunks():
                 yield features - self.mean, targets
@@ -302,7 +309,7 @@ class _Factored:
             sums += targets.sum(0)
             products.addmm_(targets.T, centred)
         right = products.div_(normal.count).add_(normal.prior, alpha=self.ridge)
-        solved = [torch.cholesky_solve(part.double().T, self.factor).T.to(right) for part in right.split(CHUNK)]
+        solved = [torch.cholesky_solve(part.double().T, self.factor).T.to(right) for part in right.split(chunk_rows(right.shape[1]))]
         return sums / normal.count, torch.cat(solved)
 
     def _reduce(self, best: Tensor, rank: int, near: Solution | None) -> tuple[Tensor, Tensor]:

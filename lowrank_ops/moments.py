@@ -143,7 +143,9 @@ def gather_moments(
             found[id(layer)] = found.get(id(layer), 0) + 1
         if not total:
             return None
-        of_layer = sums.setdefault(id(layer), _Sums(output_rows(layer, output).shape[1]))
+        if id(layer) not in sums:
+            sums[id(layer)] = _Sums(output_rows(layer, output).shape[1])
+        of_layer = sums[id(layer)]
         if not running_backward:  # otherwise torch.utils.checkpoint computes again what was seen in the forward pass
             held = of_layer.held.next_call(total)
             chosen = draw_positions(layer, output, positions, "moments").sort().values

@@ -12,9 +12,11 @@ constexpr int64_t kMostAskedBytes = 128 << 10;  // of a weight ahead of its use
 constexpr int64_t kStagedPixels = 64;
 constexpr int64_t kStagedChannels = 16;  // staged by one thread at least
 
-// Staged input pixels: channels rounded up so that pairs can be read.
+// Elements from one staged input pixel to the next: channels rounded up so that pairs can be read, and not half a page
+// or a multiple of it, at which distance lines share few places in a cache.
 int64_t staged_stride(const ConvBlock& block) {
-  return round_up(block.problem.s, kStagedChannels);
+  const int64_t stride = round_up(block.problem.s, kStagedChannels);
+  return stride * element_bytes(block.engine.kernels->element) % 2048 == 0 ? stride + kStagedChannels : stride;
 }
 
 bool reads_directly(const ConvBlock& block) {

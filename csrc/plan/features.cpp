@@ -72,9 +72,12 @@ FusedStages fused_products_of(const Problem& p, const CpuTile& tile) {
   const int64_t parts = ceil_div(p.ow, tile.columns), columns = std::min(p.ow, tile.columns);
   const double images = double(p.n) * double(parts);
   const int64_t rows = std::min(p.oh, tile.rows);
+  const Axis axis = column_axis(p);
+  const int64_t inside = axis.end_inside() - axis.first_inside();  // of the columns that are read
+  const int64_t read = parts == 1 ? inside : std::min(inside, axis.span(columns));  // windows of two tiles overlap
   Product core = {};
   if (p.op == Op::kTucker) core = {images * double(p.oh), columns, p.r1 * p.kh * p.kw, p.r2};
-  return {{images * double(p.h), std::max<int64_t>(p.w / parts, 1), p.s, p.r1},
+  return {{images * double(p.h), std::max<int64_t>(read, 1), p.s, p.r1},
           core,
           {images * double(ceil_div(p.oh, rows)), rows * columns, p.r2, p.t}};
 }
