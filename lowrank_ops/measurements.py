@@ -64,9 +64,9 @@ def load_measurements(path: str | os.PathLike[str]) -> int:
 def forget_measurements() -> int:
     """Forgets all that this process has measured or loaded for the policy "measure", and frees its memory.
 
-    Under "measure" the next call of each shape measures anew, for instance once the machine is no longer busy. Calls
-    remember 4,096 problems at most (about 2 MB for a CPU, 5 MB for GPUs), and forget the oldest first, so that only
-    programs short of memory need this for their memory's sake. Files are left as they are.
+    Under "measure" the next call of each shape measures anew: for instance because the machine was busy before. Without
+    this, calls remember at most 4,096 problems (about 2 MB for a CPU, 5 MB for GPUs) and forget the oldest first. Files
+    are left as they are.
 
     Returns:
         The number of problems that were forgotten.
