@@ -96,6 +96,7 @@ sanitize: .venv/built
 
 # torch first and alone: a plain `pip install torch` would fetch the newest build with gigabytes of CUDA packages.
 .venv/packages: pyproject.toml Makefile
+	@echo "installing $(TORCH) and tools into .venv: some minutes, by the network"
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q $(TORCH) "setuptools>=77" wheel ninja pybind11
 	$(PIP) install -q numpy "tensorly>=0.9" rich safetensors tqdm pytest pytest-xdist hypothesis expecttest pandas \
@@ -103,7 +104,10 @@ sanitize: .venv/built
 	  "nvidia-cuda-cuobjdump==13.5.*; sys_platform=='linux'" "nvidia-cuda-nvdisasm==13.5.*; sys_platform=='linux'"
 	touch $@
 
+# Compiled by setup.py, which shows how far it is, in lines without the compiler's arguments; pip finds it done.
+.venv/built: SHELL := bash
 .venv/built: .venv/packages setup.py $(SOURCES)
+	@set -o pipefail; $(VENV)/python setup.py -q build_ext --inplace | sed -u -E 's|^(\[[0-9/]+\]) .* -c [^ ]*(csrc/[^ ]+) .*|\1 \2|'
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 

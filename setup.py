@@ -132,8 +132,18 @@ def add_cuda(extension: CppExtension) -> None:
 class Build(BuildExtension):
     """Compiles the instruction-set variants with their own flags, then everything else through torch's rule."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # setuptools gives `pip install -e` an empty folder: everything would be compiled anew
+            self.build_temp = str(ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def build_extensions(self) -> None:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
+        files, jobs = sum(len(extension.sources) for extension in self.extensions), os.environ["MAX_JOBS"]
+        print(
+            f"lowrank_ops: compiling what has changed of {files} files, jobs: {jobs}; all of them take some minutes",
+            flush=True,
+        )
         for extension in self.extensions:
             add_cuda(extension)
             special = [s for s in map(pathlib.Path, extension.sources) if suffix_of(s)]
@@ -150,6 +160,7 @@ class Build(BuildExtension):
                 stamp = made.with_suffix(".flags")
                 made_with = stamp.read_text() if stamp.exists() else ""
                 if not made.exists() or made.stat().st_mtime < newest or made_with != " ".join(flags):
+                    print(f"[{special.index(source) + 1}/{len(special)}] {source}", flush=True)
                     self.compiler.force = True
                     self.compiler.compile(
                         [str(source)],

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <map>
 #include <mutex>
+#include <shared_mutex>
 #include <vector>
 
 namespace lowrank_ops {
@@ -15,8 +16,30 @@ namespace {
 
 std::atomic<Policy> current{Policy::kAuto};
 
-std::mutex measured_mutex;
-std::map<std::string, Measurement> measured;
+// What is remembered, by key; `number` counts up, so that the lowest is the oldest.
+struct Remembered {
+  Measurement measurement;
+  int64_t number;
+};
+std::shared_mutex measured_mutex;
+std::map<std::string, Remembered> measured;
+int64_t next_number = 0;
+
+// Under the lock.
+void remember(Measurement measurement) {
+  const std::string key = measurement.key;
+  measured[key] = {std::move(measurement), next_number++};
+}
+
+// One more, in place of the oldest where that would be too many. Looking for it takes far less than measuring took.
+void remember_in_place_of_oldest(Measurement measurement) {
+  const std::unique_lock<std::shared_mutex> lock(measured_mutex);
+  if (measured.size() >= kMostMeasurements && measured.count(measurement.key) == 0) {
+    const auto older = [](const auto& one, const auto& other) { return one.second.number < other.second.number; };
+    measured.erase(std::min_element(measured.begin(), measured.end(), older));
+  }
+  remember(std::move(measurement));
+}
 
 constexpr const char* kFused = "fused";
 constexpr const char* kChain = "chain";
@@ -87,9 +110,9 @@ std::string measurement_key(const Problem& p, const std::string& device) {
 }
 
 std::optional<std::string> measured_fastest(const std::string& key) {
-  const std::lock_guard<std::mutex> lock(measured_mutex);
+  const std::shared_lock<std::shared_mutex> lock(measured_mutex);
   const auto found = measured.find(key);
-  return found == measured.end() ? std::nullopt : std::optional<std::string>(found->second.fastest);
+  return found == measured.end() ? std::nullopt : std::optional<std::string>(found->second.measurement.fastest);
 }
 
 size_t measured_choice(const std::string& key, const std::vector<Candidate>& candidates) {
@@ -105,8 +128,7 @@ size_t measured_choice(const std::string& key, const std::vector<Candidate>& can
     if (measurement.seconds[i].second < measurement.seconds[best].second) best = i;
   }
   measurement.fastest = candidates[best].name;
-  const std::lock_guard<std::mutex> lock(measured_mutex);
-  measured[key] = std::move(measurement);
+  remember_in_place_of_oldest(std::move(measurement));
   return best;
 }
 
@@ -123,20 +145,22 @@ bool chain_measures_faster(const Problem& problem, const CpuCaps& caps, const st
 }
 
 std::vector<Measurement> measurements() {
-  const std::lock_guard<std::mutex> lock(measured_mutex);
+  const std::shared_lock<std::shared_mutex> lock(measured_mutex);
   std::vector<Measurement> result;
-  for (const auto& [key, measurement] : measured) result.push_back(measurement);
+  for (const auto& [key, remembered] : measured) result.push_back(remembered.measurement);
   return result;
 }
 
 void remember_measurements(std::vector<Measurement> measurements) {
-  const std::lock_guard<std::mutex> lock(measured_mutex);
-  for (Measurement& measurement : measurements) measured[measurement.key] = std::move(measurement);
+  const std::unique_lock<std::shared_mutex> lock(measured_mutex);
+  for (Measurement& measurement : measurements) remember(std::move(measurement));
 }
 
-void forget_measurements() {
-  const std::lock_guard<std::mutex> lock(measured_mutex);
+size_t forget_measurements() {
+  const std::unique_lock<std::shared_mutex> lock(measured_mutex);
+  const size_t forgotten = measured.size();
   measured.clear();
+  return forgotten;
 }
 
 }  // namespace lowrank_ops

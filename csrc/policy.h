@@ -21,6 +21,10 @@ struct Candidate {
   std::function<double()> seconds;
 };
 
+// How many problems calls under "measure" remember: the oldest make place for others, as programs whose shapes never
+// repeat must not fill the memory. Those of a file are all remembered: who loads it has chosen them.
+constexpr size_t kMostMeasurements = 4096;
+
 // What "measure" remembers of a problem on a device.
 struct Measurement {
   std::string key, fastest;
@@ -46,6 +50,6 @@ std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps&
 // All of them, to be written to a file, and what was read from one.
 std::vector<Measurement> measurements();
 void remember_measurements(std::vector<Measurement> measurements);
-void forget_measurements();
+size_t forget_measurements();  // how many there were
 
 }  // namespace lowrank_ops

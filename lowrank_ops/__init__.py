@@ -15,7 +15,7 @@ from lowrank_ops.export import export_onnx, to_chain
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.initialization import Spectral
-from lowrank_ops.measurements import load_measurements, save_measurements
+from lowrank_ops.measurements import forget_measurements, load_measurements, save_measurements
 from lowrank_ops.memory import kept_memory, release_memory
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.pairs import Fold, FoldReport
@@ -56,6 +56,7 @@ __all__ = [
     "factorize_",
     "fold_activations_",
     "fold_batchnorm_",
+    "forget_measurements",
     "frobenius_decay",
     "frobenius_norm_squared",
     "fuse_",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from lowrank_ops.model_state import own_random_numbers
+from lowrank_ops.nested import values_of
 from lowrank_ops.warn import warn
 
 ROWS = 32  # of a tensor that is cut into batches
@@ -300,5 +301,6 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def outputs_of(value: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returned: a tensor, or tuples, lists, mappings and objects of them."""
-    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+    """The floating-point tensors in what a model returned: a tensor, or tuples, lists, mappings and objects of them; of
+    jagged nested tensors their values."""
+    return [values_of(tensor) for tensor in tensors_in(value) if tensor.is_floating_point()]

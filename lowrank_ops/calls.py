@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch
 from lowrank_ops.model_state import in_inference_mode
+from lowrank_ops.nested import values_of
 from lowrank_ops.weight_reads import ReadProducts, WeightReads
 
 _SECONDS_PER_SHAPE = 0.2
@@ -55,7 +56,7 @@ class LayerCalls:
     read_macs: int = 0
     reads: int = 0
     unknown_reads: bool = False
-    nested: bool = False  # it was called with a nested tensor, which has no shape to count or time
+    nested: bool = False  # it was called with a strided nested tensor, which has no shape to count or time
 
     def total(self, count: Callable[[tuple[int, ...]], int | None]) -> int | None:
         """Sum over all calls; None if one is not known, 0 for a layer that was not called."""
@@ -158,6 +159,7 @@ def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Mod
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         tensor = args[0] if args else kwargs.get("input")
         if isinstance(tensor, Tensor) and isinstance(output, Tensor):
+            tensor, output = values_of(tensor), values_of(output)
             seen = calls.of(layer)
             if tensor.is_nested:
                 seen.nested = True

@@ -20,6 +20,7 @@ from lowrank_ops.module_base import (
     groups_reason,
     refuse_energy,
 )
+from lowrank_ops.nested import refuse_nested
 from lowrank_ops.ranks import Rank
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class FactorizedConv(FactorizedModule):
         modules."""
         if isinstance(input, torch.fx.Proxy):
             return self._record(input)  # type: ignore[no-any-return]
+        refuse_nested(self._name, input)
         batched = self.axes + 2
         if input.dim() not in (batched - 1, batched):
             shapes = "[N, S, H, W] or [S, H, W]" if self.axes == 2 else "[N, S, W] or [S, W]"

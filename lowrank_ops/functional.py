@@ -7,6 +7,7 @@ from torch import Tensor
 # Loads the extension: torch.ops.lowrank_ops exists from here on.
 from lowrank_ops._ops import ACTIVATIONS as ACTIVATIONS
 from lowrank_ops._ops import ops_for
+from lowrank_ops.nested import is_nested, on_values, refuse_nested
 
 Pair = int | tuple[int, int] | list[int]
 
@@ -46,6 +47,7 @@ def tucker_conv2d(
         TypeError: dtypes that differ or are not supported.
     """
     tensors = (input, in_factor, core, out_factor, bias)
+    refuse_nested("tucker_conv2d", input)
     return ops_for(*tensors).tucker_conv2d(*tensors, stride, padding, dilation, activation)
 
 
@@ -86,6 +88,7 @@ def cp_conv2d(
         TypeError: dtypes that differ or are not supported.
     """
     tensors = (input, in_factor, height_factor, width_factor, out_factor, bias)
+    refuse_nested("cp_conv2d", input)
     return ops_for(*tensors).cp_conv2d(*tensors, stride, padding, dilation, activation)
 
 
@@ -95,18 +98,24 @@ def lowrank_linear(
     """Low-rank linear layer as one op: ``activation((input in_factor^T) out_factor^T + bias)``.
 
     Args:
-        input: ``[..., S]``, float32, float64, bfloat16 or float16, any strides.
+        input: ``[..., S]``, float32, float64, bfloat16 or float16, any strides; or a nested tensor ``[B, ragged, ...,
+            S]`` of the layout torch.jagged, contiguous.
         in_factor: ``[R, S]``, same dtype and device as ``input``, as are the following.
         out_factor: ``[T, R]``.
         bias: ``[T]`` or None.
         activation: one of none, relu, relu6, hardswish, silu, gelu (exact, erf).
 
     Returns:
-        ``[..., T]``, contiguous.
+        ``[..., T]``, contiguous; nested, with the input's offsets, if the input is.
 
     Raises:
-        ValueError: shapes that disagree, an unknown activation, tensors on different devices.
+        ValueError: shapes that disagree, an unknown activation, tensors on different devices, a nested tensor
+            of another layout.
         TypeError: dtypes that differ or are not supported.
     """
+    if is_nested(input):
+        return on_values(
+            "lowrank_linear", lambda rows: lowrank_linear(rows, in_factor, out_factor, bias, activation), input
+        )
     tensors = (input, in_factor, out_factor, bias)
     return ops_for(*tensors).lowrank_linear(*tensors, activation)

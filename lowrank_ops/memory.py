@@ -10,7 +10,8 @@ def kept_memory() -> int:
 
     A thread keeps what its calls worked in, 16 MiB at most, until it ends or `release_memory` is called: fresh memory
     would cost each call more than most of its writes. torch's allocator knows nothing of it. Besides it, the planners
-    remember at most 4,096 problems for the CPU (about 3 MB) and as many for GPUs (about 20 MB).
+    remember at most 4,096 problems for the CPU (about 3 MB) and as many for GPUs (about 20 MB), the policy "measure" as
+    many (`forget_measurements`).
     """
     kept: int = _C.kept_memory()
     return kept

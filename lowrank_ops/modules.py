@@ -28,6 +28,7 @@ from lowrank_ops.module_base import (
     refuse_energy,
     widened,
 )
+from lowrank_ops.nested import is_nested, on_values
 from lowrank_ops.ranks import Rank
 from lowrank_ops.singular import exactly
 
@@ -354,7 +355,8 @@ class LowRankLinear(FactorizedModule):
         init: as `TuckerConv2d`.
 
     Parameters: `in_factor [R, S]`, `out_factor [T, R]`, `bias [T]` or None. Input `[..., S]`, output `[...,
-    T]`. Errors as `TuckerConv2d`.
+    T]`; a nested input `[B, ragged, ..., S]` of the layout torch.jagged gives a nested output. Errors as
+    `TuckerConv2d`.
     """
 
     rank: int
@@ -419,6 +421,8 @@ class LowRankLinear(FactorizedModule):
         """`[..., S]` to `[..., T]`."""
         if isinstance(input, torch.fx.Proxy):
             return self._record(input)  # type: ignore[no-any-return]
+        if is_nested(input):
+            return on_values(self._name, self.forward, input)
         if (panels := self._panels(input)) is not None:
             tensors = (input, self.in_factor, self.out_factor, self.bias)
             return ops_for(*tensors).lowrank_linear_prepared(*tensors, self.activation, panels)

@@ -22,6 +22,7 @@ from lowrank_ops.batches import Batch, Batches, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.chains import same_padding
 from lowrank_ops.model_state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
+from lowrank_ops.nested import values_of
 from lowrank_ops.shrinkage import SecondMoment
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
@@ -71,6 +72,7 @@ class HeldOut:
 
 def input_rows(layer: Layer, input: Tensor, positions: Tensor) -> Tensor:
     """`[positions, S, K]`: what each of the output positions sees of the input, padding included."""
+    input = values_of(input)
     if isinstance(layer, nn.Linear):
         return input.reshape(-1, input.shape[-1])[positions].unsqueeze(2)
     image, kernel, stride, dilation, sides = _window(layer, input)
@@ -93,6 +95,7 @@ def input_rows(layer: Layer, input: Tensor, positions: Tensor) -> Tensor:
 
 def output_rows(layer: Layer, output: Tensor, positions: Tensor | None = None) -> Tensor:
     """`[positions, T]` of a layer's output; of all positions without any given."""
+    output = values_of(output)
     if isinstance(layer, nn.Linear):
         flat = output.reshape(-1, output.shape[-1])
     else:
@@ -103,6 +106,7 @@ def output_rows(layer: Layer, output: Tensor, positions: Tensor | None = None) -
 
 def count_positions(layer: Layer, output: Tensor) -> int:
     """How many positions a layer's output has."""
+    output = values_of(output)
     return output.numel() // output.shape[-1 if isinstance(layer, nn.Linear) else -len(layer.kernel_size) - 1]
 
 

@@ -36,9 +36,9 @@ class set_policy:
             time and the CPU's launches; in CUDA graphs, which launch nothing, by the GPU's time); "fused": always our
             kernels, where there are any; "chain": always the library ops; "measure": every kernel that can run and the
             chain are timed the first time a shape is met on a device (for this number of threads on a CPU), and the
-            fastest is remembered for the life of the process; `save_measurements` and `load_measurements` keep it in a
-            file. Measuring runs the candidates on the caller's tensors; it never happens while torch.compile or
-            torch.export traces, nor while a CUDA graph is captured.
+            fastest is remembered (of 4,096 shapes, the oldest are forgotten first; `forget_measurements` forgets all);
+            `save_measurements` and `load_measurements` keep it in a file. Measuring runs the candidates on the caller's
+            tensors; it never happens while torch.compile or torch.export traces, nor while a CUDA graph is captured.
 
     Raises:
         ValueError: an unknown name.

@@ -49,7 +49,8 @@ class LayerReport:
         note: what to know of a layer that was replaced: that no or few calibration data reach it, or that the model
             also computes with its weight.
         output_size: shape of the layer's output with the example input, of its first call.
-        milliseconds_before, milliseconds_after: median time of the layer's calls with the example input.
+        milliseconds_before, milliseconds_after: median time of the layer's calls with the example input, each layer
+            timed by itself. They need not add up to the model's: `Report.notes` says so where they are more.
     """
 
     name: str
@@ -233,7 +234,21 @@ class Report:
             share = _percent(self.macs_elsewhere, whole)
             macs = _number(self.macs_elsewhere)
             lines.append(f"not in the MACs above: {macs} outside of these layers, {share} of all")
-        return lines
+        return lines + self._times_apart()
+
+    def _times_apart(self) -> list[str]:
+        """A line where the layers' times cannot be parts of the model's."""
+        sums, totals = [], []
+        for column in ("milliseconds_before", "milliseconds_after"):
+            sums.append(math.fsum(getattr(layer, column) or 0 for layer in self.layers))
+            totals.append(self.total(column))
+        if not any(total is not None and sum > _NOISE * total for sum, total in zip(sums, totals, strict=True)):
+            return []
+        return [
+            f"the layers' times, each layer timed by itself, add up to {_change(*sums)} ms, more than the model's "
+            f"{_change(*totals)}: the machine was busy, or the model's calls overlap; compare a layer's two times with "
+            "each other, not with the total"
+        ]
 
     def _shares(self, layers: Sequence[LayerReport]) -> str:
         """What layers have of the whole dense model."""
@@ -250,6 +265,9 @@ class Report:
     def _repr_html_(self) -> str:
         return as_html(self.to_table(), *self.notes)
 
+
+# Medians of short runs on a quiet machine differ by a few per cent.
+_NOISE = 1.1
 
 _SIZES = (
     "uncompressed_layer_size",

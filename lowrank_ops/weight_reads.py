@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ops.dense_weight import METADATA
+from lowrank_ops.nested import is_nested
 
 
 class WeightReads(TorchFunctionMode):
@@ -113,7 +114,7 @@ class ReadProducts(TorchDispatchMode):
         if not all(kind in (Tensor, nn.Parameter) for kind in types):
             return NotImplemented  # a subclass of tensors makes other operations of it, which come here again
         count = flop_registry.get(func._overloadpacket)
-        if count is None:
+        if count is None and not any(map(is_nested, tree_leaves((args, kwargs)))):  # these have kernels of their own
             with self:  # under inference_mode linear layers are not matrix products yet
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:

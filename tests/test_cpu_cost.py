@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,24 @@ def test_taps_outside_the_image_count_for_neither_path() -> None:
     assert counts(cell)["products"] == pytest.approx(inside + outer)
     chain = counts(cell, "chain")
     assert chain["core"] == 64 * 16 * 16 * 25 and chain["core_inside"] == pytest.approx(64 * 16 * 16)
+
+
+def test_taps_inside_the_image_are_counted() -> None:
+    """Against one look at each tap of each output: strides and dilations that divide each other or not, windows wider
+    than the image, padding beyond the window."""
+    source = random.Random(0)
+    for _ in range(300):
+        length, taps = source.randint(1, 40), source.randint(1, 30)
+        stride, dilation, padding = source.randint(1, 9), source.randint(1, 9), source.randint(0, 60)
+        outputs = (length + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        if outputs < 1:
+            continue
+        sizes, window = [2, 5, length, 1, 4, 3, 2, taps, 1], [stride, 1, padding, 0, dilation, 1]
+        found = _C.cpu_prediction("tucker_conv2d", "float32", False, sizes, window, "avx2", 1 << 20, 1 << 25)
+        chain = dict(zip(_C.chain_feature_names, found["chain_features"], strict=True))
+        read = [o * stride + tap * dilation - padding for o in range(outputs) for tap in range(taps)]
+        inside = sum(0 <= position < length for position in read)
+        assert chain["core_inside"] / chain["core"] == pytest.approx(inside / len(read), rel=1e-12)
 
 
 @pytest.mark.parametrize(("batch", "native"), [(1, 3), (2, 0)])

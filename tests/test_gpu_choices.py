@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,38 @@ def test_measured_choice_remembers_the_fastest() -> None:
     assert _C.measured_choice("GPU; problem", [("a", 5.0), ("d", 4.0)]) == 1, "the remembered one is gone"
     assert _C.measured_choice("another GPU; problem", [("a", 1.0), ("d", 4.0)]) == 0
     assert _C.measured_choice("GPU; one", [("a", 1.0)]) == 0
+
+
+def remembered() -> list[str]:
+    return [key for key, _, _ in _C.measurements()]
+
+
+def measure(problem: str) -> int:
+    return _C.measured_choice(problem, [("a", 3.0), ("b", 1.0)])
+
+
+def test_measurements_are_bounded_and_can_be_forgotten() -> None:
+    most, extra = 4096, 10
+    names = [f"GPU; {number}" for number in range(most + extra)]
+    for name in names:
+        measure(name)
+    assert sorted(remembered()) == sorted(names[extra:]), "the oldest made place"
+    assert measure(names[-1]) == 1 and len(remembered()) == most
+    assert lowrank_ops.forget_measurements() == most
+    assert remembered() == [] and lowrank_ops.forget_measurements() == 0
+    assert _C.measured_choice(names[-1], [("a", 1.0), ("b", 2.0)]) == 0, "measured anew"
+
+
+def test_all_of_a_file_is_remembered(tmp_path: Path) -> None:
+    """Who loads it has chosen it, and versions before the bound wrote larger ones; calls do not add to it."""
+    path = tmp_path / "large.json"
+    entries = [{"problem": f"GPU; {number}", "fastest": "b", "seconds": {"a": 3.0, "b": 1.0}} for number in range(5000)]
+    path.write_text(json.dumps({"format": 1, "measurements": entries}))
+    assert lowrank_ops.load_measurements(path) == len(remembered()) == 5000
+    measure("GPU; one more")
+    assert len(remembered()) == 5000
+    assert "GPU; 0" not in remembered() and "GPU; one more" in remembered()
+    assert lowrank_ops.save_measurements(path) == 5000
 
 
 def test_measurements_in_a_file(tmp_path: Path) -> None:

@@ -286,11 +286,23 @@ def test_explain_refuses_what_the_op_refuses() -> None:
         lowrank_ops.explain(lowrank_ops.tucker_conv2d, [(1, 4, 8, 8), (2, 4), (3, 5, 3, 3), (6, 3)], verbose=False)
 
 
-def test_planning_does_not_walk_through_the_image() -> None:
-    """A look at each row and column of these would take an hour and a minute."""
-    block = lowrank_ops.TuckerConv2d(8, 8, 3, 4, padding=1)
-    for size in ((2**39, 8), (8, 2**34)):
-        assert lowrank_ops.explain(block, (1, 8, *size))[0].chosen["flops"] > 2**34
+@pytest.mark.parametrize("op", ["tucker_conv2d", "cp_conv2d"])
+def test_planning_does_not_walk_through_image_or_window(op: str) -> None:
+    """A look at each row, column (or at each part that a row can be cut into) or tap of these would take hours."""
+
+    def plan(size: tuple[int, int], kernel: tuple[int, int], padding: int) -> dict:
+        middle = [(4, 4, *kernel)] if op == "tucker_conv2d" else [(4, kernel[0]), (4, kernel[1])]
+        with lowrank_ops.set_policy("fused"):
+            (found,) = lowrank_ops.explain(
+                getattr(lowrank_ops, op), [(1, 8, *size), (4, 8), *middle, (8, 4)], padding=padding, verbose=False
+            )
+        return found.chosen
+
+    for size in ((2**39, 8), *((8, 2**40 - count) for count in range(1000))):
+        found = plan(size, (3, 3), 1)
+        assert found["flops"] > 2**39 and 0 < found["tile_columns"] < 1000
+    for kernel in ((2**38, 1), (1, 2**38)):
+        assert plan(tuple(max(8, 2 * taps) for taps in kernel), kernel, 0)["flops"] > 2**39
 
 
 def test_windows_that_crash_torch_in_bf16_never_go_to_the_chain_on_their_own() -> None:

@@ -156,20 +156,38 @@ def test_tensors_of_other_kinds() -> None:
     assert row.macs_before is not None and row.macs_before >= 10 * 32 * 64
 
 
-class Jagged(nn.Module):
-    def __init__(self) -> None:
+class Nested(nn.Module):
+    def __init__(self, layout: torch.layout) -> None:
         super().__init__()
-        self.layer = nn.Linear(32, 64)
+        self.layer, self.layout = nn.Linear(32, 64), layout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)).values()
+        return self.layer(torch.nested.nested_tensor([x[:3], x[3:]], layout=self.layout))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_are_refused_by_the_layers_name() -> None:
+@pytest.mark.parametrize("rank", [8, Budget(macs=0.4)], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_jagged_tensors_count_by_their_rows(rank: Any, calibrated: bool) -> None:
+    model, dense = Nested(torch.jagged), Nested(torch.jagged)
+    model.load_state_dict(dense.state_dict())
+    rows = torch.randn(100, 32, generator=torch.Generator().manual_seed(3))
+    calibration = {"calibration": [rows[:60], rows[60:]]} if calibrated else {}
+    report = factorize_(model, rank=rank, example_input=INPUT[0], progress=False, **calibration)
+    (row,) = report
+    assert row.replaced_by == "LowRankLinear" and row.macs_before == 10 * 32 * 64 and row.output_size == (10, 64)
+    assert row.macs_after == 10 * model.layer.rank * (32 + 64) and row.milliseconds_after is not None
+    assert row.calibration_rows == (100 if calibrated else None)
+    torch.testing.assert_close(model(INPUT[0]).values(), model.layer(INPUT[0]))
+    found, exact = model(rows).values(), dense(rows).values()
+    assert (found - exact).norm() < 0.9 * exact.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensors_are_refused_by_the_layers_name() -> None:
     """No factorized op takes them; the model stays as it was."""
-    model = Jagged()
-    with pytest.raises(RuntimeError, match=r"the factorized model fails .*lowrank_linear.*exclude that layer"):
+    model = Nested(torch.strided)
+    with pytest.raises(RuntimeError, match=r"the factorized model fails .*: .*torch\.jagged.*exclude that layer"):
         factorize_(model, rank=8, example_input=INPUT[0], progress=False)
     assert isinstance(model.layer, nn.Linear)
 

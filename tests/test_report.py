@@ -186,6 +186,26 @@ def test_milliseconds_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPat
     assert "30.000 > 10.000 (3.00x)" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [((7.0, 3.0), False), ((4.9, 2.4), False), ((4.0, 3.0), True), ((7.0, 1.5), True), ((None, None), False)],
+)
+def test_times_that_are_no_parts_of_the_total_are_said(model: tuple[float | None, float | None], told: bool) -> None:
+    """Layers are timed one by one; on a busy machine they may seem to take longer than the model that they are in."""
+    layers = [
+        LayerReport("a", "Linear", "LowRankLinear", milliseconds_before=3.0, milliseconds_after=1.5),
+        LayerReport("b", "Linear", "LowRankLinear", milliseconds_before=2.0, milliseconds_after=1.0),
+        LayerReport("c", "Linear", reason="asked"),
+    ]
+    report = Report("Net", layers, model_milliseconds_before=model[0], model_milliseconds_after=model[1])
+    lines = [note for note in report.notes if note.startswith("the layers' times")]
+    assert len(lines) == told
+    if told:
+        assert "add up to 5.000 > 2.500 (2.00x) ms, more than the model's" in lines[0]
+        assert f"{model[0]:.3f} > {model[1]:.3f}" in lines[0]
+        assert "each layer timed by itself" in str(report) and "each layer timed by itself" in report._repr_html_()
+
+
 def test_layers_of_few_channels_stay_dense() -> None:
     """A super-resolution net: 18 dB instead of 30 with its first and last layer at rank 1."""
 

@@ -1,6 +1,7 @@
 // What the cost model counts (cost.h), and the seconds that it makes of it.
 #include <algorithm>
 #include <string_view>
+#include <utility>
 
 #include "plan/cost.h"
 
@@ -40,16 +41,37 @@ double steps(const Registers& registers, const Product& product) {
   return product.calls * double(product.depth) * double(whole + (rest > 0 ? blocks(rest) : 0));
 }
 
+// The sum over i in [0, n) of floor((a * i + b) / m), for a and b >= 0: Euclid's algorithm on the points of a lattice
+// below a line, in as many steps as a greatest common divisor takes. Exact below 2^53.
+double floor_sum(int64_t n, int64_t m, int64_t a, int64_t b) {
+  double sum = 0;
+  while (n > 0) {
+    sum += double(n - 1) * double(n) / 2 * double(a / m) + double(n) * double(b / m);
+    a %= m;
+    b %= m;
+    const int64_t last = a * n + b;  // a line that climbs less than a step a point: count along the other axis
+    n = last / m;
+    b = last % m;
+    std::swap(m, a);
+  }
+  return sum;
+}
+
 // The share of a window's taps that see the image, over all output rows (columns).
 double share_inside(const Axis& axis) {
-  int64_t inside = 0;
-  for (int64_t tap = 0; tap < axis.kernel; ++tap) {
-    const auto outputs_before = [&](int64_t z) {  // those for which this tap is at a position below z
-      return std::min(ceil_div(std::max<int64_t>(z - tap * axis.dilation, 0), axis.stride), axis.out);
-    };
-    inside += outputs_before(axis.end_inside()) - outputs_before(axis.first_inside());
-  }
-  return double(inside) / double(std::max<int64_t>(axis.out * axis.kernel, 1));
+  // Over all taps, the outputs for which the tap is at a position below z: ceil((z - tap * dilation) / stride), at
+  // least 0 and at most all.
+  const auto taps_before = [&](int64_t z) {  // the taps that are themselves below it
+    return std::min(ceil_div(std::max<int64_t>(z, 0), axis.dilation), axis.kernel);
+  };
+  const auto pairs_below = [&](int64_t z) {
+    const int64_t of_some = taps_before(z), of_all = taps_before(z - (axis.out - 1) * axis.stride);
+    const int64_t least = z - (of_some - 1) * axis.dilation;  // of the last tap that counts, from which the sum ascends
+    return double(of_all) * double(axis.out) +
+           (of_some > of_all ? floor_sum(of_some - of_all, axis.stride, axis.dilation, least + axis.stride - 1) : 0);
+  };
+  const double inside = pairs_below(axis.end_inside()) - pairs_below(axis.first_inside());
+  return inside / std::max(double(axis.out) * double(axis.kernel), 1.0);
 }
 
 double beyond_l2(double bytes, const CpuCaps& caps) {

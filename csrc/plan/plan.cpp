@@ -178,8 +178,17 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   };
   while (transforms && too_large() && tile.rows > patch.rows)
     tile.rows = round_up(tile.rows / 2, patch.rows);  // large ranks: fewer patches for each reading of the weights
-  for (int64_t parts = 2; too_large() && tile.columns > kFewestColumns; ++parts)
-    tile.columns = round_up(ceil_div(p.ow, parts), patch.columns);
+  if (too_large() && tile.columns > kFewestColumns) {
+    // The fewest parts whose columns fit or are few, by halving: narrower tiles never take more.
+    int64_t too_few = 1, parts = p.ow;
+    const auto take = [&](int64_t count) { tile.columns = round_up(ceil_div(p.ow, count), patch.columns); };
+    while (parts - too_few > 1) {
+      const int64_t middle = too_few + (parts - too_few) / 2;
+      take(middle);
+      (too_large() && tile.columns > kFewestColumns ? too_few : parts) = middle;
+    }
+    take(parts);
+  }
   // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
   const bool shares_rows = p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1;
   if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
