@@ -309,8 +309,9 @@ class _Factored:
             sums += targets.sum(0)
             products.addmm_(targets.T, centred)
         right = products.div_(normal.count).add_(normal.prior, alpha=self.ridge)
-        solved = [torch.cholesky_solve(part.double().T, self.factor).T.to(right) for part in right.split(chunk_rows(right.shape[1]))]
-        return sums / normal.count, torch.cat(solved)
+        for part in right.split(chunk_rows(right.shape[1])):
+            part.copy_(torch.cholesky_solve(part.double().T, self.factor).T)
+        return sums / normal.count, right
 
     def _reduce(self, best: Tensor, rank: int, near: Solution | None) -> tuple[Tensor, Tensor]:
         """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]`,

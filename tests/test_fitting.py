@@ -171,6 +171,31 @@ def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -
     assert _error(regression, *rectified) >= _error(regression, *plain)
 
 
+@pytest.mark.parametrize("metric", [None, _moment(12, 4)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("count", [15, 200], ids=["fewer rows than features", "more"])
+def test_steps_from_a_near_solution_reach_the_best_of_the_rank(count: int, metric: Tensor | None) -> None:
+    features, targets = _normal(count, 20), _normal(count, 12, seed=1)
+    root = None if metric is None else Root.of_(metric.clone())
+    parts = [Regression(features, targets, torch.zeros(12, 20).double(), root)]
+    factored = fitting._Normal(parts).factored(1e-3, root)
+    best = factored.solve(lambda _, targets: targets, 4)
+    reached = best[0], best[1] + 0.1 * _normal(4, 20, seed=2), best[2]
+    for _ in range(200):
+        reached = factored.solve(lambda _, targets: targets, 4, near=reached)
+    torch.testing.assert_close(reached[0] @ reached[1], best[0] @ best[1], rtol=0, atol=1e-8)
+
+
+def test_behind_a_relu_each_strength_takes_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    decomposed: list[int] = []
+    leading_svd = fitting.leading_svd
+    monkeypatch.setattr(
+        fitting, "leading_svd", lambda matrix, count, seed: decomposed.append(count) or leading_svd(matrix, count, seed)
+    )
+    fitted, judged, present = _problem(400, 0.3)
+    refit(fitted, judged, (torch.eye(10, 4).double(), torch.zeros(4, 40).double(), present[2]), 4, True)
+    assert 2 <= len(decomposed) <= len(fitting.STRENGTHS) + 1  # the fits that are judged, and the last one
+
+
 def test_the_compromise_behind_a_relu_is_the_best_one() -> None:
     targets, present = _normal(50, 40), _normal(50, 40, seed=1)
     for weight in (0.01, 1.0):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -287,3 +290,34 @@ def test_an_error_before_the_last_call_is_the_models_own() -> None:
     (batch,) = Batches((torch.randn(1, 2, 4, 4),), "here")
     with pytest.raises(RuntimeError, match="channels"):
         watch(model, [Watched(model.shared, 1, lambda *_: None)], batch)
+
+
+_PEAK = """
+import torch
+from torch import nn
+from lowrank_ops.batches import Batches
+from lowrank_ops.fitting import Whitening
+from lowrank_ops.moments import gather_moments
+torch.set_num_threads(1)
+def whiten(width):
+    layer = nn.Linear(16, width)
+    batches = Batches([torch.randn(64, 16) for _ in range(2)], "data", torch.device("cpu"))
+    moments, _ = gather_moments(nn.Sequential(layer), [layer], batches)
+    return Whitening.of_(moments.pop(id(layer)))
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+whiten(1100)  # a block and a bit: the libraries' own buffers
+before = status("VmRSS")
+whiten(4096)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_a_moment_and_its_root_take_one_square_matrix() -> None:
+    """Of 4096 outputs in fp32; blocks of 1024 columns in fp64 besides, and their products."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
+    result = subprocess.run([sys.executable, "-c", _PEAK], env=environment, capture_output=True, text=True, check=True)
+    square, block = 4 * 4096**2, 8 * 1024**2
+    assert square <= int(result.stdout) < square + 5 * block
