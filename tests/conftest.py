@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import reference
+from lowrank_ops._ops import _C
 
 # cuBLAS is deterministic only with a workspace of its own, and asked for it before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -24,6 +25,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
 OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
 POLICIES = ("fused", "chain")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "brgemm")
 
 # The largest second derivative of each activation, away from its kinks.
 _CURVATURE = {"none": 0.0, "relu": 0.0, "relu6": 0.0, "hardswish": 1 / 3, "silu": 0.5, "gelu": 0.8}
@@ -56,6 +58,20 @@ def policy(request: pytest.FixtureRequest) -> Iterator[str]:
 def fused_policy() -> Iterator[None]:
     with lowrank_ops.set_policy("fused"):
         yield
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine's CPU, and the GEMM through oneDNN; fused."""
+    try:
+        _C.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(f"not on this CPU: {error}")
+    try:
+        with lowrank_ops.set_policy("fused"):
+            yield request.param
+    finally:
+        _C.set_cpu_isa("")
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,51 @@ def test_few_rows_are_dot_products() -> None:
 
 
 def test_taps_outside_the_image_count_for_neither_path() -> None:
-    """A column of 5x5 taps on one pixel: one row of taps is inside; our kernel skips rows, the library both."""
+    """5x5 taps on one pixel: one of them is inside. On a row of pixels our kernel skips rows of taps only."""
     cell = tucker(64, 64, (16, 16), (1, 1), 64, kernel=(5, 5), padding=2)
-    inside, outer = 64 * 16 * 16 * 5, 64 * (64 * 16 + 16 * 64)
+    inside, outer = 64 * 16 * 16, 64 * (64 * 16 + 16 * 64)
     assert counts(cell)["products"] == pytest.approx(inside + outer)
     chain = counts(cell, "chain")
     assert chain["core"] == 64 * 16 * 16 * 25 and chain["core_inside"] == pytest.approx(64 * 16 * 16)
+    row = tucker(64, 64, (16, 16), (1, 8), 8, kernel=(5, 5), padding=2)
+    assert counts(row)["products"] == pytest.approx(5 * inside + outer)
+
+
+@pytest.mark.parametrize(("isa", "lanes"), [("generic", 4), ("avx2", 8), ("avx512", 16)])
+def test_a_hidden_rank_of_one_is_summed_over_channels(isa: str, lanes: int) -> None:
+    """channels_last: a dot product a pixel; NCHW: vectors along the 18 pixels of a row, which are not moved."""
+    cell = tucker(40, 32, (1, 16), (12, 18), 2)
+    pixels = 2 * 12 * 18
+    later = pixels * (9 * 16 * 34 / 36 + 16 * 32)  # the core, 34 of 36 rows of taps inside, and the last stage
+    dots, planes = counts(cell, isa=isa), counts(cell, isa=isa, layout="nchw")
+    assert dots["dots"] == pixels and dots["products"] == pytest.approx(pixels * -(-40 // lanes) * lanes + later)
+    assert planes["dots"] == 0 and planes["products"] == pytest.approx(24 * -(-18 // lanes) * lanes * 40 + later)
+    assert planes["moved"] == pixels * 32
+    assert dots["weights"] == planes["weights"] == 9 * 16 + 16 * 32  # in_factor is not packed
+
+
+def test_a_core_of_one_output_channel_is_dot_products() -> None:
+    """Of windows without padding: KW * R1 = 36 elements of a row of taps are three vectors of sixteen."""
+    cell = tucker(64, 32, (12, 1), (10, 18), 2, padding=0)
+    outputs = 2 * 8 * 16
+    found = counts(cell)
+    assert found["dots"] == outputs and found["weights"] == 64 * 12 + 32
+    assert found["products"] == 2 * 180 * 64 * 16 + outputs * (3 * 48 + 32)
+    assert found["taps"] == 2 * 8 * 3
+    assert counts(tucker(64, 32, (1, 1), (10, 18), 2, padding=0))["dots"] == 2 * 180  # runs of three: no vector
+
+
+def test_few_pixels_of_cp_are_dot_products() -> None:
+    found = counts(Cell("cp_conv2d", "made", 100, 30, 20, (1, 2), 3, padding=1))
+    assert found["dots"] == 6 * (20 + 30) and found["steps"] == found["values"] == found["weights"] == 0
+    assert found["products"] == 6 * (20 * 112 + 30 * 32)
+    assert counts(Cell("cp_conv2d", "made", 100, 30, 20, (1, 3), 3, padding=1))["dots"] == 0
+
+
+def test_rows_of_a_window_of_one_column_are_one_run() -> None:
+    """7x7 pixels: 49 in blocks of six rows are nine blocks; row by row they would be fourteen."""
+    cell = Cell("cp_conv2d", "made", 64, 16, 64, (7, 7), 4, kernel=(3, 1), padding=1)
+    assert counts(cell)["steps"] == 4 * (9 * 64 + 4 * 64)
 
 
 def test_taps_inside_the_image_are_counted() -> None:

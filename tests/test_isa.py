@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,21 +12,6 @@ from conftest import ACTIVATIONS, DTYPES, OPS, Problem, assert_output
 
 import lowrank_ops
 from lowrank_ops._ops import _C
-
-KNOWN = ("generic", "avx2", "avx512", "avx512bf16", "amx", "brgemm")
-
-
-@pytest.fixture(params=KNOWN)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(f"not on this CPU: {error}")
-    try:
-        with lowrank_ops.set_policy("fused"):
-            yield request.param
-    finally:
-        _C.set_cpu_isa("")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

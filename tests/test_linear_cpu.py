@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, Call, Problem, assert_output, assert_same_bits_for_any_threads
-from test_isa import KNOWN
+from conftest import DTYPES, ISAS, Call, Problem, assert_output, assert_same_bits_for_any_threads
 
 import lowrank_ops
 from lowrank_ops._ops import _C
@@ -50,7 +49,7 @@ def test_streamed_are_some_hundred_rows_of_large_weights(fused_policy: None) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(fused_policy: None, isa: str, dtype: torch.dtype) -> None:
     try:
         _C.set_cpu_isa(isa)

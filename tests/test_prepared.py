@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DTYPES, OPS, Call, Problem, assert_output
-from test_isa import KNOWN
+from conftest import DTYPES, ISAS, OPS, Call, Problem, assert_output
 from test_registration import WINDOW, schema_options
 from torch import Tensor, nn
 
@@ -155,7 +154,7 @@ def test_linear_threads_change_no_bit(fused_policy: None, rows: int, rank: int, 
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("isa", ISAS)
 def test_slices_of_a_panel_in_every_instruction_set(fused_policy: None, isa: str) -> None:
     call = Problem("lowrank_linear", n=5, s=4100, r1=64, t=70).make()
     threads = torch.get_num_threads()
@@ -200,7 +199,7 @@ def test_the_planner_knows_that_packing_costs_nothing() -> None:
     assert seconds[1] < seconds[0]
 
 
-@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_of_another_instruction_set(fused_policy: None, isa: str, op: str) -> None:
     """What they cannot read they do not read; what they pack themselves they do."""

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, Problem, assert_output, assert_same_bits_for_any_threads
-from test_isa import KNOWN
+from conftest import ACTIVATIONS, ISAS, Problem, assert_output, assert_same_bits_for_any_threads
 
 import lowrank_ops
 from lowrank_ops._ops import _C
@@ -80,7 +79,7 @@ def test_ranks(winograd: Callable[[str], None], ranks: tuple[int, int], dtype: t
         assert_output(call, call.run())
 
 
-@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("isa", ISAS)
 @ways
 def test_every_instruction_set(winograd: Callable[[str], None], isa: str, dtype: torch.dtype, outputs: str) -> None:
     winograd(outputs)
@@ -124,7 +123,7 @@ def test_lines(winograd: Callable[[str], None], ranks: tuple[int, int], taps: in
         assert_output(call, call.run())
 
 
-@pytest.mark.parametrize("isa", KNOWN)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lines_in_every_instruction_set(winograd: Callable[[str], None], isa: str, dtype: torch.dtype) -> None:
     winograd("line")

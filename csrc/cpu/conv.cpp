@@ -20,6 +20,7 @@ int64_t staged_stride(const ConvBlock& block) {
 }
 
 bool reads_directly(const ConvBlock& block) {
+  if (block.channel_sum) return block.channel_sum->reads_directly();
   return block.problem.dtype == block.engine.kernels->element && (block.input.stride(1) == 1 || block.problem.s == 1) &&
          block.problem.s % block.engine.kernels->group == 0;
 }
@@ -93,7 +94,7 @@ HiddenRows::HiddenRows(const ConvBlock& block, Team& team, const ConvTask& task,
   joined_ = rows_touch(block);
   group_ = direct_ ? ring_rows_ : staged_rows(block);
   // The zeros around the image, and those that pad a rank to whole vectors, are the same for every row: written once.
-  const bool padded_rank = block.in_weight.panels().columns != block.hidden_columns();
+  const bool padded_rank = block.problem.r1 != block.hidden_columns();
   for (int64_t row = 0; row < ring_rows_; ++row) {
     char* begin = ring_ + row * row_bytes_;
     if (padded_rank) {
@@ -119,7 +120,8 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
       ++z;
       continue;
     }
-    const int64_t rows = std::min({group_, end - z, block_.rows.end_inside() - z});
+    int64_t rows = std::min({group_, end - z, block_.rows.end_inside() - z});
+    if (ring_rows_touch()) rows = std::min(rows, ring_rows_ - z % ring_rows_);  // one run of pixels
     if (direct_) {
       compute(z, rows, image_ + row * input_row_bytes_, block_.rows.step * input_row_bytes_);
     } else {
@@ -171,7 +173,9 @@ int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) 
     asked_of_next = ask(*next, begin, begin + axis.span(std::min(block_.tile.rows, next->last_row - next->first_row)));
   }
   // Of the products only, and a little less: what is asked for late is waited for.
-  const double products = fused_products(p, block_.tile) / double(p.n * p.oh * p.ow);
+  double products = fused_products(p, block_.tile) / double(p.n * p.oh * p.ow);
+  if (block_.channel_sum) products -= double(p.h * p.w * p.s) / double(p.oh * p.ow);  // not by calls that ask
+  if (block_.core_row) products -= double(p.kh * p.kw * p.r1);
   ahead_.begin(output, input, 0.97 * products * double(rows * task_.columns()));
   return asked_of_next;
 }
@@ -244,6 +248,7 @@ void HiddenRows::stage(int64_t z, int64_t rows) {
 }
 
 void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t source_bytes) {
+  if (block_.channel_sum) return add_channels(z, rows, source, source_bytes);
   const Panels& panels = block_.in_weight.panels();
   const PackedWeight* next_weight = block_.core_weight ? block_.core_weight : &block_.out_weight;
   const int64_t hidden_element = element_bytes(block_.hidden_type);
@@ -259,20 +264,68 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
     call.bias = nullptr;
     call.activation = Activation::kNone;
     const int64_t pixel_bytes = call.row_stride * element_bytes(block_.engine.kernels->element);
-    share.pieces(panels.count, rows, columns_.inside_end - columns_.inside_begin, kFewestPixels,
+    // Rows that are one run of pixels, here and in the ring, fill register blocks better than one by one.
+    const int64_t columns = columns_.inside_end - columns_.inside_begin;
+    const bool one_run = ring_rows_touch() && source_bytes == columns * pixel_bytes;
+    share.pieces(panels.count, one_run ? 1 : rows, one_run ? rows * columns : columns, kFewestPixels,
                  [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
                    pixel = source + i * source_bytes + first * pixel_bytes;
-                   call.far_input = block_.tile.far && direct_ && z + i >= asked_ && (panel == 0 || share.count > 1);
+                   const int64_t last = one_run ? z + rows - 1 : z + i;
+                   call.far_input = block_.tile.far && direct_ && last >= asked_ && (panel == 0 || share.count > 1);
                    call.weight = block_.in_weight.panel(panel);
                    call.width = panels.width(panel);
                    call.rows = pixels;
                    call.out = ring_ + ((z + i) % ring_rows_) * row_bytes_ +
                               (columns_.inside_begin + first) * pixel_bytes_ + panels.first(panel) * hidden_element;
                    ahead_.attach(call);
-                   ahead_.attach_next_panel(call, block_.in_weight, next_weight, panel, i, rows);
+                   ahead_.attach_next_panel(call, block_.in_weight, next_weight, panel, i, one_run ? 1 : rows);
                    block_.engine.gemm(call);
                  });
   });
+}
+
+void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64_t source_bytes) {
+  const int64_t pixel_stride = direct_ ? input_pixel_stride_ : staged_stride(block_);
+  const int64_t pixel_bytes =
+      pixel_stride * element_bytes(direct_ ? block_.problem.dtype : block_.engine.kernels->element);
+  const int64_t sum_bytes = element_bytes(block_.engine.kernels->accumulator);
+  const int64_t columns = columns_.inside_end - columns_.inside_begin;
+  const bool touch = source_bytes == columns * pixel_bytes;  // rows that are one run of pixels
+  team_.run([&](const Share& share) {
+    ChannelSums sums;
+    share.pieces(1, touch ? 1 : rows, touch ? rows * columns : columns, kFewestPixels,
+                 [&](int64_t, int64_t line, int64_t first, int64_t pixels) {
+                   for (int64_t begin = first, count; begin < first + pixels; begin += count) {
+                     count = std::min(ChannelSums::kMostPixels, first + pixels - begin);
+                     (*block_.channel_sum)(source + line * source_bytes + begin * pixel_bytes, pixel_stride, count,
+                                           sums.memory);
+                     for (int64_t i = 0, here; i < count; i += here) {
+                       const int64_t column = (begin + i) % columns;
+                       here = std::min(count - i, columns - column);
+                       char* out = ring_ + ((z + line + (begin + i) / columns) % ring_rows_) * row_bytes_ +
+                                   (columns_.inside_begin + column) * pixel_bytes_;
+                       write_channel(block_.engine, sums.memory + i * sum_bytes, here, out, block_.hidden_columns(),
+                                     block_.hidden_type);
+                     }
+                   }
+                 });
+  });
+}
+
+void write_channel(const Engine& engine, const void* sums, int64_t pixels, void* out, int64_t out_stride,
+                   DType out_type) {
+  if (out_stride == 1 && out_type == engine.kernels->accumulator) {
+    std::memcpy(out, sums, size_t(pixels * element_bytes(out_type)));
+    return;
+  }
+  GemmCall call{};
+  call.rows = pixels;
+  call.width = 1;
+  call.out = out;
+  call.out_stride = out_stride;
+  call.out_type = out_type;
+  call.activation = Activation::kNone;
+  engine.kernels->finish(sums, 1, call);
 }
 
 int64_t output_staging_bytes(const ConvBlock& block) {
@@ -322,6 +375,10 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
         block.engine.gemm(call);
         return;
       }
+      if (block.tile.far)  // asked for while the product is computed
+        for (int64_t i = 0; i < call.width; ++i)
+          for (int64_t byte = 0; byte < pixels * element; byte += 64)
+            __builtin_prefetch(target + i * output.stride(1) * element + byte, 1, 2);
       call.out = static_cast<char*>(staging) + share.index * output_staging_bytes(block);
       call.out_stride = kernels.panel_width;
       call.out_type = kernels.accumulator;

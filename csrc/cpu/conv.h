@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "cpu/brgemm.h"
+#include "cpu/channel_sum.h"
 #include "cpu/pages.h"
 #include "cpu/team.h"
 #include "cpu/weights.h"
@@ -32,15 +33,25 @@ struct ConvBlock {
   at::Tensor& output;
   PackedWeight& in_weight;
   PackedWeight* core_weight;  // nullptr: CP
+  const char* core_row;       // elements [taps, R1], where the core is run by dot products; otherwise nullptr
   PackedWeight& out_weight;
   const SumRows& bias;
-  DType hidden_type;  // of the ring buffer
+  const ChannelSum* channel_sum;  // the first stage for a rank of one; nullptr: a product with in_weight
+  DType hidden_type;              // of the ring buffer
   Axis rows = row_axis(problem), columns = column_axis(problem);
 
-  int64_t hidden_columns() const { return in_weight.panels().padded_columns(); }
-  int64_t tile_columns() const { return round_up(problem.r2, engine.kernels->lanes); }
+  // The direct core reads ranks one behind the other, in whole groups, and so does CP with a plane for its one rank;
+  // other depthwise stages and transforms read and write whole vectors.
+  bool has_dense_ranks() const {
+    return core_weight ? tile.winograd == Winograd::kNone : problem.r1 == 1 && engine.kernels->group == 1;
+  }
+  int64_t rank_unit() const { return has_dense_ranks() ? engine.kernels->group : engine.kernels->lanes; }
+  int64_t hidden_columns() const { return round_up(problem.r1, rank_unit()); }
+  int64_t tile_columns() const { return round_up(problem.r2, rank_unit()); }
   // In the order of packing: what is read first comes last, and is still in L2.
-  std::array<PackedWeight*, 3> weights() const { return {&out_weight, core_weight, &in_weight}; }
+  std::array<PackedWeight*, 3> weights() const {
+    return {&out_weight, core_row ? nullptr : core_weight, channel_sum ? nullptr : &in_weight};
+  }
 };
 
 // Output rows [first_row, last_row) and columns [first_column, last_column) of an image.
@@ -101,10 +112,12 @@ class HiddenRows {
  private:
   // `rows` rows of the task's part of the output from `row`; nothing where its channels are not next to each other.
   MemoryRows output_rows(int64_t row, int64_t rows) const;
+  bool ring_rows_touch() const { return row_bytes_ == (columns_.inside_end - columns_.inside_begin) * pixel_bytes_; }
   // The input rows of `rows` lattice rows from z, copied to where the kernel can read them.
   void stage(int64_t z, int64_t rows);
   // The first stage for `rows` rows from z, from their pixels at `source`, `source_bytes` a row.
   void compute(int64_t z, int64_t rows, const char* source, int64_t source_bytes);
+  void add_channels(int64_t z, int64_t rows, const char* source, int64_t source_bytes);
 
   const ConvBlock& block_;
   Team& team_;
@@ -128,6 +141,15 @@ class HiddenRows {
 void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTask& task, int64_t row, int64_t rows,
                   const void* tile, void* staging);
 int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
+
+// Accumulators of one channel -> out[pixel * out_stride]. Sums are readable up to a vector's bytes beyond the last.
+void write_channel(const Engine& engine, const void* sums, int64_t pixels, void* out, int64_t out_stride,
+                   DType out_type);
+// Such sums of up to kMostPixels pixels.
+struct ChannelSums {
+  static constexpr int64_t kMostPixels = 512;
+  alignas(64) char memory[kMostPixels * sizeof(double) + 64];
+};
 
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
 

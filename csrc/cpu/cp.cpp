@@ -3,6 +3,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/cpu.h"
+#include "cpu/few_pixels.h"
 
 namespace lowrank_ops {
 
@@ -11,15 +12,32 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
                   const Problem& p, const CpuTile& tile, const Prepared& prepared) {
   at::Tensor output = empty_output(input, p);
   if (output.numel() == 0) return output;
+  if (tile.unpacked) {
+    cp_few_pixels(input, in_factor, height_factor, width_factor, out_factor, bias, p, output);
+    return output;
+  }
   const Engine engine = engine_for(p.dtype);
   const ComputeKernels& kernels = *engine.kernels;
   PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
-  const ConvBlock block{engine, p, tile, input, output, in_weight, nullptr, out_weight, bias_sums, kernels.accumulator};
+  const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, engine);
+  const ConvBlock block{engine,
+                        p,
+                        tile,
+                        input,
+                        output,
+                        in_weight,
+                        nullptr,
+                        nullptr,
+                        out_weight,
+                        bias_sums,
+                        channel_sum ? &*channel_sum : nullptr,
+                        kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
-  const int64_t vectors = block.hidden_columns() / kernels.lanes, sum = element_bytes(kernels.accumulator);
-  const int64_t column_bytes = Scratch::padded(block.columns.span(tile.columns) * kernels.lanes * sum);  // a thread's
+  const int64_t vectors = ceil_div(block.hidden_columns(), kernels.lanes), sum = element_bytes(kernels.accumulator);
+  const int64_t column_bytes =
+      Scratch::padded((block.columns.span(tile.columns) + 1) * kernels.lanes * sum);  // a thread's
 
   const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void* column) {

@@ -8,6 +8,7 @@
 
 #include "cpu/brgemm.h"
 #include "cpu/cpu.h"
+#include "cpu/dots.h"
 #include "cpu/pages.h"
 #include "cpu/weights.h"
 
@@ -18,77 +19,40 @@ namespace {
 constexpr int64_t kNearBytes = 16 << 10;  // half of an L1
 constexpr int64_t kRowsAtOnce = 12;       // whole register blocks
 
-// Columns of a weight that a task takes at least: enough bytes to be worth a thread.
-int64_t column_grain(int64_t depth, int64_t bytes) {
-  return std::max<int64_t>(1, (64 << 10) / (depth * bytes));
-}
-
 // Few rows: both products as dot products with the factors where they lie, in parallel over their columns.
 void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor,
                      const SumRows& bias, const Problem& p, at::Tensor& output) {
-  const ComputeKernels& kernels = *engine_for(p.dtype).kernels;
+  const Engine engine = engine_for(p.dtype);
+  const ComputeKernels& kernels = *engine.kernels;
+  const Dots dots(p.n, p.dtype, engine);
   const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
   const int64_t rank_stride = round_up(p.r1, 16), out_stride = round_up(p.t, 16);
   const bool direct = p.n == 1 && p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1);
-  const int64_t staging_bytes = direct ? 0 : p.n * round_up(p.s, kernels.dot_depth) * element;
-  const int64_t hidden_staging_bytes =
-      p.r1 <= kernels.dot_depth ? 0 : p.n * round_up(p.r1, kernels.dot_depth) * element;
-  Scratch scratch(Scratch::padded(staging_bytes) + Scratch::padded(p.n * rank_stride * sum) +
-                  Scratch::padded(p.n * rank_stride * element) + Scratch::padded(hidden_staging_bytes) +
+  const int64_t block_bytes = direct ? 0 : dots.block_bytes(p.s);
+  const int64_t hidden_block_bytes = dots.needs_blocks(p.r1) ? dots.block_bytes(p.r1) : 0;
+  Scratch scratch(Scratch::padded(block_bytes) + Scratch::padded(p.n * rank_stride * sum) +
+                  Scratch::padded(p.n * rank_stride * element) + Scratch::padded(hidden_block_bytes) +
                   Scratch::padded(p.n * out_stride * sum));
-  void* staging = scratch.take(staging_bytes);
-  char* rank_sums = static_cast<char*>(scratch.take(p.n * rank_stride * sum));
-  char* hidden = static_cast<char*>(scratch.take(p.n * rank_stride * element));
-  void* hidden_staging = scratch.take(hidden_staging_bytes);
-  char* out_sums = static_cast<char*>(scratch.take(p.n * out_stride * sum));
+  void* blocks = scratch.take(block_bytes);
+  void* rank_sums = scratch.take(p.n * rank_stride * sum);
+  void* hidden = scratch.take(p.n * rank_stride * element);
+  void* hidden_blocks = scratch.take(hidden_block_bytes);
+  void* out_sums = scratch.take(p.n * out_stride * sum);
 
-  // Block after block of the depth, as DotCall wants it.
-  const auto stage = [&](const void* source, int64_t row_stride, int64_t stride, DType type, int64_t depth, void* to) {
-    for (int64_t k = 0; k < depth; k += kernels.dot_depth) {
-      LoadCall load;
-      load.in = static_cast<const char*>(source) + k * stride * element_bytes(type);
-      load.pixel_stride = row_stride;
-      load.channel_stride = stride;
-      load.pixels = p.n;
-      load.channels = std::min(kernels.dot_depth, depth - k);
-      load.tile = static_cast<char*>(to) + k * p.n * element;
-      load.tile_stride = kernels.dot_depth;
-      kernels.load[int(type)](load);
-    }
-  };
-  const auto multiply = [&](const void* input, int64_t input_stride, const at::Tensor& weight, char* sums,
-                            int64_t sums_stride, char* out, int64_t out_row, DType out_type, bool last) {
-    const int64_t depth = weight.size(1), weight_bytes = element_bytes(p.dtype), columns = weight.size(0);
-    // Tasks of four columns: their sums do not depend on who computes them.
-    const int64_t grain = ceil_div(column_grain(depth, weight_bytes), int64_t(4));
-    at::parallel_for(0, ceil_div(columns, int64_t(4)), grain, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * 4, count = std::min(end * 4, columns) - first;
-      const char* part = static_cast<const char*>(weight.const_data_ptr()) + first * depth * weight_bytes;
-      kernels.dot[int(p.dtype)]({input, input_stride, p.n, part, count, depth, sums + first * sum, sums_stride});
-    });
-    GemmCall call{};
-    call.rows = p.n;
-    call.width = columns;
-    call.out = out;
-    call.out_stride = out_row;
-    call.out_type = out_type;
-    call.bias = last ? bias.data() : nullptr;
-    call.activation = last ? p.activation : Activation::kNone;
-    kernels.finish(sums, sums_stride, call);
-  };
   const void* source = rows.const_data_ptr();
   if (!direct) {
-    stage(source, rows.stride(0), rows.stride(1), p.dtype, p.s, staging);
-    source = staging;
+    dots.fill_blocks(source, rows.stride(0), rows.stride(1), p.dtype, 0, p.n, p.s, blocks);
+    source = blocks;
   }
-  multiply(source, kernels.dot_depth, in_factor, rank_sums, rank_stride, hidden, rank_stride, kernels.element, false);
-  const void* between = hidden;
-  if (hidden_staging_bytes > 0) {
-    stage(hidden, rank_stride, 1, kernels.element, p.r1, hidden_staging);
-    between = hidden_staging;
+  dots.multiply(source, dots.block_stride(), in_factor, rank_sums, rank_stride);
+  dots.finish(rank_sums, rank_stride, p.r1, hidden, rank_stride, kernels.element);
+  if (hidden_block_bytes > 0) {
+    dots.fill_blocks(hidden, rank_stride, 1, kernels.element, 0, p.n, p.r1, hidden_blocks);
+    dots.multiply(hidden_blocks, dots.block_stride(), out_factor, out_sums, out_stride);
+  } else {
+    dots.multiply(hidden, rank_stride, out_factor, out_sums, out_stride);
   }
-  multiply(between, hidden_staging_bytes > 0 ? kernels.dot_depth : rank_stride, out_factor, out_sums, out_stride,
-           static_cast<char*>(output.data_ptr()), p.t, p.dtype, true);
+  dots.finish(out_sums, out_stride, p.t, output.data_ptr(), p.t, p.dtype, bias.data(), p.activation);
 }
 
 // Some columns of a panel, whole vectors.

@@ -21,12 +21,11 @@ using ColumnRuns = c10::SmallVector<ColumnRun, 8>;
 
 // Zeros around the image need no products: with dilation 6 a fifth of those of a 30x40 image. Runs shorter than a
 // register block, as with dilation 1, would cost more than they save.
-ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t count, bool taps_are_joined) {
+ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t count) {
   const auto taps_of = [&](int64_t column) {
     return axis.taps_inside(column * axis.stride, columns.inside_begin, columns.inside_end);
   };
   const ColumnRuns all = {{0, count, {0, axis.kernel}}};
-  if (taps_are_joined) return all;
   ColumnRuns runs;
   for (int64_t column = 0; column < count; column = runs.back().end) {
     ColumnRun run{column, column + 1, taps_of(column)};
@@ -63,6 +62,47 @@ at::Tensor rows_of_core(const at::Tensor& core, const Problem& p, const Engine& 
   return rows;
 }
 
+// A core of one row as elements [taps, padded depth].
+AlignedMemory elements_of_core(const at::Tensor& rows, const Problem& p, const Engine& engine, int64_t padded_depth) {
+  LoadCall load;
+  load.in = rows.const_data_ptr();
+  load.pixel_stride = load.channels = p.r1;
+  load.channel_stride = 1;
+  load.pixels = p.kh * p.kw;
+  load.tile_stride = padded_depth;
+  AlignedMemory elements = allocate(load.pixels * padded_depth * element_bytes(engine.kernels->element));
+  load.tile = elements.get();
+  engine.kernels->load[int(p.dtype)](load);
+  return elements;
+}
+
+// The core's product with one output channel: what `call` says, by dot products along the windows.
+//
+//   pixel m   window of tap 0     window of tap 1   ...    each R1 or, where pixels touch, KW * R1 elements
+//             * core_row, tap 0   * core_row, tap 1 ...    lanes added up at the end -> tile m
+void sum_taps(const ConvBlock& block, const GemmCall& call) {
+  const ComputeKernels& kernels = *block.engine.kernels;
+  c10::SmallVector<const void*, 32> windows(call.taps, call.taps + call.num_taps);
+  ChannelSums sums;
+  DotCall dot{};
+  dot.rows = 1;
+  dot.weight_stride = call.row_stride;
+  dot.depth = call.depth;
+  dot.sums = sums.memory;
+  dot.num_taps = call.num_taps;
+  dot.tap_weights = windows.data();
+  dot.tap_inputs = call.tap_weights;
+  for (int64_t pixel = 0; pixel < call.rows; pixel += dot.columns) {
+    dot.columns = dot.sums_stride = std::min(ChannelSums::kMostPixels, call.rows - pixel);
+    for (int64_t tap = 0; tap < call.num_taps; ++tap)
+      windows[size_t(tap)] =
+          static_cast<const char*>(call.taps[tap]) + pixel * call.row_stride * element_bytes(kernels.element);
+    kernels.dot[int(kernels.element)](dot);
+    char* out = static_cast<char*>(call.out) + pixel * call.out_stride * element_bytes(call.out_type);
+    write_channel(block.engine, sums.memory, dot.columns, out, call.out_stride, call.out_type);
+  }
+}
+
 }  // namespace
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
@@ -80,7 +120,21 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
       transforms ? pack_winograd(tile.winograd, core_rows, p, engine, prepared.winograd[int(tile.winograd)])
                  : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const DType hidden_type = transforms ? engine.kernels->accumulator : engine.kernels->element;
-  const ConvBlock block{engine, p, tile, input, output, in_weight, &core_weight, out_weight, bias_sums, hidden_type};
+  const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, engine);
+  AlignedMemory core_row;
+  if (sums_core(p, tile.winograd)) core_row = elements_of_core(core_rows(), p, engine, core_weight.padded_depth());
+  const ConvBlock block{engine,
+                        p,
+                        tile,
+                        input,
+                        output,
+                        in_weight,
+                        &core_weight,
+                        core_row.get(),
+                        out_weight,
+                        bias_sums,
+                        channel_sum ? &*channel_sum : nullptr,
+                        hidden_type};
   if (transforms) {
     const WinogradCore winograd(core_weight, p, tile, engine);
     run_conv(
@@ -89,21 +143,19 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
     return output;
   }
   const int64_t hidden_columns = block.hidden_columns();
-  // The KW taps of a row are one run of KW * R1 elements when pixels touch and no rank is padded.
-  const bool joined = block.columns.dilation == 1 && p.r1 == hidden_columns;
-  const int64_t row_taps = joined ? 1 : p.kw;
+  // The taps of a row are one run of elements where the pixels that they see touch.
+  const bool joined = block.columns.dilation == 1;
   const Panels& panels = core_weight.panels();
 
   const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void*) {
     const int64_t element = element_bytes(engine.kernels->element);
-    const ColumnRuns runs = column_runs(block.columns, hidden.columns(), columns, joined);
+    const ColumnRuns runs = column_runs(block.columns, hidden.columns(), columns);
     team.run([&](const Share& share) {
-      c10::SmallVector<const void*, 32> taps(p.kh * row_taps), tap_weights(p.kh * row_taps);
+      c10::SmallVector<const void*, 32> taps(p.kh * p.kw), tap_weights(p.kh * p.kw);
       GemmCall call;
       call.taps = taps.data();
       call.tap_weights = tap_weights.data();
-      call.depth = core_weight.padded_depth() * (joined ? p.kw : 1);
       call.row_stride = block.columns.stride * hidden_columns;
       call.out_stride = block.tile_columns();
       call.out_type = engine.kernels->element;
@@ -112,22 +164,26 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
       const auto multiply = [&](int64_t panel, int64_t i, int64_t first, int64_t pixels, const Axis::Taps& line) {
         const int64_t top = (row + i) * block.rows.stride, column = first * block.columns.stride;
         const Axis::Taps inside = block.rows.taps_inside(top, block.rows.first_inside(), block.rows.end_inside());
-        const char* weight = static_cast<const char*>(core_weight.panel(panel));
-        const int64_t tap_bytes = call.depth * panels.padded_width(panel) * element;
+        const char* weight = block.core_row ? block.core_row : static_cast<const char*>(core_weight.panel(panel));
+        const int64_t tap_bytes =
+            core_weight.padded_depth() * (block.core_row ? 1 : panels.padded_width(panel)) * element;
+        const int64_t together = joined ? std::max<int64_t>(line.end - line.begin, 1) : 1;
+        call.depth = core_weight.padded_depth() * together;
         call.weight = weight;
         call.num_taps = 0;
         const auto add = [&](int64_t kh, int64_t kw) {
           taps[call.num_taps] = hidden.row(top + kh * block.rows.dilation) +
                                 (column + kw * block.columns.dilation) * hidden.pixel_bytes();
-          tap_weights[call.num_taps++] = weight + (kh * row_taps + kw) * tap_bytes;
+          tap_weights[call.num_taps++] = weight + (kh * p.kw + kw) * tap_bytes;
         };
         for (int64_t kh = inside.begin; kh < inside.end; ++kh)
-          for (int64_t kw = joined ? 0 : line.begin; kw < (joined ? 1 : line.end); ++kw) add(kh, kw);
+          for (int64_t kw = line.begin; kw < line.end; kw += together) add(kh, kw);
         if (call.num_taps == 0) add(0, 0);  // of zeros
         call.width = panels.width(panel);
         call.rows = pixels;
         call.out =
             static_cast<char*>(tile_memory) + ((i * columns + first) * call.out_stride + panels.first(panel)) * element;
+        if (block.core_row) return sum_taps(block, call);
         hidden.ahead().attach(call);
         hidden.ahead().attach_next_panel(call, core_weight, &out_weight, panel, i, rows);
         engine.gemm(call);

@@ -39,7 +39,7 @@ constexpr const char* kFusedFeatureNames[kFeatures] = {
     "products",     // multiply-adds, ranks and channels in whole vectors
     "steps",        // of the depth, for each register block
     "values",       // written by a stage, in whole vectors
-    "dots",         // sums whose lanes are added up: linear, few rows
+    "dots",         // sums whose lanes are added up: few rows or pixels, a first stage of rank one
     "depthwise",    // multiply-adds of CP's two stages, and transforms
     "bytes",        // of input, output and weights
     "far_bytes",    // of these, what exceeds L2

@@ -99,19 +99,73 @@ FusedStages fused_products_of(const Problem& p, const CpuTile& tile) {
   const int64_t read = parts == 1 ? inside : std::min(inside, axis.span(columns));  // windows of two tiles overlap
   Product core = {};
   if (p.op == Op::kTucker) core = {images * double(p.oh), columns, p.r1 * p.kh * p.kw, p.r2};
-  return {{images * double(p.h), std::max<int64_t>(read, 1), p.s, p.r1},
-          core,
-          {images * double(ceil_div(p.oh, rows)), rows * columns, p.r2, p.t}};
+  Product in = {images * double(p.h), std::max<int64_t>(read, 1), p.s, p.r1};
+  if (p.ow == p.w && p.kw == 1 && parts == 1 && tile.winograd == Winograd::kNone) {  // rows of a step are one run
+    in.calls = images * double(ceil_div(p.oh, rows));
+    in.rows = ceil_div(p.h, ceil_div(p.oh, rows)) * p.w;
+  }
+  return {in, core, {images * double(ceil_div(p.oh, rows)), rows * columns, p.r2, p.t}};
 }
 
-Features unpacked_features(const Problem& p, const CpuCaps& caps, const Registers& registers) {
-  const double rows = double(p.n);
+// What a stage does, in whole vectors.
+struct StageCounts {
+  double products = 0, steps = 0, values = 0, dots = 0, taps = 0;
+};
+
+// Of the first stage, whose product this is.
+StageCounts first_counts(const Registers& registers, const Product& product, FirstStage way) {
+  const double pixels = product.calls * double(product.rows), width = padded(registers, product.width);
+  if (way == FirstStage::kDots) return {pixels * padded(registers, product.depth), 0, pixels, pixels};
+  if (way == FirstStage::kPlanes) {  // pixels fill the vectors
+    const double vectors = product.calls * padded(registers, product.rows);
+    return {vectors * double(product.depth), 0, vectors};
+  }
+  return {pixels * double(product.depth) * width, steps(registers, product), pixels * width};
+}
+
+// Of Tucker's core. Winograd does the same with fewer products; of the direct core, taps outside the image are left
+// out.
+StageCounts core_counts(const Registers& registers, const Product& product, const Problem& p, const CpuTile& tile) {
+  if (p.op != Op::kTucker) return {};
+  const double pixels = product.calls * double(product.rows), width = padded(registers, product.width);
+  StageCounts counts = {pixels * double(product.depth) * width, steps(registers, product), pixels * width};
+  double share;
+  if (tile.winograd != Winograd::kNone) {
+    const double direct = double(p.n) * p.oh * p.ow * p.kh * p.kw * p.r1 * p.r2;
+    const double outer = double(p.n) * (double(p.h) * p.w * p.s * p.r1 + double(p.oh) * p.ow * p.r2 * p.t);
+    share = std::max(fused_products(p, tile) - outer, 0.0) / direct;
+  } else {
+    // Columns alike enough to leave out taps together: of those one by one, a single column.
+    share = share_inside(row_axis(p)) * (p.ow == 1 ? share_inside(column_axis(p)) : 1);
+    const int64_t runs = column_axis(p).dilation == 1 ? p.kh : p.kh * p.kw;  // of elements that a window sees
+    counts.taps = product.calls * panels(registers, product.width) * double(runs) * share;
+    if (sums_core(p, tile.winograd))
+      counts = {pixels * double(runs) * padded(registers, product.depth / runs), 0, pixels, pixels, counts.taps};
+  }
+  counts.products *= share;
+  counts.steps *= share;
+  return counts;
+}
+
+// Multiply-adds and additions between the stages' products: CP's depthwise stages, Winograd's transforms.
+double middle_sums(const Registers& registers, const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
+  if (p.op != Op::kCP) return p.op == Op::kTucker ? double(p.n) * winograd_sums(p, tile.winograd) : 0;
+  const bool pairs = p.dtype == DType::kBFloat16 && caps.bfloat16_dot;
+  if (p.r1 > 1 || pairs || tile.unpacked)
+    return double(p.n) * depthwise_sums(p) / double(p.r1) * padded(registers, p.r1);
+  // A plane: vectors along the pixels, and with a stride one output at a time.
+  const double outputs = p.stride[1] == 1 ? padded(registers, p.ow) : double(p.ow * registers.lanes);
+  return double(p.n) * double(p.oh) * (double(p.kh) * padded(registers, p.w) + double(p.kw) * outputs);
+}
+
+Features unpacked_features(const Problem& p, const CpuCaps& caps, const CpuTile& tile, const Registers& registers) {
+  const double rows = double(p.n) * double(p.h * p.w), out_rows = double(p.n) * double(p.oh * p.ow);
   return {1,
-          rows * (double(p.r1) * padded(registers, p.s) + double(p.t) * padded(registers, p.r1)),
+          rows * double(p.r1) * padded(registers, p.s) + out_rows * double(p.t) * padded(registers, p.r1),
           0,
           0,
-          rows * double(p.r1 + p.t),
-          0,
+          rows * double(p.r1) + out_rows * double(p.t),
+          middle_sums(registers, p, caps, tile),
           block_bytes(p),
           beyond_l2(block_bytes(p), caps),
           0,
@@ -125,8 +179,10 @@ Features unpacked_features(const Problem& p, const CpuCaps& caps, const Register
 
 Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
   const Registers registers = registers_of(caps);
-  if (tile.unpacked) return unpacked_features(p, caps, registers);
+  if (tile.unpacked) return unpacked_features(p, caps, tile, registers);
   const FusedStages stages = fused_products_of(p, tile);
+  const FirstStage way = p.op == Op::kLinear ? FirstStage::kPanels : first_stage(p);
+  const StageCounts in = first_counts(registers, stages.in, way);
   const auto products = [&](const Product& product) {
     return product.calls * double(product.rows) * double(product.depth) * padded(registers, product.width);
   };
@@ -134,34 +190,24 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
     return product.calls * double(product.rows) * padded(registers, product.width);
   };
   const auto calls = [&](const Product& product) { return product.calls * panels(registers, product.width); };
-  // Winograd does the same with fewer products; of the direct core, taps outside the image are left out.
-  double core_share = 0, depthwise = 0, taps = 0;
-  if (p.op == Op::kTucker && tile.winograd != Winograd::kNone) {
-    const double direct = double(p.n) * p.oh * p.ow * p.kh * p.kw * p.r1 * p.r2;
-    const double outer = double(p.n) * (double(p.h) * p.w * p.s * p.r1 + double(p.oh) * p.ow * p.r2 * p.t);
-    core_share = std::max(fused_products(p, tile) - outer, 0.0) / direct;
-    depthwise = double(p.n) * winograd_sums(p, tile.winograd);
-  } else if (p.op == Op::kTucker) {
-    core_share = share_inside(row_axis(p));
-    const bool joined = column_axis(p).dilation == 1 && p.r1 % registers.lanes == 0;
-    taps = calls(stages.core) * double(p.kh) * (joined ? 1.0 : double(p.kw)) * core_share;
-  } else if (p.op == Op::kCP) {
-    depthwise = double(p.n) * depthwise_sums(p) / double(p.r1) * padded(registers, p.r1);
-  }
+  const StageCounts core = core_counts(registers, stages.core, p, tile);
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  const double core_values = stages.core.calls * double(stages.core.rows) * padded(registers, p.r2);
+  const double moved =
+      image_elements(p) - (way == FirstStage::kPlanes ? double(p.n) * double(p.s) * double(p.h) * p.w : 0);
+  const double in_place = (way == FirstStage::kPanels ? 0 : double(p.s) * double(p.r1)) +
+                          (sums_core(p, tile.winograd) ? double(p.r1 * p.kh * p.kw) : 0);
   return {1,
-          products(stages.in) + core_share * products(stages.core) + products(stages.out),
-          steps(registers, stages.in) + core_share * steps(registers, stages.core) + steps(registers, stages.out),
-          values(stages.in) + core_values + values(stages.out),
-          0,
-          depthwise,
+          in.products + core.products + products(stages.out),
+          in.steps + core.steps + steps(registers, stages.out),
+          in.values + core.values + values(stages.out),
+          in.dots + core.dots,
+          middle_sums(registers, p, caps, tile),
           block_bytes(p),
           beyond_l2(block_bytes(p), caps),
-          tile.prepared ? 0 : weight_elements(p),
-          transposed ? image_elements(p) : 0,
+          tile.prepared ? 0 : weight_elements(p) - in_place,
+          transposed ? moved : 0,
           calls(stages.in) + calls(stages.core) + calls(stages.out) + (p.op == Op::kCP ? double(p.n) * p.oh : 0),
-          taps,
+          core.taps,
           odd_stores(p)};
 }
 

@@ -63,12 +63,13 @@ namespace {
 
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
-constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its weights unpacked,
+constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its weights unpacked, CP its factors,
 constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
 constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so that these are worth their calls;
 constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
+constexpr int64_t kFewestSummed = 8;        // channels of a pixel, for a dot product to fill vectors
 constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
 constexpr int64_t kMostNearBytes =
     8 << 20;                            // of input, output and weights: larger blocks are asked for ahead of their use
@@ -108,14 +109,17 @@ std::array<Winograd, 3> core_ways(const Problem& p, const CpuCaps& caps, bool pr
   return ways;
 }
 
+// Whether weights are read where they lie, for so many rows. Panels that are there already are read in one stream: 1.2
+// to 1.5 times as fast, where rows and vectors of the rank make enough sums to hide the latency of an addition.
+bool reads_unpacked(const Problem& p, int64_t rows, bool prepared) {
+  return rows <= kFewRows && !(prepared && rows * ceil_div(p.r1, kAlign) >= 4);
+}
+
 CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   const auto [converted, element, sum, r1, r2] = TileSizes(p, caps);
   CpuTile tile;
   tile.prepared = prepared;
-  // Panels that are there already are read in one stream: 1.2 to 1.5 times as fast, where rows and vectors of the
-  // rank make enough sums to hide the latency of an addition.
-  const bool panels_serve = prepared && p.n * ceil_div(p.r1, kAlign) >= 4;
-  if (p.n <= kFewRows && !panels_serve) {
+  if (reads_unpacked(p, p.n, prepared)) {
     tile.unpacked = true;
     tile.rows = p.n;
     tile.scratch_bytes = p.n * ((r1 + p.s) * element + (r1 + p.t) * sum);
@@ -133,6 +137,19 @@ CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
   tile.rows = ceil_div(share, ceil_div(share, kLinearRows));
   tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
+  return tile;
+}
+
+// CP of few pixels in all: all of them at once.
+CpuTile few_pixels_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
+  const TileSizes sizes(p, caps);
+  CpuTile tile;
+  tile.prepared = prepared;
+  tile.unpacked = true;
+  tile.rows = p.oh;
+  tile.columns = p.ow;
+  tile.scratch_bytes =
+      p.n * (p.h * p.w * (p.s * sizes.element + sizes.r1 * sizes.sum) + p.oh * p.ow * (sizes.r2 + p.t) * sizes.sum);
   return tile;
 }
 
@@ -201,6 +218,17 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
 
 }  // namespace
 
+FirstStage first_stage(const Problem& p) {
+  if (p.r1 != 1) return FirstStage::kPanels;
+  if ((p.layout == Layout::kContiguous || p.s == 1) && column_axis(p).step == 1) return FirstStage::kPlanes;
+  return p.s >= kFewestSummed ? FirstStage::kDots : FirstStage::kPanels;
+}
+
+bool sums_core(const Problem& p, Winograd winograd) {
+  const int64_t run = column_axis(p).dilation == 1 ? p.kw * p.r1 : p.r1;
+  return p.op == Op::kTucker && winograd == Winograd::kNone && p.r2 == 1 && run >= kFewestSummed;
+}
+
 bool winograd_fits(const Problem& p, const CpuCaps& caps, Winograd winograd) {
   // The transforms round to the weight's own type, and exist where elements are of that type.
   const bool own_type = p.dtype == DType::kFloat || (p.dtype == DType::kBFloat16 && caps.bfloat16_dot && !caps.amx);
@@ -223,6 +251,8 @@ bool winograd_fits(const Problem& p, const CpuCaps& caps, Winograd winograd) {
 
 CpuTile cpu_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   if (p.op == Op::kLinear) return linear_tile(p, caps, prepared);
+  if (p.op == Op::kCP && reads_unpacked(p, p.n * std::max(p.h * p.w, p.oh * p.ow), prepared))
+    return few_pixels_tile(p, caps, prepared);
   for (const Winograd winograd : core_ways(p, caps, prepared))
     if (const std::optional<CpuTile> tile = conv_tile(p, caps, prepared, winograd)) return *tile;
   return *conv_tile(p, caps, prepared, Winograd::kNone);

@@ -37,16 +37,23 @@ struct CpuCaps {
 // memory at every call, and far too slow to fill: the chain runs instead.
 constexpr int64_t kMostKeptBytes = 16 << 20;
 
+// How the first stage of a convolution is run: a product with packed panels, or, for a hidden rank of one, sums over
+// the channels of a pixel (cpu/channel_sum.h).
+enum class FirstStage { kPanels, kDots, kPlanes };
+FirstStage first_stage(const Problem& problem);
+// Whether Tucker's direct core is run by dot products along its taps: one output channel fills no vector.
+bool sums_core(const Problem& problem, Winograd winograd);
+
 // How the fused kernel cuts a problem. Scratch is a thread's (of a team: its share): intermediates live there and
 // nowhere else.
 struct CpuTile {
-  int64_t rows = 1;                     // output rows (linear: rows of the input) that go through all stages together
-  int64_t columns = 1;                  // output columns of a task
-  int64_t strips = 1;                   // tasks along the height of an image
-  int64_t team = 1;                     // threads that share every stage of a task; 1: each thread has tasks of its own
-  int64_t tasks_each = 1;               // that a thread takes at least: fewer are not worth waking it
-  bool unpacked = false;                // linear: few rows, dot products with the weights where they lie
-  int64_t depth = 0;                    // linear: so much of the depth of a weight is packed at a time; 0: all of it
+  int64_t rows = 1;        // output rows (linear: rows of the input) that go through all stages together
+  int64_t columns = 1;     // output columns of a task
+  int64_t strips = 1;      // tasks along the height of an image
+  int64_t team = 1;        // threads that share every stage of a task; 1: each thread has tasks of its own
+  int64_t tasks_each = 1;  // that a thread takes at least: fewer are not worth waking it
+  bool unpacked = false;   // linear: few rows, CP: few pixels, dot products with the weights where they lie
+  int64_t depth = 0;       // linear: so much of the depth of a weight is packed at a time; 0: all of it
   Winograd winograd = Winograd::kNone;  // Tucker's core; tiles begin at multiples of its patch
   bool prepared = false;                // the weights were packed before the call
   bool far = false;                     // input and output are beyond L2: asked for ahead of their use,

@@ -14,16 +14,34 @@ TileSizes::TileSizes(const Problem& p, const CpuCaps& caps)
       r1(round_up(p.r1, kAlign)),
       r2(round_up(p.r2, kAlign)) {}
 
+namespace {
+
+// CP's depthwise stages and Winograd's transforms read sums of whole vectors, or of a plane; Tucker's direct core
+// elements, in pairs at most.
+int64_t hidden_pixel_bytes(const Problem& p, const TileSizes& sizes, Winograd winograd) {
+  if (p.op == Op::kCP && p.r1 == 1 && sizes.element == sizes.sum) return sizes.sum;
+  if (p.op == Op::kCP || winograd != Winograd::kNone) return sizes.r1 * sizes.sum;
+  return round_up(p.r1, int64_t(2)) * sizes.element;
+}
+
+bool stages_input(const Problem& p, const TileSizes& sizes) {
+  const FirstStage way = first_stage(p);
+  if (way == FirstStage::kPlanes) return false;
+  return p.layout == Layout::kContiguous || (sizes.converted && way == FirstStage::kPanels);
+}
+
+}  // namespace
+
 ConvScratch::ConvScratch(const Problem& p, const CpuCaps& caps, Winograd winograd)
     : sizes_(p, caps),
       rows_(row_axis(p)),
       columns_(column_axis(p)),
       patch_(patch_of(winograd)),
       tap_groups_(tap_groups(winograd, p.kw)),
-      // CP's depthwise stages and Winograd's transforms read sums, Tucker's direct core elements.
-      hidden_bytes_(p.op == Op::kCP || winograd != Winograd::kNone ? sizes_.sum : sizes_.element),
+      hidden_pixel_bytes_(hidden_pixel_bytes(p, sizes_, winograd)),
       // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
-      staged_channels_(p.layout == Layout::kContiguous || sizes_.converted ? round_up(p.s, kAlign) : 0) {}
+      staged_channels_(stages_input(p, sizes_) ? round_up(p.s, kAlign) : 0),
+      stored_columns_(p.layout == Layout::kContiguous ? 64 : 0) {}
 
 int64_t ConvScratch::operator()(int64_t tile_rows, int64_t tile_columns) const {
   const int64_t span = columns_.span(tile_columns), pixels = tile_rows * tile_columns;
@@ -31,9 +49,8 @@ int64_t ConvScratch::operator()(int64_t tile_rows, int64_t tile_columns) const {
   const int64_t inputs = patch_rows * (row_patches + tap_groups_ - 1);
   const int64_t places = patch_.places * (inputs * sizes_.r1 * sizes_.element +
                                           patch_rows * row_patches * std::min<int64_t>(sizes_.r2, 64) * sizes_.sum);
-  const int64_t staged = staged_channels_ ? span * staged_channels_ * sizes_.element + pixels * 64 * sizes_.sum : 0;
-  return places + rows_.span(tile_rows) * span * sizes_.r1 * hidden_bytes_ + pixels * sizes_.r2 * sizes_.element +
-         staged;
+  const int64_t staged = span * staged_channels_ * sizes_.element + pixels * stored_columns_ * sizes_.sum;
+  return places + rows_.span(tile_rows) * span * hidden_pixel_bytes_ + pixels * sizes_.r2 * sizes_.element + staged;
 }
 
 namespace {

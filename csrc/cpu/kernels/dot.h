@@ -1,6 +1,8 @@
 // Linear layers of few rows: dot products with the weight as it lies in memory, [columns, depth], vectors along the
 // depth. Packing would touch every weight twice; here each is read once, which is all that matters when it is used for
-// few rows.
+// few rows. A convolution's first stage with a rank of one is the same with pixels for the weight's rows
+// (cpu/channel_sum.h), and so is a core
+// with one output channel, a tap at a time (cpu/tucker.cpp).
 //
 //               weight rows n .. n + 2
 //               w0   w1   w2          each step: three loads of weights, one of the input a row, 3 * kRows
@@ -110,7 +112,7 @@ __attribute__((noinline)) static void dot_block(const DotCall& call, const DotPa
   using T = typename Dot::Accumulator;
   constexpr int kLanes = Vector<T>::kLanes;
   const auto* input = static_cast<const typename Dot::Input*>(part.input) - part.begin;
-  const auto* weight = static_cast<const typename Dot::Weight*>(call.weight) + column * call.depth;
+  const auto* weight = static_cast<const typename Dot::Weight*>(call.weight) + column * call.weight_stride;
   V acc[kRows][kColumns];
   if (part.first) {
 #pragma GCC unroll 8
@@ -128,8 +130,8 @@ __attribute__((noinline)) static void dot_block(const DotCall& call, const DotPa
     V w[kColumns];
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
-      w[c] = Dot::weight(weight + c * call.depth + k);
-      if constexpr (kAhead) __builtin_prefetch(weight + (kColumns + c) * call.depth + k, 0, 2);
+      w[c] = Dot::weight(weight + c * call.weight_stride + k);
+      if constexpr (kAhead) __builtin_prefetch(weight + (kColumns + c) * call.weight_stride + k, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -145,7 +147,7 @@ __attribute__((noinline)) static void dot_block(const DotCall& call, const DotPa
       const V a = Dot::input_part(input + r * call.input_stride + k, left);
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; ++c)
-        acc[r][c] = Dot::multiply_add(a, Dot::weight_part(weight + c * call.depth + k, left), acc[r][c]);
+        acc[r][c] = Dot::multiply_add(a, Dot::weight_part(weight + c * call.weight_stride + k, left), acc[r][c]);
     }
   }
   if (!part.last) {
@@ -189,8 +191,10 @@ static void dot_columns_of(const DotCall& call, DotPart part, int64_t row, int64
   }
   if constexpr (kRows == 1) {  // more columns are more streams from memory than its prefetching can follow
     constexpr int kLanes = Vector<typename Dot::Accumulator>::kLanes;
-    for (; is_short<Dot>(call) && column + kLanes <= end; column += kLanes)
+    for (; is_short<Dot>(call) && column + kLanes <= end; column += kLanes) {
       dot_block<Dot, 1, kLanes>(call, part, row, column);
+      part.partial = static_cast<V*>(part.partial) + kLanes;
+    }
   }
   for (; column + kColumns <= end; column += kColumns) {
     dot_block<Dot, kRows, kColumns>(call, part, row, column);
@@ -212,23 +216,30 @@ static inline void dot_rows(const DotCall& call, const DotPart& part, int64_t ro
 }
 
 template <typename Dot>
-static void dot(const DotCall& call) {
+static void dot(const DotCall& given) {
   using V = typename Dot::V;
-  const auto* input = static_cast<const typename Dot::Input*>(call.input);
+  DotCall call = given;
   const int64_t block = call.rows > 1 && call.depth > Dot::kBlock ? Dot::kBlock : call.depth;
   const int64_t most = kDotRows > 4 && call.rows % 4 == 0 && is_short<Dot>(call) ? 4 : kDotRows;
   V partial[kMostDotRows * kDotColumns];
   for (int64_t column = 0; column < call.columns; column += kDotColumns) {
     const int64_t end = call.columns - column < kDotColumns ? call.columns : column + kDotColumns;
+    const int64_t parts = (call.depth + block - 1) / block;
     DotPart part;
-    for (part.begin = 0; part.begin < call.depth; part.begin = part.end) {
+    for (int64_t index = 0; index < call.num_taps * parts; ++index) {
+      if (call.tap_weights) {
+        call.weight = call.tap_weights[index / parts];
+        call.input = call.tap_inputs[index / parts];
+      }
+      part.begin = index % parts * block;
       part.end = call.depth - part.begin < block ? call.depth : part.begin + block;
-      part.first = part.begin == 0;
-      part.last = part.end == call.depth;
+      part.first = index == 0;
+      part.last = index + 1 == call.num_taps * parts;
       int64_t blocks = (call.rows + most - 1) / most;
       for (int64_t row = 0; row < call.rows; --blocks) {
         const int64_t rows = (call.rows - row + blocks - 1) / blocks;
-        part.input = input + part.begin * call.rows + row * call.input_stride;
+        part.input =
+            static_cast<const typename Dot::Input*>(call.input) + part.begin * call.rows + row * call.input_stride;
         part.partial = partial + row * kDotColumns;
         dot_rows<Dot>(call, part, row, rows, column, end);
         row += rows;

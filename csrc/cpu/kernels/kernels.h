@@ -76,7 +76,8 @@ using PackFunction = void (*)(const PackCall&);
 // out[r, o, c] = sum over kw of width_factor[kw, c] * V[r, o * stride + kw * dilation, c], V[r, p, c] = sum over kh of
 // height_factor[kh, c] * rows[r + kh][p, c]: CP's two depthwise stages for output rows that see rows one further each.
 // Accumulator type throughout but for `out`. `channels` is a multiple of the lanes; pixels of all matrices are
-// `channel_stride` apart.
+// `channel_stride` apart, as are taps of the factors. A `channel_stride` of 1 is a plane of one channel, its factors in
+// the first of the lanes.
 struct DepthwiseCall {
   const void* const* rows;  // kh + out_rows - 1 pointers to [in_pixels, channels]
   int64_t out_rows, out_row_stride;
@@ -86,7 +87,7 @@ struct DepthwiseCall {
   int64_t channels, channel_stride;
   const void* height_factor;
   const void* width_factor;
-  void* column;  // scratch of in_pixels * lanes accumulators
+  void* column;  // scratch of (in_pixels + 1) * lanes accumulators
   void* out;
 };
 using DepthwiseFunction = void (*)(const DepthwiseCall&);
@@ -99,12 +100,27 @@ struct DotCall {
   const void* input;  // elements
   int64_t input_stride;
   int64_t rows;
-  const void* weight;  // [columns, depth], contiguous
+  const void* weight;     // [columns, depth], each contiguous
+  int64_t weight_stride;  // elements between columns
   int64_t columns, depth;
   void* sums;  // accumulators
   int64_t sums_stride;
+  // One row only: the products of `num_taps` such weights with inputs of their own, added up.
+  int64_t num_taps = 1;
+  const void* const* tap_weights = nullptr;  // instead of `weight`
+  const void* const* tap_inputs = nullptr;   // instead of `input`
 };
 using DotFunction = void (*)(const DotCall&);
+
+// sums[p] = sum over channels of in[channel * channel_stride + p] * factor[channel]: an image of the tensor's own type,
+// factor and sums accumulators.
+struct PlaneCall {
+  const void* in;
+  int64_t channel_stride, channels, pixels;
+  const void* factor;
+  void* sums;
+};
+using PlaneFunction = void (*)(const PlaneCall&);
 
 // out[m, :] = activation(sums[m, :] + bias): finishes accumulators left in memory (rows and the last six fields of the
 // call). Sums and bias are readable up to whole vectors.
@@ -156,6 +172,7 @@ struct ComputeKernels {
   StoreFunction store[4];
   PackFunction pack[4];
   DotFunction dot[4];
+  PlaneFunction planes[4];
   FinishFunction finish;
   // Of elements with fp32 sums, and of weights of that very type. 4x4 outputs in fp32 only: bf16 errors would be four
   // times those of the direct core.

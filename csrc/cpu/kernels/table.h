@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/dot.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/plane.h"
 #include "cpu/kernels/tile.h"
 #include "cpu/kernels/winograd.h"
 
@@ -23,6 +24,7 @@ static const ComputeKernels kComputeFloat = {
     {&store_transposed<float, float>, nullptr, &store_transposed<BFloat16, float>, &store_transposed<Half, float>},
     {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
     {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
+    {&add_planes<float, float>, nullptr, &add_planes<float, BFloat16>, &add_planes<float, Half>},
     &finish_sums<float>,
     {{}, square_kernels<2, float>(), square_kernels<4, float>(), line_kernels<float>()},
 };
@@ -40,6 +42,7 @@ static const ComputeKernels kComputeDouble = {
     {nullptr, &store_transposed<double, double>, nullptr, nullptr},
     {nullptr, &pack_panel<double, double>, nullptr, nullptr},
     {nullptr, &dot<Dot<double, double>>, nullptr, nullptr},
+    {nullptr, &add_planes<double, double>, nullptr, nullptr},
     &finish_sums<double>,
 };
 
@@ -58,6 +61,7 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       {nullptr, nullptr, &store_transposed<BFloat16, float>, nullptr},
       {nullptr, nullptr, &pack_panel_pairs, nullptr},
       {nullptr, nullptr, dot, nullptr},
+      {nullptr, nullptr, &add_planes<float, BFloat16>, nullptr},
       &finish_sums<float>,
       {{}, square_kernels<2, BFloat16>(), {}, line_kernels<BFloat16>()},
   };

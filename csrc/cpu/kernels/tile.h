@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/plane.h"
 #include "cpu/kernels/vector.h"
 
 namespace lowrank_ops {
@@ -392,6 +393,8 @@ static void depthwise_point(const DepthwiseCall& call) {
 
 template <typename T, typename Out>
 static void depthwise(const DepthwiseCall& call) {
+  if constexpr (sizeof(Out) == sizeof(T))
+    if (call.channel_stride == 1) return depthwise_plane<T>(call);
   if (call.kh == 1 && call.kw == 1) return depthwise_point<T, Out>(call);
   int64_t row = 0;
   if (call.kh == 3 && call.kw == 3 && call.stride == 1 && call.dilation == 1) {

@@ -1,0 +1,43 @@
+// The first stage of a block with a hidden rank of one: there are no output channels to fill vectors with. How it is
+// run instead (plan.h, FirstStage):
+//
+//   kDots    a hidden value is a dot product, vectors along the channels of its pixel (kernels/dot.h)
+//
+//              pixel p       c c c c c c c c ...      * in_factor [S], lanes added up at the end -> hidden p
+//
+//   kPlanes  vectors along the pixels (kernels/plane.h)
+//
+//              channel 0     p p p p p p p p ...      * in_factor[0]
+//              channel 1     p p p p p p p p ...      * in_factor[1], added -> hidden p p p p p p p p
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+
+namespace lowrank_ops {
+
+class ChannelSum {
+ public:
+  ChannelSum(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem, const Engine& engine);
+  // Whether it reads the image where it lies; otherwise staged pixels: elements, channels next to each other.
+  bool reads_directly() const { return planes_ || direct_; }
+  // sums[p] = sum over channels of pixel p, accumulators. Pixels lie `pixel_stride` elements apart.
+  void operator()(const char* source, int64_t pixel_stride, int64_t pixels, void* sums) const;
+
+ private:
+  const ComputeKernels& kernels_;
+  DType dtype_;
+  int64_t channels_, channel_stride_;
+  bool planes_, direct_;
+  AlignedMemory factor_;  // [S]: accumulators for planes, elements for dot products
+};
+
+// Nothing where the plan has the stage run by panels.
+std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem,
+                                         const Engine& engine);
+
+}  // namespace lowrank_ops

@@ -1,0 +1,101 @@
+// Images in planes, vectors along their pixels.
+//
+// The sums over the channels: the first stage of a block with a rank of one, in NCHW (cpu/channel_sum.h). Vectors along
+// the pixels, kPlanes channels at a time: so many streams from memory can be prefetched, all channels' could not.
+//
+//                     pixels
+//   channel k         v0  v1  v2  ...   * factor[k]
+//    ...                                             added to sums v0 v1 v2 ..., which wait in L1 for the next channels
+//   k + kPlanes - 1   v0  v1  v2  ...
+//
+// A sum runs over the channels in their order, wherever its pixel lies.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/vector.h"
+
+namespace lowrank_ops {
+namespace LOWRANK_ISA {
+
+constexpr int kPlanes = 8;
+
+// Channels [channel, channel + kCount) for all pixels; the first ones begin the sums.
+template <typename T, typename In, int kCount>
+static inline void add_channels(const PlaneCall& call, int64_t channel) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const In* in[kCount];
+  V w[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    in[i] = static_cast<const In*>(call.in) + (channel + i) * call.channel_stride;
+    w[i] = broadcast<V>(static_cast<const T*>(call.factor)[channel + i]);
+  }
+  T* sums = static_cast<T*>(call.sums);
+  int64_t pixel = 0;
+  for (; pixel + kLanes <= call.pixels; pixel += kLanes) {
+    V sum = channel > 0 ? load(sums + pixel) : V{};
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) sum += load(in[i] + pixel) * w[i];
+    store(sums + pixel, sum);
+  }
+  if (const int64_t left = call.pixels - pixel; left > 0) {
+    V sum = channel > 0 ? load_part(sums + pixel, left) : V{};
+    for (int i = 0; i < kCount; ++i) sum += load_part(in[i] + pixel, left) * w[i];
+    store_part(sums + pixel, sum, left);
+  }
+}
+
+template <typename T, typename In>
+static void add_planes(const PlaneCall& call) {
+  int64_t channel = 0;
+  for (; channel + kPlanes <= call.channels; channel += kPlanes) add_channels<T, In, kPlanes>(call, channel);
+  for (; channel < call.channels; ++channel) add_channels<T, In, 1>(call, channel);
+}
+
+// CP's depthwise stages for a plane: vectors along the pixels, which the taps see shifted.
+//
+//   rows kh    p p p p p p p p ...   * height_factor[kh], added  -> column  p p p p p p p p ...
+//   column     p p p p p p p p ...   * width_factor[kw], each kw from kw * dilation on, added -> out
+//
+// With a stride neighbouring outputs read pixels apart: one output at a time.
+template <typename T>
+static void depthwise_plane(const DepthwiseCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const T* height = static_cast<const T*>(call.height_factor);
+  const T* width = static_cast<const T*>(call.width_factor);
+  T* column = static_cast<T*>(call.column);
+  for (int64_t row = 0; row < call.out_rows; ++row) {
+    for (int64_t p = 0; p < call.in_pixels; p += kLanes) {
+      const int64_t left = call.in_pixels - p;
+      V sum = V{};
+      for (int64_t i = 0; i < call.kh; ++i) {
+        const T* in = static_cast<const T*>(call.rows[row + i]) + p;
+        sum += (left < kLanes ? load_part(in, left) : load(in)) * height[i * kLanes];
+      }
+      store(column + p, sum);
+    }
+    T* out = static_cast<T*>(call.out) + row * call.out_row_stride;
+    if (call.stride > 1) {
+      for (int64_t o = 0; o < call.out_pixels; ++o) {
+        T sum = 0;
+        for (int64_t i = 0; i < call.kw; ++i) sum += column[o * call.stride + i * call.dilation] * width[i * kLanes];
+        out[o] = sum;
+      }
+      continue;
+    }
+    for (int64_t o = 0; o < call.out_pixels; o += kLanes) {
+      const int64_t left = call.out_pixels - o;
+      V sum = V{};
+      for (int64_t i = 0; i < call.kw; ++i) sum += load(column + o + i * call.dilation) * width[i * kLanes];
+      if (left < kLanes)
+        store_part(out + o, sum, left);
+      else
+        store(out + o, sum);
+    }
+  }
+}
+
+}  // namespace LOWRANK_ISA
+}  // namespace lowrank_ops
