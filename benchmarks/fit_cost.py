@@ -6,7 +6,7 @@ sets, and writes csrc/plan/cost_constants.inc. The fit is non-negative least squ
 some times so that a few cells which the model cannot explain do not bend it. Cells where both paths take about the
 same time count more, as errors decide there. What it is judged by is the regret: how much longer the paths that the
 model picks take than the faster path of every cell. Times are fitted path by path: so the chain's constants are scaled
-at last by the factor of least loss, which is the regret with cells that run fused, and slower, counted three times:
+at last by the factor of least loss, which is the regret with cells that run fused, and slower, counted six times:
 a user who never chose a path must not lose to the plain chain.
 """
 
@@ -32,7 +32,7 @@ Vector = NDArray[np.float64]
 Group = tuple[str, str, str, str, bool]
 """Class of instruction sets, op, dtype, layout and whether a Tucker block has a rank of one ("thin"): what has
 constants of its own."""
-FUSED_COUNTS = 3.0  # in the loss, of a cell that runs fused and would be faster as a chain
+FUSED_COUNTS = 6.0  # in the loss, of a cell that runs fused and would be faster as a chain
 NEAR = 0.3  # logarithm of the paths' ratio from which on cells count less in the fit
 OPS = {"tucker_conv2d": "kTucker", "cp_conv2d": "kCP", "lowrank_linear": "kLinear"}
 DTYPES = {"float32": "kFloat", "bfloat16": "kBFloat16"}
