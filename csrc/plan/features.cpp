@@ -95,7 +95,7 @@ FusedStages fused_products_of(const Problem& p, const CpuTile& tile) {
   const double images = double(p.n) * double(parts);
   const int64_t rows = std::min(p.oh, tile.rows);
   const Axis axis = column_axis(p);
-  const int64_t inside = axis.end_inside() - axis.first_inside();  // of the columns that are read
+  const int64_t inside = axis.end_inside() - axis.first_inside();                   // of the columns that are read
   const int64_t read = parts == 1 ? inside : std::min(inside, axis.span(columns));  // windows of two tiles overlap
   Product core = {};
   if (p.op == Op::kTucker) core = {images * double(p.oh), columns, p.r1 * p.kh * p.kw, p.r2};
