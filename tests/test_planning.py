@@ -300,7 +300,7 @@ def test_planning_does_not_walk_through_image_or_window(op: str) -> None:
 
     for size in ((2**39, 8), *((8, 2**40 - count) for count in range(1000))):
         found = plan(size, (3, 3), 1)
-        assert found["flops"] > 2**39 and 0 < found["tile_columns"] < 1000
+        assert found["flops"] > 2**39 and 0 < found["tile_columns"] < 2**14
     for kernel in ((2**38, 1), (1, 2**38)):
         assert plan(tuple(max(8, 2 * taps) for taps in kernel), kernel, 0)["flops"] > 2**39
 
