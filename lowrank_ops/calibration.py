@@ -332,10 +332,8 @@ def _taps(factors: dict[str, Tensor]) -> Tensor:
 def _write(module: FactorizedModule, out: Tensor, inner: Tensor, bias: Tensor, whole: bool) -> None:
     """The solution as the module's last factors; `whole`: more than out_factor."""
     factors = module.factors()
-    if not whole:
-        factors["out_factor"].copy_(out)
-    else:
-        factors["out_factor"].copy_(out)
+    factors["out_factor"].copy_(out)
+    if whole:
         if "core" in factors:
             factors["core"].copy_(inner.reshape(factors["core"].shape))
         else:

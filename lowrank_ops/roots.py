@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
-from lowrank_ops.singular import computing_device
+from lowrank_ops.singular import computing_device, energy
 
 # What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
 # noise, and data that calibration did not show may use them.
@@ -45,7 +45,7 @@ class Root:
             return cls(torch.ones(len(moment), dtype=moment.dtype))
         if moment.dim() == 1:
             return cls(moment.add_(DAMPING * float(moment.max())).sqrt_())
-        _cholesky_(moment, DAMPING * _largest_eigenvalue(moment))
+        _damped_cholesky_(moment, DAMPING * _largest_eigenvalue(moment))
         return cls(moment)
 
     def apply(self, matrix: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _copy(matrix: Tensor) -> Tensor:
     return matrix.to(computing_device(matrix), copy=True, memory_format=torch.contiguous_format)
 
 
-def _cholesky_(moment: Tensor, damping: float) -> None:
+def _damped_cholesky_(moment: Tensor, damping: float) -> None:
     """The lower Cholesky factor of `moment + damping I` in its place, `[n, n]`, zeros above the diagonal.
 
     Blocks on the diagonal are factored in fp64. Where one is not positive definite all the same (sums of low precision
@@ -139,8 +139,4 @@ def _largest_eigenvalue(moment: Tensor) -> float:
     for _ in range(_POWERS):
         vector = image / image.abs().max()
         image = moment @ vector
-    return _norm(image) / _norm(vector)
-
-
-def _norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    return (energy(image) / energy(vector)) ** 0.5

@@ -1,8 +1,7 @@
 // Linear layers of few rows: dot products with the weight as it lies in memory, [columns, depth], vectors along the
 // depth. Packing would touch every weight twice; here each is read once, which is all that matters when it is used for
 // few rows. A convolution's first stage with a rank of one is the same with pixels for the weight's rows
-// (cpu/channel_sum.h), and so is a core
-// with one output channel, a tap at a time (cpu/tucker.cpp).
+// (cpu/channel_sum.h), and so is a core with one output channel, a tap at a time (cpu/tucker.cpp).
 //
 //               weight rows n .. n + 2
 //               w0   w1   w2          each step: three loads of weights, one of the input a row, 3 * kRows
