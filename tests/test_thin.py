@@ -165,3 +165,38 @@ def test_which_images_have_few_pixels() -> None:
                                   (1, 3, 3, 0, False), (1, 1, 1, 2, False), (2, 1, 4, 1, True)):  # fmt: skip
         call = Problem("cp_conv2d", **{**sizes, "n": n, "h": h, "w": w, "padding": (padding, padding)}).make()
         assert str(plan(call)["kernel"]).endswith("_unpacked") == few
+
+
+# ---- linear layers with a rank of one
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_rank_of_one(isa: str, dtype: torch.dtype) -> None:
+    """Rows by the hundred, contiguous or not, whose hidden value is a dot product; below and above what that needs."""
+    for n in (9, 100, 1300):
+        for s in (1, 7, 8, 19, 64, 1000):
+            for t in (1, 10, 33, 1024):
+                call = Problem("lowrank_linear", n=1, h=n, s=s, r1=1, t=t, dtype=dtype, activation="gelu").make()
+                assert_output(call, call.run())
+            call.tensors["input"] = call.tensors["input"].mT.contiguous().mT
+            assert_output(call, call.run())
+
+
+def test_threads_change_no_bit_of_a_linear_rank_of_one(threads: None) -> None:
+    for dtype in DTYPES:
+        call = Problem("lowrank_linear", n=1, h=900, s=100, r1=1, t=40, dtype=dtype).make()
+        torch.set_num_threads(1)
+        alone = call.run()
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(call.run(), alone)
+
+
+def test_what_lies_next_to_a_row_is_not_read(isa: str) -> None:
+    for s in range(8, 41):
+        call = Problem("lowrank_linear", n=1, h=50, s=s, r1=1, t=5).make()
+        dense = call.run()
+        around = torch.full((1, 52, s + 2), torch.nan)
+        around[:, 1:-1, 1:-1] = call.tensors["input"]
+        call.tensors["input"] = around[:, 1:-1, 1:-1]
+        assert torch.equal(call.run(), dense)

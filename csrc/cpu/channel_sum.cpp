@@ -1,14 +1,18 @@
 #include "cpu/channel_sum.h"
 
+#include <algorithm>
+#include <cstring>
+
 namespace lowrank_ops {
 
-ChannelSum::ChannelSum(const at::Tensor& in_factor, const at::Tensor& input, const Problem& p, const Engine& engine)
+ChannelSum::ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, const Problem& p,
+                       const Engine& engine)
     : kernels_(*engine.kernels),
       dtype_(p.dtype),
       channels_(p.s),
-      channel_stride_(input.stride(1)),
-      planes_(first_stage(p) == FirstStage::kPlanes && (input.stride(3) == 1 || p.w == 1)),
-      direct_(input.stride(1) == 1 || p.s == 1) {
+      channel_stride_(channel_stride),
+      planes_(planes),
+      direct_(channel_stride == 1 || p.s == 1) {
   const ComputeKernels& kernels = planes_ ? *engine.sums : kernels_;
   factor_ = allocate(round_up(p.s, kernels.group) * element_bytes(kernels.element));
   LoadCall load;
@@ -36,10 +40,40 @@ void ChannelSum::operator()(const char* source, int64_t pixel_stride, int64_t pi
   kernels_.dot[int(direct_ ? dtype_ : kernels_.element)](call);
 }
 
+void ChannelSum::write(const char* source, int64_t pixel_stride, int64_t pixels, char* out, int64_t out_stride,
+                       DType out_type) const {
+  ChannelSums sums;
+  const int64_t pixel_bytes = pixel_stride * element_bytes(direct_ ? dtype_ : kernels_.element);
+  for (int64_t first = 0, count; first < pixels; first += count) {
+    count = std::min(ChannelSums::kMostPixels, pixels - first);
+    (*this)(source + first * pixel_bytes, pixel_stride, count, sums.memory);
+    write_channel(kernels_, sums.memory, count, out + first * out_stride * element_bytes(out_type), out_stride,
+                  out_type);
+  }
+}
+
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& p,
                                          const Engine& engine) {
-  if (first_stage(p) == FirstStage::kPanels) return std::nullopt;
-  return std::optional<ChannelSum>(std::in_place, in_factor, input, p, engine);
+  const FirstStage way = first_stage(p);
+  if (way == FirstStage::kPanels) return std::nullopt;
+  const bool planes = way == FirstStage::kPlanes && (input.stride(3) == 1 || p.w == 1);
+  return std::optional<ChannelSum>(std::in_place, in_factor, input.stride(1), planes, p, engine);
+}
+
+void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,
+                   DType out_type) {
+  if (out_stride == 1 && out_type == kernels.accumulator) {
+    std::memcpy(out, sums, size_t(pixels * element_bytes(out_type)));
+    return;
+  }
+  GemmCall call{};
+  call.rows = pixels;
+  call.width = 1;
+  call.out = out;
+  call.out_stride = out_stride;
+  call.out_type = out_type;
+  call.activation = Activation::kNone;
+  kernels.finish(sums, 1, call);
 }
 
 }  // namespace lowrank_ops

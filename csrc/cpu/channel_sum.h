@@ -1,5 +1,5 @@
-// The first stage of a block with a hidden rank of one: there are no output channels to fill vectors with. How it is
-// run instead (plan.h, FirstStage):
+// The first stage of a block (of a linear layer, whose rows are its pixels) with a hidden rank of one: there are no
+// output channels to fill vectors with. How it is run instead (plan.h, FirstStage):
 //
 //   kDots    a hidden value is a dot product, vectors along the channels of its pixel (kernels/dot.h)
 //
@@ -22,11 +22,16 @@ namespace lowrank_ops {
 
 class ChannelSum {
  public:
-  ChannelSum(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem, const Engine& engine);
+  // `planes`: pixels lie next to each other, and the stage is run as kPlanes says.
+  ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, const Problem& problem,
+             const Engine& engine);
   // Whether it reads the image where it lies; otherwise staged pixels: elements, channels next to each other.
   bool reads_directly() const { return planes_ || direct_; }
   // sums[p] = sum over channels of pixel p, accumulators. Pixels lie `pixel_stride` elements apart.
   void operator()(const char* source, int64_t pixel_stride, int64_t pixels, void* sums) const;
+  // The same for any number of pixels -> out[p * out_stride], elements or accumulators.
+  void write(const char* source, int64_t pixel_stride, int64_t pixels, char* out, int64_t out_stride,
+             DType out_type) const;
 
  private:
   const ComputeKernels& kernels_;
@@ -39,5 +44,14 @@ class ChannelSum {
 // Nothing where the plan has the stage run by panels.
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem,
                                          const Engine& engine);
+
+// Accumulators of one channel -> out[pixel * out_stride]. Sums are readable up to a vector's bytes beyond the last.
+void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,
+                   DType out_type);
+// Such sums of up to kMostPixels pixels.
+struct ChannelSums {
+  static constexpr int64_t kMostPixels = 512;
+  alignas(64) char memory[kMostPixels * sizeof(double) + 64];
+};
 
 }  // namespace lowrank_ops

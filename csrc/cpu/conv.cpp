@@ -304,28 +304,12 @@ void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64
                        here = std::min(count - i, columns - column);
                        char* out = ring_ + ((z + line + (begin + i) / columns) % ring_rows_) * row_bytes_ +
                                    (columns_.inside_begin + column) * pixel_bytes_;
-                       write_channel(block_.engine, sums.memory + i * sum_bytes, here, out, block_.hidden_columns(),
+                       write_channel(*block_.engine.kernels, sums.memory + i * sum_bytes, here, out, block_.hidden_columns(),
                                      block_.hidden_type);
                      }
                    }
                  });
   });
-}
-
-void write_channel(const Engine& engine, const void* sums, int64_t pixels, void* out, int64_t out_stride,
-                   DType out_type) {
-  if (out_stride == 1 && out_type == engine.kernels->accumulator) {
-    std::memcpy(out, sums, size_t(pixels * element_bytes(out_type)));
-    return;
-  }
-  GemmCall call{};
-  call.rows = pixels;
-  call.width = 1;
-  call.out = out;
-  call.out_stride = out_stride;
-  call.out_type = out_type;
-  call.activation = Activation::kNone;
-  engine.kernels->finish(sums, 1, call);
 }
 
 int64_t output_staging_bytes(const ConvBlock& block) {

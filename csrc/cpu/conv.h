@@ -142,15 +142,6 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
                   const void* tile, void* staging);
 int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
 
-// Accumulators of one channel -> out[pixel * out_stride]. Sums are readable up to a vector's bytes beyond the last.
-void write_channel(const Engine& engine, const void* sums, int64_t pixels, void* out, int64_t out_stride,
-                   DType out_type);
-// Such sums of up to kMostPixels pixels.
-struct ChannelSums {
-  static constexpr int64_t kMostPixels = 512;
-  alignas(64) char memory[kMostPixels * sizeof(double) + 64];
-};
-
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
 
 // Runs `middle(team, hidden, row, rows, columns, tile, scratch)`, which fills the tile for `rows` output rows from

@@ -5,8 +5,10 @@
 
 #include <array>
 #include <cstring>
+#include <optional>
 
 #include "cpu/brgemm.h"
+#include "cpu/channel_sum.h"
 #include "cpu/cpu.h"
 #include "cpu/dots.h"
 #include "cpu/pages.h"
@@ -239,6 +241,131 @@ void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, co
   });
 }
 
+// Rows of any number, blocks of them in parallel: a block's hidden rows stay in cache between the two products.
+class PackedLinear {
+ public:
+  PackedLinear(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor, const SumRows& bias,
+               const Problem& p, const CpuTile& tile, const Engine& engine, const Prepared& prepared,
+               at::Tensor& output)
+      : rows_(rows),
+        bias_(bias),
+        p_(p),
+        tile_(tile),
+        engine_(engine),
+        output_(output),
+        in_weight_(pack_matrix(in_factor, p.dtype, engine, prepared.in_factor)),
+        out_weight_(pack_matrix(out_factor, p.dtype, engine, prepared.out_factor)) {
+    const bool contiguous = rows.stride(1) == 1 || p.s == 1;
+    if (first_stage(p) == FirstStage::kDots) sum_.emplace(in_factor, rows.stride(1), /*planes=*/false, p, engine);
+    direct_ = sum_ ? sum_->reads_directly()
+                   : p.dtype == kernels_.element && contiguous && p.s % kernels_.group == 0;
+    hidden_columns_ = sum_ ? kernels_.group : in_weight_.panels().padded_columns();
+    staged_stride_ = round_up(p.s, 16);
+    // Rows of the output that are written at once. Where they lie whole pages apart, their parts meet in the same few
+    // lines of L1: so few of them, while the second weight stays in L1, that they are written from end to end.
+    const int64_t out_bytes = out_weight_.padded_depth() * out_weight_.panels().padded_columns() * element_;
+    const bool rows_meet = p.t * element_bytes(p.dtype) % kPageBytes == 0;
+    together_ = rows_meet && out_bytes <= kNearBytes ? kRowsAtOnce : tile.rows;
+  }
+
+  void run() {
+    const int64_t blocks = ceil_div(p_.n, tile_.rows);
+    const int64_t hidden_bytes = tile_.rows * hidden_columns_ * element_;
+    const int64_t staging_bytes = direct_ ? 0 : tile_.rows * staged_stride_ * element_;
+    const std::array<PackedWeight*, 2> weights{sum_ ? nullptr : &in_weight_, &out_weight_};
+    const bool each_packs = pack_for_tasks(weights, blocks);
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      if (each_packs) pack_own(weights);
+      Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(staging_bytes));
+      const BrgemmScope products;
+      char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
+      void* staging = scratch.take(staging_bytes);
+      if (p_.r1 != hidden_columns_) std::memset(hidden, 0, size_t(hidden_bytes));
+      for (int64_t first = begin * tile_.rows; first < std::min(end * tile_.rows, p_.n); first += tile_.rows) {
+        const int64_t count = std::min(tile_.rows, p_.n - first);
+        first_stage_of(first, count, staging, hidden);
+        for (int64_t row = 0; row < count; row += together_)
+          second_stage_of(first + row, std::min(together_, count - row), hidden + row * hidden_columns_ * element_);
+      }
+    });
+  }
+
+ private:
+  // `count` rows of the input from `first` times in_factor -> hidden.
+  void first_stage_of(int64_t first, int64_t count, void* staging, char* hidden) const {
+    const void* source =
+        static_cast<const char*>(rows_.const_data_ptr()) + first * rows_.stride(0) * element_bytes(p_.dtype);
+    int64_t row_stride = rows_.stride(0);
+    if (!direct_) {
+      LoadCall load;
+      load.in = source;
+      load.pixel_stride = rows_.stride(0);
+      load.channel_stride = rows_.stride(1);
+      load.pixels = count;
+      load.channels = p_.s;
+      load.tile = staging;
+      load.tile_stride = row_stride = staged_stride_;
+      kernels_.load[int(p_.dtype)](load);
+      source = staging;
+    }
+    if (sum_)
+      return sum_->write(static_cast<const char*>(source), row_stride, count, hidden, hidden_columns_,
+                         kernels_.element);
+    GemmCall call;
+    call.taps = &source;
+    call.num_taps = 1;
+    call.rows = count;
+    call.row_stride = row_stride;
+    call.depth = in_weight_.padded_depth();
+    call.out_stride = hidden_columns_;
+    call.out_type = kernels_.element;
+    call.bias = nullptr;
+    call.activation = Activation::kNone;
+    const Panels& panels = in_weight_.panels();
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      call.weight = in_weight_.panel(panel);
+      call.width = panels.width(panel);
+      call.out = hidden + panels.first(panel) * element_;
+      engine_.gemm(call);
+    }
+  }
+
+  // `count` hidden rows times out_factor, bias and activation -> rows of the output from `first`.
+  void second_stage_of(int64_t first, int64_t count, const void* hidden) const {
+    GemmCall call;
+    call.taps = &hidden;
+    call.num_taps = 1;
+    call.rows = count;
+    call.row_stride = hidden_columns_;
+    call.depth = out_weight_.padded_depth();
+    call.out_stride = p_.t;
+    call.out_type = p_.dtype;
+    call.activation = p_.activation;
+    const Panels& panels = out_weight_.panels();
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t column = panels.first(panel);
+      call.weight = out_weight_.panel(panel);
+      call.width = panels.width(panel);
+      call.bias = bias_.data(column);
+      call.out = static_cast<char*>(output_.data_ptr()) + (first * p_.t + column) * element_bytes(p_.dtype);
+      engine_.gemm(call);
+    }
+  }
+
+  const at::Tensor& rows_;
+  const SumRows& bias_;
+  const Problem& p_;
+  const CpuTile& tile_;
+  const Engine& engine_;
+  at::Tensor& output_;
+  const ComputeKernels& kernels_ = *engine_.kernels;
+  const int64_t element_ = element_bytes(kernels_.element);
+  PackedWeight in_weight_, out_weight_;
+  std::optional<ChannelSum> sum_;  // the first stage for a rank of one; otherwise a product with in_weight_
+  bool direct_;                    // the kernel reads the rows where they lie; otherwise they are staged
+  int64_t hidden_columns_, staged_stride_, together_;
+};
+
 }  // namespace
 
 at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
@@ -248,97 +375,17 @@ at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   at::Tensor output = at::empty(sizes, input.options());
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
-  const ComputeKernels& kernels = *engine.kernels;
   const at::Tensor rows = input.reshape({p.n, p.s});  // a view unless the leading axes do not collapse
   const SumRows bias_sums(bias, p.dtype, engine);
   if (tile.unpacked) {
     linear_unpacked(rows, in_factor.contiguous(), out_factor.contiguous(), bias_sums, p, output);
-    return output;
-  }
-  if (tile.depth > 0) {
+  } else if (tile.depth > 0) {
     const StreamedWeight in_weight(in_factor, p.n, p.dtype, engine, prepared.in_factor);
     const StreamedWeight out_weight(out_factor, p.n, p.dtype, engine, prepared.out_factor);
     linear_streamed(rows, in_weight, out_weight, bias_sums, p, tile, engine, output);
-    return output;
+  } else {
+    PackedLinear(rows, in_factor, out_factor, bias_sums, p, tile, engine, prepared, output).run();
   }
-  PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
-  PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
-  const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0;
-  const int64_t element = element_bytes(kernels.element);
-  const int64_t hidden_columns = in_weight.panels().padded_columns();
-  const int64_t hidden_bytes = tile.rows * hidden_columns * element;
-  const int64_t staged_stride = round_up(p.s, 16);
-  const int64_t staging_bytes = direct ? 0 : tile.rows * staged_stride * element;
-  const int64_t blocks = (p.n + tile.rows - 1) / tile.rows;
-  // Rows of the output that are written at once. Where they lie whole pages apart, their parts meet in the same few
-  // lines of L1: so few of them, while the second weight stays in L1, that they are written from end to end.
-  const int64_t out_bytes = out_weight.padded_depth() * out_weight.panels().padded_columns() * element;
-  const bool rows_meet = p.t * element_bytes(p.dtype) % kPageBytes == 0;
-  const int64_t together = rows_meet && out_bytes <= kNearBytes ? kRowsAtOnce : tile.rows;
-
-  const std::array<PackedWeight*, 2> weights{&in_weight, &out_weight};
-  const bool each_packs = pack_for_tasks(weights, blocks);
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    if (each_packs) pack_own(weights);
-    Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(staging_bytes));
-    const BrgemmScope products;
-    char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
-    void* staging = scratch.take(staging_bytes);
-    if (p.r1 != hidden_columns) std::memset(hidden, 0, size_t(hidden_bytes));
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index * tile.rows, count = std::min(tile.rows, p.n - first);
-      const void* source =
-          static_cast<const char*>(rows.const_data_ptr()) + first * rows.stride(0) * element_bytes(p.dtype);
-      GemmCall call;
-      call.taps = &source;
-      call.num_taps = 1;
-      call.rows = count;
-      call.row_stride = rows.stride(0);
-      if (!direct) {
-        LoadCall load;
-        load.in = source;
-        load.pixel_stride = rows.stride(0);
-        load.channel_stride = rows.stride(1);
-        load.pixels = count;
-        load.channels = p.s;
-        load.tile = staging;
-        load.tile_stride = staged_stride;
-        kernels.load[int(p.dtype)](load);
-        source = staging;
-        call.row_stride = staged_stride;
-      }
-      call.depth = in_weight.padded_depth();
-      call.out_stride = hidden_columns;
-      call.out_type = kernels.element;
-      call.bias = nullptr;
-      call.activation = Activation::kNone;
-      const Panels& in_panels = in_weight.panels();
-      for (int64_t panel = 0; panel < in_panels.count; ++panel) {
-        call.weight = in_weight.panel(panel);
-        call.width = in_panels.width(panel);
-        call.out = hidden + in_panels.first(panel) * element;
-        engine.gemm(call);
-      }
-      call.depth = out_weight.padded_depth();
-      call.row_stride = hidden_columns;
-      call.out_stride = p.t;
-      call.out_type = p.dtype;
-      call.activation = p.activation;
-      const Panels& out_panels = out_weight.panels();
-      for (int64_t row = 0; row < count; row += together) {
-        source = hidden + row * hidden_columns * element;
-        call.rows = std::min(together, count - row);
-        for (int64_t panel = 0; panel < out_panels.count; ++panel) {
-          const int64_t column = out_panels.first(panel);
-          call.weight = out_weight.panel(panel);
-          call.width = out_panels.width(panel);
-          call.bias = bias_sums.data(column);
-          call.out = static_cast<char*>(output.data_ptr()) + ((first + row) * p.t + column) * element_bytes(p.dtype);
-          engine.gemm(call);
-        }
-      }
-    }
-  });
   return output;
 }
 

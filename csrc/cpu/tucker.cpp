@@ -99,7 +99,7 @@ void sum_taps(const ConvBlock& block, const GemmCall& call) {
           static_cast<const char*>(call.taps[tap]) + pixel * call.row_stride * element_bytes(kernels.element);
     kernels.dot[int(kernels.element)](dot);
     char* out = static_cast<char*>(call.out) + pixel * call.out_stride * element_bytes(call.out_type);
-    write_channel(block.engine, sums.memory, dot.columns, out, call.out_stride, call.out_type);
+    write_channel(kernels, sums.memory, dot.columns, out, call.out_stride, call.out_type);
   }
 }
 

@@ -181,7 +181,8 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
   const Registers registers = registers_of(caps);
   if (tile.unpacked) return unpacked_features(p, caps, tile, registers);
   const FusedStages stages = fused_products_of(p, tile);
-  const FirstStage way = p.op == Op::kLinear ? FirstStage::kPanels : first_stage(p);
+  // A linear layer whose weights are packed piece by piece has panels for any rank.
+  const FirstStage way = p.op == Op::kLinear && tile.depth > 0 ? FirstStage::kPanels : first_stage(p);
   const StageCounts in = first_counts(registers, stages.in, way);
   const auto products = [&](const Product& product) {
     return product.calls * double(product.rows) * double(product.depth) * padded(registers, product.width);

@@ -220,7 +220,8 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
 
 FirstStage first_stage(const Problem& p) {
   if (p.r1 != 1) return FirstStage::kPanels;
-  if ((p.layout == Layout::kContiguous || p.s == 1) && column_axis(p).step == 1) return FirstStage::kPlanes;
+  const bool planes = p.op != Op::kLinear && (p.layout == Layout::kContiguous || p.s == 1);
+  if (planes && column_axis(p).step == 1) return FirstStage::kPlanes;
   return p.s >= kFewestSummed ? FirstStage::kDots : FirstStage::kPanels;
 }
 

@@ -37,8 +37,8 @@ struct CpuCaps {
 // memory at every call, and far too slow to fill: the chain runs instead.
 constexpr int64_t kMostKeptBytes = 16 << 20;
 
-// How the first stage of a convolution is run: a product with packed panels, or, for a hidden rank of one, sums over
-// the channels of a pixel (cpu/channel_sum.h).
+// How the first stage is run: a product with packed panels, or, for a hidden rank of one, sums over the channels of a
+// pixel (of a linear layer: over a row; cpu/channel_sum.h).
 enum class FirstStage { kPanels, kDots, kPlanes };
 FirstStage first_stage(const Problem& problem);
 // Whether Tucker's direct core is run by dot products along its taps: one output channel fills no vector.
