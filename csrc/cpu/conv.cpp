@@ -304,8 +304,8 @@ void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64
                        here = std::min(count - i, columns - column);
                        char* out = ring_ + ((z + line + (begin + i) / columns) % ring_rows_) * row_bytes_ +
                                    (columns_.inside_begin + column) * pixel_bytes_;
-                       write_channel(*block_.engine.kernels, sums.memory + i * sum_bytes, here, out, block_.hidden_columns(),
-                                     block_.hidden_type);
+                       write_channel(*block_.engine.kernels, sums.memory + i * sum_bytes, here, out,
+                                     block_.hidden_columns(), block_.hidden_type);
                      }
                    }
                  });
