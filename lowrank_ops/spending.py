@@ -25,6 +25,9 @@ from lowrank_ops.warn import warn
 _LANES = 16
 # So many allocations are measured as a whole, until one takes at least so much of the target.
 _TRIALS, _USED = 6, 0.97
+# Warn where this share more of the budget would leave less than this share of the squared error, and that is more than
+# this share of what the lowest ranks have.
+_MORE, _STEEP, _SEEN = 0.03, 0.5, 0.01
 # Dense and factorized model in so many turns; in each so many seconds, or so many runs at least and at most.
 _TURNS, _SECONDS, _RUNS = 5, 0.2, (2, 20)
 
@@ -83,6 +86,7 @@ def spend(
             return whole * _trial(model, sites, tried, example_input)
 
         chosen = _corrected(chosen, menus, target, rest, whole, measured)
+    _warn_where_steep(chosen, menus, target, budget.kind)
     choices: dict[int, Choice] = {}
     reasons: dict[int, str] = {}
     for site, menu, option in zip(sites, menus, chosen, strict=True):
@@ -194,6 +198,19 @@ def _corrected(
             f"as a whole it takes {_shown(fastest, 'latency')}",
         )
     return best
+
+
+def _warn_where_steep(chosen: Sequence[Option], menus: Sequence[Sequence[Option]], target: float, kind: str) -> None:
+    """Says so where a little more budget would lessen the error by much: close to what can be reached at all."""
+    error = sum(option.error for option in chosen)
+    more = allocate(menus, sum(option.cost for option in chosen) + _MORE * target)
+    left = sum(option.error for option in more)
+    if left < _STEEP * error and error > _SEEN * sum(max(option.error for option in menu) for menu in menus):
+        warn(
+            f"factorize_: the budget of {_shown(target, kind)} is close to the least possible, where accuracy is "
+            f"lost fast: {_shown((1 + _MORE) * target, kind)} would leave {left / error:.0%} of the squared error "
+            "that is expected of its ranks"
+        )
 
 
 def _shown(value: float, kind: str) -> str:

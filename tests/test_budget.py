@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
@@ -186,6 +187,22 @@ def test_a_budget_that_cannot_be_met_says_the_closest(model: Network) -> None:
     assert count_parameters(model) <= closest
 
 
+def test_a_budget_next_to_the_least_possible_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    """Where most of the model stays as it is, a few percent of the whole are much of what is left to the layers."""
+
+    def made(share: float) -> list[str]:
+        layer = nn.Linear(64, 64, bias=False)
+        layer.weight.data = torch.diag(0.5 ** torch.arange(64.0))
+        rest = OtherWeight(120)
+        factorize_(nn.Sequential(layer, rest), rank=Budget(params=share), multiple=1, progress=False)
+        found = [str(recwarn.pop().message) for _ in range(len(recwarn))]
+        return [message for message in found if "close to the least possible" in message]
+
+    (message,) = made(0.8)  # 18,496 parameters, 14,400 of them elsewhere: rank 3, and with 3 % more rank 6
+    assert re.search(r"budget of 14,797 parameters .*: 15,241 parameters would leave 2% of the squared error", message)
+    assert made(0.98) == []  # rank 27, without an error worth a word
+
+
 def test_a_model_of_factorized_layers_only(model: Network) -> None:
     factorize_(model, rank=Budget(params=0.3), exclude=["0", "4"], progress=False)
     again = nn.Sequential(*(layer for layer in model if isinstance(layer, FactorizedModule)))
@@ -198,9 +215,9 @@ def test_a_model_of_factorized_layers_only(model: Network) -> None:
 class OtherWeight(nn.Module):
     """Half of a model's parameters in no layer that can be replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(32, 32))
+        self.weight = nn.Parameter(torch.ones(width, width))
 
     def forward(self, input: Tensor) -> Tensor:
         return input @ self.weight
