@@ -189,7 +189,7 @@ def test_few_random_blocks_are_slower_than_the_librarys_chain(path: Path) -> Non
 def test_few_blocks_that_no_constant_was_fitted_to_are_slower(path: Path) -> None:
     observations = fit_cost.read(path)
     assert len(observations) == 150
-    assert fit_cost.share_below(observations, 0.9) <= 0.04
+    assert fit_cost.share_below(observations, 0.9) <= (0.04 if "generic" in path.stem else 0.02)
     assert fit_cost.share_below(observations, 0.8) <= 0.015
 
 
