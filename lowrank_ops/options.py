@@ -20,6 +20,7 @@ from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d,
 from lowrank_ops.moments import Layer
 from lowrank_ops.report import count_macs, count_parameters
 from lowrank_ops.singular import energies, gram
+from lowrank_ops.sketch import sketched
 
 Kind = Literal["tucker", "cp", "svd"]
 
@@ -233,15 +234,14 @@ class Clock:
         self._known: dict[Any, float] = {}
 
     def of(self, layer: Layer, calls: LayerCalls) -> Callable[[nn.Module], float]:
-        """Of modules in the place of `layer`; those on the meta device get random values."""
+        """Of modules in the place of `layer`: itself, or factorized ones on the meta device."""
         return lambda module: self._seconds(module, layer, calls)
 
     def _seconds(self, module: nn.Module, layer: Layer, calls: LayerCalls) -> float:
         key = (repr(module), tuple(sorted((repr(kind), count) for kind, count in calls.inputs.items())))
         if key not in self._known:
-            if any(parameter.is_meta for parameter in module.parameters()):
-                module = module.to_empty(device=layer.weight.device)
-                module.reset_parameters()  # type: ignore[operator]
+            if isinstance(module, FactorizedModule):
+                module = sketched(module, layer)
             self._known[key] = times([module], layer.weight.dtype, calls, _SECONDS, min)[0] / 1e3
         return self._known[key]
 

@@ -17,6 +17,7 @@ from lowrank_ops.budget import Budget, Option, allocate
 from lowrank_ops.calls import Calls, model_errors, run_example, synchronize
 from lowrank_ops.options import Choice, Clock, count_cost, empty_module, macs_in, options_for
 from lowrank_ops.report import count_parameters
+from lowrank_ops.sketch import sketched
 from lowrank_ops.surgery import Site, keep_attributes
 from lowrank_ops.tables import figure
 from lowrank_ops.warn import warn
@@ -228,7 +229,7 @@ def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_i
 
 
 def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], example_input: Any) -> float:
-    """Time with modules of the chosen ranks and random values in place over the dense model's; it is as it was then.
+    """Time with modules of the chosen ranks in place, about as good, over the dense model's; it is as it was then.
 
     Both are measured in turn: what else the machine does by now must not look like a slow choice.
     """
@@ -236,8 +237,7 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
     for site, option in zip(sites, chosen, strict=True):
         if option.choice is not None:
             layer: Any = site.layer
-            module = empty_module(layer, option.choice).to_empty(device=layer.weight.device)
-            module.reset_parameters()
+            module = sketched(empty_module(layer, option.choice), layer)
             keep_attributes(layer, module)
             module._read_is_known = True  # the report says so
             modules[id(layer)] = module.train(layer.training)
