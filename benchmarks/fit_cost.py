@@ -29,8 +29,8 @@ from lowrank_ops._ops import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "cost_constants.inc"
 Vector = NDArray[np.float64]
-Group = tuple[str, str, str, str, bool]
-"""Class of instruction sets, op, dtype, layout and whether a Tucker block has a rank of one ("thin"): what has
+Group = tuple[str, str, str, str, int]
+"""Class of instruction sets, op, dtype, layout and how many of a Tucker block's ranks are one, 0 to 2: what has
 constants of its own."""
 FUSED_COUNTS = 6.0  # in the loss, of a cell that runs fused and would be faster as a chain
 NEAR = 0.3  # logarithm of the paths' ratio from which on cells count less in the fit
@@ -100,8 +100,8 @@ def prediction(cell: Cell, dtype: str, layout: str, machine: dict[str, Any]) -> 
     return found
 
 
-def _is_thin(cell: Cell) -> bool:
-    return isinstance(cell.rank, tuple) and min(cell.rank) == 1
+def _ranks_of_one(cell: Cell) -> int:
+    return cell.rank.count(1) if isinstance(cell.rank, tuple) else 0
 
 
 def _bytes(text: str) -> int:
@@ -134,7 +134,7 @@ def read(path: str | Path) -> list[Observation]:
         found.append(
             Observation(
                 name=f"{cell} {layout} {dtype}",
-                group=(isa_class(content["machine"], dtype), cell.op, dtype, layout_of_constants, _is_thin(cell)),
+                group=(isa_class(content["machine"], dtype), cell.op, dtype, layout_of_constants, _ranks_of_one(cell)),
                 fused_features=np.array(planned["fused_features"]),
                 chain_features=np.array(planned["chain_features"]),
                 takes_chain=planned["chain"],
@@ -206,11 +206,11 @@ def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
         "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/fit_cost.py; measured on",
         f"// {', '.join(cpus)}, its instruction sets capped. Do not edit.",
     ]
-    for (isa, op, dtype, layout, thin), constants in sorted(groups.items()):
+    for (isa, op, dtype, layout, ones), constants in sorted(groups.items()):
         numbers = (
             "{" + ", ".join(f"{value:.4g}" for value in vector) + "}" for vector in (constants.fused, constants.chain)
         )
-        names = f'"{isa}", Op::{OPS[op]}, DType::{DTYPES[dtype]}, Layout::{LAYOUTS[layout]}, {str(thin).lower()}'
+        names = f'"{isa}", Op::{OPS[op]}, DType::{DTYPES[dtype]}, Layout::{LAYOUTS[layout]}, {ones}'
         found.append(f"{{{names}, {', '.join(numbers)}}},")
     return found
 

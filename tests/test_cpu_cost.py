@@ -154,8 +154,8 @@ def test_the_constants_are_those_of_the_committed_results() -> None:
     """Every group that was measured has constants, and no other."""
     groups = {o.group for path in RESULTS if "zen4" not in path.stem for o in fit_cost.read(path)}
     text = fit_cost.CONSTANTS.read_text()
-    for isa, op, dtype, layout, thin in groups:
-        kind = f"DType::{fit_cost.DTYPES[dtype]}, Layout::{fit_cost.LAYOUTS[layout]}, {str(thin).lower()},"
+    for isa, op, dtype, layout, ones in groups:
+        kind = f"DType::{fit_cost.DTYPES[dtype]}, Layout::{fit_cost.LAYOUTS[layout]}, {ones},"
         names = f'"{isa}", Op::{fit_cost.OPS[op]}, {kind}'
         assert text.count(names) == 1, names
     assert text.count("\n{") == len(groups)
@@ -177,7 +177,7 @@ def test_few_random_blocks_are_slower_than_the_librarys_chain(path: Path) -> Non
     """In the same layout, 2 % under 0.9 and single ones under 0.8; with a rank of one, or without AVX2, more."""
     observations = fit_cost.read(path)
     for thin in (False, True):
-        found = [o for o in observations if o.group[-1] == thin]
+        found = [o for o in observations if (o.group[-1] > 0) == thin]
         many, few = (0.03, 0.02) if thin else (0.02, 0.005)
         if "generic" in path.stem:
             many, few = (0.11, 0.03) if thin else (0.04, 0.005)
@@ -189,8 +189,8 @@ def test_few_random_blocks_are_slower_than_the_librarys_chain(path: Path) -> Non
 def test_few_blocks_that_no_constant_was_fitted_to_are_slower(path: Path) -> None:
     observations = fit_cost.read(path)
     assert len(observations) == 150
-    assert fit_cost.share_below(observations, 0.9) <= (0.04 if "generic" in path.stem else 0.02)
-    assert fit_cost.share_below(observations, 0.8) <= 0.015
+    assert fit_cost.share_below(observations, 0.9) <= (0.03 if "generic" in path.stem else 0.02)
+    assert fit_cost.share_below(observations, 0.8) <= 0.01
 
 
 def test_there_are_committed_results() -> None:

@@ -261,7 +261,7 @@ struct Constants {
   Op op;
   DType dtype;
   Layout layout;  // of a linear layer always kContiguous
-  bool thin;      // a Tucker block with a rank of one: libraries have convolutions of their own for one channel
+  int ones;       // ranks of one, of a Tucker block: libraries have convolutions of their own for one channel
   Features fused, chain;
 };
 constexpr Constants kConstants[] = {
@@ -275,10 +275,10 @@ const Constants* constants_for(const Problem& p, const CpuCaps& caps) {
                                : p.dtype == DType::kBFloat16 && caps.bfloat16_dot ? "avx512bf16"
                                                                                   : "avx512";
   const Layout layout = p.op == Op::kLinear ? Layout::kContiguous : p.layout;
-  const bool thin = p.op == Op::kTucker && std::min(p.r1, p.r2) == 1;
+  const int ones = p.op == Op::kTucker ? (p.r1 == 1) + (p.r2 == 1) : 0;
   for (const Constants& constants : kConstants)
     if (constants.isa == isa && constants.op == p.op && constants.dtype == p.dtype && constants.layout == layout &&
-        constants.thin == thin)
+        constants.ones == ones)
       return &constants;
   return nullptr;
 }
