@@ -258,7 +258,7 @@ class FactorizedModule(nn.Module):
         `frozen` None keeps each one's requires_grad."""
         self.rank = self._rank_of(factors)
         grad = None if frozen is None else not frozen
-        layout = format_of(like)
+        layout = _format_of(like)
         for name, value in factors.items():
             parameter = copy_parameter(value, grad)
             if parameter.dim() == 4:
@@ -352,7 +352,7 @@ def layers_of(name: str, seq: nn.Sequential) -> list[nn.Module]:
     return list(seq)
 
 
-def format_of(layer: nn.Module) -> torch.memory_format:
+def _format_of(layer: nn.Module) -> torch.memory_format:
     """torch.channels_last if a weight of the layer is stored so, and not by chance, as that of a 1x1 convolution is."""
     weights = [parameter for parameter in layer.parameters() if parameter.dim() == 4 and not parameter.is_contiguous()]
     nhwc = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)

@@ -1,6 +1,6 @@
 """Values for modules that are timed in their layers' places before the layers are decomposed.
 
-How long a model runs depends on the values in it: max pooling branches on them, and a text recognizer ran 4 % longer
+How long a model runs depends on the values in it: max pooling branches on them, and a text recogniser ran 4 % longer
 with random factors than with its own. So a module that is timed computes about what its layer does, at the cost of a
 few runs of the layer: in the range of some random combinations of the weight's columns (the range finder without power
 iterations of Halko, Martinsson and Tropp, SIAM Review 53 (2011), algorithm 4.1).
@@ -14,29 +14,26 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
-from lowrank_ops.module_base import FactorizedModule, format_of
+from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.ranks import unfolding
 from lowrank_ops.singular import computing_device, normal
 
 
 @torch.no_grad()
 @no_autocast()
-def sketched(module: FactorizedModule, layer: Any) -> Any:
-    """A module on the meta device with memory where the layer's is, in its format, and values near its weight.
+def sketched(module: FactorizedModule, layer: Any) -> FactorizedModule:
+    """A module on the meta device, given memory where the layer's is, in its format, and values near its weight.
 
     Tucker: the weight in the ranges of both channel modes. A matrix: in the range of its outputs. CP: the mean over
     the taps so, the same for each tap. Ranks beyond what a range has are zeros.
     """
     weight = layer.weight.detach()
-    module = module.to_empty(device=weight.device)
+    shapes = {name: factor.shape for name, factor in module.factors().items()}
     image = weight.to(computing_device(weight), torch.float32).reshape(*weight.shape[:2], -1)  # [T, S, K]
-    found = _tucker(image, module) if "core" in module.factors() else _separable(image, module)
-    for name, factor in module.factors().items():
-        factor.copy_(found[name].reshape(factor.shape))
-    if module.bias is not None:
-        module.bias.copy_(layer.bias)
-    result: Any = module
-    return result.to(memory_format=format_of(layer))
+    found = _tucker(image, module) if "core" in shapes else _separable(image, module)
+    factors = {name: found[name].reshape(shape).to(weight) for name, shape in shapes.items()}
+    module._adopt(factors, layer.bias, layer, frozen=None)
+    return module
 
 
 def _tucker(image: Tensor, module: Any) -> dict[str, Tensor]:
@@ -49,7 +46,7 @@ def _tucker(image: Tensor, module: Any) -> dict[str, Tensor]:
 def _separable(image: Tensor, module: Any) -> dict[str, Tensor]:
     mean = image.mean(2)
     out_factor = _range_of(mean, module.out_factor.shape[1])
-    taps = {name: torch.ones_like(factor) for name, factor in module.factors().items()}
+    taps = {name: torch.ones(factor.shape) for name, factor in module.factors().items()}
     return {**taps, "in_factor": out_factor.T @ mean, "out_factor": out_factor}
 
 

@@ -204,9 +204,11 @@ def _corrected(
 def _warn_where_steep(chosen: Sequence[Option], menus: Sequence[Sequence[Option]], target: float, kind: str) -> None:
     """Says so where a little more budget would lessen the error by much: close to what can be reached at all."""
     error = sum(option.error for option in chosen)
+    if error <= _SEEN * sum(max(option.error for option in menu) for menu in menus):
+        return
     more = allocate(menus, sum(option.cost for option in chosen) + _MORE * target)
     left = sum(option.error for option in more)
-    if left < _STEEP * error and error > _SEEN * sum(max(option.error for option in menu) for menu in menus):
+    if left < _STEEP * error:
         warn(
             f"factorize_: the budget of {_shown(target, kind)} is close to the least possible, where accuracy is "
             f"lost fast: {_shown((1 + _MORE) * target, kind)} would leave {left / error:.0%} of the squared error "
@@ -229,7 +231,7 @@ def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_i
 
 
 def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], example_input: Any) -> float:
-    """Time with modules of the chosen ranks in place, about as good, over the dense model's; it is as it was then.
+    """Time with modules of the chosen ranks in place, near their layers, over the dense model's; it is as it was then.
 
     Both are measured in turn: what else the machine does by now must not look like a slow choice.
     """
@@ -240,7 +242,7 @@ def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], ex
             module = sketched(empty_module(layer, option.choice), layer)
             keep_attributes(layer, module)
             module._read_is_known = True  # the report says so
-            modules[id(layer)] = module.train(layer.training)
+            modules[id(layer)] = module
     ratios = []
     for _ in range(_TURNS):
         dense = _seconds(model, example_input)

@@ -311,42 +311,38 @@ class PackedLinear {
       return sum_->write(static_cast<const char*>(source), row_stride, count, hidden, hidden_columns_,
                          kernels_.element);
     GemmCall call;
-    call.taps = &source;
-    call.num_taps = 1;
     call.rows = count;
     call.row_stride = row_stride;
-    call.depth = in_weight_.padded_depth();
     call.out_stride = hidden_columns_;
     call.out_type = kernels_.element;
-    call.bias = nullptr;
     call.activation = Activation::kNone;
-    const Panels& panels = in_weight_.panels();
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      call.weight = in_weight_.panel(panel);
-      call.width = panels.width(panel);
-      call.out = hidden + panels.first(panel) * element_;
-      engine_.gemm(call);
-    }
+    multiply(call, source, in_weight_, nullptr, hidden);
   }
 
   // `count` hidden rows times out_factor, bias and activation -> rows of the output from `first`.
   void second_stage_of(int64_t first, int64_t count, const void* hidden) const {
     GemmCall call;
-    call.taps = &hidden;
-    call.num_taps = 1;
     call.rows = count;
     call.row_stride = hidden_columns_;
-    call.depth = out_weight_.padded_depth();
     call.out_stride = p_.t;
     call.out_type = p_.dtype;
     call.activation = p_.activation;
-    const Panels& panels = out_weight_.panels();
+    multiply(call, hidden, out_weight_, &bias_,
+             static_cast<char*>(output_.data_ptr()) + first * p_.t * element_bytes(p_.dtype));
+  }
+
+  // Rows from `source` times all panels of a weight, `bias` (nullptr: none) added -> `out`, as `call` says.
+  void multiply(GemmCall& call, const void* source, const PackedWeight& weight, const SumRows* bias, char* out) const {
+    call.taps = &source;
+    call.num_taps = 1;
+    call.depth = weight.padded_depth();
+    const Panels& panels = weight.panels();
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t column = panels.first(panel);
-      call.weight = out_weight_.panel(panel);
+      call.weight = weight.panel(panel);
       call.width = panels.width(panel);
-      call.bias = bias_.data(column);
-      call.out = static_cast<char*>(output_.data_ptr()) + (first * p_.t + column) * element_bytes(p_.dtype);
+      call.bias = bias ? bias->data(column) : nullptr;
+      call.out = out + column * element_bytes(call.out_type);
       engine_.gemm(call);
     }
   }
