@@ -1,4 +1,4 @@
-"""Images of one column under windows of one column: the fused CPU kernels read them as images of one row."""
+"""Images of one column, in and out: the fused CPU kernels read them as images of one row."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ WINDOWS = {
     "dilation": dict(dilation=(2, 5), padding=(0, 0)),
     "one output": dict(padding=(0, 0), kernel=(97, 1)),
     "one tap": dict(padding=(0, 0), kernel=(1, 1)),
+    "wider than the image": dict(padding=(1, 1), kernel=(3, 3)),
+    "wider, stride and dilation": dict(padding=(1, 2), kernel=(3, 3), stride=(2, 2), dilation=(1, 2)),
+    "sees padding only": dict(padding=(1, 1), kernel=(3, 2), dilation=(1, 2)),
 }
 
 
@@ -45,11 +48,12 @@ def test_gradients(op: str) -> None:
         assert_gradients(call, torch.randn(call.exact().shape, generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("op", CONVS)
-def test_the_bits_are_those_of_a_row(op: str, layout: torch.memory_format) -> None:
-    call = Problem(op, layout=layout, **COLUMN).make()
-    row = dataclasses.replace(call.problem, h=1, w=97, kernel=(1, 9), padding=(0, 4)).make()
+def test_the_bits_are_those_of_a_row(op: str, layout: torch.memory_format, width: int) -> None:
+    call = Problem(op, layout=layout, **{**COLUMN, "kernel": (9, width), "padding": (4, width // 2)}).make()
+    row = dataclasses.replace(call.problem, h=1, w=97, kernel=(width, 9), padding=(width // 2, 4)).make()
     for name, tensor in call.tensors.items():
         turned = tensor.transpose(2, 3).contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
         row.tensors[{"height_factor": "width_factor", "width_factor": "height_factor"}.get(name, name)] = turned
@@ -67,10 +71,13 @@ def test_input_and_core_that_are_not_dense(op: str) -> None:
         assert_output(call, call.run())
 
 
+@pytest.mark.parametrize("kernel", [(9, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_prepared_weights_serve(layout: torch.memory_format) -> None:
-    """The direct core's are those of the column; Winograd's are packed for a row only, and the plan counts on none."""
-    module = lowrank_ops.TuckerConv2d(32, 32, (9, 1), rank=16, padding=(4, 0)).eval().to(memory_format=layout)
+def test_prepared_weights_serve(layout: torch.memory_format, kernel: tuple[int, int]) -> None:
+    """The direct core's are those of the column; Winograd's are packed for a row only, and the plan counts on none. A
+    wider core is packed anew, as its axes are exchanged."""
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    module = lowrank_ops.TuckerConv2d(32, 32, kernel, rank=16, padding=padding).eval().to(memory_format=layout)
     input = torch.randn(2, 32, 64, 1).contiguous(memory_format=layout)
     with torch.inference_mode(), lowrank_ops.set_policy("fused"):
         before = module(input)
@@ -84,6 +91,9 @@ def test_explain_says_so() -> None:
     with lowrank_ops.set_policy("fused"):
         assert note in str(lowrank_ops.explain(module, (2, 32, 64, 1)))
         assert note not in str(lowrank_ops.explain(module, (2, 32, 64, 2)))
+    module = lowrank_ops.TuckerConv2d(32, 32, 3, rank=16, padding=1)
+    with lowrank_ops.set_policy("fused"):
+        assert note in str(lowrank_ops.explain(module, (2, 32, 64, 1)))
 
 
 def test_bf16_with_a_stride_along_the_column_may_take_the_chain() -> None:

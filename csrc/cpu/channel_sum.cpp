@@ -5,13 +5,14 @@
 
 namespace lowrank_ops {
 
-ChannelSum::ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, const Problem& p,
+ChannelSum::ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, bool far, const Problem& p,
                        const Engine& engine)
     : kernels_(*engine.kernels),
       dtype_(p.dtype),
       channels_(p.s),
       channel_stride_(channel_stride),
       planes_(planes),
+      far_(far),
       direct_(channel_stride == 1 || p.s == 1) {
   const ComputeKernels& kernels = planes_ ? *engine.sums : kernels_;
   factor_ = allocate(round_up(p.s, kernels.group) * element_bytes(kernels.element));
@@ -37,6 +38,7 @@ void ChannelSum::operator()(const char* source, int64_t pixel_stride, int64_t pi
   call.depth = channels_;
   call.sums = sums;
   call.sums_stride = pixels;
+  call.far_weight = direct_ && far_;
   kernels_.dot[int(direct_ ? dtype_ : kernels_.element)](call);
 }
 
@@ -53,11 +55,11 @@ void ChannelSum::write(const char* source, int64_t pixel_stride, int64_t pixels,
 }
 
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& p,
-                                         const Engine& engine) {
+                                         const CpuTile& tile, const Engine& engine) {
   const FirstStage way = first_stage(p);
   if (way == FirstStage::kPanels) return std::nullopt;
   const bool planes = way == FirstStage::kPlanes && (input.stride(3) == 1 || p.w == 1);
-  return std::optional<ChannelSum>(std::in_place, in_factor, input.stride(1), planes, p, engine);
+  return std::optional<ChannelSum>(std::in_place, in_factor, input.stride(1), planes, tile.far, p, engine);
 }
 
 void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,

@@ -22,8 +22,8 @@ namespace lowrank_ops {
 
 class ChannelSum {
  public:
-  // `planes`: pixels lie next to each other, and the stage is run as kPlanes says.
-  ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, const Problem& problem,
+  // `planes`: pixels lie next to each other, and the stage is run as kPlanes says. `far`: the image comes from memory.
+  ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, bool far, const Problem& problem,
              const Engine& engine);
   // Whether it reads the image where it lies; otherwise staged pixels: elements, channels next to each other.
   bool reads_directly() const { return planes_ || direct_; }
@@ -37,13 +37,13 @@ class ChannelSum {
   const ComputeKernels& kernels_;
   DType dtype_;
   int64_t channels_, channel_stride_;
-  bool planes_, direct_;
+  bool planes_, far_, direct_;
   AlignedMemory factor_;  // [S]: accumulators for planes, elements for dot products
 };
 
 // Nothing where the plan has the stage run by panels.
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem,
-                                         const Engine& engine);
+                                         const CpuTile& tile, const Engine& engine);
 
 // Accumulators of one channel -> out[pixel * out_stride]. Sums are readable up to a vector's bytes beyond the last.
 void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,

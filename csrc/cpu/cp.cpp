@@ -21,7 +21,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   PackedWeight in_weight = pack_matrix(in_factor, p.dtype, engine, prepared.in_factor);
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
-  const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, engine);
+  const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, tile, engine);
   const ConvBlock block{engine,
                         p,
                         tile,

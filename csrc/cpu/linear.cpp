@@ -256,7 +256,8 @@ class PackedLinear {
         in_weight_(pack_matrix(in_factor, p.dtype, engine, prepared.in_factor)),
         out_weight_(pack_matrix(out_factor, p.dtype, engine, prepared.out_factor)) {
     const bool contiguous = rows.stride(1) == 1 || p.s == 1;
-    if (first_stage(p) == FirstStage::kDots) sum_.emplace(in_factor, rows.stride(1), /*planes=*/false, p, engine);
+    if (first_stage(p) == FirstStage::kDots)
+      sum_.emplace(in_factor, rows.stride(1), /*planes=*/false, tile.far, p, engine);
     direct_ = sum_ ? sum_->reads_directly() : p.dtype == kernels_.element && contiguous && p.s % kernels_.group == 0;
     hidden_columns_ = sum_ ? kernels_.group : in_weight_.panels().padded_columns();
     staged_stride_ = round_up(p.s, 16);

@@ -34,6 +34,10 @@ at::Tensor as_row(const at::Tensor& image) {
   return image.as_strided({image.size(0), image.size(1), 1, length},
                           {image.stride(0), image.stride(1), length * step, step});
 }
+// Its window has one column, or both axes are exchanged: a view either way.
+at::Tensor core_as_row(const at::Tensor& core) {
+  return core.size(3) == 1 ? as_row(core) : core.transpose(2, 3);
+}
 at::Tensor as_column(const at::Tensor& image) {
   const int64_t step = image.stride(3);
   return image.as_strided({image.size(0), image.size(1), image.size(3), 1},
@@ -47,12 +51,13 @@ at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at
   check_tucker(input, in_factor, core, out_factor, bias, window);
   const Activation activation = parse_activation("tucker_conv2d", activation_name);
   const Problem problem = as_fused(tucker_problem(input, core, out_factor, window, activation));
-  const Prepared prepared = packed ? prepared_for(*packed, in_factor, &core, out_factor) : Prepared{};
+  Prepared prepared = packed ? prepared_for(*packed, in_factor, &core, out_factor) : Prepared{};
+  if (problem.column && core.size(3) > 1) prepared.forget_core();
   return run(
       problem, prepared && packed_covers(problem),
       [&](const CpuTile& tile) {
-        return problem.column ? as_column(tucker_cpu(as_row(input), in_factor, as_row(core), out_factor, bias, problem,
-                                                     tile, prepared))
+        return problem.column ? as_column(tucker_cpu(as_row(input), in_factor, core_as_row(core), out_factor, bias,
+                                                     problem, tile, prepared))
                               : tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile, prepared);
       },
       [&] { return tucker_chain(input, in_factor, core, out_factor, bias, window, activation); });

@@ -6,6 +6,9 @@
 // are changes that leave memory and version as they are (`.data` edits): that is why it is the user's step.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
+
 #include "cpu/weights.h"
 #include "ops.h"
 
@@ -18,6 +21,11 @@ struct Prepared {
   const char* winograd[4] = {};  // Tucker, where that transform can be used (by Winograd)
   const char* out_factor = nullptr;
 
+  // For a core whose axes are exchanged in the call.
+  void forget_core() {
+    core = nullptr;
+    std::fill(std::begin(winograd), std::end(winograd), nullptr);
+  }
   explicit operator bool() const { return in_factor != nullptr; }
 };
 

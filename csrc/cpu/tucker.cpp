@@ -25,10 +25,14 @@ ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t cou
   const auto taps_of = [&](int64_t column) {
     return axis.taps_inside(column * axis.stride, columns.inside_begin, columns.inside_end);
   };
-  const ColumnRuns all = {{0, count, {0, axis.kernel}}};
+  const Axis::Taps every_tap{0, axis.kernel};
+  const int64_t after = std::max<int64_t>(columns.inside_end - (axis.kernel - 1) * axis.dilation, 0);
+  const int64_t end_of_every_tap = std::min(ceil_div(after, axis.stride), count);
+  const ColumnRuns all = {{0, count, every_tap}};
   ColumnRuns runs;
   for (int64_t column = 0; column < count; column = runs.back().end) {
     ColumnRun run{column, column + 1, taps_of(column)};
+    if (run.taps == every_tap) run.end = std::max(run.end, end_of_every_tap);
     while (run.end < count && taps_of(run.end) == run.taps) ++run.end;
     if (run.end - run.first < std::min(kFewestPixels, count)) return all;
     runs.push_back(run);
@@ -120,7 +124,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
       transforms ? pack_winograd(tile.winograd, core_rows, p, engine, prepared.winograd[int(tile.winograd)])
                  : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const DType hidden_type = transforms ? engine.kernels->accumulator : engine.kernels->element;
-  const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, engine);
+  const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, tile, engine);
   AlignedMemory core_row;
   if (sums_core(p, tile.winograd)) core_row = elements_of_core(core_rows(), p, engine, core_weight.padded_depth());
   const ConvBlock block{engine,

@@ -115,6 +115,12 @@ bool reads_unpacked(const Problem& p, int64_t rows, bool prepared) {
   return rows <= kFewRows && !(prepared && rows * ceil_div(p.r1, kAlign) >= 4);
 }
 
+// Up to some MB in L3 hardware prefetching does as well, and asking costs what it takes (Zen 5: up to 12 % of a call,
+// 25 of sums over 32 channels); beyond, not asking costs up to half, of sums over 8 channels two thirds.
+bool is_far(const Problem& p, const CpuCaps& caps) {
+  return block_bytes(p) > double(std::max(caps.l2_bytes / 4 * 5, std::min(caps.l3_bytes / 4, kMostNearBytes)));
+}
+
 CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   const auto [converted, element, sum, r1, r2] = TileSizes(p, caps);
   CpuTile tile;
@@ -135,6 +141,7 @@ CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
     return tile;
   }
   const int64_t share = ceil_div(p.n, std::max<int64_t>(caps.threads, 1));
+  tile.far = is_far(p, caps);
   tile.rows = ceil_div(share, ceil_div(share, kLinearRows));
   tile.scratch_bytes = tile.rows * (r1 + p.s) * element;
   return tile;
@@ -166,10 +173,7 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   CpuTile tile;
   tile.prepared = prepared;
   const Axis rows = row_axis(p);
-  // Up to some MB in L3 hardware prefetching does as well, and asking costs what it takes (Zen 5: up to 12 % of a
-  // call); beyond, not asking costs up to half.
-  const int64_t near = std::max(caps.l2_bytes / 4 * 5, std::min(caps.l3_bytes / 4, kMostNearBytes));
-  tile.far = block_bytes(p) > double(near);
+  tile.far = is_far(p, caps);
   tile.winograd = winograd;
   const bool transforms = winograd != Winograd::kNone;
   const Patch patch = patch_of(winograd);
@@ -209,7 +213,8 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
   const bool shares_rows = p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1;
   if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
-  tile.ahead = tile.far && fits(tile.rows);
+  // Sums over channels ask for nothing but their own input: the output would be asked for while it is written.
+  tile.ahead = tile.far && fits(tile.rows) && first_stage(p) == FirstStage::kPanels;
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (transforms && caps.winograd_auto && tile.scratch_bytes > most_scratch(caps, winograd)) return std::nullopt;
   if (caps.threads > 1) share_out(p, caps, scratch, tile);

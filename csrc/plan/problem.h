@@ -34,9 +34,10 @@ inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return span < 0 ? 0 : span / stride + 1;
 }
 
-// Whether the images have one column and the window sees no other: what one-dimensional networks make of conv2d.
+// Whether input and output have one column: what one-dimensional networks make of conv2d. A wider window sees padding
+// beside it.
 inline bool is_one_column(const Problem& p) {
-  return p.op != Op::kLinear && p.w == 1 && p.kw == 1 && p.padding[1] == 0 && p.h > 1;
+  return p.op != Op::kLinear && p.w == 1 && p.ow == 1 && p.h > 1;
 }
 // The same problem with columns for rows. One column and one row lie in memory alike, in both layouts; to kernels that
 // multiply the pixels of a row together the one is rows of one pixel, the other a row of all.
@@ -55,8 +56,9 @@ inline Problem as_fused(const Problem& given) {
   return is_one_column(given) ? column_as_row(given) : given;
 }
 
-// Whether weights that were packed before hold all that a call may take. Winograd's transform along a line is packed
-// for windows of one row: images of one column, which can take it as rows, are not known when weights are packed.
+// Whether weights that were packed before hold all that a call may take. A core is packed for images that are not
+// turned (column_as_row): their size is not known then. Where its window has one column its panels serve turned images
+// too, but Winograd's transform along a line is packed for windows of one row.
 inline bool packed_covers(const Problem& p) {
   return p.op != Op::kTucker || !p.column;
 }

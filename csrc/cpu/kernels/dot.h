@@ -25,6 +25,7 @@ constexpr int kDotRows = 8;
 constexpr int kDotRows = 2;
 #endif
 constexpr int kDotBlockBytes = 2048;  // of a row: eight of them are half of an L1 of 32 KB
+constexpr int kAskedBytes = 2048;     // that weights in memory are asked for ahead of their use
 constexpr int kDotColumns = 48;       // whose accumulators are kept between blocks
 
 // Columns of a block of so many rows: accumulators, a vector a column and one of the input fit the registers.
@@ -175,6 +176,19 @@ static inline bool is_short(const DotCall& call) {
   return call.depth <= 16 * Dot::kStep;
 }
 
+// Asks for `count` columns, kAskedBytes ahead of `column` or just behind it where they are longer.
+template <typename Dot>
+__attribute__((always_inline)) static inline void ask_for_columns(const DotCall& call, int64_t column, int64_t count) {
+  constexpr int64_t kBytes = sizeof(typename Dot::Weight);
+  const int64_t bytes = call.depth * kBytes, stride = call.weight_stride * kBytes, block = count * stride;
+  const int64_t ahead = (kAskedBytes + block - 1) / block * block;
+  const char* first = static_cast<const char*>(call.weight) + column * stride + ahead;
+  if (bytes == stride)
+    prefetch_rows<false>(first, 1, block, block);
+  else
+    prefetch_rows<false>(first, count, stride, bytes);
+}
+
 // Columns [column, end) for kRows rows from `row`.
 template <typename Dot, int kRows>
 static void dot_columns_of(const DotCall& call, DotPart part, int64_t row, int64_t column, int64_t end) {
@@ -191,6 +205,7 @@ static void dot_columns_of(const DotCall& call, DotPart part, int64_t row, int64
   if constexpr (kRows == 1) {  // more columns are more streams from memory than its prefetching can follow
     constexpr int kLanes = Vector<typename Dot::Accumulator>::kLanes;
     for (; is_short<Dot>(call) && column + kLanes <= end; column += kLanes) {
+      if (call.far_weight) ask_for_columns<Dot>(call, column, kLanes);
       dot_block<Dot, 1, kLanes>(call, part, row, column);
       part.partial = static_cast<V*>(part.partial) + kLanes;
     }

@@ -171,13 +171,6 @@ static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked)
   finish<Multiply, kRows, kVectors>(acc, call, first_row);
 }
 
-// Asks for the memory that a later block will touch; hardware prefetchers stop at every page.
-template <bool kWrite>
-static inline void prefetch_rows(const char* first, int64_t rows, int64_t row_bytes, int64_t used_bytes) {
-  for (int64_t row = 0; row < rows; ++row, first += row_bytes)
-    for (int64_t byte = 0; byte < used_bytes; byte += 64) __builtin_prefetch(first + byte, kWrite, 2);
-}
-
 // Runs `rows` rows in blocks as even as possible: 15 rows are 8 + 7, not 14 + 1.
 template <typename Multiply, int kVectors, bool kAsks, int kRows = kMaxRows[kVectors]>
 static inline void dispatch_rows(const GemmCall& call, int64_t first_row, int64_t rows, Asked asked) {

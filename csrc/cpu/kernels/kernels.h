@@ -105,6 +105,7 @@ struct DotCall {
   int64_t columns, depth;
   void* sums;  // accumulators
   int64_t sums_stride;
+  bool far_weight = false;  // one row, short columns: these come from memory, ask for the next ones early
   // One row only: the products of `num_taps` such weights with inputs of their own, added up.
   int64_t num_taps = 1;
   const void* const* tap_weights = nullptr;  // instead of `weight`

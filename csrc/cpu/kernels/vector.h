@@ -366,5 +366,14 @@ static inline void transpose(V (&row)[kLanes]) {
   }
 }
 
+// Asks for the memory that a later block will touch; hardware prefetchers stop at every page. Inlined in any case: gcc
+// takes a function that only prefetches for one without effects, and drops the calls of it.
+template <bool kWrite>
+__attribute__((always_inline)) static inline void prefetch_rows(const char* first, int64_t rows, int64_t row_bytes,
+                                                                int64_t used_bytes) {
+  for (int64_t row = 0; row < rows; ++row, first += row_bytes)
+    for (int64_t byte = 0; byte < used_bytes; byte += 64) __builtin_prefetch(first + byte, kWrite, 2);
+}
+
 }  // namespace LOWRANK_ISA
 }  // namespace lowrank_ops
