@@ -22,6 +22,7 @@ WINDOWS = {
     "stride and dilation": dict(kernel=(3, 3), padding=(2, 2), stride=(2, 2), dilation=(4, 2)),
     "point, stride": dict(kernel=(1, 1), stride=(2, 2)),
     "row": dict(kernel=(1, 9), padding=(0, 4)),
+    "stride longer than a vector": dict(w=90, kernel=(2, 3), stride=(1, 19)),
     "column of one pixel": dict(w=1, kernel=(3, 3), padding=(1, 1)),
     "narrow image": dict(w=3, kernel=(3, 3), padding=(1, 1)),
     "mostly zeros": dict(h=2, w=2, kernel=(3, 3), padding=(4, 4)),

@@ -33,7 +33,7 @@ struct ConvBlock {
   at::Tensor& output;
   PackedWeight& in_weight;
   PackedWeight* core_weight;  // nullptr: CP
-  const char* core_row;       // elements [taps, R1], where the core is run by dot products; otherwise nullptr
+  const char* core_row;       // elements [taps, R1], where the core reads them unpacked (CoreStage); otherwise nullptr
   PackedWeight& out_weight;
   const SumRows& bias;
   const ChannelSum* channel_sum;  // the first stage for a rank of one; nullptr: a product with in_weight

@@ -107,6 +107,27 @@ void sum_taps(const ConvBlock& block, const GemmCall& call) {
   }
 }
 
+// The core between planes of one hidden channel: `pixels` outputs of a row from column `first` -> out, elements.
+void slide_window(const ConvBlock& block, const HiddenRows& hidden, int64_t row, int64_t first, int64_t pixels,
+                  void* out) {
+  const Problem& p = block.problem;
+  const int64_t top = row * block.rows.stride;
+  const Axis::Taps inside = block.rows.taps_inside(top, block.rows.first_inside(), block.rows.end_inside());
+  c10::SmallVector<const void*, 32> seen;
+  for (int64_t kh = inside.begin; kh < inside.end; ++kh)
+    seen.push_back(hidden.row(top + kh * block.rows.dilation) + first * block.columns.stride * hidden.pixel_bytes());
+  WindowCall call;
+  call.rows = seen.data();
+  call.kh_count = inside.end - inside.begin;
+  call.kw_count = p.kw;
+  call.weight = block.core_row + inside.begin * p.kw * element_bytes(block.engine.kernels->element);
+  call.stride = block.columns.stride;
+  call.dilation = block.columns.dilation;
+  call.out_pixels = pixels;
+  call.out = out;
+  block.engine.kernels->window(call);
+}
+
 }  // namespace
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
@@ -126,7 +147,8 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const DType hidden_type = transforms ? engine.kernels->accumulator : engine.kernels->element;
   const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, tile, engine);
   AlignedMemory core_row;
-  if (sums_core(p, tile.winograd)) core_row = elements_of_core(core_rows(), p, engine, core_weight.padded_depth());
+  const CoreStage core_way = core_stage(p, tile.winograd, engine.kernels->group == 2);
+  if (core_way != CoreStage::kPanels) core_row = elements_of_core(core_rows(), p, engine, core_weight.padded_depth());
   const ConvBlock block{engine,
                         p,
                         tile,
@@ -194,6 +216,10 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
       };
       share.pieces(panels.count, rows, columns, kFewestPixels,
                    [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
+                     if (core_way == CoreStage::kPlanes) {
+                       char* out = static_cast<char*>(tile_memory) + (i * columns + first) * element;
+                       return slide_window(block, hidden, row + i, first, pixels, out);
+                     }
                      for (const ColumnRun& run : runs) {
                        const int64_t begin = std::max(first, run.first), end = std::min(first + pixels, run.end);
                        if (begin < end) multiply(panel, i, begin, end - begin, run.taps);

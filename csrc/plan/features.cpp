@@ -125,7 +125,8 @@ StageCounts first_counts(const Registers& registers, const Product& product, Fir
 
 // Of Tucker's core. Winograd does the same with fewer products; of the direct core, taps outside the image are left
 // out.
-StageCounts core_counts(const Registers& registers, const Product& product, const Problem& p, const CpuTile& tile) {
+StageCounts core_counts(const Registers& registers, const Product& product, const Problem& p, const CpuTile& tile,
+                        CoreStage way) {
   if (p.op != Op::kTucker) return {};
   const double pixels = product.calls * double(product.rows), width = padded(registers, product.width);
   StageCounts counts = {pixels * double(product.depth) * width, steps(registers, product), pixels * width};
@@ -139,8 +140,12 @@ StageCounts core_counts(const Registers& registers, const Product& product, cons
     share = share_inside(row_axis(p)) * (p.ow == 1 ? share_inside(column_axis(p)) : 1);
     const int64_t runs = column_axis(p).dilation == 1 ? p.kh : p.kh * p.kw;  // of elements that a window sees
     counts.taps = product.calls * panels(registers, product.width) * double(runs) * share;
-    if (sums_core(p, tile.winograd))
+    if (way == CoreStage::kDots)
       counts = {pixels * double(runs) * padded(registers, product.depth / runs), 0, pixels, pixels, counts.taps};
+    if (way == CoreStage::kPlanes) {
+      const double vectors = product.calls * padded(registers, product.rows * column_axis(p).stride);
+      counts = {vectors * double(product.depth), 0, pixels};
+    }
   }
   counts.products *= share;
   counts.steps *= share;
@@ -150,8 +155,7 @@ StageCounts core_counts(const Registers& registers, const Product& product, cons
 // Multiply-adds and additions between the stages' products: CP's depthwise stages, Winograd's transforms.
 double middle_sums(const Registers& registers, const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
   if (p.op != Op::kCP) return p.op == Op::kTucker ? double(p.n) * winograd_sums(p, tile.winograd) : 0;
-  const bool pairs = p.dtype == DType::kBFloat16 && caps.bfloat16_dot;
-  if (p.r1 > 1 || pairs || tile.unpacked)
+  if (p.r1 > 1 || in_pairs(p, caps) || tile.unpacked)
     return double(p.n) * depthwise_sums(p) / double(p.r1) * padded(registers, p.r1);
   // A plane: vectors along the pixels, and with a stride one output at a time.
   const double outputs = p.stride[1] == 1 ? padded(registers, p.ow) : double(p.ow * registers.lanes);
@@ -191,12 +195,13 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
     return product.calls * double(product.rows) * padded(registers, product.width);
   };
   const auto calls = [&](const Product& product) { return product.calls * panels(registers, product.width); };
-  const StageCounts core = core_counts(registers, stages.core, p, tile);
+  const CoreStage core_way = core_stage(p, tile.winograd, in_pairs(p, caps));
+  const StageCounts core = core_counts(registers, stages.core, p, tile, core_way);
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
   const double moved =
       image_elements(p) - (way == FirstStage::kPlanes ? double(p.n) * double(p.s) * double(p.h) * p.w : 0);
   const double in_place = (way == FirstStage::kPanels ? 0 : double(p.s) * double(p.r1)) +
-                          (sums_core(p, tile.winograd) ? double(p.r1 * p.kh * p.kw) : 0);
+                          (core_way != CoreStage::kPanels ? double(p.r1 * p.kh * p.kw) : 0);
   return {1,
           in.products + core.products + products(stages.out),
           in.steps + core.steps + steps(registers, stages.out),

@@ -230,9 +230,11 @@ FirstStage first_stage(const Problem& p) {
   return p.s >= kFewestSummed ? FirstStage::kDots : FirstStage::kPanels;
 }
 
-bool sums_core(const Problem& p, Winograd winograd) {
+CoreStage core_stage(const Problem& p, Winograd winograd, bool pairs) {
+  if (p.op != Op::kTucker || winograd != Winograd::kNone || p.r2 != 1) return CoreStage::kPanels;
+  if (p.r1 == 1 && !pairs) return CoreStage::kPlanes;
   const int64_t run = column_axis(p).dilation == 1 ? p.kw * p.r1 : p.r1;
-  return p.op == Op::kTucker && winograd == Winograd::kNone && p.r2 == 1 && run >= kFewestSummed;
+  return run >= kFewestSummed ? CoreStage::kDots : CoreStage::kPanels;
 }
 
 bool winograd_fits(const Problem& p, const CpuCaps& caps, Winograd winograd) {

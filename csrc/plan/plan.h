@@ -41,8 +41,14 @@ constexpr int64_t kMostKeptBytes = 16 << 20;
 // pixel (of a linear layer: over a row; cpu/channel_sum.h).
 enum class FirstStage { kPanels, kDots, kPlanes };
 FirstStage first_stage(const Problem& problem);
-// Whether Tucker's direct core is run by dot products along its taps: one output channel fills no vector.
-bool sums_core(const Problem& problem, Winograd winograd);
+// How Tucker's core is run: by Winograd's transform or a product with packed panels, or, as one output channel fills no
+// vector, by dot products along its taps, or, with one hidden channel too, by sums with vectors along the pixels.
+enum class CoreStage { kPanels, kDots, kPlanes };
+// `pairs`: elements are bf16, in pairs along the depth.
+CoreStage core_stage(const Problem& problem, Winograd winograd, bool pairs);
+inline bool in_pairs(const Problem& problem, const CpuCaps& caps) {
+  return problem.dtype == DType::kBFloat16 && caps.bfloat16_dot;
+}
 
 // How the fused kernel cuts a problem. Scratch is a thread's (of a team: its share): intermediates live there and
 // nowhere else.

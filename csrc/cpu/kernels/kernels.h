@@ -123,6 +123,17 @@ struct PlaneCall {
 };
 using PlaneFunction = void (*)(const PlaneCall&);
 
+// out[o] = sum over kh and kw of rows[kh][o * stride + kw * dilation] * weight[kh * kw_count + kw]: a window over a
+// plane of one channel. Elements that are accumulators throughout.
+struct WindowCall {
+  const void* const* rows;
+  int64_t kh_count, kw_count;
+  const void* weight;
+  int64_t stride, dilation, out_pixels;
+  void* out;
+};
+using WindowFunction = void (*)(const WindowCall&);
+
 // out[m, :] = activation(sums[m, :] + bias): finishes accumulators left in memory (rows and the last six fields of the
 // call). Sums and bias are readable up to whole vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
@@ -174,6 +185,7 @@ struct ComputeKernels {
   PackFunction pack[4];
   DotFunction dot[4];
   PlaneFunction planes[4];
+  WindowFunction window;  // nullptr: elements are no accumulators
   FinishFunction finish;
   // Of elements with fp32 sums, and of weights of that very type. 4x4 outputs in fp32 only: bf16 errors would be four
   // times those of the direct core.

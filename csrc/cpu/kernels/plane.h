@@ -97,5 +97,44 @@ static void depthwise_plane(const DepthwiseCall& call) {
   }
 }
 
+// Tucker's core for ranks of one: vectors along the pixels, which the taps see shifted.
+//
+//   rows kh    p p p p p p p p ...   * weight[kh, kw], from kw * dilation on, added in the order of the taps -> out
+//
+// With a stride, sums are taken at every pixel, and those of outputs picked: the waste is below the vector's lanes.
+template <typename T>
+static void plane_window(const WindowCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  T* out = static_cast<T*>(call.out);
+  const int64_t positions = (call.out_pixels - 1) * call.stride + 1;
+  const auto sum_at = [&](int64_t p, const auto& read) {
+    V sum = V{};
+    const T* weight = static_cast<const T*>(call.weight);
+    for (int64_t kh = 0; kh < call.kh_count; ++kh) {
+      const T* in = static_cast<const T*>(call.rows[kh]) + p;
+      for (int64_t kw = 0; kw < call.kw_count; ++kw) sum += read(in + kw * call.dilation) * *weight++;
+    }
+    return sum;
+  };
+  int64_t next = 0;  // output
+  for (int64_t p = 0; p < positions; p += kLanes) {
+    const int64_t left = positions - p;
+    const V sum = left < kLanes ? sum_at(
+                                      p, [left](const T* in) { return load_part(in, left); })
+                                : sum_at(p, [](const T* in) { return load(in); });
+    if (call.stride > 1) {
+      T sums[kLanes];
+      store(sums, sum);
+      for (; next < call.out_pixels && next * call.stride < p + kLanes; ++next)
+        out[next] = sums[next * call.stride - p];
+    } else if (left < kLanes) {
+      store_part(out + p, sum, left);
+    } else {
+      store(out + p, sum);
+    }
+  }
+}
+
 }  // namespace LOWRANK_ISA
 }  // namespace lowrank_ops

@@ -25,6 +25,7 @@ static const ComputeKernels kComputeFloat = {
     {&pack_panel<float, float>, nullptr, &pack_panel<float, BFloat16>, &pack_panel<float, Half>},
     {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
     {&add_planes<float, float>, nullptr, &add_planes<float, BFloat16>, &add_planes<float, Half>},
+    &plane_window<float>,
     &finish_sums<float>,
     {{}, square_kernels<2, float>(), square_kernels<4, float>(), line_kernels<float>()},
 };
@@ -43,6 +44,7 @@ static const ComputeKernels kComputeDouble = {
     {nullptr, &pack_panel<double, double>, nullptr, nullptr},
     {nullptr, &dot<Dot<double, double>>, nullptr, nullptr},
     {nullptr, &add_planes<double, double>, nullptr, nullptr},
+    &plane_window<double>,
     &finish_sums<double>,
 };
 
@@ -62,6 +64,7 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       {nullptr, nullptr, &pack_panel_pairs, nullptr},
       {nullptr, nullptr, dot, nullptr},
       {nullptr, nullptr, &add_planes<float, BFloat16>, nullptr},
+      nullptr,
       &finish_sums<float>,
       {{}, square_kernels<2, BFloat16>(), {}, line_kernels<BFloat16>()},
   };
