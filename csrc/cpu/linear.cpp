@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kNearBytes = 16 << 10;  // half of an L1
 constexpr int64_t kRowsAtOnce = 12;       // whole register blocks
+constexpr int64_t kStagedRows = 112;      // that are staged together at most
 
 // Few rows: both products as dot products with the factors where they lie, in parallel over their columns.
 void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor,
@@ -261,17 +262,18 @@ class PackedLinear {
     direct_ = sum_ ? sum_->reads_directly() : p.dtype == kernels_.element && contiguous && p.s % kernels_.group == 0;
     hidden_columns_ = sum_ ? kernels_.group : in_weight_.panels().padded_columns();
     staged_stride_ = round_up(p.s, 16);
+    step_ = direct_ ? tile.rows : std::min(tile.rows, kStagedRows);
     // Rows of the output that are written at once. Where they lie whole pages apart, their parts meet in the same few
     // lines of L1: so few of them, while the second weight stays in L1, that they are written from end to end.
     const int64_t out_bytes = out_weight_.padded_depth() * out_weight_.panels().padded_columns() * element_;
     const bool rows_meet = p.t * element_bytes(p.dtype) % kPageBytes == 0;
-    together_ = rows_meet && out_bytes <= kNearBytes ? kRowsAtOnce : tile.rows;
+    together_ = rows_meet && out_bytes <= kNearBytes ? kRowsAtOnce : step_;
   }
 
   void run() {
     const int64_t blocks = ceil_div(p_.n, tile_.rows);
-    const int64_t hidden_bytes = tile_.rows * hidden_columns_ * element_;
-    const int64_t staging_bytes = direct_ ? 0 : tile_.rows * staged_stride_ * element_;
+    const int64_t hidden_bytes = step_ * hidden_columns_ * element_;
+    const int64_t staging_bytes = direct_ ? 0 : step_ * staged_stride_ * element_;
     const std::array<PackedWeight*, 2> weights{sum_ ? nullptr : &in_weight_, &out_weight_};
     const bool each_packs = pack_for_tasks(weights, blocks);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
@@ -281,8 +283,9 @@ class PackedLinear {
       char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
       void* staging = scratch.take(staging_bytes);
       if (p_.r1 != hidden_columns_) std::memset(hidden, 0, size_t(hidden_bytes));
-      for (int64_t first = begin * tile_.rows; first < std::min(end * tile_.rows, p_.n); first += tile_.rows) {
-        const int64_t count = std::min(tile_.rows, p_.n - first);
+      const int64_t last = std::min(end * tile_.rows, p_.n);
+      for (int64_t first = begin * tile_.rows; first < last; first += step_) {
+        const int64_t count = std::min(step_, last - first);
         first_stage_of(first, count, staging, hidden);
         for (int64_t row = 0; row < count; row += together_)
           second_stage_of(first + row, std::min(together_, count - row), hidden + row * hidden_columns_ * element_);
@@ -359,7 +362,8 @@ class PackedLinear {
   PackedWeight in_weight_, out_weight_;
   std::optional<ChannelSum> sum_;  // the first stage for a rank of one; otherwise a product with in_weight_
   bool direct_;                    // the kernel reads the rows where they lie; otherwise they are staged
-  int64_t hidden_columns_, staged_stride_, together_;
+  int64_t hidden_columns_, staged_stride_;
+  int64_t step_, together_;  // rows of the first stage, of the second
 };
 
 }  // namespace
