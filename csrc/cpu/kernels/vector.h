@@ -236,6 +236,14 @@ static inline void store_part(Element* p, V v, int64_t count) {
   store(whole, v);
   memcpy(static_cast<void*>(p), whole, size_t(count) * sizeof(Element));
 }
+// One by one: a vector that is read from memory waits for the parts that were just written there.
+static inline Float load_part(const float* p, int64_t count) {
+  return Float{p[0], count > 1 ? p[1] : 0, count > 2 ? p[2] : 0, count > 3 ? p[3] : 0};
+}
+static inline void store_part(float* p, Float v, int64_t count) {
+  for (int i = 0; i < 4; ++i)
+    if (i < count) p[i] = v[i];
+}
 #endif
 #endif
 
