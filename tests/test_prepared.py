@@ -112,7 +112,8 @@ def test_bitwise_the_ordinary_op(
             for count in (1, 3):
                 threads(count)
                 assert torch.equal(run_prepared(call, packed), call.run())
-                assert_used(call, packed)
+                if sizes != "one" or op == "lowrank_linear":  # of ranks of one, convolutions read factors as they lie
+                    assert_used(call, packed)
     finally:
         _C.set_cpu_winograd("auto")
 

@@ -176,6 +176,7 @@ int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) 
   double products = fused_products(p, block_.tile) / double(p.n * p.oh * p.ow);
   if (block_.channel_sum) products -= double(p.h * p.w * p.s) / double(p.oh * p.ow);  // not by calls that ask
   if (block_.core_row) products -= double(p.kh * p.kw * p.r1);
+  if (block_.out_row) products -= double(p.t);
   ahead_.begin(output, input, 0.97 * products * double(rows * task_.columns()));
   return asked_of_next;
 }
@@ -341,7 +342,20 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
     call.depth = block.out_weight.padded_depth();
     call.row_stride = block.tile_columns();
     call.activation = p.activation;
+    const auto spread = [&](int64_t i, int64_t first, int64_t pixels) {
+      SpreadCall call;
+      call.plane = static_cast<const char*>(tile) + (i * columns + first) * tile_pixel_bytes;
+      call.factor = block.out_row->data();
+      call.bias = block.bias.data();
+      call.pixels = pixels;
+      call.channels = p.t;
+      call.channel_stride = output.stride(1);
+      call.out = out + (i * output.stride(2) + first * out_pixel_stride) * element;
+      call.activation = p.activation;
+      kernels.spread[int(p.dtype)](call);
+    };
     const auto write = [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
+      if (block.out_row) return spread(i, first, pixels);
       const int64_t channel = panels.first(panel);
       source = static_cast<const char*>(tile) + (i * columns + first) * tile_pixel_bytes;
       call.weight = block.out_weight.panel(panel);
@@ -376,7 +390,8 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
       store.channel_stride = output.stride(1);
       kernels.store[int(p.dtype)](store);
     };
-    share.pieces(panels.count, joined ? 1 : rows, joined ? rows * columns : columns, kFewestPixels, write);
+    share.pieces(block.out_row ? 1 : panels.count, joined ? 1 : rows, joined ? rows * columns : columns, kFewestPixels,
+                 write);
   });
 }
 

@@ -37,6 +37,7 @@ struct ConvBlock {
   PackedWeight& out_weight;
   const SumRows& bias;
   const ChannelSum* channel_sum;  // the first stage for a rank of one; nullptr: a product with in_weight
+  const SumRows* out_row;         // out_factor, where a plane is spread to the output's (spreads_plane); else nullptr
   DType hidden_type;              // of the ring buffer
   Axis rows = row_axis(problem), columns = column_axis(problem);
 
@@ -50,7 +51,7 @@ struct ConvBlock {
   int64_t tile_columns() const { return round_up(problem.r2, rank_unit()); }
   // In the order of packing: what is read first comes last, and is still in L2.
   std::array<PackedWeight*, 3> weights() const {
-    return {&out_weight, core_row ? nullptr : core_weight, channel_sum ? nullptr : &in_weight};
+    return {out_row ? nullptr : &out_weight, core_row ? nullptr : core_weight, channel_sum ? nullptr : &in_weight};
   }
 };
 

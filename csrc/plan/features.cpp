@@ -197,15 +197,23 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
   const auto calls = [&](const Product& product) { return product.calls * panels(registers, product.width); };
   const CoreStage core_way = core_stage(p, tile.winograd, in_pairs(p, caps));
   const StageCounts core = core_counts(registers, stages.core, p, tile, core_way);
+  const bool spreads = spreads_plane(p, tile.winograd, in_pairs(p, caps));
+  StageCounts out = {products(stages.out), steps(registers, stages.out), values(stages.out)};
+  if (spreads) {  // pixels fill the vectors
+    const double vectors = stages.out.calls * padded(registers, stages.out.rows) * double(p.t);
+    out = {vectors, 0, vectors};
+  }
   const bool transposed = p.op != Op::kLinear && p.layout == Layout::kContiguous;
-  const double moved =
-      image_elements(p) - (way == FirstStage::kPlanes ? double(p.n) * double(p.s) * double(p.h) * p.w : 0);
+  const double moved = image_elements(p) -
+                       (way == FirstStage::kPlanes ? double(p.n) * double(p.s) * double(p.h) * p.w : 0) -
+                       (spreads ? double(p.n) * double(p.t) * double(p.oh) * p.ow : 0);
   const double in_place = (way == FirstStage::kPanels ? 0 : double(p.s) * double(p.r1)) +
-                          (core_way != CoreStage::kPanels ? double(p.r1 * p.kh * p.kw) : 0);
+                          (core_way != CoreStage::kPanels ? double(p.r1 * p.kh * p.kw) : 0) +
+                          (spreads ? double(p.t) : 0);
   return {1,
-          in.products + core.products + products(stages.out),
-          in.steps + core.steps + steps(registers, stages.out),
-          in.values + core.values + values(stages.out),
+          in.products + core.products + out.products,
+          in.steps + core.steps + out.steps,
+          in.values + core.values + out.values,
           in.dots + core.dots,
           middle_sums(registers, p, caps, tile),
           block_bytes(p),

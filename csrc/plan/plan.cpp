@@ -236,6 +236,11 @@ FirstStage first_stage(const Problem& p) {
   return p.s >= kFewestSummed ? FirstStage::kDots : FirstStage::kPanels;
 }
 
+bool spreads_plane(const Problem& p, Winograd winograd, bool pairs) {
+  return p.op != Op::kLinear && winograd == Winograd::kNone && p.r2 == 1 && !pairs &&
+         (p.layout == Layout::kContiguous || p.t == 1);
+}
+
 CoreStage core_stage(const Problem& p, Winograd winograd, bool pairs) {
   if (p.op != Op::kTucker || winograd != Winograd::kNone || p.r2 != 1) return CoreStage::kPanels;
   if (p.r1 == 1 && !pairs) return CoreStage::kPlanes;

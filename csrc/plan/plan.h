@@ -46,6 +46,8 @@ FirstStage first_stage(const Problem& problem);
 enum class CoreStage { kPanels, kDots, kPlanes };
 // `pairs`: elements are bf16, in pairs along the depth.
 CoreStage core_stage(const Problem& problem, Winograd winograd, bool pairs);
+// Whether the last stage scales a plane of one channel into those of the output, instead of a product with panels.
+bool spreads_plane(const Problem& problem, Winograd winograd, bool pairs);
 inline bool in_pairs(const Problem& problem, const CpuCaps& caps) {
   return problem.dtype == DType::kBFloat16 && caps.bfloat16_dot;
 }

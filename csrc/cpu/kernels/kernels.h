@@ -134,6 +134,19 @@ struct WindowCall {
 };
 using WindowFunction = void (*)(const WindowCall&);
 
+// out[channel * channel_stride + p] = activation(plane[p] * factor[channel] + bias[channel]): a block's last stage with
+// a rank of one, for an output whose pixels lie next to each other. Plane, factor and bias (nullptr: none):
+// accumulators.
+struct SpreadCall {
+  const void* plane;
+  const void* factor;
+  const void* bias;
+  int64_t pixels, channels, channel_stride;
+  void* out;
+  Activation activation;
+};
+using SpreadFunction = void (*)(const SpreadCall&);
+
 // out[m, :] = activation(sums[m, :] + bias): finishes accumulators left in memory (rows and the last six fields of the
 // call). Sums and bias are readable up to whole vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
@@ -185,7 +198,8 @@ struct ComputeKernels {
   PackFunction pack[4];
   DotFunction dot[4];
   PlaneFunction planes[4];
-  WindowFunction window;  // nullptr: elements are no accumulators
+  WindowFunction window;     // nullptr: elements are no accumulators
+  SpreadFunction spread[4];  // the same
   FinishFunction finish;
   // Of elements with fp32 sums, and of weights of that very type. 4x4 outputs in fp32 only: bf16 errors would be four
   // times those of the direct core.

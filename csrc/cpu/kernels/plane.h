@@ -136,5 +136,25 @@ static void plane_window(const WindowCall& call) {
   }
 }
 
+// The last stage of a block with a rank of one: each output channel is the plane, scaled.
+//
+//   plane      p p p p p p p p ...   * factor[channel] + bias[channel], activation -> channel's plane p p p p p p p p
+template <typename Out, typename T>
+static void spread_plane(const SpreadCall& call) {
+  using V = typename Vector<T>::Type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  const T* plane = static_cast<const T*>(call.plane);
+  for (int64_t channel = 0; channel < call.channels; ++channel) {
+    Out* out = static_cast<Out*>(call.out) + channel * call.channel_stride;
+    const V factor = broadcast<V>(static_cast<const T*>(call.factor)[channel]);
+    const V bias = call.bias ? broadcast<V>(static_cast<const T*>(call.bias)[channel]) : V{};
+    int64_t p = 0;
+    for (; p + kLanes <= call.pixels; p += kLanes)
+      store(out + p, activate(load(plane + p) * factor + bias, call.activation));
+    if (const int64_t left = call.pixels - p; left > 0)
+      store_part(out + p, activate(load_part(plane + p, left) * factor + bias, call.activation), left);
+  }
+}
+
 }  // namespace LOWRANK_ISA
 }  // namespace lowrank_ops

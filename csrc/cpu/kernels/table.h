@@ -26,6 +26,7 @@ static const ComputeKernels kComputeFloat = {
     {&dot<Dot<float, float>>, nullptr, &dot<Dot<float, BFloat16>>, &dot<Dot<float, Half>>},
     {&add_planes<float, float>, nullptr, &add_planes<float, BFloat16>, &add_planes<float, Half>},
     &plane_window<float>,
+    {&spread_plane<float, float>, nullptr, &spread_plane<BFloat16, float>, &spread_plane<Half, float>},
     &finish_sums<float>,
     {{}, square_kernels<2, float>(), square_kernels<4, float>(), line_kernels<float>()},
 };
@@ -45,6 +46,7 @@ static const ComputeKernels kComputeDouble = {
     {nullptr, &dot<Dot<double, double>>, nullptr, nullptr},
     {nullptr, &add_planes<double, double>, nullptr, nullptr},
     &plane_window<double>,
+    {nullptr, &spread_plane<double, double>, nullptr, nullptr},
     &finish_sums<double>,
 };
 
@@ -65,6 +67,7 @@ constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
       {nullptr, nullptr, dot, nullptr},
       {nullptr, nullptr, &add_planes<float, BFloat16>, nullptr},
       nullptr,
+      {},
       &finish_sums<float>,
       {{}, square_kernels<2, BFloat16>(), {}, line_kernels<BFloat16>()},
   };
