@@ -67,9 +67,10 @@ constexpr int64_t kLinearRows = 112;
 // hidden values fit an eighth of L2, and the pixels of convolutions whose first stage asks for its own input.
 constexpr int64_t kMostLinearRows = 512;
 constexpr int64_t kFarPixelsPerStep = 500;
-constexpr int64_t kFewRows = 8;           // up to here a linear layer reads its weights unpacked, CP its factors,
-constexpr int64_t kStreamedRows = 512;    // up to here a block of them is packed while all rows use it
-constexpr int64_t kStreamedBytes = 2048;  // of a row, at most, for such a block
+constexpr int64_t kPlanePixelsPerStep = 4096;  // of planes that are spread: long runs in each of the output's
+constexpr int64_t kFewRows = 8;                // up to here a linear layer reads its weights unpacked, CP its factors,
+constexpr int64_t kStreamedRows = 512;         // up to here a block of them is packed while all rows use it
+constexpr int64_t kStreamedBytes = 2048;       // of a row, at most, for such a block
 constexpr int64_t kFewestColumns = 28;
 constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so that these are worth their calls;
 constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
@@ -189,7 +190,11 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
                 std::clamp<int64_t>(ceil_div(patches, ceil_div(p.ow, patch.columns)), 1, ceil_div(p.oh, patch.rows));
   } else {
     const int64_t pixels = tile.far && first_stage(p) == FirstStage::kDots ? kFarPixelsPerStep : kPixelsPerStep;
-    tile.rows = std::clamp<int64_t>(ceil_div(pixels, p.ow), 1, p.oh);
+    const auto rows_of = [&](int64_t step) { return std::clamp<int64_t>(ceil_div(step, p.ow), 1, p.oh); };
+    tile.rows = rows_of(pixels);
+    if (spreads_plane(p, winograd, in_pairs(p, caps)))
+      for (int64_t step = kPlanePixelsPerStep; step > pixels && tile.rows == rows_of(pixels); step /= 2)
+        if (scratch(rows_of(step), p.ow) <= caps.l2_bytes / 4) tile.rows = rows_of(step);
   }
   tile.columns = p.ow;
   // What a step touches of input and output has to stay in L2 beside its tile until it is used.
