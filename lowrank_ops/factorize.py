@@ -106,7 +106,7 @@ def factorize_(
             held out; the report's output errors are those on them of a fit without them, and the layer is then
             fitted once more to all rows. The model runs in eval mode, twice per
             layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
-            factorized modules, memory holds the second moments of as many layers as take a fifth of the model, 64 MiB
+            factorized modules, memory holds the second moments of as many layers as take a seventh of the model, 64 MiB
             or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
             with a `Budget`), as much again of rows to which layers are fitted together, one layer's matrices in fp64,
             and what a backward pass of a batch keeps. With 1,024 fp32 rows on a CPU, a process grew by 3.2 GiB at most

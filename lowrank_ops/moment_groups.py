@@ -21,7 +21,7 @@ from lowrank_ops.surgery import Site
 
 # What a group may take, and the rows to which layers are fitted together: that part of the model's parameters, so many
 # bytes, or one layer's moments, whichever is more.
-SHARE, LEAST = 0.2, 2**26
+SHARE, LEAST = 1 / 7, 2**26
 
 
 def room(model: nn.Module) -> float:
