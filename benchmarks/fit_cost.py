@@ -32,7 +32,7 @@ Vector = NDArray[np.float64]
 Group = tuple[str, str, str, str, int]
 """Class of instruction sets, op, dtype, layout and how many of a Tucker block's ranks are one, 0 to 2: what has
 constants of its own."""
-SLOWER_COUNTS = 6.0  # in the loss, of a cell that runs fused and would be faster as a chain
+FUSED_COUNTS = 6.0  # in the loss, of a cell that runs fused and would be faster as a chain
 NEAR = 0.3  # logarithm of the paths' ratio from which on cells count less in the fit
 OPS = {"tucker_conv2d": "kTucker", "cp_conv2d": "kCP", "lowrank_linear": "kLinear"}
 DTYPES = {"float32": "kFloat", "bfloat16": "kBFloat16"}
@@ -177,12 +177,9 @@ def fit(observations: Sequence[Observation]) -> Constants:
 
 
 def loss(observations: Sequence[Observation]) -> float:
-    """Mean logarithm of (time of the path picked / time of the faster path), fused ones counted SLOWER_COUNTS times."""
-
-    def counts(o: Observation) -> float:
-        return SLOWER_COUNTS if not o.takes_chain or o.library / o.picked < 0.9 else 1.0
-
-    return float(np.mean([np.log(o.picked / min(o.chain, o.fused)) * counts(o) for o in observations]))
+    """Mean logarithm of (time of the path picked / time of the faster path), fused ones counted FUSED_COUNTS times."""
+    lost = [np.log(o.picked / min(o.chain, o.fused)) * (1.0 if o.takes_chain else FUSED_COUNTS) for o in observations]
+    return float(np.mean(lost))
 
 
 def picks(observations: Sequence[Observation], constants: Constants) -> list[Observation]:

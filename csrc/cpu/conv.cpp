@@ -319,6 +319,24 @@ int64_t output_staging_bytes(const ConvBlock& block) {
          element_bytes(block.engine.kernels->accumulator);
 }
 
+namespace {
+
+// The last stage for `pixels` pixels of a plane (accumulators) -> the planes of the output, from `out` on.
+void spread(const ConvBlock& block, const void* plane, int64_t pixels, char* out) {
+  SpreadCall call;
+  call.plane = plane;
+  call.factor = block.out_row->data();
+  call.bias = block.bias.data();
+  call.pixels = pixels;
+  call.channels = block.problem.t;
+  call.channel_stride = block.output.stride(1);
+  call.out = out;
+  call.activation = block.problem.activation;
+  block.engine.kernels->spread[int(block.problem.dtype)](call);
+}
+
+}  // namespace
+
 void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTask& task, int64_t row, int64_t rows,
                   const void* tile, void* staging) {
   const int64_t columns = task.columns();
@@ -342,27 +360,16 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
     call.depth = block.out_weight.padded_depth();
     call.row_stride = block.tile_columns();
     call.activation = p.activation;
-    const auto spread = [&](int64_t i, int64_t first, int64_t pixels) {
-      SpreadCall call;
-      call.plane = static_cast<const char*>(tile) + (i * columns + first) * tile_pixel_bytes;
-      call.factor = block.out_row->data();
-      call.bias = block.bias.data();
-      call.pixels = pixels;
-      call.channels = p.t;
-      call.channel_stride = output.stride(1);
-      call.out = out + (i * output.stride(2) + first * out_pixel_stride) * element;
-      call.activation = p.activation;
-      kernels.spread[int(p.dtype)](call);
-    };
     const auto write = [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
-      if (block.out_row) return spread(i, first, pixels);
-      const int64_t channel = panels.first(panel);
       source = static_cast<const char*>(tile) + (i * columns + first) * tile_pixel_bytes;
+      char* pixel = out + (i * output.stride(2) + first * out_pixel_stride) * element;
+      if (block.out_row) return spread(block, source, pixels, pixel);
+      const int64_t channel = panels.first(panel);
       call.weight = block.out_weight.panel(panel);
       call.width = panels.width(panel);
       call.rows = pixels;
       call.bias = block.bias.data(channel);
-      char* target = out + (i * output.stride(2) + first * out_pixel_stride + channel * output.stride(1)) * element;
+      char* target = pixel + channel * output.stride(1) * element;
       if (channels_last) {
         call.far_output = block.tile.far && !block.tile.ahead;
         ahead.attach(call);
