@@ -109,7 +109,7 @@ def factorize_(
             factorized modules, memory holds the second moments of as many layers as take a seventh of the model, 64 MiB
             or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
             with a `Budget`), as much again of rows to which layers are fitted together, one layer's matrices in fp64,
-            and what a backward pass of a batch keeps. With 1,024 fp32 rows on a CPU, a process grew by 3.2 GiB at most
+            and what a backward pass of a batch keeps. With 1,024 fp32 rows on a CPU, a process grew by 3.1 GiB at most
             for a model of 1.55 GiB in 198 layers (transformer blocks, 1024 wide), by 1.1 GiB for one of 0.13 GiB in two
             layers, from 2048 features to 8192 and back: there the moments of one layer are twice the model.
             Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics afterwards
