@@ -179,6 +179,13 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void*) {
     const int64_t element = element_bytes(engine.kernels->element);
+    if (core_way == CoreStage::kPlanes)
+      return team.run([&](const Share& share) {
+        share.pieces(1, rows, columns, kFewestPixels, [&](int64_t, int64_t i, int64_t first, int64_t pixels) {
+          char* out = static_cast<char*>(tile_memory) + (i * columns + first) * element;
+          slide_window(block, hidden, row + i, first, pixels, out);
+        });
+      });
     const ColumnRuns runs = column_runs(block.columns, hidden.columns(), columns);
     team.run([&](const Share& share) {
       c10::SmallVector<const void*, 32> taps(p.kh * p.kw), tap_weights(p.kh * p.kw);
@@ -219,10 +226,6 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
       };
       share.pieces(panels.count, rows, columns, kFewestPixels,
                    [&](int64_t panel, int64_t i, int64_t first, int64_t pixels) {
-                     if (core_way == CoreStage::kPlanes) {
-                       char* out = static_cast<char*>(tile_memory) + (i * columns + first) * element;
-                       return slide_window(block, hidden, row + i, first, pixels, out);
-                     }
                      for (const ColumnRun& run : runs) {
                        const int64_t begin = std::max(first, run.first), end = std::min(first + pixels, run.end);
                        if (begin < end) multiply(panel, i, begin, end - begin, run.taps);

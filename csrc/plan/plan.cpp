@@ -191,10 +191,9 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
   } else {
     const int64_t pixels = tile.far && first_stage(p) == FirstStage::kDots ? kFarPixelsPerStep : kPixelsPerStep;
     const auto rows_of = [&](int64_t step) { return std::clamp<int64_t>(ceil_div(step, p.ow), 1, p.oh); };
-    tile.rows = rows_of(pixels);
-    if (spreads_plane(p, winograd, in_pairs(p, caps)))
-      for (int64_t step = kPlanePixelsPerStep; step > pixels && tile.rows == rows_of(pixels); step /= 2)
-        if (scratch(rows_of(step), p.ow) <= caps.l2_bytes / 4) tile.rows = rows_of(step);
+    int64_t step = spreads_plane(p, winograd, in_pairs(p, caps)) ? kPlanePixelsPerStep : pixels;
+    while (step > pixels && scratch(rows_of(step), p.ow) > caps.l2_bytes / 4) step /= 2;
+    tile.rows = rows_of(std::max(step, pixels));
   }
   tile.columns = p.ow;
   // What a step touches of input and output has to stay in L2 beside its tile until it is used.

@@ -101,7 +101,7 @@ static void depthwise_plane(const DepthwiseCall& call) {
 //
 //   rows kh    p p p p p p p p ...   * weight[kh, kw], from kw * dilation on, added in the order of the taps -> out
 //
-// With a stride, sums are taken at every pixel, and those of outputs picked: the waste is below the vector's lanes.
+// With a stride, sums are taken at every pixel, and those of outputs picked.
 template <typename T>
 static void plane_window(const WindowCall& call) {
   using V = typename Vector<T>::Type;
