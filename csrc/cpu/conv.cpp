@@ -290,7 +290,11 @@ void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64
   const int64_t pixel_bytes =
       pixel_stride * element_bytes(direct_ ? block_.problem.dtype : block_.engine.kernels->element);
   const int64_t sum_bytes = element_bytes(block_.engine.kernels->accumulator);
-  const int64_t columns = columns_.inside_end - columns_.inside_begin;
+  int64_t columns = columns_.inside_end - columns_.inside_begin;
+  if (source_bytes == columns * pixel_bytes && is_one_run(z, rows)) {  // one long row
+    columns *= rows;
+    rows = 1;
+  }
   const bool touch = source_bytes == columns * pixel_bytes;  // rows that are one run of pixels
   team_.run([&](const Share& share) {
     ChannelSums sums;

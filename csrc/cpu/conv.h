@@ -97,6 +97,8 @@ class HiddenRows {
   // Computes what is missing of the rows [begin, end) of the lattice; begin never decreases.
   void produce(int64_t begin, int64_t end);
   const char* row(int64_t z) const { return ring_ + (z % ring_rows_) * row_bytes_; }
+  // Whether these rows of the lattice are one run of pixels, without the image's edges between them.
+  bool is_one_run(int64_t z, int64_t rows) const { return ring_rows_touch() && z % ring_rows_ + rows <= ring_rows_; }
   const TaskColumns& columns() const { return columns_; }
   int64_t pixel_bytes() const { return pixel_bytes_; }
   // Before a step of `rows` output rows from `row`, where output is asked for before it is written: gives it pages, and

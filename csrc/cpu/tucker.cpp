@@ -128,6 +128,12 @@ void slide_window(const ConvBlock& block, const HiddenRows& hidden, int64_t row,
   block.engine.kernels->window(call);
 }
 
+// Whether the window is one tap that sees each pixel of the image once.
+bool scales_pixels(const Problem& p) {
+  const auto is = [](const auto& pair, int64_t value) { return pair[0] == value && pair[1] == value; };
+  return p.kh * p.kw == 1 && is(p.stride, 1) && is(p.padding, 0);
+}
+
 }  // namespace
 
 at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
@@ -179,13 +185,16 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   const auto convolve = [&](Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                             void* tile_memory, void*) {
     const int64_t element = element_bytes(engine.kernels->element);
-    if (core_way == CoreStage::kPlanes)
+    if (core_way == CoreStage::kPlanes) {
+      const bool one_run = scales_pixels(p) && hidden.is_one_run(row, rows);
       return team.run([&](const Share& share) {
-        share.pieces(1, rows, columns, kFewestPixels, [&](int64_t, int64_t i, int64_t first, int64_t pixels) {
-          char* out = static_cast<char*>(tile_memory) + (i * columns + first) * element;
-          slide_window(block, hidden, row + i, first, pixels, out);
-        });
+        share.pieces(1, one_run ? 1 : rows, one_run ? rows * columns : columns, kFewestPixels,
+                     [&](int64_t, int64_t i, int64_t first, int64_t pixels) {
+                       char* out = static_cast<char*>(tile_memory) + (i * columns + first) * element;
+                       slide_window(block, hidden, row + i, first, pixels, out);
+                     });
       });
+    }
     const ColumnRuns runs = column_runs(block.columns, hidden.columns(), columns);
     team.run([&](const Share& share) {
       c10::SmallVector<const void*, 32> taps(p.kh * p.kw), tap_weights(p.kh * p.kw);

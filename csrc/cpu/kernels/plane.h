@@ -18,6 +18,7 @@ namespace lowrank_ops {
 namespace LOWRANK_ISA {
 
 constexpr int kPlanes = 8;
+constexpr int kBlock = 4;  // vectors of a plane that go through a loop together
 
 // Channels [channel, channel + kCount) for all pixels; the first ones begin the sums.
 template <typename T, typename In, int kCount>
@@ -108,21 +109,20 @@ static void plane_window(const WindowCall& call) {
   constexpr int kLanes = Vector<T>::kLanes;
   T* out = static_cast<T*>(call.out);
   const int64_t positions = (call.out_pixels - 1) * call.stride + 1;
-  const auto sum_at = [&](int64_t p, const auto& read) {
-    V sum = V{};
+  const auto add_taps = [&](int64_t p, V* sums, int count, const auto& read) {
+    for (int v = 0; v < count; ++v) sums[v] = V{};
     const T* weight = static_cast<const T*>(call.weight);
     for (int64_t kh = 0; kh < call.kh_count; ++kh) {
       const T* in = static_cast<const T*>(call.rows[kh]) + p;
-      for (int64_t kw = 0; kw < call.kw_count; ++kw) sum += read(in + kw * call.dilation) * *weight++;
+      for (int64_t kw = 0; kw < call.kw_count; ++kw, in += call.dilation) {
+        const V w = broadcast<V>(*weight++);
+        for (int v = 0; v < count; ++v) sums[v] += read(in + v * kLanes) * w;
+      }
     }
-    return sum;
   };
   int64_t next = 0;  // output
-  for (int64_t p = 0; p < positions; p += kLanes) {
+  const auto write = [&](int64_t p, const V& sum) {
     const int64_t left = positions - p;
-    const V sum = left < kLanes ? sum_at(
-                                      p, [left](const T* in) { return load_part(in, left); })
-                                : sum_at(p, [](const T* in) { return load(in); });
     if (call.stride > 1) {
       T sums[kLanes];
       store(sums, sum);
@@ -133,6 +133,16 @@ static void plane_window(const WindowCall& call) {
     } else {
       store(out + p, sum);
     }
+  };
+  int64_t p = 0;
+  for (V sums[kBlock]; p + kBlock * kLanes <= positions; p += kBlock * kLanes) {
+    add_taps(p, sums, kBlock, [](const T* in) { return load(in); });
+    for (int v = 0; v < kBlock; ++v) write(p + v * kLanes, sums[v]);
+  }
+  for (V sum; p < positions; p += kLanes) {
+    const int64_t left = positions - p;
+    add_taps(p, &sum, 1, [left](const T* in) { return left < kLanes ? load_part(in, left) : load(in); });
+    write(p, sum);
   }
 }
 
@@ -149,6 +159,12 @@ static void spread_plane(const SpreadCall& call) {
     const V factor = broadcast<V>(static_cast<const T*>(call.factor)[channel]);
     const V bias = call.bias ? broadcast<V>(static_cast<const T*>(call.bias)[channel]) : V{};
     int64_t p = 0;
+    for (V scaled[kBlock]; p + kBlock * kLanes <= call.pixels; p += kBlock * kLanes) {
+      for (int v = 0; v < kBlock; ++v) scaled[v] = load(plane + p + v * kLanes) * factor + bias;
+      if (call.activation != Activation::kNone)
+        for (V& v : scaled) v = activate(v, call.activation);
+      for (int v = 0; v < kBlock; ++v) store(out + p + v * kLanes, scaled[v]);
+    }
     for (; p + kLanes <= call.pixels; p += kLanes)
       store(out + p, activate(load(plane + p) * factor + bias, call.activation));
     if (const int64_t left = call.pixels - p; left > 0)
