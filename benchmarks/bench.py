@@ -166,6 +166,7 @@ def machine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "lowrank_ops_cpu_isa": os.environ.get("LOWRANK_OPS_CPU_ISA", ""),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
         "system": platform.platform(),
     }
 

@@ -44,6 +44,12 @@ at::Tensor empty_output(const at::Tensor& input, const Problem& p) {
   return at::empty({p.n, p.t, p.oh, p.ow}, input.options().memory_format(input.suggest_memory_format()));
 }
 
+std::optional<SumRows> out_row_of(const at::Tensor& out_factor, const Problem& p, Winograd winograd,
+                                  const Engine& engine) {
+  if (!spreads_plane(p, winograd, engine.kernels->group == 2)) return std::nullopt;
+  return std::optional<SumRows>(std::in_place, out_factor, p.dtype, engine);
+}
+
 int64_t HiddenRows::ring_bytes(const ConvBlock& block) {
   return block.rows.span(block.tile.rows) * block.columns.span(block.tile.columns) * block.hidden_columns() *
          element_bytes(block.hidden_type);

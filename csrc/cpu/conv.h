@@ -36,9 +36,9 @@ struct ConvBlock {
   const char* core_row;       // elements [taps, R1], where the core reads them unpacked (CoreStage); otherwise nullptr
   PackedWeight& out_weight;
   const SumRows& bias;
-  const ChannelSum* channel_sum;  // the first stage for a rank of one; nullptr: a product with in_weight
-  const SumRows* out_row;         // out_factor, where a plane is spread to the output's (spreads_plane); else nullptr
-  DType hidden_type;              // of the ring buffer
+  const std::optional<ChannelSum>& channel_sum;  // the first stage for a rank of one; otherwise by in_weight
+  const std::optional<SumRows>& out_row;         // out_factor, where a plane is spread to those of the output
+  DType hidden_type;                             // of the ring buffer
   Axis rows = row_axis(problem), columns = column_axis(problem);
 
   // The direct core reads ranks one behind the other, in whole groups, and so does CP with a plane for its one rank;
@@ -146,6 +146,9 @@ void write_output(const ConvBlock& block, Team& team, Ahead& ahead, const ConvTa
 int64_t output_staging_bytes(const ConvBlock& block);  // of a thread
 
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
+// Nothing where the last stage is a product with panels (spreads_plane).
+std::optional<SumRows> out_row_of(const at::Tensor& out_factor, const Problem& problem, Winograd winograd,
+                                  const Engine& engine);
 
 // Runs `middle(team, hidden, row, rows, columns, tile, scratch)`, which fills the tile for `rows` output rows from
 // `row`, between the outer stages, for all tasks in parallel. `extra_bytes(team)` of scratch are for it.

@@ -22,8 +22,7 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   PackedWeight out_weight = pack_matrix(out_factor, p.dtype, engine, prepared.out_factor);
   const SumRows bias_sums(bias, p.dtype, engine);
   const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, tile, engine);
-  std::optional<SumRows> out_row;
-  if (spreads_plane(p, Winograd::kNone, kernels.group == 2)) out_row.emplace(out_factor, p.dtype, engine);
+  const std::optional<SumRows> out_row = out_row_of(out_factor, p, Winograd::kNone, engine);
   const ConvBlock block{engine,
                         p,
                         tile,
@@ -34,8 +33,8 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
                         nullptr,
                         out_weight,
                         bias_sums,
-                        channel_sum ? &*channel_sum : nullptr,
-                        out_row ? &*out_row : nullptr,
+                        channel_sum,
+                        out_row,
                         kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
   const int64_t vectors = ceil_div(block.hidden_columns(), kernels.lanes), sum = element_bytes(kernels.accumulator);

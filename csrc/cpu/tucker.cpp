@@ -152,8 +152,7 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
                  : pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, p.dtype, engine, prepared.core);
   const DType hidden_type = transforms ? engine.kernels->accumulator : engine.kernels->element;
   const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, tile, engine);
-  std::optional<SumRows> out_row;
-  if (spreads_plane(p, tile.winograd, engine.kernels->group == 2)) out_row.emplace(out_factor, p.dtype, engine);
+  const std::optional<SumRows> out_row = out_row_of(out_factor, p, tile.winograd, engine);
   AlignedMemory core_row;
   const CoreStage core_way = core_stage(p, tile.winograd, engine.kernels->group == 2);
   if (core_way != CoreStage::kPanels) core_row = elements_of_core(core_rows(), p, engine, core_weight.padded_depth());
@@ -167,8 +166,8 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
                         core_row.get(),
                         out_weight,
                         bias_sums,
-                        channel_sum ? &*channel_sum : nullptr,
-                        out_row ? &*out_row : nullptr,
+                        channel_sum,
+                        out_row,
                         hidden_type};
   if (transforms) {
     const WinogradCore winograd(core_weight, p, tile, engine);
