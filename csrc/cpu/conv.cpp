@@ -9,6 +9,7 @@ namespace lowrank_ops {
 namespace {
 
 constexpr int64_t kMostAskedBytes = 128 << 10;  // of a weight ahead of its use
+constexpr int64_t kBytesAtOnce = 2048;          // prefetched before a call rather than evenly while it computes
 constexpr int64_t kStagedPixels = 64;
 constexpr int64_t kStagedChannels = 16;  // staged by one thread at least
 
@@ -188,8 +189,9 @@ int64_t HiddenRows::look_ahead(int64_t row, int64_t rows, const ConvTask* next) 
 }
 
 void Ahead::begin(const MemoryRows& output, const MemoryRows& input, double multiply_adds) {
-  regions_[0] = output;
-  regions_[1] = input;
+  regions_ = {output, input};
+  for (MemoryRows& region : regions_)
+    if (region.count > 1 && region.stride == region.bytes) region = {region.first, 1, region.count * region.bytes, 0};
   region_ = row_ = byte_ = 0;
   due_ = 0;
   rate_ = double(output.count * output.bytes + input.count * input.bytes) / multiply_adds;
@@ -199,18 +201,30 @@ void Ahead::attach(GemmCall& call) {
   call.ahead_lines = 0;
   if (region_ == 2) return;
   due_ += rate_ * double(call.num_taps * call.depth) * double(call.rows * call.width);
-  while (region_ < 2 && row_ >= regions_[region_].count) {
-    ++region_;
-    row_ = byte_ = 0;
+  // A call takes one run of lines. Short rows before it are prefetched at once: a step of few calls, as of CP or of
+  // narrow images, has more rows than calls.
+  const char* next;
+  int64_t left;
+  while (true) {
+    while (region_ < 2 && row_ >= regions_[size_t(region_)].count) {
+      ++region_;
+      row_ = byte_ = 0;
+    }
+    if (region_ == 2) return;
+    const MemoryRows& rows = regions_[size_t(region_)];
+    next = rows.first + row_ * rows.stride + byte_;
+    left = rows.bytes - byte_;
+    if (left > kBytesAtOnce || double(left) > due_) break;
+    for (int64_t byte = 0; byte < left; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+    due_ -= double(left);
+    ++row_;
+    byte_ = 0;
   }
-  if (region_ == 2) return;
-  const MemoryRows& rows = regions_[region_];
-  const int64_t bytes = std::min(int64_t(due_), rows.bytes - byte_);
-  call.ahead = rows.first + row_ * rows.stride + byte_;
-  call.ahead_lines = bytes / 64;
+  call.ahead = next;
+  call.ahead_lines = std::min(int64_t(due_), left) / 64;
   due_ -= double(call.ahead_lines * 64);
   byte_ += call.ahead_lines * 64;
-  if (byte_ + 64 > rows.bytes) {
+  if (left < 64 * (call.ahead_lines + 1)) {
     ++row_;
     byte_ = 0;
   }
@@ -324,7 +338,7 @@ void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64
 }
 
 int64_t output_staging_bytes(const ConvBlock& block) {
-  if (block.output.stride(1) == 1 || block.problem.t == 1) return 0;
+  if (block.out_row || block.output.stride(1) == 1 || block.problem.t == 1) return 0;
   return block.tile.rows * block.tile.columns * block.engine.kernels->panel_width *
          element_bytes(block.engine.kernels->accumulator);
 }

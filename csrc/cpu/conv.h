@@ -84,7 +84,7 @@ class Ahead {
   bool weights_are_far = false;
 
  private:
-  MemoryRows regions_[2];
+  std::array<MemoryRows, 2> regions_;
   int64_t region_ = 2, row_ = 0, byte_ = 0;
   double rate_ = 0, due_ = 0;  // bytes a multiply-add, bytes
 };

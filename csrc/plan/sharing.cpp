@@ -39,9 +39,15 @@ ConvScratch::ConvScratch(const Problem& p, const CpuCaps& caps, Winograd winogra
       patch_(patch_of(winograd)),
       tap_groups_(tap_groups(winograd, p.kw)),
       hidden_pixel_bytes_(hidden_pixel_bytes(p, sizes_, winograd)),
+      tile_pixel_bytes_(sizes_.r2 * sizes_.element),
       // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
       staged_channels_(stages_input(p, sizes_) ? round_up(p.s, kAlign) : 0),
-      stored_columns_(p.layout == Layout::kContiguous ? 64 : 0) {}
+      stored_columns_(p.layout == Layout::kContiguous ? 64 : 0) {
+  if (spreads_plane(p, winograd, in_pairs(p, caps))) {
+    tile_pixel_bytes_ = sizes_.element;
+    stored_columns_ = 0;
+  }
+}
 
 int64_t ConvScratch::operator()(int64_t tile_rows, int64_t tile_columns) const {
   const int64_t span = columns_.span(tile_columns), pixels = tile_rows * tile_columns;
@@ -50,7 +56,7 @@ int64_t ConvScratch::operator()(int64_t tile_rows, int64_t tile_columns) const {
   const int64_t places = patch_.places * (inputs * sizes_.r1 * sizes_.element +
                                           patch_rows * row_patches * std::min<int64_t>(sizes_.r2, 64) * sizes_.sum);
   const int64_t staged = span * staged_channels_ * sizes_.element + pixels * stored_columns_ * sizes_.sum;
-  return places + rows_.span(tile_rows) * span * hidden_pixel_bytes_ + pixels * sizes_.r2 * sizes_.element + staged;
+  return places + rows_.span(tile_rows) * span * hidden_pixel_bytes_ + pixels * tile_pixel_bytes_ + staged;
 }
 
 namespace {

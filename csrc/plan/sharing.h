@@ -24,7 +24,7 @@ class ConvScratch {
   const TileSizes sizes_;
   const Axis rows_, columns_;
   const Patch patch_;
-  int64_t tap_groups_, hidden_pixel_bytes_;
+  int64_t tap_groups_, hidden_pixel_bytes_, tile_pixel_bytes_;
   int64_t staged_channels_;  // 0: the kernel reads the input where it lies
   int64_t stored_columns_;   // 0: it writes the output where it lies
 };
