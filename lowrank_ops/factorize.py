@@ -35,6 +35,7 @@ from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
+from lowrank_ops.roots import Root
 from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend
@@ -373,6 +374,12 @@ class _Work:
             self._gather(index)
         return self.whitenings.get(id(site.layer))
 
+    def _gradient(self, site: Site) -> Root:
+        """The root of the gradient's moment of a layer that the data reach."""
+        whitening = self.whitening(site)
+        assert whitening is not None
+        return whitening.gradient
+
     def spend(self, budget: Budget, calls: Calls | None, example_input: Any) -> None:
         """Chooses the ranks of each layer, or to leave it."""
         sites = [site for group in self.groups for site in group]
@@ -467,10 +474,9 @@ class _Work:
         stage = max(1, -(-sum(map(len, self.groups)) // STAGES))
         fits = []
         for site in sites:
-            key, whitening = id(site.layer), self.whitening(site)
-            assert whitening is not None
-            positions, _ = self.seen[key]
-            fits.append(Fit(site, self.replacements[key], whitening.gradient, self.calls[key], positions, key in relu))
+            key, positions = id(site.layer), self.seen[id(site.layer)][0]
+            root = self._gradient(site)
+            fits.append(Fit(site, self.replacements[key], root, self.calls[key], positions, key in relu))
         self.whitenings, self.at_hand = {}, -1  # of them only those of the gradients are needed from here on
         progress = _bar(None, "fit", self.progress, len(fits) * self.batch_count)
         with progress as bar, self.failing(), exactly(self.exact):

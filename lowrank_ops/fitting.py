@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.moments import Moments
-from lowrank_ops.roots import Root, cholesky_
+from lowrank_ops.roots import BLOCK, Root, cholesky_
 from lowrank_ops.singular import computing_device, energy, leading_svd
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
@@ -58,21 +58,27 @@ class Whitening:
         return cls(Root.of_(moments.input), Root.of_(moments.gradient))
 
     @no_autocast()
-    def apply(self, weight: Tensor) -> Tensor:
-        """`G^(1/2) W C^(1/2)` of a weight `[T, S, ...]`, in its shape, fp64."""
-        copy = weight.detach().to(computing_device(weight), torch.float64, copy=True)
-        columns = self.gradient.apply_(copy.flatten(1))
+    def apply(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """`G^(1/2) W C^(1/2)` of a weight `[T, S, ...]`, in its shape, computed in fp64."""
+        columns = weight.detach().to(computing_device(weight), dtype, copy=True).flatten(1)
+        _apply_(self.gradient, columns)
         rows = columns.unflatten(1, weight.shape[1:]).transpose(0, 1).flatten(1)  # [S, T ...]; of a matrix no copy
-        rows = self.input.apply_(rows)
+        _apply_(self.input, rows)
         return rows.unflatten(1, (weight.shape[0], *weight.shape[2:])).transpose(0, 1).contiguous()
 
     @no_autocast()
     def undo(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Factors of the weight from factors of the whitened weight, fp64."""
-        result = {name: factor.detach().double() for name, factor in factors.items()}
-        result["in_factor"] = self.input.undo(result["in_factor"].T).T
-        result["out_factor"] = self.gradient.undo(result["out_factor"])
+        result = {name: factor.detach().to(torch.float64, copy=True) for name, factor in factors.items()}
+        result["in_factor"] = self.input.undo_(result["in_factor"].T).T
+        result["out_factor"] = self.gradient.undo_(result["out_factor"])
         return result
+
+
+def _apply_(root: Root, matrix: Tensor) -> None:
+    """`Root.apply` to `[n, m]` in its memory, computed in fp64: of another dtype, `BLOCK` columns are copied at a time."""
+    for columns in (matrix,) if matrix.dtype == torch.float64 else matrix.split(BLOCK, dim=1):
+        columns.copy_(root.apply_(columns.double()))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lowrank_ops.singular import computing_device, energy
 # noise, and data that calibration did not show may use them.
 DAMPING = 1e-4
 # Columns that are computed with at a time.
-BLOCK = 1024
+BLOCK = 512
 _POWERS = 30  # to estimate the largest eigenvalue, a few percent below it at worst
 
 
@@ -62,25 +62,31 @@ class Root:
 
     def undo(self, matrix: Tensor) -> Tensor:
         """The inverse of `apply`: `[n, m]`, in the matrix' dtype."""
-        result = _copy(matrix)
+        return self.undo_(_copy(matrix))
+
+    def undo_(self, matrix: Tensor) -> Tensor:
+        """`undo` in the matrix' memory."""
         if self.factor.dim() == 1:
-            return result.div_(self.factor.to(result)[:, None])
-        for start, columns in self._blocks(result, backwards=True):
+            return matrix.div_(self.factor.to(matrix)[:, None])
+        for start, columns in self._blocks(matrix, backwards=True):
             end = start + columns.shape[1]
-            right = result[start:end] - columns[end - start :].T @ result[end:]
-            result[start:end] = torch.linalg.solve_triangular(columns[: end - start].T, right, upper=True)
-        return result
+            right = matrix[start:end] - columns[end - start :].T @ matrix[end:]
+            matrix[start:end] = torch.linalg.solve_triangular(columns[: end - start].T, right, upper=True)
+        return matrix
 
     def times(self, matrix: Tensor) -> Tensor:
         """`factor matrix`: `[n, m]`, in the matrix' dtype."""
-        result = _copy(matrix)
+        return self.times_(_copy(matrix))
+
+    def times_(self, matrix: Tensor) -> Tensor:
+        """`times` in the matrix' memory."""
         if self.factor.dim() == 1:
-            return result.mul_(self.factor.to(result)[:, None])
-        for start, columns in self._blocks(result, backwards=True):
-            rows = result[start : start + BLOCK].clone()
-            result[start : start + BLOCK] = 0
-            result[start:].addmm_(columns, rows)
-        return result
+            return matrix.mul_(self.factor.to(matrix)[:, None])
+        for start, columns in self._blocks(matrix, backwards=True):
+            rows = matrix[start : start + BLOCK].clone()
+            matrix[start : start + BLOCK] = 0
+            matrix[start:].addmm_(columns, rows)
+        return matrix
 
     def _blocks(self, matrix: Tensor, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
         """The factor's columns beside the matrix, `BLOCK` at a time: where they start, and their rows from there on."""

@@ -117,7 +117,9 @@ def test_each_moment_is_factored_once_and_wide_sides_get_no_eigenvectors(
     of = Root.of_.__func__  # type: ignore[attr-defined]
     eigh = torch.linalg.eigh
     monkeypatch.setattr(Root, "of_", classmethod(lambda cls, moment: factored.append(len(moment)) or of(cls, moment)))
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: largest.append(len(matrix)) or eigh(matrix))
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda matrix, **options: largest.append(len(matrix)) or eigh(matrix, **options)
+    )
     report = factorize_(model, rank=rank, calibration=torch.randn(512, 300), progress=False)
     assert report.replaced
     assert len(factored) <= 2 * 3
