@@ -23,7 +23,6 @@ from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.cp import sensitivity
-from lowrank_ops.fitting import Whitening
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
@@ -43,6 +42,7 @@ from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes
 from lowrank_ops.timing import compare_models
 from lowrank_ops.warn import warn
 from lowrank_ops.weight_reads import WeightReads
+from lowrank_ops.whitening import Whitening
 
 __all__ = ["factorize_", "fuse_"]
 

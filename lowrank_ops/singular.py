@@ -57,7 +57,7 @@ def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> t
         exact: not the randomized method, which `exactly` excludes too. Singular values of an fp32 matrix then come from
             the eigenvalues of its Gram matrix in fp64, which resolve them to 1e-8 of the largest.
     """
-    if not exact and not _EXACT.get() and worth_randomizing(matrix, count):
+    if not exact and worth_randomizing(min(matrix.shape), count):
         found = _randomized(matrix, count, seed)
         if found is not None:
             return found
@@ -96,6 +96,15 @@ def leading_eigenvectors_(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
 
 
+def orthonormal_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns `[M, K]` and the triangle `[K, K]` whose product is the matrix, `[M, K]`, M >= K; in its
+    memory where its columns lie together."""
+    basis = matrix.mT.contiguous().mT
+    triangle = basis.new_empty(basis.shape[1], basis.shape[1])
+    torch.linalg.qr(basis, out=(basis, triangle))
+    return basis, triangle
+
+
 def computing_device(tensor: Tensor) -> torch.device:
     """Where to decompose a tensor: where it is, if that is a CPU or a CUDA GPU (others may lack fp64), else the CPU."""
     return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
@@ -121,10 +130,10 @@ def normal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
-def worth_randomizing(matrix: Tensor, count: int) -> bool:
-    """Whether so few singular vectors are wanted that the randomized method is tried first."""
-    shorter = min(matrix.shape)
-    return shorter >= SMALLEST and count <= LARGEST_SHARE * shorter
+def worth_randomizing(shorter: int, count: int) -> bool:
+    """Whether so few singular vectors of a matrix of that shorter side are wanted that the randomized method is tried
+    first; not within `exactly`."""
+    return not _EXACT.get() and shorter >= SMALLEST and count <= LARGEST_SHARE * shorter
 
 
 def _randomized(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:

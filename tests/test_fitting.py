@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lowrank_ops import factorize_, fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
-from lowrank_ops.fitting import Regression, Whitening, refit
+from lowrank_ops.fitting import Regression, refit
 from lowrank_ops.moments import Moments
 from lowrank_ops.roots import Root
+from lowrank_ops.whitening import Whitening
 
 
 def _moment(size: int, seed: int, spread: float = 1.5) -> Tensor:
@@ -98,10 +99,15 @@ def _error(regression: Regression, out: Tensor, inner: Tensor, bias: Tensor, met
     return float((lost @ (torch.eye(lost.shape[1], dtype=lost.dtype) if metric is None else metric) * lost).sum())
 
 
+def _regression(features: Tensor, targets: Tensor, prior: Tensor, gradient: Root | None = None) -> Regression:
+    """With a prior `[T, F]` that is not factored."""
+    return Regression(features, targets, (prior, torch.eye(prior.shape[1]).to(prior)), gradient)
+
+
 @pytest.mark.usefixtures("tiny_ridge")
 def test_an_exact_map_is_found() -> None:
     features, out, inner, bias = _normal(200, 7), _normal(5, 3, seed=1), _normal(3, 7, seed=2), _normal(5, seed=3)
-    regression = Regression(features, features @ inner.T @ out.T + bias, torch.zeros(5, 7))
+    regression = _regression(features, features @ inner.T @ out.T + bias, torch.zeros(5, 7))
     for rank in (3, None):
         solution = regression.solve(rank)
         # the ridge's share of the map, 1e-12, times its condition, below 100
@@ -114,7 +120,7 @@ def test_an_exact_map_is_found() -> None:
 @pytest.mark.parametrize("metric", [None, _moment(5, 4)], ids=["plain", "weighted"])
 def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
     features = _normal(300, 6) @ _normal(6, 6, seed=9)
-    regression = Regression(
+    regression = _regression(
         features,
         features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2),
         torch.zeros(5, 6),
@@ -139,7 +145,7 @@ def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_same_inside_autocast(relu: bool) -> None:
     features = _normal(300, 6).float()
-    regression = Regression(features, _normal(300, 5, seed=2).float(), torch.zeros(5, 6))
+    regression = _regression(features, _normal(300, 5, seed=2).float(), torch.zeros(5, 6))
     solution = regression.solve(2, relu)
     with torch.autocast("cpu", torch.bfloat16):
         inside = regression.solve(2, relu)
@@ -152,7 +158,7 @@ def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
     features = _normal(100, 4)
     features[:, 3] = 0
     prior = _normal(2, 4, seed=1)
-    regression = Regression(features, features @ _normal(4, 2, seed=2), prior)
+    regression = _regression(features, features @ _normal(4, 2, seed=2), prior)
     out, inner, _ = regression.solve()
     torch.testing.assert_close((out @ inner)[:, 3], prior[:, 3], rtol=1e-12, atol=0)
 
@@ -160,7 +166,7 @@ def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
 def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -> None:
     features = _normal(2000, 8)
     targets = features @ _normal(8, 16, seed=1) - 1.0
-    regression = Regression(features[:, :4], targets, torch.zeros(16, 4))
+    regression = _regression(features[:, :4], targets, torch.zeros(16, 4))
     plain, rectified = regression.solve(3), regression.solve(3, relu=True)
 
     def lost(solution: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -176,7 +182,7 @@ def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -
 def test_steps_from_a_near_solution_reach_the_best_of_the_rank(count: int, metric: Tensor | None) -> None:
     features, targets = _normal(count, 20), _normal(count, 12, seed=1)
     root = None if metric is None else Root.of_(metric.clone())
-    parts = [Regression(features, targets, torch.zeros(12, 20).double(), root)]
+    parts = [_regression(features, targets, torch.zeros(12, 20).double(), root)]
     factored = fitting._Normal(parts).factored(1e-3, root)
     best = factored.solve(lambda _, targets: targets, 4)
     reached = best[0], best[1] + 0.1 * _normal(4, 20, seed=2), best[2]
@@ -217,7 +223,7 @@ def _problem(count: int, noise: float, seed: int = 0) -> tuple[Regression, Regre
     present = torch.eye(10).double(), true + 0.3 * _normal(10, 40, seed=3) / 40**0.5, torch.zeros(10).double()
     held = count // 4
     fitted, judged = (
-        Regression(features[part], targets[part], present[1]) for part in (slice(held, None), slice(held))
+        _regression(features[part], targets[part], present[1]) for part in (slice(held, None), slice(held))
     )
     return fitted, judged, present
 
@@ -286,7 +292,7 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     monkeypatch.setattr(fitting, "cholesky_", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
     features, prior = _normal(12, 30), _normal(5, 30, seed=3)
     root = None if metric is None else Root.of_(metric.clone())
-    regression = Regression(features, _normal(12, 5, seed=1), prior, root)
+    regression = _regression(features, _normal(12, 5, seed=1), prior, root)
     small = regression.solve(rank)
     monkeypatch.setattr(fitting._Normal, "by_rows", property(lambda self: False))
     out, inner, bias = regression.solve(rank)
@@ -294,6 +300,26 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     # fp64, the ridge makes the condition about a thousand
     torch.testing.assert_close(small[0] @ small[1], out @ inner, rtol=0, atol=1e-9)
     torch.testing.assert_close(small[2], bias, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [12, 40], ids=["fewer outputs than features", "more"])
+@pytest.mark.parametrize("count", [16, 200], ids=["fewer rows than features", "more"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fp32_rows_give_the_map_of_fp64_ones(count: int, outputs: int, weighted: bool) -> None:
+    """Their singular vectors come from the Gram matrix of the shorter side."""
+    features, targets, prior = _normal(count, 30), _normal(count, outputs, seed=1), _normal(outputs, 30, seed=2)
+    moment = _moment(outputs, 4)
+
+    def solve(dtype: torch.dtype) -> Tensor:
+        root = Root.of_(moment.to(dtype, copy=True)) if weighted else None
+        rows = (each.to(dtype) for each in (features, targets, prior))
+        out, inner, _ = _regression(*rows, root).solve(6)
+        assert out.dtype == inner.dtype == dtype
+        return (out @ inner).double()
+
+    expected = solve(torch.float64)
+    # fp32; the metrics make the condition some thousands
+    assert float((solve(torch.float32) - expected).norm()) < 1e-4 * float(expected.norm())
 
 
 @pytest.mark.parametrize("relu", [False, True])

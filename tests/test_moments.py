@@ -296,7 +296,7 @@ _PEAK = """
 import torch
 from torch import nn
 from lowrank_ops.batches import Batches
-from lowrank_ops.fitting import Whitening
+from lowrank_ops.whitening import Whitening
 from lowrank_ops.moments import gather_moments
 torch.set_num_threads(1)
 def whiten(width):
