@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.moments import Moments
-from lowrank_ops.roots import BLOCK, Root
+from lowrank_ops.roots import Root
 from lowrank_ops.singular import computing_device
+
+COLUMNS = 512  # of a weight that have a copy in fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -53,5 +55,5 @@ class Whitening:
 
 def _apply_(root: Root, matrix: Tensor) -> None:
     """`Root.apply` to `[n, m]` in its memory, computed in fp64: some columns of another dtype at a time."""
-    for columns in (matrix,) if matrix.dtype == torch.float64 else matrix.split(BLOCK, dim=1):
+    for columns in (matrix,) if matrix.dtype == torch.float64 else matrix.split(COLUMNS, dim=1):
         columns.copy_(root.apply_(columns.double()))

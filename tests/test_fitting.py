@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from triangles import moments_of, symmetric, triangle_of
 
 from lowrank_ops import factorize_, fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
@@ -36,19 +37,23 @@ def _output_error(change: Tensor, moments: Moments) -> float:
     """`tr(G D C D^T)` of damped moments, summed over taps."""
     return float(
         torch.einsum(
-            "tu,usk,sz,tzk->", _damped(moments.gradient), change.flatten(2), _damped(moments.input), change.flatten(2)
+            "tu,usk,sz,tzk->",
+            _damped(symmetric(moments.gradient)),
+            change.flatten(2),
+            _damped(symmetric(moments.input)),
+            change.flatten(2),
         )
     )
 
 
 def test_the_norm_of_the_whitened_weight_is_the_output_error() -> None:
-    weight, moments = _normal(6, 5, 3, 2), Moments(_moment(5, 1), _moment(6, 2))
+    weight, moments = _normal(6, 5, 3, 2), moments_of(_moment(5, 1), _moment(6, 2))
     norm = float(Whitening.of_(copy.deepcopy(moments)).apply(weight).square().sum())
     assert norm == pytest.approx(_output_error(weight, moments), rel=1e-12)
 
 
 def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_own_factors() -> None:
-    moments = Moments(_moment(12, 1, 3.0), _moment(10, 2, 3.0))
+    moments = moments_of(_moment(12, 1, 3.0), _moment(10, 2, 3.0))
     whitening = Whitening.of_(copy.deepcopy(moments))
     matrix = _normal(10, 12)
     plain = svd_decompose(matrix, 4)
@@ -80,12 +85,12 @@ def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_o
 def test_directions_without_energy_are_not_amplified() -> None:
     empty = torch.zeros(4, 4, dtype=torch.float64)
     empty[0, 0] = 1.0
-    whitening = Whitening.of_(Moments(empty, empty.clone()))
+    whitening = Whitening.of_(moments_of(empty, empty))
     identity = torch.eye(4, dtype=torch.float64)
     largest = 1 / roots.DAMPING**0.5
     for root in (whitening.input, whitening.gradient):
         assert float(torch.linalg.matrix_norm(root.undo(identity), 2)) == pytest.approx(largest, rel=1e-9)
-    none = Whitening.of_(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
+    none = Whitening.of_(moments_of(torch.zeros(4, 4), torch.zeros(4, 4)))
     assert torch.equal(none.input.undo(identity), identity)
 
 
@@ -124,7 +129,7 @@ def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
         features,
         features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2),
         torch.zeros(5, 6),
-        None if metric is None else Root.of_(metric.clone()),
+        None if metric is None else Root.of_(triangle_of(metric)),
     )
     metric = None if metric is None else _damped(metric)
     out, inner, bias = regression.solve(2)
@@ -181,7 +186,7 @@ def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -
 @pytest.mark.parametrize("count", [15, 200], ids=["fewer rows than features", "more"])
 def test_steps_from_a_near_solution_reach_the_best_of_the_rank(count: int, metric: Tensor | None) -> None:
     features, targets = _normal(count, 20), _normal(count, 12, seed=1)
-    root = None if metric is None else Root.of_(metric.clone())
+    root = None if metric is None else Root.of_(triangle_of(metric))
     parts = [_regression(features, targets, torch.zeros(12, 20).double(), root)]
     factored = fitting._Normal(parts).factored(1e-3, root)
     best = factored.solve(lambda _, targets: targets, 4)
@@ -291,7 +296,7 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     cholesky = fitting.cholesky_
     monkeypatch.setattr(fitting, "cholesky_", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
     features, prior = _normal(12, 30), _normal(5, 30, seed=3)
-    root = None if metric is None else Root.of_(metric.clone())
+    root = None if metric is None else Root.of_(triangle_of(metric))
     regression = _regression(features, _normal(12, 5, seed=1), prior, root)
     small = regression.solve(rank)
     monkeypatch.setattr(fitting._Normal, "by_rows", property(lambda self: False))
@@ -311,7 +316,7 @@ def test_fp32_rows_give_the_map_of_fp64_ones(count: int, outputs: int, weighted:
     moment = _moment(outputs, 4)
 
     def solve(dtype: torch.dtype) -> Tensor:
-        root = Root.of_(moment.to(dtype, copy=True)) if weighted else None
+        root = Root.of_(triangle_of(moment.to(dtype))) if weighted else None
         rows = (each.to(dtype) for each in (features, targets, prior))
         out, inner, _ = _regression(*rows, root).solve(6)
         assert out.dtype == inner.dtype == dtype
