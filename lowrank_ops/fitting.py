@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
@@ -267,6 +268,8 @@ class _Factored:
             out, inner = best, torch.eye(best.shape[1]).to(best)
         elif rank >= len(best):
             out, inner = torch.eye(len(best)).to(best), best
+        elif rank > best.shape[1]:
+            out, inner = F.pad(best, (0, rank - best.shape[1])), torch.eye(rank, best.shape[1]).to(best)
         else:
             out, inner = self._reduce(best, rank, near)
         return out, inner, mean - out.double() @ (inner @ normal.mean).double()

@@ -307,6 +307,18 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     torch.testing.assert_close(small[2], bias, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("count", [3, 200], ids=["fewer rows than features", "more"])
+def test_a_rank_above_the_features_is_no_limit(count: int, relu: bool) -> None:
+    """A pair of ranks may ask for it: of a convolution's one hidden channel, 9 features of a window."""
+    regression = _regression(_normal(count, 4), _normal(count, 12, seed=1), _normal(12, 4, seed=2))
+    out, inner, bias = regression.solve(6, relu)
+    assert out.shape == (12, 6) and inner.shape == (6, 4)
+    free = regression.solve(None, relu)
+    torch.testing.assert_close(out @ inner, free[0] @ free[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(bias, free[2], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("outputs", [12, 40], ids=["fewer outputs than features", "more"])
 @pytest.mark.parametrize("count", [16, 200], ids=["fewer rows than features", "more"])
 @pytest.mark.parametrize("weighted", [False, True])
