@@ -54,8 +54,8 @@ class Root:
         """`apply` in the matrix' memory."""
         if isinstance(self.factor, Tensor):
             return matrix.mul_(self.factor.to(matrix)[:, None])
-        for start, end, panel in self.factor.blocks():
-            matrix[start:end] = panel.to(matrix).T @ matrix[start:]
+        for start, end, panel in self.factor.copies(matrix):
+            matrix[start:end] = panel.T @ matrix[start:]
         return matrix
 
     def undo(self, matrix: Tensor) -> Tensor:
@@ -66,8 +66,7 @@ class Root:
         """`undo` in the matrix' memory."""
         if isinstance(self.factor, Tensor):
             return matrix.div_(self.factor.to(matrix)[:, None])
-        for start, end, panel in reversed([*self.factor.blocks()]):
-            panel = panel.to(matrix)
+        for start, end, panel in self.factor.copies(matrix, backwards=True):
             right = matrix[start:end] - panel[end - start :].T @ matrix[end:]
             matrix[start:end] = torch.linalg.solve_triangular(panel[: end - start].T, right, upper=True)
         return matrix
@@ -80,10 +79,10 @@ class Root:
         """`times` in the matrix' memory."""
         if isinstance(self.factor, Tensor):
             return matrix.mul_(self.factor.to(matrix)[:, None])
-        for start, end, panel in reversed([*self.factor.blocks()]):
+        for start, end, panel in self.factor.copies(matrix, backwards=True):
             rows = matrix[start:end].clone()
             matrix[start:end] = 0
-            matrix[start:].addmm_(panel.to(matrix), rows)
+            matrix[start:].addmm_(panel, rows)
         return matrix
 
 

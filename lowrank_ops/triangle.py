@@ -39,6 +39,15 @@ class Triangle:
             yield start, start + panel.shape[1], panel
             start += panel.shape[1]
 
+    def copies(self, like: Tensor, backwards: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+        """`blocks` in the dtype and on the device of a matrix, one after the other in the same memory; those that are
+        no copies are the panels themselves."""
+        blocks, first = [*self.blocks()], self.panels[0]
+        same = (first.dtype, first.device) == (like.dtype, like.device)
+        memory = like.new_empty(0 if same else first.numel())
+        for start, end, panel in reversed(blocks) if backwards else blocks:
+            yield start, end, panel if same else memory[: panel.numel()].view(panel.shape).copy_(panel)
+
     def widen_(self, dtype: torch.dtype) -> None:
         """To a dtype of higher precision."""
         for index, panel in enumerate(self.panels):
