@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch, Batches
 from lowrank_ops.fitting import Regression, chunk_rows, refit
+from lowrank_ops.memory import trim
 from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.moment_groups import moment_bytes
@@ -120,6 +121,7 @@ def _fit(rows: _Rows) -> float | None:
     fit = rows.fit
     factors = _LastFactors(fit.module)
     parts = rows.parts()
+    trim(parts[0][1])
     out, inner = (factor.to(parts[0][0].dtype) for factor in factors.present())
     fitted, judged = (Regression(features, targets, (out, inner), fit.gradient) for features, targets in parts)
     for regression in (fitted, judged):

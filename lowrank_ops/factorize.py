@@ -24,6 +24,7 @@ from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, 
 from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
+from lowrank_ops.memory import trim
 from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
@@ -364,6 +365,7 @@ class _Work:
                 )
             self.seen[id(site.layer)] = of_layer.rows, len(of_layer.input)
             self.whitenings[id(site.layer)] = Whitening.of_(of_layer)
+            trim(weight_of(site.layer))
 
     def whitening(self, site: Site) -> Whitening | None:
         """The roots of a layer's moments, gathered now if another group's are at hand; None if no data reach it."""
@@ -452,6 +454,7 @@ class _Work:
                     self.replacements[id(site.layer)] = module
                 else:
                     self.reasons[id(site.layer)] = reason
+                trim(weight_of(site.layer))
 
     def check_ranks(self) -> None:
         """Raises ValueError if the rank is above the limit of every layer."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
+from lowrank_ops.memory import trim
 from lowrank_ops.roots import Root, cholesky_
 from lowrank_ops.singular import (
     energy,
@@ -264,6 +265,7 @@ class _Factored:
         which a limited rank is reached by one step of orthogonal iteration instead of a decomposition."""
         normal = self.normal
         mean, best = self._best(change)
+        trim(best)
         if rank is None:
             out, inner = best, torch.eye(best.shape[1]).to(best)
         elif rank >= len(best):
@@ -272,6 +274,7 @@ class _Factored:
             out, inner = F.pad(best, (0, rank - best.shape[1])), torch.eye(rank, best.shape[1]).to(best)
         else:
             out, inner = self._reduce(best, rank, near)
+        trim(best)
         return out, inner, mean - out.double() @ (inner @ normal.mean).double()
 
     def _best(self, change: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -280,6 +283,7 @@ class _Factored:
         changed = ((centred, change(centred + normal.mean, targets)) for centred, targets in normal.chunks())
         if normal.by_rows:
             mean, weights = self._weights(changed)
+            trim(weights)
             best = out @ inner
             for rows, centred in normal.blocks():
                 best.addmm_(weights[rows].T, centred)
@@ -314,9 +318,12 @@ class _Factored:
         with orthonormal columns, and `[R, F]`. Without a near one the best map's memory is used up."""
         if near is None:
             measured = best if self.gradient is None else self.gradient.apply_(best)
-            leading, _ = orthonormal_(self._decomposed(measured, rank).double())
+            trim(measured)
+            leading = self._decomposed(measured, rank)
         else:
-            leading, _ = orthonormal_(self._iterated(best, near[1]).double())
+            leading = self._iterated(best, near[1])
+        trim(best)
+        leading, _ = orthonormal_(leading)
         if self.gradient is None:
             return leading.to(best), leading.T.to(best) @ best
         out, triangle = orthonormal_(self.gradient.undo_(leading.clone()))
@@ -332,12 +339,16 @@ class _Factored:
             return leading_svd(torch.cat(list(self._images(measured)), dim=1), rank, seed=0)[0]
         if outputs > width:
             root = self._feature_root()
-            values, vectors = leading_eigenvectors_(root.T @ (gram(measured.T) @ root), rank)
+            square = root.T @ (gram(measured.T) @ root)
+            trim(measured)
+            values, vectors = leading_eigenvectors_(square, rank)
+            del square
             return measured @ (root @ vectors).mul_(torch.where(values > 0, values.rsqrt(), 0)).to(measured)
         square = torch.zeros(outputs, outputs, dtype=torch.float64)
         for image in self._images(measured):
             image = image.double()
             square.addmm_(image, image.T)
+        trim(measured)
         return leading_eigenvectors_(square, rank)[1].to(measured)
 
     def _images(self, measured: Tensor) -> Iterator[Tensor]:

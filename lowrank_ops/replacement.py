@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank_ops import ranks
+from lowrank_ops.memory import trim
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.options import is_matrix
@@ -87,11 +88,14 @@ def factorized(
     if whitening is None:
         return _decomposed(layer, rank, tucker, options)
     module = _decomposed(_whitened(layer, whitening), rank, tucker, options)
+    trim(layer.weight)
     factors = whitening.undo(module.factors())
     module = module.to(layer.weight.device, layer.weight.dtype)
     with torch.no_grad():
         for name, factor in module.factors().items():
             factor.copy_(factors[name])
+    del factors
+    trim(layer.weight)
     module.relative_error = weight_error(layer, module)
     return module
 
@@ -100,6 +104,7 @@ def _whitened(layer: Any, whitening: Whitening) -> Any:
     """The layer with a whitened weight, of its dtype, fp32 at least."""
     source = copy.copy(layer)  # shares everything but the weight
     weight = whitening.apply(layer.weight, torch.promote_types(layer.weight.dtype, torch.float32))
+    trim(weight)
     source._parameters = {**layer._parameters, "weight": nn.Parameter(weight, layer.weight.requires_grad)}
     return source
 

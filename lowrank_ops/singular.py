@@ -97,9 +97,9 @@ def leading_eigenvectors_(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns `[M, K]` and the triangle `[K, K]` whose product is the matrix, `[M, K]`, M >= K; in its
-    memory where its columns lie together."""
-    basis = matrix.mT.contiguous().mT
+    """Orthonormal columns `[M, K]` and the triangle `[K, K]` whose product is the matrix, `[M, K]`, M >= K, in fp64; in
+    the memory of an fp64 one whose columns lie together."""
+    basis = matrix.mT.to(torch.float64, memory_format=torch.contiguous_format).contiguous().mT
     triangle = basis.new_empty(basis.shape[1], basis.shape[1])
     torch.linalg.qr(basis, out=(basis, triangle))
     return basis, triangle
