@@ -326,10 +326,15 @@ class _Factored:
         leading, _ = orthonormal_(leading)
         if self.gradient is None:
             return leading.to(best), leading.T.to(best) @ best
-        out, triangle = orthonormal_(self.gradient.undo_(leading.clone()))
+        basis, triangle = orthonormal_(self.gradient.undo_(leading.clone()))
+        out = basis.to(best)
+        del basis
         if near is not None:
             leading = self.gradient.times_(leading)
-        return out.to(best), (triangle @ leading.T).to(best) @ best
+        inner = best.new_zeros(rank, best.shape[1])
+        for part, rows in zip(leading.split(CHUNK), best.split(CHUNK), strict=True):
+            inner.addmm_((triangle @ part.T).to(best), rows)
+        return out, inner
 
     def _decomposed(self, measured: Tensor, rank: int) -> Tensor:
         """The leading left singular vectors of a map `[T, F]` in the metric of the features, `[T, R]`, in its dtype."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_ops.singular import energy
 
 # Columns of a panel. Half a square of them is kept besides a triangle, and one panel in fp64 where it is computed with.
-BLOCK = 512
+BLOCK = 256
 
 
 class Triangle:
