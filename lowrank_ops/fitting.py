@@ -20,14 +20,7 @@ from torch import Tensor
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.memory import trim
 from lowrank_ops.roots import Root, cholesky_
-from lowrank_ops.singular import (
-    energy,
-    gram,
-    leading_eigenvectors_,
-    leading_svd,
-    orthonormal_,
-    worth_randomizing,
-)
+from lowrank_ops.singular import energy, gram, leading_eigenvectors_, leading_svd, orthonormal_, worth_randomizing
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
 # decomposition, which is what directions that the calibration data do not reach then keep. Where rows are few, a
@@ -46,6 +39,7 @@ RELU_ROUNDS = (0.01, 0.01, 0.1, 0.1, 1.0, 1.0)
 
 # See `Regression.solve`. Matrices have the features' dtype, the bias fp64.
 Solution = tuple[Tensor, Tensor, Tensor]
+_Tried = tuple[float | None, Tensor, float]  # a strength, losses and error of its fit
 
 
 @dataclass(frozen=True)
@@ -156,8 +150,8 @@ def refit(
         return present, None
     if not len(fitted.features):
         return present, held.error(present)
-    tried: list[tuple[float | None, Tensor, float]] = [(None, held.losses(present, relu), held.error(present))]
-    tried[1:] = _tried(fitted, held, rank, relu)
+    tried: list[_Tried] = [(None, held.losses(present, relu), held.error(present))]
+    tried += _tried(fitted, held, rank, relu)
     best = min((losses for _, losses, _ in tried), key=lambda losses: float(losses.mean()))
     chosen, error = next(
         (strength, error)
@@ -170,11 +164,9 @@ def refit(
     return _solve(both, _Normal(both), rank, relu, chosen), error
 
 
-def _tried(
-    fitted: Regression, held: Regression, rank: int | None, relu: bool
-) -> list[tuple[float | None, Tensor, float]]:
+def _tried(fitted: Regression, held: Regression, rank: int | None, relu: bool) -> list[_Tried]:
     """The strengths, the strongest one first, with the losses and the error of their fits on the held-out rows."""
-    tried: list[tuple[float | None, Tensor, float]] = []
+    tried: list[_Tried] = []
     normal, least = _Normal([fitted]), float("inf")
     for strength in STRENGTHS:
         solution = _solve([fitted], normal, rank, relu, strength)
@@ -263,7 +255,7 @@ class _Factored:
     ) -> Solution:
         """For the targets `change(features, targets)` of each chunk; `near`: a solution for targets like these, from
         which a limited rank is reached by one step of orthogonal iteration instead of a decomposition."""
-        normal = self.normal
+        trim(self.normal.parts[0].targets)
         mean, best = self._best(change)
         trim(best)
         if rank is None:
@@ -274,8 +266,7 @@ class _Factored:
             out, inner = F.pad(best, (0, rank - best.shape[1])), torch.eye(rank, best.shape[1]).to(best)
         else:
             out, inner = self._reduce(best, rank, near)
-        trim(best)
-        return out, inner, mean - out.double() @ (inner @ normal.mean).double()
+        return out, inner, mean - out.double() @ (inner @ self.normal.mean).double()
 
     def _best(self, change: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The mean of the targets, fp64, and the map `[T, F]` of any rank, in the features' dtype."""
@@ -343,15 +334,11 @@ class _Factored:
         if measured.dtype == torch.float64 or worth_randomizing(min(outputs, columns), rank):
             return leading_svd(torch.cat(list(self._images(measured)), dim=1), rank, seed=0)[0]
         if outputs > width:
-            root = self._feature_root()
-            square = root.T @ (gram(measured.T) @ root)
-            trim(measured)
-            values, vectors = leading_eigenvectors_(square, rank)
-            del square
-            return measured @ (root @ vectors).mul_(torch.where(values > 0, values.rsqrt(), 0)).to(measured)
+            values, vectors = leading_eigenvectors_(self._feature_gram(measured), rank)
+            vectors = self._feature_root() @ vectors  # made again: it would lie beside LAPACK's work
+            return measured @ vectors.mul_(torch.where(values > 0, values.rsqrt(), 0)).to(measured)
         square = torch.zeros(outputs, outputs, dtype=torch.float64)
-        for image in self._images(measured):
-            image = image.double()
+        for image in map(Tensor.double, self._images(measured)):
             square.addmm_(image, image.T)
         trim(measured)
         return leading_eigenvectors_(square, rank)[1].to(measured)
@@ -368,14 +355,20 @@ class _Factored:
         for part in measured.split(columns, dim=1):
             yield part * self.ridge**0.5
 
+    def _feature_gram(self, measured: Tensor) -> Tensor:
+        """`B^T B` of B, the map `[T, F]` times the root of the features, `[F, F]`, fp64."""
+        root = self._feature_root()
+        square = root.T @ (gram(measured.T) @ root)
+        trim(measured)
+        return square
+
     def _feature_root(self) -> Tensor:
         """The Cholesky factor of the features' covariance plus the ridge, `[F, F]`, fp64."""
         normal = self.normal
         if not normal.by_rows:
             return self.factor
         square = torch.zeros(len(normal.mean), len(normal.mean), dtype=torch.float64)
-        for features, _ in normal.chunks():
-            features = features.double()
+        for features in (rows.double() for rows, _ in normal.chunks()):
             square.addmm_(features.T, features, alpha=1 / normal.count)
         square.diagonal().add_(self.ridge)
         factor = cholesky_(square)
