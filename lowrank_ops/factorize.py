@@ -112,8 +112,8 @@ def factorize_(
             or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run over once for each such group, twice
             with a `Budget`), as much again of rows to which layers are fitted together, one layer's matrices in fp64,
             and what a backward pass of a batch keeps. With 1,024 fp32 rows on a CPU, a process grew by 3.1 GiB at most
-            for a model of 1.55 GiB in 198 layers (transformer blocks, 1024 wide), by 0.53 GiB for one of 0.13 GiB in two
-            layers, from 2048 features to 8192 and back: there the moments of one layer take as much as the model.
+            for a model of 1.55 GiB in 198 layers (transformer blocks, 1024 wide), by 0.53 GiB for one of 0.13 GiB in
+            two layers, from 2048 features to 8192 and back: there the moments of one layer take as much as the model.
             Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics afterwards
             (`reestimate_batchnorm_`).
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
