@@ -75,8 +75,17 @@ def arithmetic() -> Iterator[None]:
         tl.tenalg.set_backend(previous[1], local_threadsafe=True)
 
 
-def prepare(weight: Tensor, dimensions: int, name: str, least: torch.dtype = torch.float32) -> tuple[Tensor, float]:
-    """A copy of the weight to compute with, scaled to a largest magnitude of 1, and that scale."""
+# Scales between which a weight is computed with as it is where no copy is wanted: its squares are far from overflow.
+_ORDINARY = 2.0**-30, 2.0**30
+
+
+def prepare(
+    weight: Tensor, dimensions: int, name: str, least: torch.dtype = torch.float32, copied: bool = True
+) -> tuple[Tensor, float]:
+    """A copy of the weight to compute with, scaled to a largest magnitude of 1, and that scale.
+
+    With `copied` False it may be the weight itself, and a scale of 1, where its dtype and magnitudes allow.
+    """
     if not weight.is_floating_point():
         raise TypeError(f"{name}: a weight to decompose must be floating point, got {weight.dtype}")
     if weight.dim() != dimensions or weight.numel() == 0:
@@ -87,8 +96,10 @@ def prepare(weight: Tensor, dimensions: int, name: str, least: torch.dtype = tor
     require_finite(weight, name)
     dtype = torch.promote_types(weight.dtype, least)
     device = computing_device(weight)
+    scale = max(map(abs, map(float, weight.detach().aminmax())))
+    if not copied and (weight.device, weight.dtype) == (device, dtype) and _ORDINARY[0] < scale < _ORDINARY[1]:
+        return weight.detach(), 1.0
     tensor = weight.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    scale = max(map(abs, map(float, tensor.aminmax())))
     if scale:
         # A reciprocal would overflow for the smallest magnitudes.
         tensor /= scale

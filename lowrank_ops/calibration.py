@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch, Batches
 from lowrank_ops.fitting import Regression, chunk_rows, refit
+from lowrank_ops.memory import trim
 from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.moment_groups import moment_bytes
@@ -119,10 +120,10 @@ def _stages(fits: Sequence[Fit], count: int, stage: int, room: float) -> Iterato
 def _fit(rows: _Rows) -> float | None:
     fit = rows.fit
     factors = _LastFactors(fit.module)
-    out, inner = factors.present()
     parts = rows.parts()
-    prior = out if factors.rank is None else out.to(parts[0][0]) @ inner.to(parts[0][0])
-    fitted, judged = (Regression(features, targets, prior, fit.gradient) for features, targets in parts)
+    trim(parts[0][1])
+    out, inner = (factor.to(parts[0][0].dtype) for factor in factors.present())
+    fitted, judged = (Regression(features, targets, (out, inner), fit.gradient) for features, targets in parts)
     for regression in (fitted, judged):
         if not all(map(_finite, (regression.features, regression.targets))):
             raise ValueError(
@@ -311,12 +312,13 @@ class _LastFactors:
         return windows if self.rank is not None else windows @ self._core.T.to(windows)
 
     def present(self) -> tuple[Tensor, Tensor]:
-        """The factors `[T, R]` and `[R, width]` of the present map, fp64; where it is out_factor, that and the
-        identity."""
-        last = self._last.double()
+        """The factors `[T, R]` and `[R, width]` of the present map; where it is out_factor, that and the identity. They
+        may be the module's own."""
         if self.rank is None:
-            return last, torch.eye(self.width, dtype=torch.float64)
-        return (last * self._taps.T, self._first.double()) if self._core is None else (last, self._core.double())
+            return self._last, torch.eye(self.width)
+        if self._core is not None:
+            return self._last, self._core
+        return self._last if bool((self._taps == 1).all()) else self._last * self._taps.T, self._first
 
 
 def _taps(factors: dict[str, Tensor]) -> Tensor:

@@ -160,7 +160,7 @@ def svd_decompose(
         TypeError: a weight that is not floating point, a rank of an unknown type.
     """
     with arithmetic():
-        matrix, scale = prepare(weight, 2, name)
+        matrix, scale = prepare(weight, 2, name, copied=False)
         count = linear_rank(rank, weight, multiple=multiple, name=name)
         left, values, right = leading_svd(matrix, count, seed, exact)
         roots = (values * scale).sqrt()

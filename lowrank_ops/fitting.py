@@ -1,30 +1,26 @@
-"""Factors that keep a layer's output rather than its weight: whitening, and least squares on calibration rows.
+"""Factors that keep a layer's output rather than its weight: least squares on calibration rows.
 
-`whitened` decomposition. With the moments C of the input and G of the output's gradient, the error that a change D of
-the weight makes in the model's output is about `tr(G D C D^T)`, the squared Frobenius norm of `G^(1/2) D C^(1/2)`
-(the Kronecker-factored curvature of Martens & Grosse, arXiv:1503.05671, section 3, with the output's own metric for
-the loss; taps of a window share C). So the weight is multiplied by both roots, decomposed by any method, and the roots
-are divided out of the outer factors, which costs nothing.
-
-`refit`. Then the last factors and the bias get the values that bring the block's output closest to the dense layer's,
-for the inputs that the already factorized layers before it give: least squares (Zhang et al., arXiv:1505.06798, section
-3.3, "asymmetric reconstruction"), for Tucker of a given rank (reduced-rank regression, section 3.1), also through a
-following ReLU (section 3.2). How strongly the fit is pulled to the decomposition, or whether there is no fit at all,
-is decided on rows that the fit does not see (`refit`).
+The weight was decomposed in the metric of the layer's moments (`lowrank_ops.whitening`). Then the last factors and the
+bias get the values that bring the block's output closest to the dense layer's, for the inputs that the already
+factorized layers before it give: least squares (Zhang et al., arXiv:1505.06798, section 3.3, "asymmetric
+reconstruction"), for Tucker of a given rank (reduced-rank regression, section 3.1), also through a following ReLU
+(section 3.2). How strongly the fit is pulled to the decomposition, or whether there is no fit at all, is decided on
+rows that the fit does not see (`refit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
-from lowrank_ops.moments import Moments
+from lowrank_ops.memory import trim
 from lowrank_ops.roots import Root, cholesky_
-from lowrank_ops.singular import computing_device, energy, leading_svd
+from lowrank_ops.singular import energy, gram, leading_eigenvectors_, leading_svd, orthonormal_, worth_randomizing
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
 # decomposition, which is what directions that the calibration data do not reach then keep. Where rows are few, a
@@ -41,38 +37,9 @@ BLOCKS = 8
 # The weights of the constraint in the alternation through a ReLU, one a round: Zhang et al. raise it step by step.
 RELU_ROUNDS = (0.01, 0.01, 0.1, 0.1, 1.0, 1.0)
 
-# See `Regression.solve`. Matrices as large as a weight have the features' dtype, smaller ones fp64.
+# See `Regression.solve`. Matrices have the features' dtype, the bias fp64.
 Solution = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """Roots of a layer's moments, of `[S, S]` and `[T, T]`."""
-
-    input: Root
-    gradient: Root
-
-    @classmethod
-    def of_(cls, moments: Moments) -> Whitening:
-        """In the moments' memory."""
-        return cls(Root.of_(moments.input), Root.of_(moments.gradient))
-
-    @no_autocast()
-    def apply(self, weight: Tensor) -> Tensor:
-        """`G^(1/2) W C^(1/2)` of a weight `[T, S, ...]`, in its shape, fp64."""
-        copy = weight.detach().to(computing_device(weight), torch.float64, copy=True)
-        columns = self.gradient.apply_(copy.flatten(1))
-        rows = columns.unflatten(1, weight.shape[1:]).transpose(0, 1).flatten(1)  # [S, T ...]; of a matrix no copy
-        rows = self.input.apply_(rows)
-        return rows.unflatten(1, (weight.shape[0], *weight.shape[2:])).transpose(0, 1).contiguous()
-
-    @no_autocast()
-    def undo(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Factors of the weight from factors of the whitened weight, fp64."""
-        result = {name: factor.detach().double() for name, factor in factors.items()}
-        result["in_factor"] = self.input.undo(result["in_factor"].T).T
-        result["out_factor"] = self.gradient.undo(result["out_factor"])
-        return result
+_Tried = tuple[float | None, Tensor, float]  # a strength, losses and error of its fit
 
 
 @dataclass(frozen=True)
@@ -81,13 +48,13 @@ class Regression:
 
     Attributes:
         features: `[N, F]`, what the last factors are multiplied with; targets: `[N, T]`, the dense layer's outputs.
-        prior: `[T, F]`, the map that the ridge pulls to.
+        prior: `[T, R]` and `[R, F]`, the factors of the map that the ridge pulls to.
         gradient: the root of the output's metric, or None for the plain one; it matters where the rank is limited.
     """
 
     features: Tensor
     targets: Tensor
-    prior: Tensor
+    prior: tuple[Tensor, Tensor]
     gradient: Root | None = None
 
     @no_autocast()
@@ -183,17 +150,8 @@ def refit(
         return present, None
     if not len(fitted.features):
         return present, held.error(present)
-    tried: list[tuple[float | None, Tensor, float]] = [(None, held.losses(present, relu), held.error(present))]
-    least = float("inf")
-    normal = _Normal([fitted])
-    for strength in STRENGTHS:
-        solution = _solve([fitted], normal, rank, relu, strength)
-        losses = held.losses(solution, relu)
-        tried.insert(1, (strength, losses, held.error(solution)))
-        if not float(losses.mean()) < least:
-            break  # it only rises from here on
-        least = float(losses.mean())
-    del normal
+    tried: list[_Tried] = [(None, held.losses(present, relu), held.error(present))]
+    tried += _tried(fitted, held, rank, relu)
     best = min((losses for _, losses, _ in tried), key=lambda losses: float(losses.mean()))
     chosen, error = next(
         (strength, error)
@@ -204,6 +162,21 @@ def refit(
         return present, error
     both = [fitted, held]
     return _solve(both, _Normal(both), rank, relu, chosen), error
+
+
+def _tried(fitted: Regression, held: Regression, rank: int | None, relu: bool) -> list[_Tried]:
+    """The strengths, the strongest one first, with the losses and the error of their fits on the held-out rows."""
+    tried: list[_Tried] = []
+    normal, least = _Normal([fitted]), float("inf")
+    for strength in STRENGTHS:
+        solution = _solve([fitted], normal, rank, relu, strength)
+        losses = held.losses(solution, relu)
+        tried.insert(0, (strength, losses, held.error(solution)))
+        del solution
+        if not float(losses.mean()) < least:
+            break  # it only rises from here on
+        least = float(losses.mean())
+    return tried
 
 
 def _standard_error(values: Tensor) -> float:
@@ -223,7 +196,8 @@ class _Normal:
     """
 
     def __init__(self, parts: Sequence[Regression]) -> None:
-        self.parts, self.prior = parts, parts[0].prior.to(parts[0].features)
+        self.parts = parts
+        self.prior = [factor.to(parts[0].features) for factor in parts[0].prior]
         self.count = sum(len(part.features) for part in parts)
         self.mean = torch.stack([part.features.sum(0) for part in parts]).sum(0) / self.count
         side = self.count if self.by_rows else len(self.mean)
@@ -281,58 +255,125 @@ class _Factored:
     ) -> Solution:
         """For the targets `change(features, targets)` of each chunk; `near`: a solution for targets like these, from
         which a limited rank is reached by one step of orthogonal iteration instead of a decomposition."""
-        normal = self.normal
+        trim(self.normal.parts[0].targets)
         mean, best = self._best(change)
+        trim(best)
         if rank is None:
             out, inner = best, torch.eye(best.shape[1]).to(best)
         elif rank >= len(best):
             out, inner = torch.eye(len(best)).to(best), best
+        elif rank > best.shape[1]:
+            out, inner = F.pad(best, (0, rank - best.shape[1])), torch.eye(rank, best.shape[1]).to(best)
         else:
             out, inner = self._reduce(best, rank, near)
-        return out, inner, mean - out.double() @ (inner @ normal.mean).double()
+        return out, inner, mean - out.double() @ (inner @ self.normal.mean).double()
 
     def _best(self, change: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The mean of the targets, fp64, and the map `[T, F]` of any rank, in the features' dtype."""
-        normal = self.normal
+        normal, (out, inner) = self.normal, self.normal.prior
         changed = ((centred, change(centred + normal.mean, targets)) for centred, targets in normal.chunks())
         if normal.by_rows:
-            targets = torch.cat([targets - centred @ normal.prior.T for centred, targets in changed])
-            mean = targets.double().mean(0)
-            weights = torch.cholesky_solve(targets.double() - mean, self.factor)
-            best = normal.prior.clone()
+            mean, weights = self._weights(changed)
+            trim(weights)
+            best = out @ inner
             for rows, centred in normal.blocks():
-                best.addmm_(weights[rows].T.to(centred), centred)
+                best.addmm_(weights[rows].T, centred)
             return mean, best
-        products = normal.square.new_zeros(normal.prior.shape)
+        products = normal.square.new_zeros(len(out), inner.shape[1])
         sums = torch.zeros(len(products), dtype=torch.float64)
         for centred, targets in changed:
             sums += targets.sum(0)
             products.addmm_(targets.T, centred)
-        right = products.div_(normal.count).add_(normal.prior, alpha=self.ridge)
+        right = products.div_(normal.count).addmm_(out, inner, alpha=self.ridge)
         for part in right.split(chunk_rows(right.shape[1])):
             part.copy_(torch.cholesky_solve(part.double().T, self.factor).T)
         return sums / normal.count, right
 
+    def _weights(self, changed: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The mean of the targets that the prior leaves, `[T]`, fp64, and of each row its weight in the map, `[N, T]`,
+        in the features' dtype."""
+        normal, (out, inner) = self.normal, self.normal.prior
+        weights, start = out.new_empty(normal.count, len(out)), 0
+        for centred, targets in changed:
+            weights[start : start + len(targets)] = targets - centred @ inner.T @ out.T
+            start += len(targets)
+        means = []
+        for part in weights.split(chunk_rows(normal.count), dim=1):
+            left = part.double()
+            means.append(left.mean(0))
+            part.copy_(torch.cholesky_solve(left - means[-1], self.factor))
+        return torch.cat(means), weights
+
     def _reduce(self, best: Tensor, rank: int, near: Solution | None) -> tuple[Tensor, Tensor]:
         """The map of a rank that is closest to the best one, in the metric of the features and the gradient: `[T, R]`,
-        fp64, with orthonormal columns, and `[R, F]`."""
-        leading = self._decomposed(best, rank) if near is None else self._iterated(best, near[1])
-        leading = torch.linalg.qr(leading.double()).Q
-        if self.gradient is None:
-            return leading, leading.T.to(best) @ best
-        out, triangle = torch.linalg.qr(self.gradient.undo(leading))
-        return out, (triangle @ self.gradient.times(leading).T).to(best) @ best
-
-    def _decomposed(self, best: Tensor, rank: int) -> Tensor:
-        """The leading left singular vectors of the best map in both metrics, `[T, R]`, in the features' dtype."""
-        normal = self.normal
-        image = self._measured(best.clone())
-        if not normal.by_rows:
-            image = image @ self.factor.to(image)
+        with orthonormal columns, and `[R, F]`. Without a near one the best map's memory is used up."""
+        if near is None:
+            measured = best if self.gradient is None else self.gradient.apply_(best)
+            trim(measured)
+            leading = self._decomposed(measured, rank)
         else:
-            outputs = [image @ centred.T for _, centred in normal.blocks()]
-            image = torch.cat([*(part.div_(normal.count**0.5) for part in outputs), image.mul_(self.ridge**0.5)], dim=1)
-        return leading_svd(image, rank, seed=0)[0]
+            leading = self._iterated(best, near[1])
+        trim(best)
+        leading, _ = orthonormal_(leading)
+        if self.gradient is None:
+            return leading.to(best), leading.T.to(best) @ best
+        basis, triangle = orthonormal_(self.gradient.undo_(leading.clone()))
+        out = basis.to(best)
+        del basis
+        if near is not None:
+            leading = self.gradient.times_(leading)
+        inner = best.new_zeros(rank, best.shape[1])
+        for part, rows in zip(leading.split(CHUNK), best.split(CHUNK), strict=True):
+            inner.addmm_((triangle @ part.T).to(best), rows)
+        return out, inner
+
+    def _decomposed(self, measured: Tensor, rank: int) -> Tensor:
+        """The leading left singular vectors of a map `[T, F]` in the metric of the features, `[T, R]`, in its dtype."""
+        normal, (outputs, width) = self.normal, measured.shape
+        columns = width + normal.count if normal.by_rows else width
+        if measured.dtype == torch.float64 or worth_randomizing(min(outputs, columns), rank):
+            return leading_svd(torch.cat(list(self._images(measured)), dim=1), rank, seed=0)[0]
+        if outputs > width:
+            values, vectors = leading_eigenvectors_(self._feature_gram(measured), rank)
+            vectors = self._feature_root() @ vectors  # made again: it would lie beside LAPACK's work
+            return measured @ vectors.mul_(torch.where(values > 0, values.rsqrt(), 0)).to(measured)
+        square = torch.zeros(outputs, outputs, dtype=torch.float64)
+        for image in map(Tensor.double, self._images(measured)):
+            square.addmm_(image, image.T)
+        trim(measured)
+        return leading_eigenvectors_(square, rank)[1].to(measured)
+
+    def _images(self, measured: Tensor) -> Iterator[Tensor]:
+        """The map times a root of the features' covariance plus the ridge, some columns at a time."""
+        normal, columns = self.normal, chunk_rows(len(measured))
+        if not normal.by_rows:
+            for start in range(0, len(self.factor), columns):
+                yield measured[:, start:] @ self.factor[start:, start : start + columns].to(measured)
+            return
+        for _, centred in normal.blocks():
+            yield (measured @ centred.T).div_(normal.count**0.5)
+        for part in measured.split(columns, dim=1):
+            yield part * self.ridge**0.5
+
+    def _feature_gram(self, measured: Tensor) -> Tensor:
+        """`B^T B` of B, the map `[T, F]` times the root of the features, `[F, F]`, fp64."""
+        root = self._feature_root()
+        square = root.T @ (gram(measured.T) @ root)
+        trim(measured)
+        return square
+
+    def _feature_root(self) -> Tensor:
+        """The Cholesky factor of the features' covariance plus the ridge, `[F, F]`, fp64."""
+        normal = self.normal
+        if not normal.by_rows:
+            return self.factor
+        square = torch.zeros(len(normal.mean), len(normal.mean), dtype=torch.float64)
+        for features in (rows.double() for rows, _ in normal.chunks()):
+            square.addmm_(features.T, features, alpha=1 / normal.count)
+        square.diagonal().add_(self.ridge)
+        factor = cholesky_(square)
+        assert factor is not None  # the ridge is far above rounding
+        return factor
 
     def _iterated(self, best: Tensor, inner: Tensor) -> Tensor:
         """Those vectors from the map `[R, F]` of a solution that is near: the span of the best map's outputs for the
@@ -344,11 +385,8 @@ class _Factored:
                 read.addmm_(inner @ centred.T, centred, alpha=1 / normal.count)
         else:
             read.addmm_(inner, normal.square, alpha=1 / normal.count)
-        return self._measured(best @ read.T)
-
-    def _measured(self, map: Tensor) -> Tensor:
-        """In the metric of the gradient, in place."""
-        return map if self.gradient is None else self.gradient.apply_(map)
+        image = best @ read.T
+        return image if self.gradient is None else self.gradient.apply_(image)
 
 
 def _through_relu(targets: Tensor, present: Tensor, weight: float) -> Tensor:

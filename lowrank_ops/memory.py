@@ -1,8 +1,14 @@
-"""What the CPU kernels keep between calls: `kept_memory`, `release_memory`."""
+"""Memory that is kept without need: by the CPU kernels between calls (`kept_memory`, `release_memory`), and by the C
+library after work with large tensors (`trim`)."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lowrank_ops._ops import _C
+
+# The entries of a matrix after work with which `trim` looks for freed memory.
+_LARGE = 2**21
 
 
 def kept_memory() -> int:
@@ -26,3 +32,11 @@ def release_memory() -> int:
     """
     released: int = _C.release_memory()
     return released
+
+
+def trim(matrix: Tensor) -> None:
+    """Gives freed memory back to the system, if it was worked with matrices as large as this one, of `[4096, 512]` and
+    more. glibc keeps freed blocks of up to 32 MiB for itself, and they need not fit what comes next: hundreds of MiB
+    after work with panels and rows of several sizes."""
+    if matrix.numel() >= _LARGE:
+        release_memory()

@@ -30,7 +30,8 @@ def room(model: nn.Module) -> float:
 
 
 def moment_bytes(layer: Layer) -> int:
-    """What the moments of a layer's input and gradient take: `[S, S]` and `[T, T]`, diagonals of wide ones."""
+    """What the moments of a layer's input and gradient would take whole, `[S, S]` and `[T, T]`, diagonals of wide ones.
+    Their lower triangles, half of it, are kept."""
     weight = layer.weight
     entries = sum(size if size > WIDEST else size**2 for size in weight.shape[:2])
     return entries * max(weight.element_size(), 4)

@@ -24,6 +24,7 @@ from lowrank_ops.chains import same_padding
 from lowrank_ops.model_state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
 from lowrank_ops.nested import values_of
 from lowrank_ops.shrinkage import SecondMoment
+from lowrank_ops.triangle import Triangle
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
@@ -44,8 +45,8 @@ class Moments:
         rows: output positions that the layer has computed, held-out ones included.
     """
 
-    input: Tensor
-    gradient: Tensor
+    input: Triangle | Tensor
+    gradient: Triangle | Tensor
     rows: int = 0
 
 
@@ -246,19 +247,23 @@ class _Sums:
         """In the memory of the sums, which are lost."""
         total = self.gradient.total
         usable = finite(total) and bool(total.any())
-        gradient = self.gradient.shrunk_().mul_(self.gradient.rows) if usable else _ones_(total)
+        gradient = self.gradient.shrunk_().mul_(self.gradient.rows) if usable else _identity_(total)
         assert self.input is not None
         return Moments(self.input.shrunk_(), gradient, self.rows)
 
 
-def finite(moment: Tensor) -> bool:
+def finite(moment: Triangle | Tensor) -> bool:
     """Whether all entries are: where one is not, one on the diagonal is not, as no entry is above both of its own."""
-    return bool(torch.isfinite(moment if moment.dim() == 1 else moment.diagonal()).all())
+    return bool(torch.isfinite(moment if isinstance(moment, Tensor) else moment.diagonal()).all())
 
 
-def _ones_(moment: Tensor) -> Tensor:
-    """The identity, or its diagonal, in the moment's place."""
-    return moment.fill_(1) if moment.dim() == 1 else moment.zero_().fill_diagonal_(1)
+def _identity_(moment: Triangle | Tensor) -> Triangle | Tensor:
+    """The identity, or its diagonal, in the moment's place, whose values may not be finite."""
+    if isinstance(moment, Tensor):
+        return moment.fill_(1)
+    for panel in moment.panels:
+        panel.zero_().fill_diagonal_(1)
+    return moment
 
 
 def _backward_through_recurrent_layers() -> Any:

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from lowrank_ops import ranks
-from lowrank_ops.fitting import Whitening
+from lowrank_ops.memory import trim
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.options import is_matrix
 from lowrank_ops.ranks import Rank
-from lowrank_ops.singular import ROWS, energy, exactly
+from lowrank_ops.singular import energy, exactly
 from lowrank_ops.surgery import HOOKS, own_attributes
+from lowrank_ops.whitening import Whitening
+
+_ROWS = 64  # of a weight that are compared in fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -82,27 +85,36 @@ def factorized(
     layer: Any, rank: int | tuple[int, int], tucker: bool, whitening: Whitening | None, options: Mapping[str, Any]
 ) -> FactorizedModule:
     """The module of a layer; with a whitening, of the layer whose weight is whitened, which is then undone."""
-    source = layer
-    if whitening is not None:
-        source = copy.copy(layer)  # shares everything but the weight
-        weight = whitening.apply(layer.weight).to(torch.promote_types(layer.weight.dtype, torch.float32))
-        source._parameters = {**layer._parameters, "weight": nn.Parameter(weight, layer.weight.requires_grad)}
-    module: FactorizedModule
-    if isinstance(layer, nn.Linear):
-        module = LowRankLinear.from_linear(source, rank, **options)  # type: ignore[arg-type]
-    elif isinstance(layer, nn.Conv2d):
-        module = (TuckerConv2d if tucker else CPConv2d).from_conv2d(source, rank, **options)
-    else:
-        module = (TuckerConv1d if tucker else CPConv1d).from_conv1d(source, rank, **options)
     if whitening is None:
-        return module
+        return _decomposed(layer, rank, tucker, options)
+    module = _decomposed(_whitened(layer, whitening), rank, tucker, options)
+    trim(layer.weight)
     factors = whitening.undo(module.factors())
     module = module.to(layer.weight.device, layer.weight.dtype)
     with torch.no_grad():
         for name, factor in module.factors().items():
             factor.copy_(factors[name])
+    del factors
+    trim(layer.weight)
     module.relative_error = weight_error(layer, module)
     return module
+
+
+def _whitened(layer: Any, whitening: Whitening) -> Any:
+    """The layer with a whitened weight, of its dtype, fp32 at least."""
+    source = copy.copy(layer)  # shares everything but the weight
+    weight = whitening.apply(layer.weight, torch.promote_types(layer.weight.dtype, torch.float32))
+    trim(weight)
+    source._parameters = {**layer._parameters, "weight": nn.Parameter(weight, layer.weight.requires_grad)}
+    return source
+
+
+def _decomposed(layer: Any, rank: int | tuple[int, int], tucker: bool, options: Mapping[str, Any]) -> FactorizedModule:
+    if isinstance(layer, nn.Linear):
+        return LowRankLinear.from_linear(layer, rank, **options)  # type: ignore[arg-type]
+    if isinstance(layer, nn.Conv2d):
+        return (TuckerConv2d if tucker else CPConv2d).from_conv2d(layer, rank, **options)  # type: ignore[arg-type]
+    return (TuckerConv1d if tucker else CPConv1d).from_conv1d(layer, rank, **options)  # type: ignore[arg-type]
 
 
 def weight_of(layer: Any) -> torch.Tensor:
@@ -110,10 +122,10 @@ def weight_of(layer: Any) -> torch.Tensor:
     return weight.detach()
 
 
+@torch.no_grad()
 def weight_error(layer: Any, module: FactorizedModule) -> float:
-    dense: Any = module.to_dense()  # type: ignore[operator]
-    pairs = zip(weight_of(layer).split(ROWS), weight_of(dense).split(ROWS), strict=True)
-    lost = sum(energy(before.double() - after.double()) for before, after in pairs)
+    pairs = zip(weight_of(layer).split(_ROWS), module._dense_weight().split(_ROWS), strict=True)
+    lost = sum(energy(before.double() - after) for before, after in pairs)
     norm = energy(weight_of(layer))
     return (lost / norm) ** 0.5 if norm else 0.0
 

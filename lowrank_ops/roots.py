@@ -2,14 +2,13 @@
 
 Any L with `L L^T = C` gives the same metric, `tr(D C D^T) = |D L|^2`. The Cholesky factor takes `n^3 / 3` operations
 where all eigenvectors, which the symmetric root needs, take some `9 n^3`, and is inverted by substitution. It takes the
-moment's place in memory and has its dtype, fp32 for an fp32 model: an [8192, 8192] moment has a quarter of a gigabyte.
-`apply` and `undo` compute with the same matrix, so they cancel. All work is done in blocks of columns, so that only
-blocks have copies in fp64.
+moment's place in memory and has its dtype, fp32 for an fp32 model, and of both only the lower triangle is kept: of an
+[8192, 8192] moment an eighth of a gigabyte. `apply` and `undo` compute with the same matrix, so they cancel. All work
+is done in panels of columns, so that only one has a copy in fp64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.singular import computing_device, energy
+from lowrank_ops.triangle import Triangle
 
 # What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
 # noise, and data that calibration did not show may use them.
 DAMPING = 1e-4
-# Columns that are computed with at a time.
-BLOCK = 1024
 _POWERS = 30  # to estimate the largest eigenvalue, a few percent below it at worst
 
 
@@ -34,16 +32,16 @@ class Root:
         factor: lower triangular, `[n, n]`, with `factor factor^T = M`; or `[n]`, the roots of M's diagonal.
     """
 
-    factor: Tensor
+    factor: Triangle | Tensor
 
     @classmethod
     @no_autocast()
-    def of_(cls, moment: Tensor) -> Root:
+    def of_(cls, moment: Triangle | Tensor) -> Root:
         """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, whose memory it takes; all ones for one of
         zeros."""
         if not bool(moment.any()):
             return cls(torch.ones(len(moment), dtype=moment.dtype))
-        if moment.dim() == 1:
+        if isinstance(moment, Tensor):
             return cls(moment.add_(DAMPING * float(moment.max())).sqrt_())
         _damped_cholesky_(moment, DAMPING * _largest_eigenvalue(moment))
         return cls(moment)
@@ -54,39 +52,38 @@ class Root:
 
     def apply_(self, matrix: Tensor) -> Tensor:
         """`apply` in the matrix' memory."""
-        if self.factor.dim() == 1:
+        if isinstance(self.factor, Tensor):
             return matrix.mul_(self.factor.to(matrix)[:, None])
-        for start, columns in self._blocks(matrix):
-            matrix[start : start + BLOCK] = columns.T @ matrix[start:]
+        for start, end, panel in self.factor.copies(matrix):
+            matrix[start:end] = panel.T @ matrix[start:]
         return matrix
 
     def undo(self, matrix: Tensor) -> Tensor:
         """The inverse of `apply`: `[n, m]`, in the matrix' dtype."""
-        result = _copy(matrix)
-        if self.factor.dim() == 1:
-            return result.div_(self.factor.to(result)[:, None])
-        for start, columns in self._blocks(result, backwards=True):
-            end = start + columns.shape[1]
-            right = result[start:end] - columns[end - start :].T @ result[end:]
-            result[start:end] = torch.linalg.solve_triangular(columns[: end - start].T, right, upper=True)
-        return result
+        return self.undo_(_copy(matrix))
+
+    def undo_(self, matrix: Tensor) -> Tensor:
+        """`undo` in the matrix' memory."""
+        if isinstance(self.factor, Tensor):
+            return matrix.div_(self.factor.to(matrix)[:, None])
+        for start, end, panel in self.factor.copies(matrix, backwards=True):
+            right = matrix[start:end] - panel[end - start :].T @ matrix[end:]
+            matrix[start:end] = torch.linalg.solve_triangular(panel[: end - start].T, right, upper=True)
+        return matrix
 
     def times(self, matrix: Tensor) -> Tensor:
         """`factor matrix`: `[n, m]`, in the matrix' dtype."""
-        result = _copy(matrix)
-        if self.factor.dim() == 1:
-            return result.mul_(self.factor.to(result)[:, None])
-        for start, columns in self._blocks(result, backwards=True):
-            rows = result[start : start + BLOCK].clone()
-            result[start : start + BLOCK] = 0
-            result[start:].addmm_(columns, rows)
-        return result
+        return self.times_(_copy(matrix))
 
-    def _blocks(self, matrix: Tensor, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """The factor's columns beside the matrix, `BLOCK` at a time: where they start, and their rows from there on."""
-        starts = range(0, len(self.factor), BLOCK)
-        for start in reversed(starts) if backwards else starts:
-            yield start, self.factor[start:, start : start + BLOCK].to(matrix)
+    def times_(self, matrix: Tensor) -> Tensor:
+        """`times` in the matrix' memory."""
+        if isinstance(self.factor, Tensor):
+            return matrix.mul_(self.factor.to(matrix)[:, None])
+        for start, end, panel in self.factor.copies(matrix, backwards=True):
+            rows = matrix[start:end].clone()
+            matrix[start:end] = 0
+            matrix[start:].addmm_(panel, rows)
+        return matrix
 
 
 def _copy(matrix: Tensor) -> Tensor:
@@ -94,24 +91,22 @@ def _copy(matrix: Tensor) -> Tensor:
     return matrix.to(computing_device(matrix), copy=True, memory_format=torch.contiguous_format)
 
 
-def _damped_cholesky_(moment: Tensor, damping: float) -> None:
-    """The lower Cholesky factor of `moment + damping I` in its place, `[n, n]`, zeros above the diagonal.
+def _damped_cholesky_(moment: Triangle, damping: float) -> None:
+    """The lower Cholesky factor of `moment + damping I` in its place, zeros above the diagonal.
 
     Blocks on the diagonal are factored in fp64. Where one is not positive definite all the same (sums of low precision
     may have eigenvalues far below zero), it gets more damping: the result is the factor of a moment with that addition.
     """
-    starts = range(0, len(moment), BLOCK)
-    for start in starts:
-        end = min(start + BLOCK, len(moment))
-        factor = _damped_factor(moment[start:end, start:end].double(), damping)
-        moment[start:end, start:end] = factor
-        moment[start:end, end:] = 0
-        panel = moment[end:, start:end]
-        for rows in panel.split(BLOCK):
+    for index, panel in enumerate(moment.panels):
+        width = panel.shape[1]
+        factor = _damped_factor(panel[:width].double(), damping)
+        panel[:width] = factor
+        below = panel[width:]
+        for rows in below.split(width):
             rows.copy_(torch.linalg.solve_triangular(factor.T, rows.double(), upper=True, left=False))
-        for first in starts[end // BLOCK :] if end < len(moment) else ():
-            columns = panel[first - end : first - end + BLOCK]
-            moment[first:, first : first + BLOCK].addmm_(panel[first - end :], columns.T, alpha=-1)
+        for later in moment.panels[index + 1 :]:
+            later.addmm_(below, below[: later.shape[1]].T, alpha=-1)
+            below = below[later.shape[1] :]
 
 
 def _damped_factor(block: Tensor, damping: float) -> Tensor:
@@ -133,10 +128,12 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
     return None if bool(failed) else factor
 
 
-def _largest_eigenvalue(moment: Tensor) -> float:
+def _largest_eigenvalue(moment: Triangle) -> float:
     """From below, by the power method from the column of the largest diagonal entry."""
-    image = moment[:, int(moment.diagonal().argmax())]
+    vector = torch.zeros(len(moment), dtype=moment.dtype)
+    vector[int(moment.diagonal().argmax())] = 1
+    image = moment.times(vector)
     for _ in range(_POWERS):
         vector = image / image.abs().max()
-        image = moment @ vector
+        image = moment.times(vector)
     return (energy(image) / energy(vector)) ** 0.5

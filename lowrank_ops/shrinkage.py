@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lowrank_ops.autocast import no_autocast
 from lowrank_ops.singular import energy
+from lowrank_ops.triangle import Triangle, panel_energy
 
-# Of more features only the squares are summed: [8192, 8192] in fp32 is a quarter of a gigabyte, and a root takes a
-# second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et al., arXiv:2312.05821).
+# Of more features only the squares are summed: half of [8192, 8192] in fp32 is an eighth of a gigabyte, and a root
+# takes a second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et al.,
+# arXiv:2312.05821).
 WIDEST = 8192
-BLOCK = 1024  # columns of the moment whose new part is held
 
 
 class SecondMoment:
@@ -38,7 +39,7 @@ class SecondMoment:
 
     def __init__(self, width: int) -> None:
         with torch.inference_mode(False):
-            self.total = torch.zeros(width if width > WIDEST else (width, width))
+            self.total: Triangle | Tensor = torch.zeros(width) if width > WIDEST else Triangle(width)
             self._sum = torch.zeros(width, dtype=torch.float64)
         self.rows = 0
         self._fourth = 0.0  # sum over rows of |x|^4
@@ -52,72 +53,88 @@ class SecondMoment:
             return
         with torch.inference_mode(False):
             rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-            if rows.dtype != self.total.dtype:
-                self.total = self.total.to(torch.promote_types(rows.dtype, self.total.dtype))
+            self._widen(torch.promote_types(rows.dtype, self.total.dtype))
             self._groups += self._add_products(rows)
             self._sum += rows.sum(0).double().cpu()
             squares = rows.square()
-            self._fourth += energy(squares.sum(1) if self.total.dim() == 2 else squares)
+            self._fourth += energy(squares if isinstance(self.total, Tensor) else squares.sum(1))
             self._sizes += len(rows) ** 2
             self.rows += len(rows)
 
     def _add_products(self, rows: Tensor) -> float:
         """Adds to `total`, and returns the energy of what was added, from the shorter side's products."""
-        if self.total.dim() == 1:
+        if isinstance(self.total, Tensor):
             squares = rows.square().sum(0)
             self.total += squares.to("cpu", self.total.dtype)
             return energy(squares)
-        count, width = rows.shape
-        if count < width and rows.device.type == "cpu":
-            self.total.addmm_(rows.T.to(self.total.dtype), rows.to(self.total.dtype))
+        if len(rows) < len(self.total) and rows.device.type == "cpu":
+            widened = rows.to(self.total.dtype)
+            for start, end, panel in self.total.blocks():
+                panel.addmm_(widened[:, start:].T, widened[:, start:end])
             return energy(rows @ rows.T)
         added = 0.0
-        for start in range(0, width, BLOCK):
-            products = rows.T @ rows[:, start : start + BLOCK]
-            self.total[:, start : start + BLOCK] += products.to("cpu", self.total.dtype)
-            added += energy(products)
+        for start, end, panel in self.total.blocks():
+            products = rows[:, start:].T @ rows[:, start:end]
+            panel += products.to("cpu", panel.dtype)
+            added += panel_energy(products)
         return added
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        if isinstance(self.total, Tensor):
+            self.total = self.total.to(dtype)
+        else:
+            self.total.widen_(dtype)
 
     def independent_rows(self) -> float:
         """How many independent rows would tell as much; 1 to `rows`."""
         shares = self._sizes / self.rows**2
         if self.rows < 2 or shares >= 1:  # a single group: nothing shows how much its rows depend on each other
             return float(self.rows)
-        square = energy(self.total) / self.rows**2
+        square = _energy(self.total) / self.rows**2
         variance = (self._groups / self.rows**2 - square * shares) / (1 - shares)
         independent = (self._fourth / self.rows**2 - square / self.rows) / (1 - 1 / self.rows)
         effect = variance / independent if independent > 0 else 1.0
         return self.rows / min(max(effect, 1.0), float(self.rows))
 
-    def shrunk_(self) -> Tensor:
+    def shrunk_(self) -> Triangle | Tensor:
         """The mean of `x x^T`, in the place of `total`, its part around the mean shrunk; positive but for zero rows."""
         count = self.independent_rows() - 1  # one for the mean
-        covariance = self.total.div_(self.rows)
-        diagonal = covariance if covariance.dim() == 1 else covariance.diagonal()
+        covariance = self.total.mul_(1 / self.rows)
         if count < 1:
-            level = float(diagonal.mean())
-            covariance.zero_()
-            diagonal.fill_(level)
-            return covariance
+            level = float(_diagonal(covariance).mean())
+            return _add_to_diagonal_(covariance.mul_(0), level)
         mean = (self._sum / self.rows).to(covariance.dtype)
-        _add_outer(covariance, mean, -1)
-        level, part = float(diagonal.mean()), _shrinkage(covariance, count)
-        covariance *= 1 - part
-        diagonal += part * level
-        return _add_outer(covariance, mean, 1)
+        _add_outer_(covariance, mean, -1)
+        level, part = float(_diagonal(covariance).mean()), _shrinkage(covariance, count)
+        _add_to_diagonal_(covariance.mul_(1 - part), part * level)
+        return _add_outer_(covariance, mean, 1)
 
 
-def _add_outer(moment: Tensor, mean: Tensor, sign: int) -> Tensor:
+def _diagonal(moment: Triangle | Tensor) -> Tensor:
+    return moment if isinstance(moment, Tensor) else moment.diagonal()
+
+
+def _energy(moment: Triangle | Tensor) -> float:
+    return energy(moment) if isinstance(moment, Tensor) else moment.energy()
+
+
+def _add_to_diagonal_(moment: Triangle | Tensor, value: float) -> Triangle | Tensor:
+    return moment.add_(value) if isinstance(moment, Tensor) else moment.add_to_diagonal_(value)
+
+
+def _add_outer_(moment: Triangle | Tensor, mean: Tensor, sign: int) -> Triangle | Tensor:
     """Adds `sign mean mean^T`, or its diagonal, in place."""
-    return moment.addcmul_(mean, mean, value=sign) if moment.dim() == 1 else moment.addr_(mean, mean, alpha=sign)
+    if isinstance(moment, Tensor):
+        return moment.addcmul_(mean, mean, value=sign)
+    return moment.add_outer_(mean, sign)
 
 
-def _shrinkage(covariance: Tensor, count: float) -> float:
+def _shrinkage(covariance: Triangle | Tensor, count: float) -> float:
     """`a` for the covariance of so many independent rows: 0 to 1."""
-    width, square = len(covariance), energy(covariance)
-    if covariance.dim() == 1:  # a variance of normal numbers is known to two parts in the count of its own square
-        spread = count * (square - float(covariance.sum(dtype=torch.float64)) ** 2 / width)
+    width, square = len(covariance), _energy(covariance)
+    trace = float(_diagonal(covariance).sum(dtype=torch.float64))
+    if isinstance(covariance, Tensor):  # a variance of normal numbers is known to two parts in the count of its square
+        spread = count * (square - trace**2 / width)
         return min(2 * square / spread, 1.0) if spread > 0 else 1.0
-    trace = float(covariance.diagonal().sum(dtype=torch.float64))
     spread = (count + 1 - 2 / width) * (square - trace**2 / width)  # 0 for a multiple of the identity
     return min(((1 - 2 / width) * square + trace**2) / spread, 1.0) if spread > 0 else 1.0

@@ -32,7 +32,7 @@ _FIRST_CHECK, _ITERATIONS = 3, 8
 # The Krylov space of h: random columns, powers, and what is added to its largest Ritz value.
 _PROBES, _POWERS, _MARGIN = 4, 8, 0.1
 
-ROWS = 512  # of a matrix that are copied in fp64 at a time
+ROWS, COLUMNS = 512, 1024  # of a matrix that are copied in fp64 at a time
 
 _EXACT = ContextVar("exact", default=False)
 
@@ -57,7 +57,7 @@ def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> t
         exact: not the randomized method, which `exactly` excludes too. Singular values of an fp32 matrix then come from
             the eigenvalues of its Gram matrix in fp64, which resolve them to 1e-8 of the largest.
     """
-    if not exact and not _EXACT.get() and worth_randomizing(matrix, count):
+    if not exact and worth_randomizing(min(matrix.shape), count):
         found = _randomized(matrix, count, seed)
         if found is not None:
             return found
@@ -67,11 +67,10 @@ def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> t
     if matrix.shape[0] > matrix.shape[1]:
         left, values, right = leading_svd(matrix.T, count, seed, exact=True)
         return right.T, values, left.T
-    energies, vectors = torch.linalg.eigh(gram(matrix))
-    values = energies.flip(0)[:count].clamp(min=0).sqrt()
-    left = vectors.flip(1)[:, :count].to(matrix.dtype)
+    energies, vectors = leading_eigenvectors_(gram(matrix), count)
+    values, left = energies.clamp(min=0).sqrt(), vectors.to(matrix.dtype)
     inverse = torch.where(values > 0, 1 / values, 0).to(matrix.dtype)
-    return left, values.to(matrix.dtype), inverse[:, None] * (left.T @ matrix)
+    return left, values.to(matrix.dtype), (left.T @ matrix).mul_(inverse[:, None])
 
 
 def leading_vectors(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -79,14 +78,31 @@ def leading_vectors(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
     rows, columns = matrix.shape
     if rows <= columns:
         # The Gram matrix squares the condition: in fp64 an fp32 weight loses nothing by that.
-        vectors = torch.linalg.eigh(gram(matrix)).eigenvectors
-        return vectors.flip(1)[:, :count].to(matrix.dtype)
+        return leading_eigenvectors_(gram(matrix), count)[1].to(matrix.dtype)
     left, _, _ = torch.linalg.svd(matrix, full_matrices=False)
     if count > columns:
         more = normal(rows, count - columns, seed, matrix)
         left = torch.cat([left, torch.linalg.qr(more - left @ (left.T @ more)).Q], dim=1)
         left = torch.linalg.qr(left).Q
     return left[:, :count]
+
+
+def leading_eigenvectors_(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of a symmetric matrix `[n, n]`, whose memory is used up: the largest eigenvalues, `[count]` descending, and their
+    eigenvectors, `[n, count]`. LAPACK works in twice the matrix' memory; a copy of it would come on top."""
+    vectors = matrix.mT  # columns lie together, as LAPACK has them
+    values = matrix.new_empty(len(matrix))
+    torch.linalg.eigh(vectors, out=(values, vectors))
+    return values[-count:].flip(0), vectors[:, -count:].flip(1)
+
+
+def orthonormal_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns `[M, K]` and the triangle `[K, K]` whose product is the matrix, `[M, K]`, M >= K, in fp64; in
+    the memory of an fp64 one whose columns lie together."""
+    basis = matrix.mT.to(torch.float64, memory_format=torch.contiguous_format).contiguous().mT
+    triangle = basis.new_empty(basis.shape[1], basis.shape[1])
+    torch.linalg.qr(basis, out=(basis, triangle))
+    return basis, triangle
 
 
 def computing_device(tensor: Tensor) -> torch.device:
@@ -97,7 +113,7 @@ def computing_device(tensor: Tensor) -> torch.device:
 def gram(matrix: Tensor) -> Tensor:
     """``matrix @ matrix^T`` in fp64, ``[M, M]`` from ``[M, K]``, without an fp64 copy of the whole matrix."""
     product = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    for columns in matrix.split(4096, dim=1):
+    for columns in matrix.split(COLUMNS, dim=1):
         columns = columns.double()
         product.addmm_(columns, columns.T)
     return product
@@ -114,10 +130,10 @@ def normal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
-def worth_randomizing(matrix: Tensor, count: int) -> bool:
-    """Whether so few singular vectors are wanted that the randomized method is tried first."""
-    shorter = min(matrix.shape)
-    return shorter >= SMALLEST and count <= LARGEST_SHARE * shorter
+def worth_randomizing(shorter: int, count: int) -> bool:
+    """Whether so few singular vectors of a matrix of that shorter side are wanted that the randomized method is tried
+    first; not within `exactly`."""
+    return not _EXACT.get() and shorter >= SMALLEST and count <= LARGEST_SHARE * shorter
 
 
 def _randomized(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from triangles import moments_of, symmetric, triangle_of
 
 from lowrank_ops import factorize_, fitting, roots
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
-from lowrank_ops.fitting import Regression, Whitening, refit
+from lowrank_ops.fitting import Regression, refit
 from lowrank_ops.moments import Moments
 from lowrank_ops.roots import Root
+from lowrank_ops.whitening import Whitening
 
 
 def _moment(size: int, seed: int, spread: float = 1.5) -> Tensor:
@@ -35,19 +37,23 @@ def _output_error(change: Tensor, moments: Moments) -> float:
     """`tr(G D C D^T)` of damped moments, summed over taps."""
     return float(
         torch.einsum(
-            "tu,usk,sz,tzk->", _damped(moments.gradient), change.flatten(2), _damped(moments.input), change.flatten(2)
+            "tu,usk,sz,tzk->",
+            _damped(symmetric(moments.gradient)),
+            change.flatten(2),
+            _damped(symmetric(moments.input)),
+            change.flatten(2),
         )
     )
 
 
 def test_the_norm_of_the_whitened_weight_is_the_output_error() -> None:
-    weight, moments = _normal(6, 5, 3, 2), Moments(_moment(5, 1), _moment(6, 2))
+    weight, moments = _normal(6, 5, 3, 2), moments_of(_moment(5, 1), _moment(6, 2))
     norm = float(Whitening.of_(copy.deepcopy(moments)).apply(weight).square().sum())
     assert norm == pytest.approx(_output_error(weight, moments), rel=1e-12)
 
 
 def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_own_factors() -> None:
-    moments = Moments(_moment(12, 1, 3.0), _moment(10, 2, 3.0))
+    moments = moments_of(_moment(12, 1, 3.0), _moment(10, 2, 3.0))
     whitening = Whitening.of_(copy.deepcopy(moments))
     matrix = _normal(10, 12)
     plain = svd_decompose(matrix, 4)
@@ -79,12 +85,12 @@ def test_decomposing_the_whitened_weight_keeps_outputs_better_than_the_weights_o
 def test_directions_without_energy_are_not_amplified() -> None:
     empty = torch.zeros(4, 4, dtype=torch.float64)
     empty[0, 0] = 1.0
-    whitening = Whitening.of_(Moments(empty, empty.clone()))
+    whitening = Whitening.of_(moments_of(empty, empty))
     identity = torch.eye(4, dtype=torch.float64)
     largest = 1 / roots.DAMPING**0.5
     for root in (whitening.input, whitening.gradient):
         assert float(torch.linalg.matrix_norm(root.undo(identity), 2)) == pytest.approx(largest, rel=1e-9)
-    none = Whitening.of_(Moments(torch.zeros(4, 4), torch.zeros(4, 4)))
+    none = Whitening.of_(moments_of(torch.zeros(4, 4), torch.zeros(4, 4)))
     assert torch.equal(none.input.undo(identity), identity)
 
 
@@ -98,10 +104,15 @@ def _error(regression: Regression, out: Tensor, inner: Tensor, bias: Tensor, met
     return float((lost @ (torch.eye(lost.shape[1], dtype=lost.dtype) if metric is None else metric) * lost).sum())
 
 
+def _regression(features: Tensor, targets: Tensor, prior: Tensor, gradient: Root | None = None) -> Regression:
+    """With a prior `[T, F]` that is not factored."""
+    return Regression(features, targets, (prior, torch.eye(prior.shape[1]).to(prior)), gradient)
+
+
 @pytest.mark.usefixtures("tiny_ridge")
 def test_an_exact_map_is_found() -> None:
     features, out, inner, bias = _normal(200, 7), _normal(5, 3, seed=1), _normal(3, 7, seed=2), _normal(5, seed=3)
-    regression = Regression(features, features @ inner.T @ out.T + bias, torch.zeros(5, 7))
+    regression = _regression(features, features @ inner.T @ out.T + bias, torch.zeros(5, 7))
     for rank in (3, None):
         solution = regression.solve(rank)
         # the ridge's share of the map, 1e-12, times its condition, below 100
@@ -114,11 +125,11 @@ def test_an_exact_map_is_found() -> None:
 @pytest.mark.parametrize("metric", [None, _moment(5, 4)], ids=["plain", "weighted"])
 def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
     features = _normal(300, 6) @ _normal(6, 6, seed=9)
-    regression = Regression(
+    regression = _regression(
         features,
         features @ _normal(6, 5, seed=1) + _normal(300, 5, seed=2),
         torch.zeros(5, 6),
-        None if metric is None else Root.of_(metric.clone()),
+        None if metric is None else Root.of_(triangle_of(metric)),
     )
     metric = None if metric is None else _damped(metric)
     out, inner, bias = regression.solve(2)
@@ -139,7 +150,7 @@ def test_no_other_map_of_the_rank_is_better(metric: Tensor | None) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_same_inside_autocast(relu: bool) -> None:
     features = _normal(300, 6).float()
-    regression = Regression(features, _normal(300, 5, seed=2).float(), torch.zeros(5, 6))
+    regression = _regression(features, _normal(300, 5, seed=2).float(), torch.zeros(5, 6))
     solution = regression.solve(2, relu)
     with torch.autocast("cpu", torch.bfloat16):
         inside = regression.solve(2, relu)
@@ -152,7 +163,7 @@ def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
     features = _normal(100, 4)
     features[:, 3] = 0
     prior = _normal(2, 4, seed=1)
-    regression = Regression(features, features @ _normal(4, 2, seed=2), prior)
+    regression = _regression(features, features @ _normal(4, 2, seed=2), prior)
     out, inner, _ = regression.solve()
     torch.testing.assert_close((out @ inner)[:, 3], prior[:, 3], rtol=1e-12, atol=0)
 
@@ -160,7 +171,7 @@ def test_features_that_the_data_do_not_show_keep_the_prior() -> None:
 def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -> None:
     features = _normal(2000, 8)
     targets = features @ _normal(8, 16, seed=1) - 1.0
-    regression = Regression(features[:, :4], targets, torch.zeros(16, 4))
+    regression = _regression(features[:, :4], targets, torch.zeros(16, 4))
     plain, rectified = regression.solve(3), regression.solve(3, relu=True)
 
     def lost(solution: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -175,8 +186,8 @@ def test_through_a_relu_the_rectified_error_falls_and_the_plain_one_may_rise() -
 @pytest.mark.parametrize("count", [15, 200], ids=["fewer rows than features", "more"])
 def test_steps_from_a_near_solution_reach_the_best_of_the_rank(count: int, metric: Tensor | None) -> None:
     features, targets = _normal(count, 20), _normal(count, 12, seed=1)
-    root = None if metric is None else Root.of_(metric.clone())
-    parts = [Regression(features, targets, torch.zeros(12, 20).double(), root)]
+    root = None if metric is None else Root.of_(triangle_of(metric))
+    parts = [_regression(features, targets, torch.zeros(12, 20).double(), root)]
     factored = fitting._Normal(parts).factored(1e-3, root)
     best = factored.solve(lambda _, targets: targets, 4)
     reached = best[0], best[1] + 0.1 * _normal(4, 20, seed=2), best[2]
@@ -217,7 +228,7 @@ def _problem(count: int, noise: float, seed: int = 0) -> tuple[Regression, Regre
     present = torch.eye(10).double(), true + 0.3 * _normal(10, 40, seed=3) / 40**0.5, torch.zeros(10).double()
     held = count // 4
     fitted, judged = (
-        Regression(features[part], targets[part], present[1]) for part in (slice(held, None), slice(held))
+        _regression(features[part], targets[part], present[1]) for part in (slice(held, None), slice(held))
     )
     return fitted, judged, present
 
@@ -285,8 +296,8 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     cholesky = fitting.cholesky_
     monkeypatch.setattr(fitting, "cholesky_", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
     features, prior = _normal(12, 30), _normal(5, 30, seed=3)
-    root = None if metric is None else Root.of_(metric.clone())
-    regression = Regression(features, _normal(12, 5, seed=1), prior, root)
+    root = None if metric is None else Root.of_(triangle_of(metric))
+    regression = _regression(features, _normal(12, 5, seed=1), prior, root)
     small = regression.solve(rank)
     monkeypatch.setattr(fitting._Normal, "by_rows", property(lambda self: False))
     out, inner, bias = regression.solve(rank)
@@ -294,6 +305,38 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     # fp64, the ridge makes the condition about a thousand
     torch.testing.assert_close(small[0] @ small[1], out @ inner, rtol=0, atol=1e-9)
     torch.testing.assert_close(small[2], bias, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("count", [3, 200], ids=["fewer rows than features", "more"])
+def test_a_rank_above_the_features_is_no_limit(count: int, relu: bool) -> None:
+    """A pair of ranks may ask for it: of a convolution's one hidden channel, 9 features of a window."""
+    regression = _regression(_normal(count, 4), _normal(count, 12, seed=1), _normal(12, 4, seed=2))
+    out, inner, bias = regression.solve(6, relu)
+    assert out.shape == (12, 6) and inner.shape == (6, 4)
+    free = regression.solve(None, relu)
+    torch.testing.assert_close(out @ inner, free[0] @ free[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(bias, free[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [12, 40], ids=["fewer outputs than features", "more"])
+@pytest.mark.parametrize("count", [16, 200], ids=["fewer rows than features", "more"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fp32_rows_give_the_map_of_fp64_ones(count: int, outputs: int, weighted: bool) -> None:
+    """Their singular vectors come from the Gram matrix of the shorter side."""
+    features, targets, prior = _normal(count, 30), _normal(count, outputs, seed=1), _normal(outputs, 30, seed=2)
+    moment = _moment(outputs, 4)
+
+    def solve(dtype: torch.dtype) -> Tensor:
+        root = Root.of_(triangle_of(moment.to(dtype))) if weighted else None
+        rows = (each.to(dtype) for each in (features, targets, prior))
+        out, inner, _ = _regression(*rows, root).solve(6)
+        assert out.dtype == inner.dtype == dtype
+        return (out @ inner).double()
+
+    expected = solve(torch.float64)
+    # fp32; the metrics make the condition some thousands
+    assert float((solve(torch.float32) - expected).norm()) < 1e-4 * float(expected.norm())
 
 
 @pytest.mark.parametrize("relu", [False, True])

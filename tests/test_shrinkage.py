@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triangles import symmetric
 
 from lowrank_ops.shrinkage import SecondMoment
 
@@ -36,13 +37,13 @@ def _oas(rows: Tensor) -> Tensor:
 def test_the_shrinkage_is_that_of_the_paper(count: int) -> None:
     rows = _normal(count, 7) * torch.logspace(0, -1, 7, dtype=torch.float64) + 0.5
     # fp64; the covariance is a difference of moments of order 1
-    torch.testing.assert_close(_moment(rows).shrunk_(), _oas(rows), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(symmetric(_moment(rows).shrunk_()), _oas(rows), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_the_trace_stays_and_few_rows_are_never_singular(count: int) -> None:
     rows = _normal(count, 20)
-    shrunk = _moment(rows, 3).shrunk_()
+    shrunk = symmetric(_moment(rows, 3).shrunk_())
     assert float(torch.trace(shrunk)) == pytest.approx(float(rows.square().sum()) / count, rel=1e-12)
     assert float(torch.linalg.eigvalsh(shrunk)[0]) > 0.1  # the rows' variance is 1
     if count == 1:
@@ -53,7 +54,7 @@ def test_many_rows_are_not_shrunk() -> None:
     rows = _normal(20000, 8) * torch.logspace(0, -1, 8, dtype=torch.float64)
     raw = rows.T @ rows / len(rows)
     # about 1 / n of the covariance: 5e-5 of its largest value, 1
-    torch.testing.assert_close(_moment(rows, 10).shrunk_(), raw, rtol=0, atol=5e-4)
+    torch.testing.assert_close(symmetric(_moment(rows, 10).shrunk_()), raw, rtol=0, atol=5e-4)
 
 
 def test_rows_that_repeat_each_other_count_once() -> None:
@@ -72,8 +73,10 @@ def test_groups_of_any_dtype_sum_up() -> None:
     for part in (rows[:33], rows[33:33], rows[33:]):
         moment.add(part.float())
     assert moment.rows == 100
-    torch.testing.assert_close(moment.total.double(), rows.T @ rows, rtol=1e-5, atol=1e-4)  # fp32 sums of 100 products
+    torch.testing.assert_close(
+        symmetric(moment.total).double(), rows.T @ rows, rtol=1e-5, atol=1e-4
+    )  # fp32 sums of 100 products
     with torch.inference_mode():
         moment.add(rows)
     moment.add(rows)
-    assert not moment.shrunk_().is_inference()
+    assert not symmetric(moment.shrunk_()).is_inference()
