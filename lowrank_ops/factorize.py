@@ -108,10 +108,11 @@ def factorize_(
             held out; the report's output errors are those on them of a fit without them, and the layer is then
             fitted once more to all rows. The model runs in eval mode, twice per
             layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
-            factorized modules, memory holds the second moments (their lower triangles) of as many layers as would take a
-            seventh of the model whole, 64 MiB or one layer's (`lowrank_ops.moment_groups`; otherwise the data are run
-            over once for each such group, twice with a `Budget`), that much of rows to which layers are fitted
-            together, one layer's matrices in fp64, and what a backward pass of a batch keeps. With 1,024 fp32 rows on a CPU, a process grew by 2.7 GiB at most
+            factorized modules, memory holds the lower triangles of the second moments of as many layers as would take,
+            whole, a seventh of the model, 64 MiB or one layer's (`lowrank_ops.moment_groups`; otherwise the data are
+            run over once for each such group, twice with a `Budget`), that much of rows to which layers are fitted
+            together, one layer's matrices in fp64, and what a backward pass of a batch keeps. With 1,024 fp32 rows on a
+            CPU, a process grew by 2.7 GiB at most
             for a model of 1.55 GiB in 198 layers (transformer blocks, 1024 wide), by 0.53 GiB for one of 0.13 GiB in
             two layers, from 2048 features to 8192 and back: there the moments of one layer take as much as the model.
             Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics afterwards
