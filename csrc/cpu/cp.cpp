@@ -23,19 +23,8 @@ at::Tensor cp_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at
   const SumRows bias_sums(bias, p.dtype, engine);
   const std::optional<ChannelSum> channel_sum = channel_sum_of(in_factor, input, p, tile, engine);
   const std::optional<SumRows> out_row = out_row_of(out_factor, p, Winograd::kNone, engine);
-  const ConvBlock block{engine,
-                        p,
-                        tile,
-                        input,
-                        output,
-                        in_weight,
-                        nullptr,
-                        nullptr,
-                        out_weight,
-                        bias_sums,
-                        channel_sum,
-                        out_row,
-                        kernels.accumulator};
+  const ConvBlock block{engine,  p,          tile,      input,       output,  in_weight,          nullptr,
+                        nullptr, out_weight, bias_sums, channel_sum, out_row, kernels.accumulator};
   const SumRows height_taps(height_factor, p.dtype, engine), width_taps(width_factor, p.dtype, engine);
   const int64_t vectors = ceil_div(block.hidden_columns(), kernels.lanes), sum = element_bytes(kernels.accumulator);
   const int64_t column_bytes =

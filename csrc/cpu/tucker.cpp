@@ -156,19 +156,8 @@ at::Tensor tucker_cpu(const at::Tensor& input, const at::Tensor& in_factor, cons
   AlignedMemory core_row;
   const CoreStage core_way = core_stage(p, tile.winograd, engine.kernels->group == 2);
   if (core_way != CoreStage::kPanels) core_row = elements_of_core(core_rows(), p, engine, core_weight.padded_depth());
-  const ConvBlock block{engine,
-                        p,
-                        tile,
-                        input,
-                        output,
-                        in_weight,
-                        &core_weight,
-                        core_row.get(),
-                        out_weight,
-                        bias_sums,
-                        channel_sum,
-                        out_row,
-                        hidden_type};
+  const ConvBlock block{engine,         p,          tile,      input,       output,  in_weight,  &core_weight,
+                        core_row.get(), out_weight, bias_sums, channel_sum, out_row, hidden_type};
   if (transforms) {
     const WinogradCore winograd(core_weight, p, tile, engine);
     run_conv(
