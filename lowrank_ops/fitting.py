@@ -335,6 +335,7 @@ class _Factored:
             return leading_svd(torch.cat(list(self._images(measured)), dim=1), rank, seed=0)[0]
         if outputs > width:
             values, vectors = leading_eigenvectors_(self._feature_gram(measured), rank)
+            trim(measured)
             vectors = self._feature_root() @ vectors  # made again: it would lie beside LAPACK's work
             return measured @ vectors.mul_(torch.where(values > 0, values.rsqrt(), 0)).to(measured)
         square = torch.zeros(outputs, outputs, dtype=torch.float64)
