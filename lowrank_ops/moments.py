@@ -23,7 +23,7 @@ from lowrank_ops.calls import eval_mode
 from lowrank_ops.chains import same_padding
 from lowrank_ops.model_state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
 from lowrank_ops.nested import values_of
-from lowrank_ops.shrinkage import SecondMoment
+from lowrank_ops.shrinkage import SecondMoment, diagonal
 from lowrank_ops.triangle import Triangle
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
@@ -254,7 +254,7 @@ class _Sums:
 
 def finite(moment: Triangle | Tensor) -> bool:
     """Whether all entries are: where one is not, one on the diagonal is not, as no entry is above both of its own."""
-    return bool(torch.isfinite(moment if isinstance(moment, Tensor) else moment.diagonal()).all())
+    return bool(torch.isfinite(diagonal(moment)).all())
 
 
 def _identity_(moment: Triangle | Tensor) -> Triangle | Tensor:

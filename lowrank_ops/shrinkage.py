@@ -32,8 +32,8 @@ class SecondMoment:
     """Sums over rows `[n, p]`, added in groups that may depend on each other inside, less so between groups.
 
     Attributes:
-        total: `[p, p]`, the sum of `x x^T`; its diagonal `[p]` for more than `WIDEST` features. On the CPU, in the
-            rows' dtype, fp32 at least.
+        total: the lower triangle of `[p, p]`, the sum of `x x^T`; its diagonal `[p]` for more than `WIDEST` features.
+            On the CPU, in the rows' dtype, fp32 at least.
         rows: how many.
     """
 
@@ -101,16 +101,17 @@ class SecondMoment:
         count = self.independent_rows() - 1  # one for the mean
         covariance = self.total.mul_(1 / self.rows)
         if count < 1:
-            level = float(_diagonal(covariance).mean())
+            level = float(diagonal(covariance).mean())
             return _add_to_diagonal_(covariance.mul_(0), level)
         mean = (self._sum / self.rows).to(covariance.dtype)
         _add_outer_(covariance, mean, -1)
-        level, part = float(_diagonal(covariance).mean()), _shrinkage(covariance, count)
+        level, part = float(diagonal(covariance).mean()), _shrinkage(covariance, count)
         _add_to_diagonal_(covariance.mul_(1 - part), part * level)
         return _add_outer_(covariance, mean, 1)
 
 
-def _diagonal(moment: Triangle | Tensor) -> Tensor:
+def diagonal(moment: Triangle | Tensor) -> Tensor:
+    """`[n]`; of a moment of which only the diagonal is known it is the moment itself."""
     return moment if isinstance(moment, Tensor) else moment.diagonal()
 
 
@@ -132,7 +133,7 @@ def _add_outer_(moment: Triangle | Tensor, mean: Tensor, sign: int) -> Triangle 
 def _shrinkage(covariance: Triangle | Tensor, count: float) -> float:
     """`a` for the covariance of so many independent rows: 0 to 1."""
     width, square = len(covariance), _energy(covariance)
-    trace = float(_diagonal(covariance).sum(dtype=torch.float64))
+    trace = float(diagonal(covariance).sum(dtype=torch.float64))
     if isinstance(covariance, Tensor):  # a variance of normal numbers is known to two parts in the count of its square
         spread = count * (square - trace**2 / width)
         return min(2 * square / spread, 1.0) if spread > 0 else 1.0
