@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch
 from lowrank_ops.model_state import in_inference_mode
-from lowrank_ops.nested import values_of
+from lowrank_ops.runtime.nested import values_of
 from lowrank_ops.weight_reads import ReadProducts, WeightReads
 
 _SECONDS_PER_SHAPE = 0.2

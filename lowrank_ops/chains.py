@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.computed import remedy
+from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.surgery import has_hooks
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {

@@ -20,8 +20,8 @@ from lowrank_ops.module_base import (
     groups_reason,
     refuse_energy,
 )
-from lowrank_ops.nested import refuse_nested
 from lowrank_ops.ranks import Rank
+from lowrank_ops.runtime.nested import refuse_nested
 
 if TYPE_CHECKING:
     from typing_extensions import Self

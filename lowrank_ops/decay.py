@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.autocast import no_autocast
 from lowrank_ops.initialization import is_sharded, product_norm_squared
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.runtime.autocast import no_autocast
 
 
 def frobenius_norm_squared(module: FactorizedModule) -> Tensor:

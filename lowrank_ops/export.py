@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.surgery import find_sites, keep_attributes, move_hooks
 
 

@@ -21,7 +21,6 @@ from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
-from lowrank_ops.compiled import takes_compiled
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.memory import trim
@@ -36,6 +35,7 @@ from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.roots import Root
+from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend

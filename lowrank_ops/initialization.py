@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.autocast import no_autocast
+from lowrank_ops.runtime.autocast import no_autocast
 
 if TYPE_CHECKING:
     from lowrank_ops.module_base import FactorizedModule

@@ -28,8 +28,8 @@ from lowrank_ops.module_base import (
     refuse_energy,
     widened,
 )
-from lowrank_ops.nested import is_nested, on_values
 from lowrank_ops.ranks import Rank
+from lowrank_ops.runtime.nested import is_nested, on_values
 from lowrank_ops.singular import exactly
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_ops.autocast import no_autocast
 from lowrank_ops.functional import Pair
+from lowrank_ops.runtime.autocast import no_autocast
 
 
 def _hardswish(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ops.autocast import no_autocast
+from lowrank_ops.runtime.autocast import no_autocast
 from lowrank_ops.singular import computing_device, energy
 from lowrank_ops.triangle import Triangle
 

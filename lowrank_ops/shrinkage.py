@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_ops.autocast import no_autocast
+from lowrank_ops.runtime.autocast import no_autocast
 from lowrank_ops.singular import energy
 from lowrank_ops.triangle import Triangle, panel_energy
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ops.dense_weight import METADATA
-from lowrank_ops.nested import is_nested
+from lowrank_ops.runtime.nested import is_nested
 
 
 class WeightReads(TorchFunctionMode):
