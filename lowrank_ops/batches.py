@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from lowrank_ops.model_state import own_random_numbers
 from lowrank_ops.runtime.nested import values_of
-from lowrank_ops.warn import warn
+from lowrank_ops.text.warn import warn
 
 ROWS = 32  # of a tensor that is cut into batches
 

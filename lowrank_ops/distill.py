@@ -23,7 +23,7 @@ from lowrank_ops.batches import Batch, Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode
 from lowrank_ops.distill_errors import LayerErrors, layer_pairs, output_errors
 from lowrank_ops.runtime.compiled import takes_compiled
-from lowrank_ops.warn import warn
+from lowrank_ops.text.warn import warn
 
 WARM_UP = 20  # steps over which the learning rate rises: Adam's second moments are guesses until then
 RETREAT = 4  # what the learning rate is divided by where the loss runs away

@@ -29,7 +29,6 @@ from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups, room
 from lowrank_ops.moments import finite, gather_moments
-from lowrank_ops.notes import listed
 from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
@@ -40,8 +39,9 @@ from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend
 from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
+from lowrank_ops.text.notes import listed
+from lowrank_ops.text.warn import warn
 from lowrank_ops.timing import compare_models
-from lowrank_ops.warn import warn
 from lowrank_ops.weight_reads import WeightReads
 from lowrank_ops.whitening import Whitening
 

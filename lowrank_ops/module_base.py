@@ -18,7 +18,7 @@ from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.ranks import VBMF, Energy, Rank
 from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.surgery import plain_kind
-from lowrank_ops.warn import warn
+from lowrank_ops.text.warn import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self

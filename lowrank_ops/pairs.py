@@ -22,9 +22,9 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_ops.batches import Batches, device_of, outputs_of
 from lowrank_ops.calls import eval_mode, model_errors
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.notes import grouped, listed
 from lowrank_ops.surgery import HOOKS, has_hooks
-from lowrank_ops.tables import as_html, as_text, new_table
+from lowrank_ops.text.notes import grouped, listed
+from lowrank_ops.text.tables import as_html, as_text, new_table
 
 IsLayer = Callable[[nn.Module], bool]
 # What a call does that may follow a layer ("batchnorm", "relu"), or None; the module is None for a function call.

@@ -10,7 +10,7 @@ from torch import nn
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
-from lowrank_ops.tables import as_text
+from lowrank_ops.text.tables import as_text
 
 
 @dataclass(frozen=True)

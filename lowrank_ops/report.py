@@ -16,9 +16,9 @@ from torch.nn.parameter import is_lazy
 from lowrank_ops.chains import same_padding
 from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.notes import grouped, listed
 from lowrank_ops.runtime.compiled import uncompiled
-from lowrank_ops.tables import as_html, as_text, new_table
+from lowrank_ops.text.notes import grouped, listed
+from lowrank_ops.text.tables import as_html, as_text, new_table
 
 if TYPE_CHECKING:
     import pandas

@@ -19,8 +19,8 @@ from lowrank_ops.options import Choice, Clock, count_cost, empty_module, macs_in
 from lowrank_ops.report import count_parameters
 from lowrank_ops.sketch import sketched
 from lowrank_ops.surgery import Site, keep_attributes
-from lowrank_ops.tables import figure
-from lowrank_ops.warn import warn
+from lowrank_ops.text.tables import figure
+from lowrank_ops.text.warn import warn
 
 # Ranks offered for a latency: whole vectors.
 _LANES = 16

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops import Budget, factorize_, timing
-from lowrank_ops.notes import grouped, listed
 from lowrank_ops.report import LayerReport, Report, count_parameters
-from lowrank_ops.tables import as_text, figure, new_table
+from lowrank_ops.text.notes import grouped, listed
+from lowrank_ops.text.tables import as_text, figure, new_table
 
 
 class Conv1D(nn.Module):
