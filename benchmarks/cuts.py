@@ -15,7 +15,7 @@ from torch import Tensor
 import lowrank_ops
 from benchmarks import peers
 from benchmarks.outcome import explain
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 HOPELESS = 5  # times the best prediction: kernels beyond it are not timed, as under the policy "measure"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import reference
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 SEEDS = 9
 VALUES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # of the input, of the factors

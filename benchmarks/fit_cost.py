@@ -25,7 +25,7 @@ from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from benchmarks.bench import geometric_mean
 from benchmarks.layers import Cell, cell_from_json
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "cost_constants.inc"
 Vector = NDArray[np.float64]

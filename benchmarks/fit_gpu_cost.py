@@ -24,7 +24,7 @@ from benchmarks.cuts import Cut, parse_cut
 from benchmarks.fit_cost import Vector, solve
 from benchmarks.gpu_kernels import BLOCKS
 from benchmarks.layers import Cell, cell_from_json
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
 FUSED_GROUPS = (

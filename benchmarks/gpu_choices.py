@@ -20,7 +20,7 @@ from benchmarks import fit_gpu_cost
 from benchmarks.bench import Column, Table, geometric_mean
 from benchmarks.layers import Cell, cell_from_json
 from benchmarks.outcome import SHORT_OPS, number
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 GPU = "H200"
 

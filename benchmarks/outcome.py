@@ -12,7 +12,7 @@ import lowrank_ops
 from benchmarks import peers
 from benchmarks.bench import Timing
 from benchmarks.layers import Cell
-from lowrank_ops import functional
+from lowrank_ops.ops import functional
 
 DTYPES = {
     "float32": torch.float32,

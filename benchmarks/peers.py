@@ -22,8 +22,9 @@ from benchmarks import engines
 from benchmarks.engines import ENGINES
 from benchmarks.graphs import Captured
 from benchmarks.layers import Cell
-from lowrank_ops import functional, reference
-from lowrank_ops._ops import _C, ops_for
+from lowrank_ops import reference
+from lowrank_ops.ops import functional
+from lowrank_ops.ops.extension import _C, ops_for
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 EVERYWHERE = ("chain", "merged", "compile", "dense", "forced")

@@ -1,7 +1,7 @@
 // The ops as plain functions of the Python module `_C`: straight to the dispatcher. `torch.ops` parses its arguments
 // against the schema: on one pixel a CP call takes 9.4 us there and 4.7 here with pairs, 5.1 and 2.7 with ints for the
 // window (Zen 4). What traces calls (torch.compile, torch.jit.trace, __torch_function__) has to see torch.ops:
-// lowrank_ops/_ops.py chooses.
+// lowrank_ops/ops/extension.py chooses.
 #include "bind_ops.h"
 
 #include <torch/extension.h>

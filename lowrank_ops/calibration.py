@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from lowrank_ops.batches import Batch, Batches
 from lowrank_ops.fitting import Regression, chunk_rows, refit
-from lowrank_ops.memory import trim
 from lowrank_ops.model_state import ModelState
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.moment_groups import moment_bytes
 from lowrank_ops.moments import HeldOut, Watched, count_positions, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.ops.memory import trim
 from lowrank_ops.roots import Root
 from lowrank_ops.surgery import Site
 

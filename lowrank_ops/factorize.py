@@ -23,12 +23,12 @@ from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
-from lowrank_ops.memory import trim
 from lowrank_ops.model_state import leaves_model_state
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups, room
 from lowrank_ops.moments import finite, gather_moments
+from lowrank_ops.ops.memory import trim
 from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of

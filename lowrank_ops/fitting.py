@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_ops.memory import trim
+from lowrank_ops.ops.memory import trim
 from lowrank_ops.roots import Root, cholesky_
 from lowrank_ops.runtime.autocast import no_autocast
 from lowrank_ops.singular import energy, gram, leading_eigenvectors_, leading_svd, orthonormal_, worth_randomizing

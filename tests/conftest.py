@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import reference
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 # cuBLAS is deterministic only with a workspace of its own, and asked for it before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 KERNELS = _C.gpu_kernels()
 GPUS = {gpu["name"]: gpu for gpu in _C.named_gpus()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 SMOOTH = ("none", "silu", "gelu")
 # Larger than the memory of one chunk of csrc/backward.cpp (32 MiB): several chunks, the last one smaller.

@@ -9,7 +9,7 @@ import torch
 from benchmarks import cuts, fit_gpu_cost, gpu_kernels, layers, peers
 from benchmarks.cuts import Cut
 from benchmarks.fit_gpu_cost import Observation
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 BLOCKS = [pytest.param(cell, id=name) for name, cell in gpu_kernels.BLOCKS.items()]
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import fit_cost
 from benchmarks.layers import Cell
 from benchmarks.random_cells import random_cells
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks/results").glob("planner_*.json"))
 HELD_OUT = sorted((Path(__file__).parent.parent / "benchmarks/results").glob("held_out_*.json"))

@@ -22,7 +22,7 @@ from test_ops import CONVS, GEOMETRIES, LAYOUTS
 from torch import Tensor, nn
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -535,7 +535,7 @@ def test_a_refused_kernel_gives_way_to_another() -> None:
     said = run_script(
         """
 import torch, lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 lowrank_ops.set_policy("fused")
 x, a, b = (torch.randn(size, device="cuda") for size in [(64, 96), (32, 96), (48, 32)])
 def chosen():

@@ -19,7 +19,7 @@ from test_ops import LAYOUTS
 from torch import Tensor
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 pytestmark = [
     pytest.mark.skipif(lowrank_ops.build_info()["cuda"] is None, reason="lowrank_ops was built without CUDA kernels"),

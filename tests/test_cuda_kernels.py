@@ -31,7 +31,7 @@ from torch import Tensor
 
 import build_cuda
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),

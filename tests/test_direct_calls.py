@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import lowrank_ops
 from lowrank_ops import _C
-from lowrank_ops._ops import ops_for
+from lowrank_ops.ops.extension import ops_for
 
 CONVS = ("tucker_conv2d", "cp_conv2d")
 

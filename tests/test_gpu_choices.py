@@ -14,7 +14,7 @@ from gpu_problems import GPUS, KERNELS, OPS, Problem, drawn, former_state, plan,
 
 import lowrank_ops
 from benchmarks import fit_gpu_cost, gpu_choices
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 CHAIN = "chain of torch ops"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gpu_problems import GPUS, KERNELS, OPS, Problem, drawn, former_state, plan, problem_for  # noqa: F401
 
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 CSRC = Path(__file__).parent.parent / "csrc"
 MOST_CTAS = 2**31 - 1

@@ -11,7 +11,7 @@ import torch
 from conftest import ACTIVATIONS, DTYPES, OPS, Problem, assert_output
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

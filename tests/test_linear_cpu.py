@@ -7,7 +7,7 @@ import torch
 from conftest import DTYPES, ISAS, Call, Problem, assert_output, assert_same_bits_for_any_threads
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 # Deeper than a block of either kind (2 KB a row), a page wide, odd; ranks of one panel, of more, deeper than a block.
 SIZES = [(2048, 17, 100), (1101, 33, 131), (600, 1030, 24), (4097, 5, 16)]

@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
-from lowrank_ops.functional import ACTIVATIONS
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.ops.functional import ACTIVATIONS
 from lowrank_ops.ranks import VBMF, Energy
 
 # kind, rank, (S, T): unequal channels, unequal ranks, no multiples of 8

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import reference
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 CONVS = ("tucker_conv2d", "cp_conv2d")

@@ -12,7 +12,7 @@ from conftest import OPS, Problem, assert_output
 from torch import nn
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from lowrank_ops import (
     prepare_for_inference_,
     unprepare_,
 )
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 FACTORIES: dict[str, Callable[[], nn.Module]] = {
     "TuckerConv2d": lambda: TuckerConv2d(20, 24, 3, (17, 9), padding=1, activation="relu"),

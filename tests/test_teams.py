@@ -9,7 +9,7 @@ import torch
 from conftest import DTYPES, Call, Problem, assert_output
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 THREADS = (2, 3, 5, 8)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

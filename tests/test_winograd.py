@@ -10,7 +10,7 @@ import torch
 from conftest import ACTIVATIONS, ISAS, Problem, assert_output, assert_same_bits_for_any_threads
 
 import lowrank_ops
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 # fp16 and fp64 take the direct core; the errors of 4x4 outputs are too large for bf16.
 WAYS = [(torch.float32, "2x2"), (torch.float32, "4x4"), (torch.bfloat16, "2x2")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 # Loads the extension: torch.ops.lowrank_ops exists from here on.
-from lowrank_ops._ops import ACTIVATIONS as ACTIVATIONS
-from lowrank_ops._ops import ops_for
+from lowrank_ops.ops.extension import ACTIVATIONS as ACTIVATIONS
+from lowrank_ops.ops.extension import ops_for
 from lowrank_ops.runtime.nested import is_nested, on_values, refuse_nested
 
 Pair = int | tuple[int, int] | list[int]

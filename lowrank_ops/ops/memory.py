@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 
 # The entries of a matrix after work with which `trim` looks for freed memory.
 _LARGE = 2**21

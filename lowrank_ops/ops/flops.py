@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import lowrank_ops._ops  # noqa: F401, torch.ops.lowrank_ops exists from here on
+import lowrank_ops.ops.extension  # noqa: F401, torch.ops.lowrank_ops exists from here on
 
 Shape = Sequence[int]
 

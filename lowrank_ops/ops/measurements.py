@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowrank_ops._ops import _C
+from lowrank_ops.ops.extension import _C
 from lowrank_ops.runtime.files import written_whole
 
 FORMAT = 1  # of the file; goes up when older versions could not read it

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_ops.functional import Pair
+from lowrank_ops.ops.functional import Pair
 from lowrank_ops.runtime.autocast import no_autocast
 
 
