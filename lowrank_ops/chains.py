@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ops.model.sites import has_hooks
 from lowrank_ops.runtime.computed import remedy
-from lowrank_ops.surgery import has_hooks
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_ops.model.sites import find_sites, keep_attributes, move_hooks
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.runtime.compiled import takes_compiled
-from lowrank_ops.surgery import find_sites, keep_attributes, move_hooks
 
 
 @takes_compiled()

@@ -17,13 +17,16 @@ from tqdm import tqdm
 
 from lowrank_ops import ranks
 from lowrank_ops.activations import rectified
-from lowrank_ops.batches import Batches, device_of
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
-from lowrank_ops.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
-from lowrank_ops.model_state import leaves_model_state
+from lowrank_ops.model.batches import Batches, device_of
+from lowrank_ops.model.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
+from lowrank_ops.model.sites import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
+from lowrank_ops.model.state import leaves_model_state
+from lowrank_ops.model.timing import compare_models
+from lowrank_ops.model.weight_reads import WeightReads
 from lowrank_ops.module_base import FactorizedModule, refusal
 from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups, room
@@ -38,11 +41,8 @@ from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend
-from lowrank_ops.surgery import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
 from lowrank_ops.text.notes import listed
 from lowrank_ops.text.warn import warn
-from lowrank_ops.timing import compare_models
-from lowrank_ops.weight_reads import WeightReads
 from lowrank_ops.whitening import Whitening
 
 __all__ = ["factorize_", "fuse_"]

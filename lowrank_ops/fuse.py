@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from lowrank_ops.chains import ACTIVATION_MODULES, NotOneOp, activation_name
+from lowrank_ops.model.sites import Owners, Site, find_sites, has_hooks, keep_attributes, move_hooks
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters
 from lowrank_ops.runtime.compiled import takes_compiled
-from lowrank_ops.surgery import Owners, Site, find_sites, has_hooks, keep_attributes, move_hooks
 
 # What recipes put between the stages: skipped in looking for a chain, so that the reason against it can be
 # reported.

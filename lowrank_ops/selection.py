@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_ops.surgery import Site
+from lowrank_ops.model.sites import Site
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector] | None

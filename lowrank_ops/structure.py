@@ -16,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.chains import activation_name
 from lowrank_ops.conv_base import FactorizedConv
+from lowrank_ops.model.sites import clash, identity_for, keep_attributes, move_hooks
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.surgery import clash, identity_for, keep_attributes, move_hooks
 
 VERSION = 1
 

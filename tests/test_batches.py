@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lowrank_ops import distill_, factorize_, fold_batchnorm_
-from lowrank_ops.batches import ROWS, Batches, device_of, outputs_of
+from lowrank_ops.model.batches import ROWS, Batches, device_of, outputs_of
 
 ROW = torch.arange(6.0).reshape(2, 3)
 

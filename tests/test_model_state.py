@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ops import Budget, factorize_
-from lowrank_ops.model_state import ModelState, own_random_numbers
+from lowrank_ops.model.state import ModelState, own_random_numbers
 
 
 class Stateful(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import Budget, factorize, factorize_, moment_groups
-from lowrank_ops.batches import Batches
-from lowrank_ops.surgery import Site, find_sites
+from lowrank_ops.model.batches import Batches
+from lowrank_ops.model.sites import Site, find_sites
 
 
 class Backwards(nn.Module):

@@ -16,7 +16,7 @@ from triangles import symmetric
 
 import lowrank_ops
 from lowrank_ops import shrinkage
-from lowrank_ops.batches import Batches
+from lowrank_ops.model.batches import Batches
 from lowrank_ops.moments import HeldOut, Layer, Watched, draw_positions, gather_moments, input_rows, output_rows, watch
 
 LAYERS = [
@@ -299,7 +299,7 @@ def test_an_error_before_the_last_call_is_the_models_own() -> None:
 _PEAK = """
 import torch
 from torch import nn
-from lowrank_ops.batches import Batches
+from lowrank_ops.model.batches import Batches
 from lowrank_ops.whitening import Whitening
 from lowrank_ops.moments import gather_moments
 torch.set_num_threads(1)

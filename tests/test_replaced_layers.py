@@ -27,7 +27,7 @@ from lowrank_ops import (
     save,
     to_chain,
 )
-from lowrank_ops.weight_reads import WeightReads
+from lowrank_ops.model.weight_reads import WeightReads
 
 
 class T5Block(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import LowRankLinear, calibration, factorize, factorize_
+from lowrank_ops.model.sites import Site
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.surgery import Site
 
 DEPTH, BATCHES = 12, 2
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_ops.calls import no_nested_tensors
+from lowrank_ops.model.calls import no_nested_tensors
 from lowrank_ops.ops.extension import _C
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.text.tables import HTML_WIDTH, as_html, as_text, figure, fits, new_table, terminal_width

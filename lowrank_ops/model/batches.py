@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from lowrank_ops.model_state import own_random_numbers
+from lowrank_ops.model.state import own_random_numbers
 from lowrank_ops.runtime.nested import values_of
 from lowrank_ops.text.warn import warn
 

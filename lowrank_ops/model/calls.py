@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.batches import Batch
-from lowrank_ops.model_state import in_inference_mode
+from lowrank_ops.model.batches import Batch
+from lowrank_ops.model.state import in_inference_mode
+from lowrank_ops.model.weight_reads import ReadProducts, WeightReads
 from lowrank_ops.runtime.nested import values_of
-from lowrank_ops.weight_reads import ReadProducts, WeightReads
 
 _SECONDS_PER_SHAPE = 0.2
 _ROUNDS = (5, 50)  # at least, at most
