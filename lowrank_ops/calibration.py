@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops.fitting import Regression, chunk_rows, refit
+from lowrank_ops.linalg.roots import Root
 from lowrank_ops.model.batches import Batch, Batches
 from lowrank_ops.model.sites import Site
 from lowrank_ops.model.state import ModelState
@@ -28,7 +29,6 @@ from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.moment_groups import moment_bytes
 from lowrank_ops.moments import HeldOut, Watched, count_positions, draw_positions, input_rows, output_rows, watch
 from lowrank_ops.ops.memory import trim
-from lowrank_ops.roots import Root
 
 # The widest features whose normal equations are solved: [8192, 8192] in fp64 is half a gigabyte.
 WIDEST = 8192

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowrank_ops.arithmetic import arithmetic, prepare, relative_error, store
 from lowrank_ops.cp import CPFactors, cp_decompose
+from lowrank_ops.linalg.singular import leading_svd, leading_vectors
 from lowrank_ops.ranks import Rank, linear_rank, tucker_ranks, unfolding
-from lowrank_ops.singular import leading_svd, leading_vectors
 
 __all__ = [
     "CPFactors",

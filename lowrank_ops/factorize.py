@@ -21,6 +21,8 @@ from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.cp import sensitivity
 from lowrank_ops.fuse import fuse_
+from lowrank_ops.linalg.roots import Root
+from lowrank_ops.linalg.singular import exactly
 from lowrank_ops.model.batches import Batches, device_of
 from lowrank_ops.model.calls import CalledLayers, Calls, compare_times, model_errors, recorded_calls
 from lowrank_ops.model.sites import Owners, Site, clash, find_sites, keep_attributes, move_hooks, not_kept
@@ -36,10 +38,8 @@ from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
-from lowrank_ops.roots import Root
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.selection import Selectors, named, select, too_narrow
-from lowrank_ops.singular import exactly
 from lowrank_ops.spending import met_already, spend
 from lowrank_ops.text.notes import listed
 from lowrank_ops.text.warn import warn

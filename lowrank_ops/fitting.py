@@ -17,10 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_ops.linalg.roots import Root, cholesky_
+from lowrank_ops.linalg.singular import (
+    energy,
+    gram,
+    leading_eigenvectors_,
+    leading_svd,
+    orthonormal_,
+    worth_randomizing,
+)
 from lowrank_ops.ops.memory import trim
-from lowrank_ops.roots import Root, cholesky_
 from lowrank_ops.runtime.autocast import no_autocast
-from lowrank_ops.singular import energy, gram, leading_eigenvectors_, leading_svd, orthonormal_, worth_randomizing
 
 # The ridge of the least squares, relative to the mean square of a feature: it pulls towards the factors of the
 # decomposition, which is what directions that the calibration data do not reach then keep. Where rows are few, a

@@ -17,6 +17,7 @@ from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.cp import cp_decompose
 from lowrank_ops.decompose import svd_decompose, tucker_decompose
 from lowrank_ops.initialization import Init
+from lowrank_ops.linalg.singular import exactly
 from lowrank_ops.module_base import (
     FactorizedModule,
     at_least,
@@ -30,7 +31,6 @@ from lowrank_ops.ops.extension import ops_for
 from lowrank_ops.ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.ranks import Rank
 from lowrank_ops.runtime.nested import is_nested, on_values
-from lowrank_ops.singular import exactly
 
 if TYPE_CHECKING:
     from typing_extensions import Self

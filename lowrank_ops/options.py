@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lowrank_ops import ranks
 from lowrank_ops.budget import Option
 from lowrank_ops.cp import cp_decompose
+from lowrank_ops.linalg.singular import energies, gram
 from lowrank_ops.model.calls import LayerCalls, times
 from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.moments import Layer
 from lowrank_ops.report import count_macs, count_parameters
-from lowrank_ops.singular import energies, gram
 from lowrank_ops.sketch import sketched
 
 Kind = Literal["tucker", "cp", "svd"]

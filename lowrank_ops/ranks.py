@@ -28,7 +28,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from lowrank_ops.singular import computing_device, energies
+from lowrank_ops.linalg.singular import computing_device, energies
 from lowrank_ops.vbmf import components_above_noise
 
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_ops.linalg.singular import energy
+from lowrank_ops.linalg.triangle import Triangle, panel_energy
 from lowrank_ops.runtime.autocast import no_autocast
-from lowrank_ops.singular import energy
-from lowrank_ops.triangle import Triangle, panel_energy
 
 # Of more features only the squares are summed: half of [8192, 8192] in fp32 is an eighth of a gigabyte, and a root
 # takes a second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et al.,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ops.linalg.roots import Root
+from lowrank_ops.linalg.singular import computing_device
 from lowrank_ops.moments import Moments
-from lowrank_ops.roots import Root
 from lowrank_ops.runtime.autocast import no_autocast
-from lowrank_ops.singular import computing_device
 
 COLUMNS = 512  # of a weight that have a copy in fp64 at a time
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triangles import lower, triangle_of
 
-from lowrank_ops import Budget, factorize_, roots, triangle
-from lowrank_ops.roots import Root
+from lowrank_ops import Budget, factorize_
+from lowrank_ops.linalg import roots, triangle
+from lowrank_ops.linalg.roots import Root
 
 
 def _moment(size: int, seed: int = 0, directions: int | None = None) -> Tensor:

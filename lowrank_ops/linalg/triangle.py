@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowrank_ops.singular import energy
+from lowrank_ops.linalg.singular import energy
 
 # Columns of a panel. Half a square of them is kept besides a triangle, and one panel in fp64 where it is computed with.
 BLOCK = 256

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ops.linalg.singular import computing_device, energy
+from lowrank_ops.linalg.triangle import Triangle
 from lowrank_ops.runtime.autocast import no_autocast
-from lowrank_ops.singular import computing_device, energy
-from lowrank_ops.triangle import Triangle
 
 # What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
 # noise, and data that calibration did not show may use them.
