@@ -5,9 +5,10 @@ from lowrank_ops.activations import fold_activations_
 from lowrank_ops.batchnorm import fold_batchnorm_, reestimate_batchnorm_
 from lowrank_ops.budget import Budget
 from lowrank_ops.chains import NotOneOp
-from lowrank_ops.cp import cp_decompose
 from lowrank_ops.decay import frobenius_decay, frobenius_norm_squared
-from lowrank_ops.decompose import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.cp import cp_decompose
+from lowrank_ops.decompose.ranks import VBMF, Energy
+from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
 from lowrank_ops.distill import DistillReport, distill_
 from lowrank_ops.export import export_onnx, to_chain
 from lowrank_ops.factorize import factorize_, fuse_
@@ -21,7 +22,6 @@ from lowrank_ops.ops.measurements import forget_measurements, load_measurements,
 from lowrank_ops.ops.memory import kept_memory, release_memory
 from lowrank_ops.pairs import Fold, FoldReport
 from lowrank_ops.prepare import Preparation, PreparedLayer, prepare_for_inference_, unprepare_
-from lowrank_ops.ranks import VBMF, Energy
 from lowrank_ops.report import LayerReport, Report, count_layer_weights
 from lowrank_ops.saving import load, save
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ops import chains
+from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.initialization import Init
 from lowrank_ops.module_base import (
     FactorizedModule,
@@ -20,7 +21,6 @@ from lowrank_ops.module_base import (
     groups_reason,
     refuse_energy,
 )
-from lowrank_ops.ranks import Rank
 from lowrank_ops.runtime.nested import refuse_nested
 
 if TYPE_CHECKING:

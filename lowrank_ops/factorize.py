@@ -15,11 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from lowrank_ops import ranks
 from lowrank_ops.activations import rectified
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
-from lowrank_ops.cp import sensitivity
+from lowrank_ops.decompose import ranks
+from lowrank_ops.decompose.cp import sensitivity
+from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.linalg.roots import Root
 from lowrank_ops.linalg.singular import exactly
@@ -35,7 +36,6 @@ from lowrank_ops.moment_groups import moment_groups, room
 from lowrank_ops.moments import finite, gather_moments
 from lowrank_ops.ops.memory import trim
 from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
-from lowrank_ops.ranks import Rank
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.runtime.compiled import takes_compiled

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import ranks
 from lowrank_ops.budget import Option
-from lowrank_ops.cp import cp_decompose
+from lowrank_ops.decompose import ranks
+from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.linalg.singular import energies, gram
 from lowrank_ops.model.calls import LayerCalls, times
 from lowrank_ops.module_base import FactorizedModule

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_ops.decompose.ranks import unfolding
 from lowrank_ops.linalg.singular import computing_device, normal
 from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.ranks import unfolding
 from lowrank_ops.runtime.autocast import no_autocast
 
 

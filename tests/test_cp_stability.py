@@ -11,9 +11,18 @@ from tensorly.cp_tensor import CPTensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_ops import CPConv2d, correction, cp, factorize_, reference
-from lowrank_ops.correction import MARGIN, approximation_error, balanced, correct, expected_change, strengths
-from lowrank_ops.cp import cp_decompose, sensitivity
+from lowrank_ops import CPConv2d, factorize_, reference
+from lowrank_ops.decompose import cp
+from lowrank_ops.decompose import cp_correction as correction
+from lowrank_ops.decompose.cp import cp_decompose, sensitivity
+from lowrank_ops.decompose.cp_correction import (
+    MARGIN,
+    approximation_error,
+    balanced,
+    correct,
+    expected_change,
+    strengths,
+)
 
 SHAPE = (12, 10, 3, 4)  # T, S, KH, KW
 

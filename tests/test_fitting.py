@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from triangles import moments_of, symmetric, triangle_of
 
 from lowrank_ops import factorize_, fitting
-from lowrank_ops.decompose import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
 from lowrank_ops.fitting import Regression, refit
 from lowrank_ops.linalg import roots
 from lowrank_ops.linalg.roots import Root

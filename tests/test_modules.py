@@ -15,9 +15,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
+from lowrank_ops.decompose.ranks import VBMF, Energy
 from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.functional import ACTIVATIONS
-from lowrank_ops.ranks import VBMF, Energy
 
 # kind, rank, (S, T): unequal channels, unequal ranks, no multiples of 8
 CONV2D = [(TuckerConv2d, (5, 7)), (CPConv2d, 9)]

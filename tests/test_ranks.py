@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_ops.ranks import Energy, cp_rank, linear_rank, tucker_ranks
+from lowrank_ops.decompose.ranks import Energy, cp_rank, linear_rank, tucker_ranks
 
 
 def weight(*shape: int) -> torch.Tensor:

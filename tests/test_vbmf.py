@@ -11,7 +11,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor, nn
 
 from lowrank_ops import VBMF, CPConv2d, LowRankLinear, TuckerConv2d, factorize_
-from lowrank_ops.ranks import cp_rank, linear_rank, tucker_ranks
+from lowrank_ops.decompose.ranks import cp_rank, linear_rank, tucker_ranks
 
 SHAPES = [(40, 100), (100, 40), (60, 60)]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_ops import CPConv2d, cp, factorize_
+from lowrank_ops import CPConv2d, factorize_
+from lowrank_ops.decompose import cp
 
 
 def _given_a_mask(model: nn.Module) -> None:

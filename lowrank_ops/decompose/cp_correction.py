@@ -35,7 +35,7 @@ import torch
 from tensorly.cp_tensor import CPTensor
 from torch import Tensor
 
-from lowrank_ops.arithmetic import relative_error, unfolding_dot_khatri_rao
+from lowrank_ops.decompose.arithmetic import relative_error, unfolding_dot_khatri_rao
 
 # Below it the squared error, a difference of numbers near 1 in fp64, is no longer known to three digits.
 LEAST_ERROR = 1e-6

@@ -17,10 +17,10 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank_ops.arithmetic import arithmetic, prepare, store
-from lowrank_ops.correction import approximation_error, balanced, correct, expected_change, strengths
+from lowrank_ops.decompose.arithmetic import arithmetic, prepare, store
+from lowrank_ops.decompose.cp_correction import approximation_error, balanced, correct, expected_change, strengths
+from lowrank_ops.decompose.ranks import Rank, cp_rank, unfolding
 from lowrank_ops.linalg.singular import leading_vectors
-from lowrank_ops.ranks import Rank, cp_rank, unfolding
 from lowrank_ops.text.warn import warn
 
 # Terms of a sound CP decomposition share the tensor's energy: orthogonal terms have norms with

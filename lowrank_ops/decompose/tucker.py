@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ops.arithmetic import arithmetic, prepare, relative_error, store
-from lowrank_ops.cp import CPFactors, cp_decompose
+from lowrank_ops.decompose.arithmetic import arithmetic, prepare, relative_error, store
+from lowrank_ops.decompose.cp import CPFactors, cp_decompose
+from lowrank_ops.decompose.ranks import Rank, linear_rank, tucker_ranks, unfolding
 from lowrank_ops.linalg.singular import leading_svd, leading_vectors
-from lowrank_ops.ranks import Rank, linear_rank, tucker_ranks, unfolding
 
 __all__ = [
     "CPFactors",

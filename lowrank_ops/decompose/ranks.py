@@ -28,8 +28,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from lowrank_ops.decompose.vbmf import components_above_noise
 from lowrank_ops.linalg.singular import computing_device, energies
-from lowrank_ops.vbmf import components_above_noise
 
 
 @dataclass(frozen=True)

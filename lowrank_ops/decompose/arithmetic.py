@@ -16,8 +16,8 @@ from tensorly.cp_tensor import CPTensor
 from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 from torch import Tensor
 
+from lowrank_ops.decompose.ranks import require_finite
 from lowrank_ops.linalg.singular import computing_device
-from lowrank_ops.ranks import require_finite
 from lowrank_ops.runtime.autocast import no_autocast
 
 
