@@ -4,16 +4,16 @@ import lowrank_ops.ops.flops  # noqa: F401, gives FlopCounterMode its formulas
 from lowrank_ops.activations import fold_activations_
 from lowrank_ops.batchnorm import fold_batchnorm_, reestimate_batchnorm_
 from lowrank_ops.budget import Budget
-from lowrank_ops.chains import NotOneOp
-from lowrank_ops.decay import frobenius_decay, frobenius_norm_squared
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.decompose.ranks import VBMF, Energy
 from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
 from lowrank_ops.distill import DistillReport, distill_
 from lowrank_ops.export import export_onnx, to_chain
 from lowrank_ops.factorize import factorize_, fuse_
-from lowrank_ops.initialization import Spectral
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.chains import NotOneOp
+from lowrank_ops.nn.decay import frobenius_decay, frobenius_norm_squared
+from lowrank_ops.nn.init import Spectral
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops import reference
 from lowrank_ops.ops.explain import Explanation, explain, policy, set_policy
 from lowrank_ops.ops.extension import build_info

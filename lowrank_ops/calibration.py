@@ -25,9 +25,9 @@ from lowrank_ops.linalg.roots import Root
 from lowrank_ops.model.batches import Batch, Batches
 from lowrank_ops.model.sites import Site
 from lowrank_ops.model.state import ModelState
-from lowrank_ops.module_base import FactorizedModule
 from lowrank_ops.moment_groups import moment_bytes
 from lowrank_ops.moments import HeldOut, Watched, count_positions, draw_positions, input_rows, output_rows, watch
+from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.ops.memory import trim
 
 # The widest features whose normal equations are solved: [8192, 8192] in fp64 is half a gigabyte.

@@ -19,8 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_ops.chains import ACTIVATION_MODULES
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.chains import ACTIVATION_MODULES
 
 Error = tuple[Tensor, Tensor]
 Pairs = Mapping[str, tuple[FactorizedModule, nn.Module]]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank_ops.model.sites import find_sites, keep_attributes, move_hooks
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.runtime.compiled import takes_compiled
 
 

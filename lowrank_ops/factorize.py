@@ -30,10 +30,10 @@ from lowrank_ops.model.sites import Owners, Site, clash, find_sites, keep_attrib
 from lowrank_ops.model.state import leaves_model_state
 from lowrank_ops.model.timing import compare_models
 from lowrank_ops.model.weight_reads import WeightReads
-from lowrank_ops.module_base import FactorizedModule, refusal
-from lowrank_ops.modules import CPConv1d, CPConv2d
 from lowrank_ops.moment_groups import moment_groups, room
 from lowrank_ops.moments import finite, gather_moments
+from lowrank_ops.nn.base import FactorizedModule, refusal
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d
 from lowrank_ops.ops.memory import trim
 from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops.chains import same_padding
 from lowrank_ops.linalg.triangle import Triangle
 from lowrank_ops.model.batches import Batch, Batches, outputs_of
 from lowrank_ops.model.calls import eval_mode
 from lowrank_ops.model.state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
+from lowrank_ops.nn.chains import same_padding
 from lowrank_ops.runtime.autocast import no_autocast
 from lowrank_ops.runtime.nested import values_of
 from lowrank_ops.shrinkage import SecondMoment, diagonal

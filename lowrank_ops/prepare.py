@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.text.tables import as_text

@@ -15,8 +15,8 @@ from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.linalg.singular import energy, exactly
 from lowrank_ops.model.sites import HOOKS, own_attributes
-from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.memory import trim
 from lowrank_ops.options import is_matrix
 from lowrank_ops.whitening import Whitening

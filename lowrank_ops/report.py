@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from lowrank_ops.chains import same_padding
-from lowrank_ops.conv_base import FactorizedConv
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.chains import same_padding
+from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.runtime.compiled import uncompiled
 from lowrank_ops.text.notes import grouped, listed
 from lowrank_ops.text.tables import as_html, as_text, new_table

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank_ops.decompose.ranks import unfolding
 from lowrank_ops.linalg.singular import computing_device, normal
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.runtime.autocast import no_autocast
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lowrank_ops.chains import activation_name
-from lowrank_ops.conv_base import FactorizedConv
 from lowrank_ops.model.sites import clash, identity_for, keep_attributes, move_hooks
-from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.chains import activation_name
+from lowrank_ops.nn.conv import FactorizedConv
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 
 VERSION = 1
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_ops import Budget, factorize_, options, spending
 from lowrank_ops.budget import Option, allocate
 from lowrank_ops.model.sites import Site
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.options import Choice, count_cost, options_for
 from lowrank_ops.report import count_macs, count_parameters
 

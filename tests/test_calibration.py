@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ops import Budget, Energy, LowRankLinear, calibration, factorize_
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.report import Report
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "linear": lambda **options: LowRankLinear(10, 13, 6, **options),

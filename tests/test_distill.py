@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lowrank_ops
 import lowrank_ops.distill as distill_module
 from lowrank_ops import CPConv2d, LowRankLinear, TuckerConv2d, distill_
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 
 quiet = functools.partial(distill_, progress=False)
 

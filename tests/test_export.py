@@ -21,7 +21,7 @@ from lowrank_ops import (
     fuse_,
     to_chain,
 )
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 
 IMAGE = torch.randn(2, 5, 12, 11, generator=torch.Generator().manual_seed(0))
 WINDOW = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}

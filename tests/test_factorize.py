@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lowrank_ops.budget import Budget
 from lowrank_ops.decompose.ranks import Energy
 from lowrank_ops.factorize import factorize_, fuse_
-from lowrank_ops.module_base import FactorizedModule
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.explain import explain
 from lowrank_ops.report import count_macs, count_parameters
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, Spectral, TuckerConv1d, TuckerConv2d, cp_decompose
-from lowrank_ops.initialization import NAMED, product_norm_squared
+from lowrank_ops.nn.init import NAMED, product_norm_squared
 
 S, T = 10, 13
 EPS = torch.finfo(torch.float64).eps

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from lowrank_ops.decompose.ranks import VBMF, Energy
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.functional import ACTIVATIONS
 
 # kind, rank, (S, T): unequal channels, unequal ranks, no multiples of 8

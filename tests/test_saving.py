@@ -115,7 +115,7 @@ def test_another_process_gives_the_same_bits(path: Path, method: str, fold: bool
     script = f"""{SOURCE}
 import pickle, sys
 import lowrank_ops
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 torch.set_num_threads({threads})
 torch.manual_seed(99)
 with open(sys.argv[2], "rb") as file:

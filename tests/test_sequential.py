@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops.factorize import fuse_
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 
 S, T, R, R1, R2 = 6, 9, 7, 4, 5
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_ops import LowRankLinear, calibration, factorize, factorize_
 from lowrank_ops.model.sites import Site
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 
 DEPTH, BATCHES = 12, 2
 

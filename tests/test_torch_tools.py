@@ -25,7 +25,7 @@ from lowrank_ops import (
     prepare_for_inference_,
     to_chain,
 )
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
 
 IMAGE = torch.randn(2, 5, 12, 11, generator=torch.Generator().manual_seed(0))
 WINDOW: dict[str, Any] = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}

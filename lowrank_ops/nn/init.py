@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank_ops.runtime.autocast import no_autocast
 
 if TYPE_CHECKING:
-    from lowrank_ops.module_base import FactorizedModule
+    from lowrank_ops.nn.base import FactorizedModule
 
 Initializer = Callable[[Tensor], Any]
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from lowrank_ops.chains import copy_parameter
 from lowrank_ops.decompose.ranks import VBMF, Energy, Rank
-from lowrank_ops.dense_weight import DenseWeight
-from lowrank_ops.initialization import Init, check_init, draw_factors
 from lowrank_ops.model.sites import plain_kind
+from lowrank_ops.nn.chains import copy_parameter
+from lowrank_ops.nn.dense_weight import DenseWeight
+from lowrank_ops.nn.init import Init, check_init, draw_factors
 from lowrank_ops.ops.extension import _C, ACTIVATIONS, DTYPES
 from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.text.warn import warn

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.initialization import is_sharded, product_norm_squared
-from lowrank_ops.module_base import FactorizedModule
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.init import is_sharded, product_norm_squared
 from lowrank_ops.runtime.autocast import no_autocast
 
 
@@ -41,7 +41,7 @@ def frobenius_decay(model: nn.Module, weight: float) -> Tensor:
     `weight` in the sense of an optimizer's `weight_decay` on the dense layers. So the optimizer should have none
     on the factors:
 
-        from lowrank_ops.module_base import FactorizedModule
+        from lowrank_ops.nn.base import FactorizedModule
 
         factors = {id(f) for m in model.modules() if isinstance(m, FactorizedModule) for f in m.factors().values()}
         groups = [

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import chains
 from lowrank_ops.decompose.ranks import Rank
-from lowrank_ops.initialization import Init
-from lowrank_ops.module_base import (
+from lowrank_ops.nn import chains
+from lowrank_ops.nn.base import (
     FactorizedModule,
     at_least,
     check_activation,
@@ -21,6 +20,7 @@ from lowrank_ops.module_base import (
     groups_reason,
     refuse_energy,
 )
+from lowrank_ops.nn.init import Init
 from lowrank_ops.runtime.nested import refuse_nested
 
 if TYPE_CHECKING:

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import chains, reference
-from lowrank_ops.conv_base import FactorizedConv
+from lowrank_ops import reference
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
-from lowrank_ops.initialization import Init
 from lowrank_ops.linalg.singular import exactly
-from lowrank_ops.module_base import (
+from lowrank_ops.nn import chains
+from lowrank_ops.nn.base import (
     FactorizedModule,
     at_least,
     check_activation,
@@ -29,6 +28,8 @@ from lowrank_ops.module_base import (
     refuse_energy,
     widened,
 )
+from lowrank_ops.nn.conv import FactorizedConv
+from lowrank_ops.nn.init import Init
 from lowrank_ops.ops.extension import ops_for
 from lowrank_ops.ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.runtime.nested import is_nested, on_values
