@@ -15,12 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from lowrank_ops.activations import rectified
 from lowrank_ops.budget import Budget
 from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import sensitivity
 from lowrank_ops.decompose.ranks import Rank
+from lowrank_ops.fold.activations import rectified
 from lowrank_ops.fuse import fuse_
 from lowrank_ops.linalg.roots import Root
 from lowrank_ops.linalg.singular import exactly

@@ -21,7 +21,7 @@ from lowrank_ops import (
     fold_batchnorm_,
     reestimate_batchnorm_,
 )
-from lowrank_ops.pairs import require_same
+from lowrank_ops.fold.pairs import require_same
 
 IMAGE = torch.randn(3, 5, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

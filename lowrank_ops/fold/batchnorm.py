@@ -14,13 +14,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
+from lowrank_ops.fold.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.model.batches import Batches, device_of
 from lowrank_ops.model.calls import eval_mode, model_errors
 from lowrank_ops.model.sites import Owners, Site, find_sites, identity_for
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.modules import LowRankLinear
-from lowrank_ops.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
 
