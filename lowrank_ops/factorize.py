@@ -16,7 +16,10 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops.budget import Budget
-from lowrank_ops.calibration import STAGES, Fit, fit_in_order_
+from lowrank_ops.calibrate.fit_in_order import STAGES, Fit, fit_in_order_
+from lowrank_ops.calibrate.moment_groups import moment_groups, room
+from lowrank_ops.calibrate.moments import finite, gather_moments
+from lowrank_ops.calibrate.whitening import Whitening
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import sensitivity
 from lowrank_ops.decompose.ranks import Rank
@@ -30,8 +33,6 @@ from lowrank_ops.model.sites import Owners, Site, clash, find_sites, keep_attrib
 from lowrank_ops.model.state import leaves_model_state
 from lowrank_ops.model.timing import compare_models
 from lowrank_ops.model.weight_reads import WeightReads
-from lowrank_ops.moment_groups import moment_groups, room
-from lowrank_ops.moments import finite, gather_moments
 from lowrank_ops.nn.base import FactorizedModule, refusal
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d
 from lowrank_ops.ops.memory import trim
@@ -43,7 +44,6 @@ from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.spending import met_already, spend
 from lowrank_ops.text.notes import listed
 from lowrank_ops.text.warn import warn
-from lowrank_ops.whitening import Whitening
 
 __all__ = ["factorize_", "fuse_"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops.budget import Option
+from lowrank_ops.calibrate.moments import Layer
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.linalg.singular import energies, gram
 from lowrank_ops.model.calls import LayerCalls, times
-from lowrank_ops.moments import Layer
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.report import count_macs, count_parameters

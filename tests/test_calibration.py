@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import Budget, Energy, LowRankLinear, calibration, factorize_
+from lowrank_ops import Budget, Energy, LowRankLinear, factorize_
+from lowrank_ops.calibrate import fit_in_order as calibration
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.report import Report
 

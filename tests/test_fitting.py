@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from triangles import moments_of, symmetric, triangle_of
 
-from lowrank_ops import factorize_, fitting
+from lowrank_ops import factorize_
+from lowrank_ops.calibrate import fitting
+from lowrank_ops.calibrate.fitting import Regression, refit
+from lowrank_ops.calibrate.moments import Moments
+from lowrank_ops.calibrate.whitening import Whitening
 from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
-from lowrank_ops.fitting import Regression, refit
 from lowrank_ops.linalg import roots
 from lowrank_ops.linalg.roots import Root
-from lowrank_ops.moments import Moments
-from lowrank_ops.whitening import Whitening
 
 
 def _moment(size: int, seed: int, spread: float = 1.5) -> Tensor:

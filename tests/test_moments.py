@@ -15,9 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from triangles import symmetric
 
 import lowrank_ops
-from lowrank_ops import shrinkage
+from lowrank_ops.calibrate import shrinkage
+from lowrank_ops.calibrate.moments import (
+    HeldOut,
+    Layer,
+    Watched,
+    draw_positions,
+    gather_moments,
+    input_rows,
+    output_rows,
+    watch,
+)
 from lowrank_ops.model.batches import Batches
-from lowrank_ops.moments import HeldOut, Layer, Watched, draw_positions, gather_moments, input_rows, output_rows, watch
 
 LAYERS = [
     nn.Conv2d(5, 4, 3, padding=1),
@@ -300,8 +309,8 @@ _PEAK = """
 import torch
 from torch import nn
 from lowrank_ops.model.batches import Batches
-from lowrank_ops.whitening import Whitening
-from lowrank_ops.moments import gather_moments
+from lowrank_ops.calibrate.whitening import Whitening
+from lowrank_ops.calibrate.moments import gather_moments
 torch.set_num_threads(1)
 def whiten(width):
     layer = nn.Linear(16, width)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triangles import symmetric
 
-from lowrank_ops.shrinkage import SecondMoment
+from lowrank_ops.calibrate.shrinkage import SecondMoment
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_ops.calibrate.moments import Moments
 from lowrank_ops.linalg.triangle import Triangle
-from lowrank_ops.moments import Moments
 
 
 def triangle_of(matrix: Tensor) -> Triangle:

@@ -20,13 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.fitting import Regression, chunk_rows, refit
+from lowrank_ops.calibrate.fitting import Regression, chunk_rows, refit
+from lowrank_ops.calibrate.moment_groups import moment_bytes
+from lowrank_ops.calibrate.moments import (
+    HeldOut,
+    Watched,
+    count_positions,
+    draw_positions,
+    input_rows,
+    output_rows,
+    watch,
+)
 from lowrank_ops.linalg.roots import Root
 from lowrank_ops.model.batches import Batch, Batches
 from lowrank_ops.model.sites import Site
 from lowrank_ops.model.state import ModelState
-from lowrank_ops.moment_groups import moment_bytes
-from lowrank_ops.moments import HeldOut, Watched, count_positions, draw_positions, input_rows, output_rows, watch
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.ops.memory import trim
 

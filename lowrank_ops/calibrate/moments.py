@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_ops.calibrate.shrinkage import SecondMoment, diagonal
 from lowrank_ops.linalg.triangle import Triangle
 from lowrank_ops.model.batches import Batch, Batches, outputs_of
 from lowrank_ops.model.calls import eval_mode
@@ -24,7 +25,6 @@ from lowrank_ops.model.state import ModelState, in_inference_mode, ordinary_tens
 from lowrank_ops.nn.chains import same_padding
 from lowrank_ops.runtime.autocast import no_autocast
 from lowrank_ops.runtime.nested import values_of
-from lowrank_ops.shrinkage import SecondMoment, diagonal
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 

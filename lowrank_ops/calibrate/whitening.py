@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ops.calibrate.moments import Moments
 from lowrank_ops.linalg.roots import Root
 from lowrank_ops.linalg.singular import computing_device
-from lowrank_ops.moments import Moments
 from lowrank_ops.runtime.autocast import no_autocast
 
 COLUMNS = 512  # of a weight that have a copy in fp64 at a time
