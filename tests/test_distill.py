@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops
-import lowrank_ops.distill as distill_module
+import lowrank_ops.train.distill as distill_module
 from lowrank_ops import CPConv2d, LowRankLinear, TuckerConv2d, distill_
 from lowrank_ops.nn.base import FactorizedModule
 

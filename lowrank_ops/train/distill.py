@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lowrank_ops import processes
-from lowrank_ops.distill_errors import LayerErrors, layer_pairs, output_errors
 from lowrank_ops.model.batches import Batch, Batches, device_of, outputs_of
 from lowrank_ops.model.calls import eval_mode
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.text.warn import warn
+from lowrank_ops.train import processes
+from lowrank_ops.train.distill_errors import LayerErrors, layer_pairs, output_errors
 
 WARM_UP = 20  # steps over which the learning rate rises: Adam's second moments are guesses until then
 RETREAT = 4  # what the learning rate is divided by where the loss runs away
