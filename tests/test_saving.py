@@ -28,9 +28,9 @@ from lowrank_ops import (
     fuse_,
     load,
     save,
-    saving,
     set_policy,
 )
+from lowrank_ops.deploy import saving
 
 # A class of its own module: the other process imports it from the same text.
 SOURCE = """

@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowrank_ops.deploy.structure import Structure, named_tensors, note_tree, restructure
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.files import written_whole
-from lowrank_ops.structure import Structure, named_tensors, note_tree, restructure
 
 KEY = "lowrank_ops"
 
