@@ -33,9 +33,9 @@ import lowrank_ops
 from benchmarks import bench
 from benchmarks.subjects import Subject, load
 from lowrank_ops import Budget
+from lowrank_ops.budget.menu import Choice, empty_module, is_matrix
 from lowrank_ops.decompose.ranks import linear_rank, tucker_ranks
 from lowrank_ops.model.calls import recorded_calls
-from lowrank_ops.options import Choice, empty_module, is_matrix
 from lowrank_ops.report import count_macs, count_parameters
 from lowrank_ops.selection import is_narrow
 

@@ -1,7 +1,7 @@
 """Factorized layers (Tucker-2, CP, SVD) as single fused ops for PyTorch."""
 
 import lowrank_ops.ops.flops  # noqa: F401, gives FlopCounterMode its formulas
-from lowrank_ops.budget import Budget
+from lowrank_ops.budget.knapsack import Budget
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.decompose.ranks import VBMF, Energy
 from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose

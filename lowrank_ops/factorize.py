@@ -15,7 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from lowrank_ops.budget import Budget
+from lowrank_ops.budget.knapsack import Budget
+from lowrank_ops.budget.menu import Choice, empty_module, is_matrix, macs_in
+from lowrank_ops.budget.spending import met_already, spend
 from lowrank_ops.calibrate.fit_in_order import STAGES, Fit, fit_in_order_
 from lowrank_ops.calibrate.moment_groups import moment_groups, room
 from lowrank_ops.calibrate.moments import finite, gather_moments
@@ -36,12 +38,10 @@ from lowrank_ops.model.weight_reads import WeightReads
 from lowrank_ops.nn.base import FactorizedModule, refusal
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d
 from lowrank_ops.ops.memory import trim
-from lowrank_ops.options import Choice, empty_module, is_matrix, macs_in
 from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
 from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.selection import Selectors, named, select, too_narrow
-from lowrank_ops.spending import met_already, spend
 from lowrank_ops.text.notes import listed
 from lowrank_ops.text.warn import warn
 

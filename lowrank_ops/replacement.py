@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_ops.budget.menu import is_matrix
 from lowrank_ops.calibrate.whitening import Whitening
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.ranks import Rank
@@ -19,7 +20,6 @@ from lowrank_ops.model.sites import HOOKS, own_attributes
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.memory import trim
-from lowrank_ops.options import is_matrix
 
 _ROWS = 64  # of a weight that are compared in fp64 at a time
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import Budget, factorize_, options, spending
-from lowrank_ops.budget import Option, allocate
+from lowrank_ops import Budget, factorize_
+from lowrank_ops.budget import menu as options
+from lowrank_ops.budget import spending
+from lowrank_ops.budget.knapsack import Option, allocate
+from lowrank_ops.budget.menu import Choice, count_cost, options_for
 from lowrank_ops.model.sites import Site
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.options import Choice, count_cost, options_for
 from lowrank_ops.report import count_macs, count_parameters
 
 

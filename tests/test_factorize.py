@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-from lowrank_ops.budget import Budget
+from lowrank_ops.budget.knapsack import Budget
 from lowrank_ops.decompose.ranks import Energy
 from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.nn.base import FactorizedModule

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.options import Choice, empty_module
-from lowrank_ops.sketch import sketched
+from lowrank_ops.budget.menu import Choice, empty_module
+from lowrank_ops.budget.sketch import sketched
 
 
 def lowrank_(layer: Any, rank: int) -> None:
