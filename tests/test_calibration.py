@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lowrank_ops import Budget, Energy, LowRankLinear, factorize_
 from lowrank_ops.calibrate import fit_in_order as calibration
+from lowrank_ops.compress.report import Report
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.report import Report
 
 
 class Network(nn.Module):

@@ -14,12 +14,12 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from lowrank_ops.budget.knapsack import Budget
+from lowrank_ops.compress.factorize import factorize_, fuse_
+from lowrank_ops.compress.report import count_macs, count_parameters
 from lowrank_ops.decompose.ranks import Energy
-from lowrank_ops.factorize import factorize_, fuse_
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.explain import explain
-from lowrank_ops.report import count_macs, count_parameters
 
 
 class Block(nn.Module):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import Budget, factorize, factorize_
+from lowrank_ops import Budget, factorize_
 from lowrank_ops.calibrate import moment_groups
+from lowrank_ops.compress import factorize
 from lowrank_ops.model.batches import Batches
 from lowrank_ops.model.sites import Site, find_sites
 

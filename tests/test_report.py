@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops import Budget, factorize_
+from lowrank_ops.compress.report import LayerReport, Report, count_parameters
 from lowrank_ops.model import timing
-from lowrank_ops.report import LayerReport, Report, count_parameters
 from lowrank_ops.text.notes import grouped, listed
 from lowrank_ops.text.tables import as_text, figure, new_table
 

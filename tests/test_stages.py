@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import LowRankLinear, factorize, factorize_
+from lowrank_ops import LowRankLinear, factorize_
 from lowrank_ops.calibrate import fit_in_order as calibration
+from lowrank_ops.compress import factorize
 from lowrank_ops.model.sites import Site
 from lowrank_ops.nn.base import FactorizedModule
 

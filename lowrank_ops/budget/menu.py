@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lowrank_ops.budget.knapsack import Option
 from lowrank_ops.budget.sketch import sketched
 from lowrank_ops.calibrate.moments import Layer
+from lowrank_ops.compress.report import count_macs, count_parameters
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.linalg.singular import energies, gram
 from lowrank_ops.model.calls import LayerCalls, times
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.report import count_macs, count_parameters
 
 Kind = Literal["tucker", "cp", "svd"]
 

@@ -22,11 +22,14 @@ from lowrank_ops.calibrate.fit_in_order import STAGES, Fit, fit_in_order_
 from lowrank_ops.calibrate.moment_groups import moment_groups, room
 from lowrank_ops.calibrate.moments import finite, gather_moments
 from lowrank_ops.calibrate.whitening import Whitening
+from lowrank_ops.compress.fuse import fuse_
+from lowrank_ops.compress.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
+from lowrank_ops.compress.report import LayerReport, Report, count_macs, count_parameters, other_modules
+from lowrank_ops.compress.selection import Selectors, named, select, too_narrow
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import sensitivity
 from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.fold.activations import rectified
-from lowrank_ops.fuse import fuse_
 from lowrank_ops.linalg.roots import Root
 from lowrank_ops.linalg.singular import exactly
 from lowrank_ops.model.batches import Batches, device_of
@@ -38,10 +41,7 @@ from lowrank_ops.model.weight_reads import WeightReads
 from lowrank_ops.nn.base import FactorizedModule, refusal
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d
 from lowrank_ops.ops.memory import trim
-from lowrank_ops.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
-from lowrank_ops.report import LayerReport, Report, count_macs, count_parameters, other_modules
 from lowrank_ops.runtime.compiled import takes_compiled
-from lowrank_ops.selection import Selectors, named, select, too_narrow
 from lowrank_ops.text.notes import listed
 from lowrank_ops.text.warn import warn
 
