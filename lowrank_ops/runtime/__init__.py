@@ -1,1 +1,1 @@
-"""What torch and the process do around a call: autocast, nested tensors, torch.compile, files. Imports no other folder."""
+"""What torch and the process do around a call: autocast, nested tensors, torch.compile, files.."""
