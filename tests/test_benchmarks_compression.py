@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
-from benchmarks import compression, subjects
-from benchmarks.compression import Row, Study, interval, macs_of
-from benchmarks.subjects import Subject, read_idx
+from benchmarks.compression import run as compression
+from benchmarks.compression import subjects
+from benchmarks.compression.run import Row, Study, interval, macs_of
+from benchmarks.compression.subjects import Subject, read_idx
 
 
 def _network() -> nn.Module:

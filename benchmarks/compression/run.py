@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compression`: what is left of trained networks after factorization, and how fast they then are.
+"""`python -m benchmarks.compression.run`: what is left of trained networks after factorization, and how fast they then are.
 
 Two questions for each network, answered on data that no fit has seen:
 
@@ -31,7 +31,7 @@ from torch import nn
 
 import lowrank_ops
 from benchmarks import bench
-from benchmarks.subjects import Subject, load
+from benchmarks.compression.subjects import Subject, load
 from lowrank_ops import Budget
 from lowrank_ops.budget.menu import Choice, empty_module, is_matrix
 from lowrank_ops.compress.report import count_macs, count_parameters
@@ -284,7 +284,7 @@ def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compression", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.compression.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("networks", nargs="*", default=["text", "craft", "fashion"], help="text, craft, fashion")
     parser.add_argument("--question", choices=["cut", "latency", "both"], default="both")
