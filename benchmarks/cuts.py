@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 import lowrank_ops
-from benchmarks import peers
-from benchmarks.outcome import explain
+from benchmarks.core import peers
+from benchmarks.core.outcome import explain
 from lowrank_ops.ops.extension import _C
 
 HOPELESS = 5  # times the best prediction: kernels beyond it are not timed, as under the policy "measure"

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-from benchmarks.bench import geometric_mean
-from benchmarks.layers import Cell, cell_from_json
+from benchmarks.core.bench import geometric_mean
+from benchmarks.core.layers import Cell, cell_from_json
 from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "cost_constants.inc"

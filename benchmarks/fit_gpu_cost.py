@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bench import geometric_mean
+from benchmarks.core.bench import geometric_mean
+from benchmarks.core.layers import Cell, cell_from_json
 from benchmarks.cuts import Cut, parse_cut
 from benchmarks.fit_cost import Vector, solve
 from benchmarks.gpu_kernels import BLOCKS
-from benchmarks.layers import Cell, cell_from_json
 from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import bench
-from benchmarks.bench import Timing
-from benchmarks.layers import Cell
+from benchmarks.core import bench
+from benchmarks.core.bench import Timing
+from benchmarks.core.layers import Cell
 
 QUEUED = 4  # timed calls that a turn queues up before it waits for them
 MOST_FLUSHES = 50  # before one call: the launch queue holds about a thousand kernels

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import fit_gpu_cost
-from benchmarks.bench import Column, Table, geometric_mean
-from benchmarks.layers import Cell, cell_from_json
-from benchmarks.outcome import SHORT_OPS, number
+from benchmarks.core.bench import Column, Table, geometric_mean
+from benchmarks.core.layers import Cell, cell_from_json
+from benchmarks.core.outcome import SHORT_OPS, number
 from lowrank_ops.ops.extension import _C
 
 GPU = "H200"

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, gpu, gpu_run, layers, peers
+from benchmarks import gpu, gpu_run
+from benchmarks.core import bench, layers, peers
+from benchmarks.core.layers import Cell
+from benchmarks.core.outcome import DTYPES, check_all
 from benchmarks.cuts import hopeful, other_cuts, planned_cuts, runner
-from benchmarks.layers import Cell
-from benchmarks.outcome import DTYPES, check_all
 
 # What the design of the kernels is judged by: both kinds of block at 256 channels and 56x56, and a linear layer.
 BLOCKS = {

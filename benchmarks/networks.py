@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
-from benchmarks import bench, engines
-from benchmarks.bench import Column, Table
-from benchmarks.engines import ENGINES, OnnxRuntimeRun, OpenVinoRun
+from benchmarks.core import bench, engines
+from benchmarks.core.bench import Column, Table
+from benchmarks.core.engines import ENGINES, OnnxRuntimeRun, OpenVinoRun
+from benchmarks.core.outcome import DTYPES
 from benchmarks.models import NETWORKS, Network
-from benchmarks.outcome import DTYPES
 from examples.demo import unfused
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_ops
-from benchmarks import bench
+from benchmarks.core import bench
 
 
 def main() -> None:

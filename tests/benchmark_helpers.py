@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks.layers import Cell
+from benchmarks.core.layers import Cell
 
 SMALL = [
     Cell("tucker_conv2d", "small", 6, 10, (3, 5), (9, 7), batch=3, kernel=(3, 2), stride=2, padding=1),

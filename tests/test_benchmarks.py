@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from benchmark_helpers import same
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench, cpu_result, engines, layers, peers, run
-from benchmarks.layers import Cell
-from benchmarks.limits import Limits
+from benchmarks import run
+from benchmarks.core import bench, cpu_result, engines, layers, peers
+from benchmarks.core.layers import Cell
+from benchmarks.core.limits import Limits
 from lowrank_ops import reference
 
 SMALL = [

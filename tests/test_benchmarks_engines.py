@@ -9,12 +9,12 @@ import torch
 from test_benchmarks import SMALL
 
 import lowrank_ops
-from benchmarks import bench, cpu_result, engines, layers, peers
-from benchmarks.bench import Timing
-from benchmarks.cpu_result import CpuResult
-from benchmarks.layers import Cell
-from benchmarks.limits import Limits, _packed, intermediate_bytes, measure_limits, scratch_bytes
-from benchmarks.outcome import explain
+from benchmarks.core import bench, cpu_result, engines, layers, peers
+from benchmarks.core.bench import Timing
+from benchmarks.core.cpu_result import CpuResult
+from benchmarks.core.layers import Cell
+from benchmarks.core.limits import Limits, _packed, intermediate_bytes, measure_limits, scratch_bytes
+from benchmarks.core.outcome import explain
 
 # The engines are large and only peers of the benchmark: `make test` does not install them (CI stays light), a checkout
 # with `pip install .[bench]` runs these tests.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cuts, fit_gpu_cost, gpu_kernels, layers, peers
+from benchmarks import cuts, fit_gpu_cost, gpu_kernels
+from benchmarks.core import layers, peers
 from benchmarks.cuts import Cut
 from benchmarks.fit_gpu_cost import Observation
 from lowrank_ops.ops.extension import _C

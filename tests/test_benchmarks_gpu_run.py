@@ -13,8 +13,9 @@ from benchmark_helpers import SMALL, HostDevice, same
 from torch import Tensor
 
 import lowrank_ops
-from benchmarks import fit_cost, gpu, gpu_run, layers, peers, run
-from benchmarks.graphs import Captured
+from benchmarks import fit_cost, gpu, gpu_run, run
+from benchmarks.core import layers, peers
+from benchmarks.core.graphs import Captured
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import lowrank_ops
-from benchmarks import engines, models, networks
+from benchmarks import models, networks
+from benchmarks.core import engines
 from examples.networks import DigitsNetwork
 
 

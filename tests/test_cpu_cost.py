@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks import fit_cost
-from benchmarks.layers import Cell
-from benchmarks.random_cells import random_cells
+from benchmarks.core.layers import Cell
+from benchmarks.core.random_cells import random_cells
 from lowrank_ops.ops.extension import _C
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks/results").glob("planner_*.json"))

@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import nn
 
 import lowrank_ops
-from benchmarks import bench
 from benchmarks.compression.subjects import Subject, load
+from benchmarks.core import bench
 from lowrank_ops import Budget
 from lowrank_ops.budget.menu import Choice, empty_module, is_matrix
 from lowrank_ops.compress.report import count_macs, count_parameters

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.bench import Column, Table, Timing, geometric_mean
-from benchmarks.layers import cell_from_json
-from benchmarks.limits import Limits
-from benchmarks.outcome import DTYPES, SHORT_OPS, Result, number
+from benchmarks.core.bench import Column, Table, Timing, geometric_mean
+from benchmarks.core.layers import cell_from_json
+from benchmarks.core.limits import Limits
+from benchmarks.core.outcome import DTYPES, SHORT_OPS, Result, number
 
 COLUMNS = [
     Column("op", 6, left=True),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import lowrank_ops
-from benchmarks import peers
-from benchmarks.bench import Timing
-from benchmarks.layers import Cell
+from benchmarks.core import peers
+from benchmarks.core.bench import Timing
+from benchmarks.core.layers import Cell
 from lowrank_ops.ops import functional
 
 DTYPES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from benchmarks.layers import Cell, Pair
+from benchmarks.core.layers import Cell, Pair
 
 MOST_FLOPS = 1.2e9
 FEWEST_FLOPS = 5e4

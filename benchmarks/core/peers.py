@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import engines
-from benchmarks.engines import ENGINES
-from benchmarks.graphs import Captured
-from benchmarks.layers import Cell
+from benchmarks.core import engines
+from benchmarks.core.engines import ENGINES
+from benchmarks.core.graphs import Captured
+from benchmarks.core.layers import Cell
 from lowrank_ops import reference
 from lowrank_ops.ops import functional
 from lowrank_ops.ops.extension import _C, ops_for

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import lowrank_ops
-from benchmarks import bench
-from benchmarks.layers import Cell
+from benchmarks.core import bench
+from benchmarks.core.layers import Cell
 
 MATRIX_SIZES = (768, 1536, 2304)
 COPY_BYTES = (1 << 19, 1 << 22, 1 << 25, 1 << 28)  # read and written ones together
