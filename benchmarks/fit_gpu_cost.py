@@ -1,7 +1,7 @@
 """`python -m benchmarks.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
 
 Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
-`benchmarks.gpu_kernels --json`, fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on
+`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on
 relative errors), and writes csrc/plan/gpu_cost_constants.inc. What it is judged by is the regret: how much longer the
 planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
 """
@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks.core.bench import geometric_mean
 from benchmarks.core.layers import Cell, cell_from_json
-from benchmarks.cuts import Cut, parse_cut
 from benchmarks.fit_cost import Vector, solve
-from benchmarks.gpu_kernels import BLOCKS
+from benchmarks.gpu.cuts import Cut, parse_cut
+from benchmarks.gpu.kernels import BLOCKS
 from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"

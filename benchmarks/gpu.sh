@@ -111,10 +111,10 @@ run_checks() {
 
 run_hopper() {
   local program=build/hopper
-  if [ ! -x "$program" ] || [ -n "$(find benchmarks/hopper -type f -newer "$program")" ]; then
+  if [ ! -x "$program" ] || [ -n "$(find benchmarks/gpu/hopper -type f -newer "$program")" ]; then
     mkdir -p build
     "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --threads 0 -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a \
-      -o "$program" benchmarks/hopper/*.cu || return
+      -o "$program" benchmarks/gpu/hopper/*.cu || return
   fi
   "$program" | tee "$OUT/hopper.jsonl"
 }
@@ -123,7 +123,7 @@ PROFILED=(tucker_conv2d_sm90a_64x64 cp_conv2d_sm90a_112x64 tucker_conv2d_sm80_12
 run_profile() {
   ready || return
   ncu --clock-control none --set full --import-source no --kernel-name "regex:(block|sm90a)_kernel" --force-overwrite \
-    --export "$OUT/profile" "$PYTHON" -m benchmarks.gpu_kernels --profile "${PROFILED[@]}" || return
+    --export "$OUT/profile" "$PYTHON" -m benchmarks.gpu.kernels --profile "${PROFILED[@]}" || return
   ncu --import "$OUT/profile.ncu-rep" --page details >"$OUT/profile.txt"
   ncu --import "$OUT/profile.ncu-rep" --page source --csv | gzip >"$OUT/profile_source.csv.gz"
   grep -E "block_kernel|sm90a_kernel|Duration|Throughput|Registers Per|Issue Slots|Eligible|No Eligible" "$OUT/profile.txt"
@@ -141,7 +141,7 @@ run_stage() {
     initcheck) sanitizer initcheck test_sanitized ;;
     memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" test_sanitized ;;
     checks) run_checks ;;
-    blocks) ready && "$PYTHON" -m benchmarks.gpu_kernels --dtype bfloat16 tf32 --seconds 2 --json "$OUT/blocks.json" ;;
+    blocks) ready && "$PYTHON" -m benchmarks.gpu.kernels --dtype bfloat16 tf32 --seconds 2 --json "$OUT/blocks.json" ;;
     list)
       ready && "$PYTHON" -m benchmarks.run --device cuda --dtype bf16 --peers chain merged dense graph kernels \
         --seconds 0.5 --minutes 1.8 --json "$OUT/list.json"

@@ -12,13 +12,15 @@ import torch
 from benchmark_helpers import SMALL, HostDevice, same
 from torch import Tensor
 
-from benchmarks import gpu, gpu_result, gpu_run
 from benchmarks.core import layers, peers
 from benchmarks.core.bench import Timing
 from benchmarks.core.graphs import Captured
 from benchmarks.core.layers import Cell
-from benchmarks.gpu import GpuTiming, Peaks
-from benchmarks.gpu_result import GpuResult
+from benchmarks.gpu import result as gpu_result
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import timing as gpu
+from benchmarks.gpu.result import GpuResult
+from benchmarks.gpu.timing import GpuTiming, Peaks
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 MICRO = 2.0**-20  # about a microsecond; powers of two keep the simulated clocks exact

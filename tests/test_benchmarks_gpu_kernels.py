@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cuts, fit_gpu_cost, gpu_kernels
+from benchmarks import fit_gpu_cost
 from benchmarks.core import layers, peers
-from benchmarks.cuts import Cut
 from benchmarks.fit_gpu_cost import Observation
+from benchmarks.gpu import cuts
+from benchmarks.gpu import kernels as gpu_kernels
+from benchmarks.gpu.cuts import Cut
 from lowrank_ops.ops.extension import _C
 
 BLOCKS = [pytest.param(cell, id=name) for name, cell in gpu_kernels.BLOCKS.items()]

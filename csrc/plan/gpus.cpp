@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
 
 // What mma.sync reaches of the rate that a data sheet gives for wgmma on Hopper: measured on an H200, 1.50 clocks of a
-// multiprocessor for an m16n8k16, where wgmma takes 1.00 for as much (benchmarks/hopper, h200_hopper.jsonl).
+// multiprocessor for an m16n8k16, where wgmma takes 1.00 for as much (benchmarks/gpu/hopper, h200_hopper.jsonl).
 constexpr double kHopperMmaSync = 0.66;
 
 // Operations of a multiprocessor in a clock.

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu_kernels`: every CUDA kernel by itself, with the planner's cut and with others around it.
+"""`python -m benchmarks.gpu.kernels`: every CUDA kernel by itself, with the planner's cut and with others around it.
 
-    python -m benchmarks.gpu_kernels --json FILE            the three blocks of docs/kernels.md
-    python -m benchmarks.gpu_kernels --profile KERNEL ...   launches each kernel once on its block: for ncu
+    python -m benchmarks.gpu.kernels --json FILE            the three blocks of docs/kernels.md
+    python -m benchmarks.gpu.kernels --profile KERNEL ...   launches each kernel once on its block: for ncu
 
 The figures are GPU times with a cold L2 (gpu.py), the planner's prediction stands beside each planned cut (cuts.py).
 `python -m benchmarks.run --device cuda --peers ... kernels` times the planned cuts alone, on any list of cells.
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu, gpu_run
 from benchmarks.core import bench, layers, peers
 from benchmarks.core.layers import Cell
 from benchmarks.core.outcome import DTYPES, check_all
-from benchmarks.cuts import hopeful, other_cuts, planned_cuts, runner
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import timing as gpu
+from benchmarks.gpu.cuts import hopeful, other_cuts, planned_cuts, runner
 
 # What the design of the kernels is judged by: both kinds of block at 256 channels and 56x56, and a linear layer.
 BLOCKS = {
@@ -85,7 +86,7 @@ def profile(kernels: Sequence[str], dtype: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=list(BLOCKS))
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "tf32"], default=["bfloat16"])

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.core.bench import Column, Table, Timing, geometric_mean
 from benchmarks.core.layers import cell_from_json
 from benchmarks.core.outcome import DTYPES, SHORT_OPS, Result, number
-from benchmarks.gpu import GpuTiming, Peaks
+from benchmarks.gpu.timing import GpuTiming, Peaks
 
 RIDGE = 160  # FLOP a byte: from here on the targets ask for less of the bound
 BOUND_TARGETS = {"below": 0.75, "above": 0.45}  # share of the kernel's own bound, on either side of RIDGE

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 import lowrank_ops
-from benchmarks import cuts, gpu
 from benchmarks.core import bench, peers
 from benchmarks.core.bench import Column, Table
 from benchmarks.core.layers import Cell
 from benchmarks.core.outcome import DTYPES, SHORT_OPS, check_all, explain, number, use_policy
-from benchmarks.gpu import Device, Peaks
-from benchmarks.gpu_result import COLUMNS, LEGEND, GpuResult, print_summary, summary
+from benchmarks.gpu import cuts
+from benchmarks.gpu import timing as gpu
+from benchmarks.gpu.result import COLUMNS, LEGEND, GpuResult, print_summary, summary
+from benchmarks.gpu.timing import Device, Peaks
 
 SAME = ("device", "dtype", "layout", "peers", "torch", "git_sha")  # in two runs that may share a file
 CHECKED_CALLS = 3  # torch.compile records its CUDA graph in the second call and replays it from the third on

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_choices RESULTS.json`: what the planner of today makes of a GPU's measurements.
+"""`python -m benchmarks.gpu.choices RESULTS.json`: what the planner of today makes of a GPU's measurements.
 
 Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`. For each cell the
 planner chooses among the ways that were timed: every kernel that exists today with the cut of that run, and the
@@ -119,7 +119,7 @@ def summary(found: Iterable[Choice]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_choices", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.choices", description=__doc__)
     parser.add_argument("results", type=Path)
     found = choices(parser.parse_args(arguments).results)
     table = Table(COLUMNS)

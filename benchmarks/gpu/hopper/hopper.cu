@@ -1,7 +1,7 @@
 // Measures what kernels for Hopper may assume of the hardware: matrix descriptors of wgmma with shifted starts, rates
 // of the tensor cores, the copy engine, barriers, and memory. One program that needs nothing but CUDA:
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o build/hopper benchmarks/hopper/*.cu
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o build/hopper benchmarks/gpu/hopper/*.cu
 //   build/hopper [--seconds S] [NAME]    all tests, or those whose names begin with NAME; --list prints the names
 //
 // Every test runs in a process of its own, so that a fault or a hang costs that test alone, and prints one line of
