@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import lowrank_ops
-from benchmarks import models, networks
 from benchmarks.core import engines
+from benchmarks.networks import models
+from benchmarks.networks import run as networks
 from examples.networks import DigitsNetwork
 
 

@@ -1,4 +1,4 @@
-"""The whole networks of `benchmarks.networks`: dense, and factorized with our modules.
+"""The whole networks of `benchmarks.networks.run`: dense, and factorized with our modules.
 
 CRAFT and english_g2 have their trained weights and the ranks of the demo (examples/tasks.py). VGG-16 (Simonyan and
 Zisserman, arXiv:1409.1556) and ResNet-50 (He et al., arXiv:1512.03385) have random ones: only their times count here.

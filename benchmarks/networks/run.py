@@ -1,4 +1,4 @@
-"""`python -m benchmarks.networks`: whole networks, dense, as a chain of layers, fused, and the chain in the engines.
+"""`python -m benchmarks.networks.run`: whole networks, dense, as a chain of layers, fused, and the chain in the engines.
 
 Latency: medians, all contenders of a network and dtype interleaved in one run, outputs checked before (against the same
 network in fp64). Peak memory: each contender in a process of its own, the most that is resident while it is called,
@@ -32,7 +32,7 @@ from benchmarks.core import bench, engines
 from benchmarks.core.bench import Column, Table
 from benchmarks.core.engines import ENGINES, OnnxRuntimeRun, OpenVinoRun
 from benchmarks.core.outcome import DTYPES
-from benchmarks.models import NETWORKS, Network
+from benchmarks.networks.models import NETWORKS, Network
 from examples.demo import unfused
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -160,7 +160,7 @@ def _settle(threads: int) -> None:
 
 def peak_memory(folder: Path, contender: str, dtype: str, threads: int) -> int:
     """Bytes, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.networks", "--weigh", str(folder), contender, dtype, str(threads)]
+    command = [sys.executable, "-m", "benchmarks.networks.run", "--weigh", str(folder), contender, dtype, str(threads)]
     root = Path(__file__).parent.parent
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     return int(told.stdout.split()[-1])
@@ -209,7 +209,7 @@ def rows(network: str, dtype: str, found: dict[str, dict[str, Any]]) -> list[lis
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks.run", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
