@@ -69,7 +69,7 @@ wheel: .venv/packages
 	  print(lowrank_ops.build_info(), lowrank_ops.TuckerConv2d(8, 8, 3, 4)(torch.randn(1, 8, 9, 9)).shape)"
 
 kernel-report: .venv/packages
-	$(VENV)/python -m benchmarks.kernel_report --output docs/kernel_report.md
+	$(VENV)/python -m benchmarks.studies.kernel_report --output docs/kernel_report.md
 
 # Not into the source tree: the extension that lies there stays as it is.
 check-cuda: .venv/packages

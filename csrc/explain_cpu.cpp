@@ -1,5 +1,5 @@
 // What the CPU's cost model counts and predicts for a problem on any class of CPUs, for tests and
-// benchmarks/fit_cost.py.
+// benchmarks/studies/fit_cost.py.
 #include "explain.h"
 #include "plan/cost.h"
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import fit_gpu_cost
 from benchmarks.core import layers, peers
-from benchmarks.fit_gpu_cost import Observation
 from benchmarks.gpu import cuts
 from benchmarks.gpu import kernels as gpu_kernels
 from benchmarks.gpu.cuts import Cut
+from benchmarks.studies import fit_gpu_cost
+from benchmarks.studies.fit_gpu_cost import Observation
 from lowrank_ops.ops.extension import _C
 
 BLOCKS = [pytest.param(cell, id=name) for name, cell in gpu_kernels.BLOCKS.items()]

@@ -13,11 +13,12 @@ from benchmark_helpers import SMALL, HostDevice, same
 from torch import Tensor
 
 import lowrank_ops
-from benchmarks import fit_cost, run
+from benchmarks import run
 from benchmarks.core import layers, peers
 from benchmarks.core.graphs import Captured
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import timing as gpu
+from benchmarks.studies import fit_cost
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fit_cost
 from benchmarks.core.layers import Cell
 from benchmarks.core.random_cells import random_cells
+from benchmarks.studies import fit_cost
 from lowrank_ops.ops.extension import _C
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks/results").glob("planner_*.json"))

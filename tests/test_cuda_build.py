@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import build_cuda
-from benchmarks import kernel_report
-from benchmarks.kernel_report import Instantiation
+from benchmarks.studies import kernel_report
+from benchmarks.studies.kernel_report import Instantiation
 from build_cuda import Architecture, Toolkit
 
 ALL = os.environ.get("LOWRANK_OPS_ALL_ARCHITECTURES") == "1"

@@ -13,8 +13,8 @@ import torch
 from gpu_problems import GPUS, KERNELS, OPS, Problem, drawn, former_state, plan, problem_for  # noqa: F401
 
 import lowrank_ops
-from benchmarks import fit_gpu_cost
 from benchmarks.gpu import choices as gpu_choices
+from benchmarks.studies import fit_gpu_cost
 from lowrank_ops.ops.extension import _C
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

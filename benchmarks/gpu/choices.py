@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import fit_gpu_cost
 from benchmarks.core.bench import Column, Table, geometric_mean
 from benchmarks.core.layers import Cell, cell_from_json
 from benchmarks.core.outcome import SHORT_OPS, number
+from benchmarks.studies import fit_gpu_cost
 from lowrank_ops.ops.extension import _C
 
 GPU = "H200"

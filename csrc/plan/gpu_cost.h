@@ -5,7 +5,7 @@
 // CTA does (chunks, copies, products, ...), in clocks per item, times the rounds of CTAs that a multiprocessor goes
 // through. Neither device memory nor the tensor cores can be beaten: their times are lower bounds.
 //
-// The constants are fitted by benchmarks/fit_gpu_cost.py from committed measurements and stand in
+// The constants are fitted by benchmarks/studies/fit_gpu_cost.py from committed measurements and stand in
 // gpu_cost_constants.inc, with the GPU they come from. On other GPUs they are scaled by clock, multiprocessors and
 // bandwidth, which nobody has checked: "auto" asks for a margin there (gpu.cpp). The policy "measure" does not need
 // them.

@@ -1,6 +1,6 @@
 """What nvcc made of the CUDA kernels: registers, spills and the counts of the instructions that matter.
 
-python -m benchmarks.kernel_report [FOLDER] [--output docs/kernel_report.md]
+python -m benchmarks.studies.kernel_report [FOLDER] [--output docs/kernel_report.md]
 
 Compiles csrc/kernels where it must (build_cuda.py), reads the assembler's report and disassembles the objects; no GPU
 and no torch are needed. cuobjdump and nvdisasm come from PATH or from the PyPI packages nvidia-cuda-cuobjdump and

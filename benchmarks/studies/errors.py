@@ -1,4 +1,4 @@
-"""`python -m benchmarks.errors`: rounding errors of Tucker's core, direct and by Winograd, beside the chain's.
+"""`python -m benchmarks.studies.errors`: rounding errors of Tucker's core, direct and by Winograd, beside the chain's.
 
 Relative to the fp64 result, in the Frobenius norm; medians over seeds. Normal factors; inputs normal, after a ReLU, or
 all values positive, where nothing cancels and the budget of float32 is tightest (`tests/conftest.py` has the budgets).

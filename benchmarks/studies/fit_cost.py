@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fit_cost RESULTS.json ...`: the CPU cost model's constants from benchmark results.
+"""`python -m benchmarks.studies.fit_cost RESULTS.json ...`: the CPU cost model's constants from benchmark results.
 
 Reads files written by `benchmarks.run --peers chain forced --json`, asks the planner for what it counts for each cell,
 fits the nanoseconds that a feature costs, fused and as a chain, for each op, dtype, layout and class of instruction
@@ -203,7 +203,7 @@ def share_below(observations: Sequence[Observation], limit: float) -> float:
 def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
     """The text of cost_constants.inc."""
     found = [
-        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/fit_cost.py; measured on",
+        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/studies/fit_cost.py; measured on",
         f"// {', '.join(cpus)}, its instruction sets capped. Do not edit.",
     ]
     for (isa, op, dtype, layout, ones), constants in sorted(groups.items()):
@@ -216,7 +216,7 @@ def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fit_cost", description=__doc__)
     parser.add_argument("results", nargs="+")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
+"""`python -m benchmarks.studies.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
 
 Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
 `benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on
@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks.core.bench import geometric_mean
 from benchmarks.core.layers import Cell, cell_from_json
-from benchmarks.fit_cost import Vector, solve
 from benchmarks.gpu.cuts import Cut, parse_cut
 from benchmarks.gpu.kernels import BLOCKS
+from benchmarks.studies.fit_cost import Vector, solve
 from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
@@ -207,7 +207,7 @@ def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
 
 
 def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> None:
-    lines = [f"// Written by benchmarks/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
+    lines = [f"// Written by benchmarks/studies/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
              f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
     for group in FUSED_GROUPS:  # each must have figures, or nothing is written
         values = ", ".join(f"{value * clock:.4g}" for value in found[group])
@@ -219,7 +219,7 @@ def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_gpu_cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fit_gpu_cost", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of one GPU")
     general = "files of the kernels before there were lean ones: for the general kernels' constants"
     parser.add_argument("--general", nargs="*", type=Path, default=[], metavar="FILE", help=general)
