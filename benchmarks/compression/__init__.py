@@ -1,1 +1,1 @@
-"""What is left of trained networks after factorization, and how fast they then are: `python -m benchmarks.compression.run`."""
+"""Trained networks after factorization: what is left of them, how fast they are: `python -m benchmarks.compression.run`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compression.run`: what is left of trained networks after factorization, and how fast they then are.
+"""`python -m benchmarks.compression.run`: what is left of trained networks after factorization, and how fast they are.
 
 Two questions for each network, answered on data that no fit has seen:
 

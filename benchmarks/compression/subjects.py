@@ -1,4 +1,4 @@
-"""The trained networks that `benchmarks.compression.run` compresses, with data to fit them and other data to judge them."""
+"""The trained networks that `benchmarks.compression.run` compresses, with data to fit and other data to judge them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.networks.run`: whole networks, dense, as a chain of layers, fused, and the chain in the engines.
+"""`python -m benchmarks.networks.run`: whole networks: dense, a chain of layers, fused, and the chain in the engines.
 
 Latency: medians, all contenders of a network and dtype interleaved in one run, outputs checked before (against the same
 network in fp64). Peak memory: each contender in a process of its own, the most that is resident while it is called,
@@ -161,7 +161,7 @@ def _settle(threads: int) -> None:
 def peak_memory(folder: Path, contender: str, dtype: str, threads: int) -> int:
     """Bytes, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.networks.run", "--weigh", str(folder), contender, dtype, str(threads)]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     return int(told.stdout.split()[-1])
 

@@ -27,7 +27,7 @@ from benchmarks.core.bench import geometric_mean
 from benchmarks.core.layers import Cell, cell_from_json
 from lowrank_ops.ops.extension import _C
 
-CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "cost_constants.inc"
+CONSTANTS = Path(__file__).parents[2] / "csrc" / "plan" / "cost_constants.inc"
 Vector = NDArray[np.float64]
 Group = tuple[str, str, str, str, int]
 """Class of instruction sets, op, dtype, layout and how many of a Tucker block's ranks are one, 0 to 2: what has
@@ -203,8 +203,8 @@ def share_below(observations: Sequence[Observation], limit: float) -> float:
 def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
     """The text of cost_constants.inc."""
     found = [
-        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/studies/fit_cost.py; measured on",
-        f"// {', '.join(cpus)}, its instruction sets capped. Do not edit.",
+        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/studies/fit_cost.py; measured",
+        f"// on {', '.join(cpus)}, its instruction sets capped. Do not edit.",
     ]
     for (isa, op, dtype, layout, ones), constants in sorted(groups.items()):
         numbers = (

@@ -26,7 +26,7 @@ from benchmarks.gpu.kernels import BLOCKS
 from benchmarks.studies.fit_cost import Vector, solve
 from lowrank_ops.ops.extension import _C
 
-CONSTANTS = Path(__file__).parent.parent / "csrc" / "plan" / "gpu_cost_constants.inc"
+CONSTANTS = Path(__file__).parents[2] / "csrc" / "plan" / "gpu_cost_constants.inc"
 FUSED_GROUPS = (
     "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.overhead`: what the smallest calls cost, and what packing the weights costs in larger ones."""
+"""`python -m benchmarks.studies.overhead`: the cost of the smallest calls, and of packing weights in larger ones."""
 
 from __future__ import annotations
 
