@@ -20,7 +20,7 @@ ARGS ?=
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh') build_cuda.py
-CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/support/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The part of the CPU suite that a build with CUDA kernels has to pass.
 CUDA_TORCH ?= torch==2.11.0
@@ -93,7 +93,7 @@ OURS := --kernel-name kernel_substring=lowrank_ops
 sanitize: .venv/built
 	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $$tool \
-	    $(VENV)/python -m pytest tests/test_cuda_kernels.py -k test_sanitized -p no:cacheprovider || exit 1; done
+	    $(VENV)/python -m pytest tests/cuda/test_cuda_kernels.py -k test_sanitized -p no:cacheprovider || exit 1; done
 
 # torch first and alone: a plain `pip install torch` would fetch the newest build with gigabytes of CUDA packages.
 .venv/packages: pyproject.toml Makefile

@@ -1,1 +1,1 @@
-"""Trained networks after factorization: what is left of them, how fast they are: `python -m benchmarks.compression.run`."""
+"""Trained networks after factorization: their accuracy and speed: `python -m benchmarks.compression.run`."""

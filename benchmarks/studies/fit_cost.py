@@ -203,8 +203,8 @@ def share_below(observations: Sequence[Observation], limit: float) -> float:
 def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
     """The text of cost_constants.inc."""
     found = [
-        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/studies/fit_cost.py; measured",
-        f"// on {', '.join(cpus)}, its instruction sets capped. Do not edit.",
+        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by",
+        f"// benchmarks/studies/fit_cost.py; measured on {', '.join(cpus)}, its instruction sets capped. Do not edit.",
     ]
     for (isa, op, dtype, layout, ones), constants in sorted(groups.items()):
         numbers = (

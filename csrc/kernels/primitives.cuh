@@ -1,5 +1,5 @@
 // Everything the kernels need of the hardware, by name: PTX under nvcc; under g++ the host versions of
-// tests/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels touch shared and global
+// tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels touch shared and global
 // memory through these functions only, so that nothing escapes the checks.
 //
 // Sources: PTX ISA 8.x, sections "Warp-level matrix instructions" (mma, ldmatrix) and "cp.async".
@@ -67,7 +67,7 @@ enum class Barrier : int {
 }  // namespace lowrank_ops
 
 #ifndef __CUDACC__
-#include "host_primitives.h"  // tests/simt
+#include "host_primitives.h"  // tests/support/simt
 #else
 
 namespace lowrank_ops {

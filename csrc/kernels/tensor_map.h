@@ -18,7 +18,7 @@ struct Boxes {
 };
 
 // False: there is no driver that can, or it refuses (an address or a stride that is no multiple of 16 bytes, say). In
-// tensor_map.cuh, for tests in tests/simt/hopper.cpp.
+// tensor_map.cuh, for tests in tests/support/simt/hopper.cpp.
 inline bool encode(CUtensorMap& map, const Boxes& boxes, DType dtype);
 
 }  // namespace lowrank_ops::hopper
