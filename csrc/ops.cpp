@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "bind_ops.h"
+#include "python/bind_ops.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
@@ -20,7 +20,7 @@
 #ifdef LOWRANK_OPS_WITH_CUDA
 #include "cuda/bind_cuda.h"
 #endif
-#include "explain.h"
+#include "python/explain.h"
 #include "policy.h"
 #include "version.h"
 

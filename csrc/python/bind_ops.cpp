@@ -2,7 +2,7 @@
 // against the schema: on one pixel a CP call takes 9.4 us there and 4.7 here with pairs, 5.1 and 2.7 with ints for the
 // window (Zen 4). What traces calls (torch.compile, torch.jit.trace, __torch_function__) has to see torch.ops:
 // lowrank_ops/ops/extension.py chooses.
-#include "bind_ops.h"
+#include "python/bind_ops.h"
 
 #include <torch/extension.h>
 

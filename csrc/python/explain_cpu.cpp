@@ -1,6 +1,6 @@
 // What the CPU's cost model counts and predicts for a problem on any class of CPUs, for tests and
 // benchmarks/studies/fit_cost.py.
-#include "explain.h"
+#include "python/explain.h"
 #include "plan/cost.h"
 
 namespace lowrank_ops {

@@ -1,4 +1,4 @@
-#include "explain.h"
+#include "python/explain.h"
 
 #include <algorithm>
 #include <optional>

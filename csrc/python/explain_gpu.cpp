@@ -1,7 +1,7 @@
 // The GPU planner's parts one by one, for tests and tools: the kernel table, one kernel's plan, how tiles lie.
 #include <algorithm>
 
-#include "explain.h"
+#include "python/explain.h"
 #include "ops.h"
 #include "plan/gpu.h"
 #include "plan/gpu_cost.h"
