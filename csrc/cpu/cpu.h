@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/prepared.h"
-#include "ops.h"
+#include "ops/ops.h"
 #include "plan/plan.h"
 
 namespace lowrank_ops {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ops.h"
+#include "ops/ops.h"
 #include "plan/plan.h"
 
 namespace lowrank_ops {

@@ -3,7 +3,7 @@
 
 #include "cuda/device.h"
 #include "kernels/launch.h"
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

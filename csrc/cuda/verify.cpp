@@ -14,7 +14,7 @@
 
 #include "cuda/fused_call.h"
 #include "plan/gpu_sm90a.h"
-#include "problem_of.h"
+#include "ops/problem_of.h"
 
 namespace lowrank_ops {
 namespace {

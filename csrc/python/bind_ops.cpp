@@ -8,8 +8,8 @@
 
 #include <type_traits>
 
-#include "checks.h"
-#include "dispatch.h"
+#include "ops/checks.h"
+#include "ops/dispatch.h"
 
 namespace lowrank_ops {
 

@@ -6,11 +6,11 @@
 #include <tuple>
 
 #include "cpu/isa.h"
-#include "gpu_device.h"
-#include "ops.h"
+#include "ops/gpu_device.h"
+#include "ops/ops.h"
 #include "plan/cost.h"
 #include "plan/gpu.h"
-#include "policy.h"
+#include "ops/policy.h"
 
 namespace lowrank_ops {
 namespace {

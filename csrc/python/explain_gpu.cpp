@@ -2,10 +2,10 @@
 #include <algorithm>
 
 #include "python/explain.h"
-#include "ops.h"
+#include "ops/ops.h"
 #include "plan/gpu.h"
 #include "plan/gpu_cost.h"
-#include "policy.h"
+#include "ops/policy.h"
 
 namespace lowrank_ops {
 namespace {

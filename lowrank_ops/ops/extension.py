@@ -1,7 +1,7 @@
 """Loads the extension `lowrank_ops._C` and gives its ops their fake (meta) kernels.
 
 A fake kernel says what shape, dtype and strides the real one returns, under symbolic shapes too. It enforces
-the shape rules of `csrc/checks.h`, so that `torch.compile` and `torch.export` refuse the same calls, at trace
+the shape rules of `csrc/ops/checks.h`, so that `torch.compile` and `torch.export` refuse the same calls, at trace
 time.
 """
 

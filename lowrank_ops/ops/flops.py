@@ -39,7 +39,7 @@ def _linear_stages(input: Shape, in_factor: Shape, out_factor: Shape) -> list[in
 
 
 def _backward(stages: list[int], activation: str, mask: Sequence[bool]) -> int:
-    """As `block_gradients` of csrc/backward.cpp: what it recomputes, then a product for each gradient."""
+    """As `block_gradients` of csrc/ops/backward.cpp: what it recomputes, then a product for each gradient."""
     wants_input, *wants_weight = mask[:-1]
     count = len(stages)
     needed = [i for i, wanted in enumerate(wants_weight) if wanted]

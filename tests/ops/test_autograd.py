@@ -18,7 +18,7 @@ from tests.support.budgets import assert_gradients, assert_output, assert_stride
 from tests.support.calls import SMOOTH, backward_op, integer_call, output_gradient
 from tests.support.problems import ACTIVATIONS, CONVS, DEVICES, DTYPES, GEOMETRIES, LAYOUTS, OPS, Call, Problem
 
-# Larger than the memory of one chunk of csrc/backward.cpp (32 MiB): several chunks, the last one smaller.
+# Larger than the memory of one chunk of csrc/ops/backward.cpp (32 MiB): several chunks, the last one smaller.
 CHUNKED = dict(n=5, s=16, t=24, r1=20, r2=12, h=112, w=112, kernel=(3, 3), padding=(1, 1))
 CHUNKED_LINEAR = dict(n=3, h=50_000, s=16, t=24, r1=20)
 

@@ -4,8 +4,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include "backward.h"
-#include "ops.h"
+#include "ops/backward.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

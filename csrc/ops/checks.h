@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

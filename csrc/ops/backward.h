@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

@@ -11,7 +11,7 @@
 
 #include <array>
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

@@ -1,5 +1,5 @@
 // The op schemas, the kernel of every device that has none of its own, and the Python module `_C`.
-#include "ops.h"
+#include "ops/ops.h"
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "python/bind_ops.h"
-#include "checks.h"
+#include "ops/checks.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/prepared.h"
@@ -21,7 +21,7 @@
 #include "cuda/bind_cuda.h"
 #endif
 #include "python/explain.h"
-#include "policy.h"
+#include "ops/policy.h"
 #include "version.h"
 
 namespace lowrank_ops {

@@ -1,7 +1,7 @@
 // The backward ops, on every device: a chain of library convolutions (or matrix products), run over a few
 // images (or rows) at a time, so that no intermediate of a whole batch ever exists. All three ops are one
 // algorithm: a list of linear stages, walked forward to recompute the stage inputs and then backward.
-#include "backward.h"
+#include "ops/backward.h"
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
@@ -10,9 +10,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "ops/checks.h"
 #include "plan/gpu.h"
-#include "problem_of.h"
+#include "ops/problem_of.h"
 
 namespace lowrank_ops {
 namespace {

@@ -1,7 +1,7 @@
 // Tensors -> the planner's Problem.
 #pragma once
 
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

@@ -13,9 +13,9 @@
 
 #include <vector>
 
-#include "backward.h"
-#include "checks.h"
-#include "dispatch.h"
+#include "ops/backward.h"
+#include "ops/checks.h"
+#include "ops/dispatch.h"
 
 namespace lowrank_ops {
 namespace {
