@@ -2,7 +2,7 @@
 
 Reads files written by `benchmarks.run --peers chain forced --json`, asks the planner for what it counts for each cell,
 fits the nanoseconds that a feature costs, fused and as a chain, for each op, dtype, layout and class of instruction
-sets, and writes csrc/plan/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted anew
+sets, and writes csrc/plan/cpu/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted anew
 some times so that a few cells which the model cannot explain do not bend it. Cells where both paths take about the
 same time count more, as errors decide there. What it is judged by is the regret: how much longer the paths that the
 model picks take than the faster path of every cell. Times are fitted path by path: so the chain's constants are scaled
@@ -64,7 +64,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Constants:
-    """Nanoseconds for each feature (csrc/plan/cost.h), on either path."""
+    """Nanoseconds for each feature (csrc/plan/cpu/cost.h), on either path."""
 
     fused: Vector
     chain: Vector

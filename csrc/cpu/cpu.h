@@ -4,7 +4,7 @@
 
 #include "cpu/prepared.h"
 #include "ops/ops.h"
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cpu/kernels/kernels.h"
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

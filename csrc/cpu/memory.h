@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -8,7 +8,7 @@
 
 #include "ops/checks.h"
 #include "cpu/winograd.h"
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 #include "ops/problem_of.h"
 
 namespace lowrank_ops {

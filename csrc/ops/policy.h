@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 #include "plan/gpu_cost.h"
 #include "plan/gpu_search.h"
 #include "plan/gpu_sm90a.h"

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/geometry.h"
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

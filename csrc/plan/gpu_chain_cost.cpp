@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 #include "plan/gpu_cost.h"
 
 namespace lowrank_ops {

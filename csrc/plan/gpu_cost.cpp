@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 #include "plan/gpu_sm90a.h"
 
 namespace lowrank_ops {

@@ -8,7 +8,7 @@
 #include "cpu/isa.h"
 #include "ops/gpu_device.h"
 #include "ops/ops.h"
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 #include "plan/gpu.h"
 #include "ops/policy.h"
 

@@ -6,7 +6,7 @@
 #include <array>
 #include <string>
 
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -1,12 +1,12 @@
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 #include <algorithm>
 #include <array>
 #include <numeric>
 #include <optional>
 
-#include "plan/cost.h"
-#include "plan/sharing.h"
+#include "plan/cpu/cost.h"
+#include "plan/cpu/sharing.h"
 
 namespace lowrank_ops {
 

@@ -1,9 +1,9 @@
-#include "plan/sharing.h"
+#include "plan/cpu/sharing.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 
 namespace lowrank_ops {
 

@@ -1,5 +1,5 @@
 // choose_cpu for every call: a problem is planned once and remembered.
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 #include "plan/plan_cache.h"
 
 namespace lowrank_ops {

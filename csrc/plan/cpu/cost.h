@@ -11,7 +11,7 @@
 
 #include <array>
 
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

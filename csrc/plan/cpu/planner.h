@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/geometry.h"
-#include "plan/patches.h"
+#include "plan/cpu/patches.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {

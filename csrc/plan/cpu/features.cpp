@@ -3,7 +3,7 @@
 #include <string_view>
 #include <utility>
 
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 
 namespace lowrank_ops {
 namespace {
@@ -278,7 +278,7 @@ struct Constants {
   Features fused, chain;
 };
 constexpr Constants kConstants[] = {
-#include "plan/cost_constants.inc"
+#include "plan/cpu/cost_constants.inc"
 };
 
 const Constants* constants_for(const Problem& p, const CpuCaps& caps) {

@@ -1,7 +1,7 @@
 // What a convolution's tiles hold, and how the threads of a CPU divide the tiles.
 #pragma once
 
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -1,4 +1,4 @@
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 
 #include <algorithm>
 
