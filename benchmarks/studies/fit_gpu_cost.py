@@ -1,8 +1,8 @@
 """`python -m benchmarks.studies.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
 
 Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
-`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu_cost.h costs (non-negative least squares on
-relative errors), and writes csrc/plan/gpu_cost_constants.inc. What it is judged by is the regret: how much longer the
+`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu/cost.h costs (non-negative least squares on
+relative errors), and writes csrc/plan/gpu/cost_constants.inc. What it is judged by is the regret: how much longer the
 planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
 """
 
@@ -112,7 +112,7 @@ def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
     name = content.get("device", {}).get("name", "")
     gpu = next((known["name"] for known in _C.named_gpus() if known["name"] in name), None)
     if gpu is None:
-        raise ValueError(f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpus.cpp, got {name or 'a CPU'!r}")
+        raise ValueError(f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpu/known_gpus.cpp, got {name or 'a CPU'!r}")
     kernels = {line["name"] for line in _C.gpu_kernels()}
     layout = content.get("layout", "channels_last")
     found: list[Observation | None] = []

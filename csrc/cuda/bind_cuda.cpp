@@ -9,7 +9,7 @@
 #include "ops/checks.h"
 #include "cuda/fused_call.h"
 #include "cuda/verify.h"
-#include "plan/gpu_sm90a.h"
+#include "plan/gpu/sm90a.h"
 #include "ops/problem_of.h"
 
 namespace lowrank_ops {

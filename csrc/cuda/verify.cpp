@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cuda/fused_call.h"
-#include "plan/gpu_sm90a.h"
+#include "plan/gpu/sm90a.h"
 #include "ops/problem_of.h"
 
 namespace lowrank_ops {

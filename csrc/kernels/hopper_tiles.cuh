@@ -1,7 +1,7 @@
 // How the persistent CTAs of the sm90a kernels walk over tiles and over the slots of a ring.
 #pragma once
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 #include "kernels/hopper.cuh"
 
 namespace lowrank_ops::hopper {

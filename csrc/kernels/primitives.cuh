@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 #include "kernels/launch.h"
 
 #ifdef __CUDACC__

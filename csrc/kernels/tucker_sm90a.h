@@ -2,7 +2,7 @@
 // launcher and the kernel share it. Plain C++17.
 #pragma once
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 
 namespace lowrank_ops {
 

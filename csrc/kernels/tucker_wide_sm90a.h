@@ -2,7 +2,7 @@
 // and where things lie in shared memory. The planner, the launcher and the kernel share it. Plain C++17.
 #pragma once
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 
 namespace lowrank_ops {
 

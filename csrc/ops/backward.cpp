@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "ops/checks.h"
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 #include "ops/problem_of.h"
 
 namespace lowrank_ops {

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 
 namespace lowrank_ops {
 

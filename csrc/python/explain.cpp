@@ -9,7 +9,7 @@
 #include "ops/gpu_device.h"
 #include "ops/ops.h"
 #include "plan/cpu/cost.h"
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 #include "ops/policy.h"
 
 namespace lowrank_ops {

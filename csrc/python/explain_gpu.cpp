@@ -3,8 +3,8 @@
 
 #include "python/explain.h"
 #include "ops/ops.h"
-#include "plan/gpu.h"
-#include "plan/gpu_cost.h"
+#include "plan/gpu/planner.h"
+#include "plan/gpu/cost.h"
 #include "ops/policy.h"
 
 namespace lowrank_ops {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 
 namespace lowrank_ops {
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 #include "plan/cpu/patches.h"
 #include "plan/problem.h"
 

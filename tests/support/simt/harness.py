@@ -343,7 +343,7 @@ def kernels() -> tuple[Kernel, ...]:
 @functools.cache
 def all_kernels() -> tuple[Kernel, ...]:
     """The planner's table."""
-    text = (REPOSITORY / "csrc/plan/kernel_table.inc").read_text()
+    text = (REPOSITORY / "csrc/plan/gpu/kernel_table.inc").read_text()
     names = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
     found = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+),", text, re.MULTILINE)
     return tuple(Kernel(names[op], family, int(config)) for op, family, config in found)

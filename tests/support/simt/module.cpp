@@ -7,7 +7,7 @@
 #include "counters.h"
 #include "kernels/common_case.h"
 #include "kernels/launch.h"
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 
 using namespace lowrank_ops;
 

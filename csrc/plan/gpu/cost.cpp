@@ -1,15 +1,15 @@
-#include "plan/gpu_cost.h"
+#include "plan/gpu/cost.h"
 
 #include <algorithm>
 #include <string>
 
 #include "plan/cpu/cost.h"
-#include "plan/gpu_sm90a.h"
+#include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {
 
-#include "plan/gpu_cost_constants.inc"
+#include "plan/gpu/cost_constants.inc"
 
 // What more warps on a scheduler add to the clocks of each: they wait for each other's instructions.
 constexpr double kContention = 0.12;

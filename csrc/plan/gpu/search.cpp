@@ -1,11 +1,11 @@
-#include "plan/gpu_search.h"
+#include "plan/gpu/search.h"
 
 #include <algorithm>
 #include <climits>
 #include <vector>
 
-#include "plan/gpu_cost.h"
-#include "plan/gpu_sm90a.h"
+#include "plan/gpu/cost.h"
+#include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {

@@ -1,4 +1,4 @@
-#include "plan/gpu_sm90a.h"
+#include "plan/gpu/sm90a.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 
 #include <algorithm>
 #include <climits>
@@ -7,9 +7,9 @@
 #include <numeric>
 
 #include "plan/cpu/cost.h"
-#include "plan/gpu_cost.h"
-#include "plan/gpu_search.h"
-#include "plan/gpu_sm90a.h"
+#include "plan/gpu/cost.h"
+#include "plan/gpu/search.h"
+#include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {
@@ -134,7 +134,7 @@ const std::vector<GpuKernel>& gpu_kernels() {
    kFirst_##family,                                              \
    verified_on},
   static const std::vector<GpuKernel> kernels = {
-#include "plan/kernel_table.inc"
+#include "plan/gpu/kernel_table.inc"
   };
 #undef GPU_KERNEL
   return kernels;

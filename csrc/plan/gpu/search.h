@@ -1,7 +1,7 @@
 // How a kernel should cut a problem: all tiles worth trying, with every depth of the ring buffer and every split.
 #pragma once
 
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 
 namespace lowrank_ops {
 

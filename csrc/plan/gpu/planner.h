@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/geometry.h"
+#include "plan/gpu/geometry.h"
 #include "plan/cpu/planner.h"
 
 namespace lowrank_ops {

@@ -4,12 +4,12 @@
 #include <vector>
 
 #include "plan/cpu/cost.h"
-#include "plan/gpu_cost.h"
+#include "plan/gpu/cost.h"
 
 namespace lowrank_ops {
 namespace {
 
-#include "plan/gpu_cost_constants.inc"
+#include "plan/gpu/cost_constants.inc"
 
 constexpr double kLibraryPixels = 128, kLibraryColumns = 64, kLibraryDepth = 256;  // a tile; of a split of the depth
 constexpr double kLibrarySplits = 8;

@@ -16,7 +16,7 @@
 
 #include <array>
 
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cctype>
 
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 
 namespace lowrank_ops {
 namespace {

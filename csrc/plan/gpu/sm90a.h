@@ -7,7 +7,7 @@
 #include "kernels/cp_sm90a.h"
 #include "kernels/tucker_sm90a.h"
 #include "kernels/tucker_wide_sm90a.h"
-#include "plan/gpu_cost.h"
+#include "plan/gpu/cost.h"
 
 namespace lowrank_ops {
 

@@ -1,7 +1,7 @@
 // plan_gpu for every call: a plan is searched for once a problem and remembered.
 #include <unordered_map>
 
-#include "plan/gpu.h"
+#include "plan/gpu/planner.h"
 #include "plan/plan_cache.h"
 
 namespace lowrank_ops {
