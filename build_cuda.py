@@ -1,4 +1,4 @@
-"""Compiles csrc/kernels/*.cu with nvcc, without torch: for setup.py, and as a script.
+"""Compiles csrc/cuda/kernels/*.cu with nvcc, without torch: for setup.py, and as a script.
 
 python build_cuda.py            compiles all of them into build/cuda/ and prints what took how long
 
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parent
-KERNELS = ROOT / "csrc/kernels"
+KERNELS = ROOT / "csrc/cuda/kernels"
 # Without a "+PTX" newer GPUs could not run the build at all; that of the oldest architecture serves every newer one.
 DEFAULT_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
 OLDEST_NVCC = 12
@@ -191,7 +191,7 @@ def compile_one(source: pathlib.Path, tools: Toolkit, wanted: list[Architecture]
 
 
 def compile_kernels(tools: Toolkit, wanted: list[Architecture]) -> dict[pathlib.Path, float]:
-    """Compiles csrc/kernels/*.cu, MAX_JOBS at a time (default: the cores): object -> seconds (0: was up to date)."""
+    """Compiles csrc/cuda/kernels/*.cu, MAX_JOBS at a time (default: the cores): object -> seconds (0: was up to date)."""
     folder = folder_for(wanted)
     folder.mkdir(parents=True, exist_ok=True)
     # The larger ones first: those with a tensor-core kernel.

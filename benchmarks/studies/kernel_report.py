@@ -2,7 +2,7 @@
 
 python -m benchmarks.studies.kernel_report [FOLDER] [--output docs/kernel_report.md]
 
-Compiles csrc/kernels where it must (build_cuda.py), reads the assembler's report and disassembles the objects; no GPU
+Compiles csrc/cuda/kernels where it must (build_cuda.py), reads the assembler's report and disassembles the objects; no GPU
 and no torch are needed. cuobjdump and nvdisasm come from PATH or from the PyPI packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm.
 """
@@ -46,7 +46,7 @@ class Instantiation:
 
     kernel: str  # the name in kernel_table.inc
     dtype: str
-    case: str  # common (csrc/kernels/common_case.h) or general; of sm90a: what else it is compiled for
+    case: str  # common (csrc/cuda/kernels/common_case.h) or general; of sm90a: what else it is compiled for
     architecture: int
     registers: int
     stack: int  # bytes of local memory a thread, spills included

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device.h"
-#include "kernels/launch.h"
+#include "cuda/kernels/launch.h"
 #include "ops/ops.h"
 
 namespace lowrank_ops {

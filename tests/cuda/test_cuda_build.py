@@ -1,6 +1,6 @@
 """What can be held of the CUDA build without a GPU: the build rule, and what nvcc makes of the kernels.
 
-Compiles csrc/kernels for sm_80; with LOWRANK_OPS_ALL_ARCHITECTURES=1 for all that a release has.
+Compiles csrc/cuda/kernels for sm_80; with LOWRANK_OPS_ALL_ARCHITECTURES=1 for all that a release has.
 """
 
 from __future__ import annotations

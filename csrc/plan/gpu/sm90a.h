@@ -4,9 +4,9 @@
 
 #include <string>
 
-#include "kernels/cp_sm90a.h"
-#include "kernels/tucker_sm90a.h"
-#include "kernels/tucker_wide_sm90a.h"
+#include "cuda/kernels/cp_sm90a.h"
+#include "cuda/kernels/tucker_sm90a.h"
+#include "cuda/kernels/tucker_wide_sm90a.h"
 #include "plan/gpu/cost.h"
 
 namespace lowrank_ops {

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.support.paths import REPOSITORY, SIMULATOR
 
 SOURCES = (
-    *(path for path in sorted((REPOSITORY / "csrc/kernels").glob("*.cu")) if "sm90a" not in path.stem),  # hopper.cpp
+    *(path for path in sorted((REPOSITORY / "csrc/cuda/kernels").glob("*.cu")) if "sm90a" not in path.stem),  # hopper.cpp
     *sorted((REPOSITORY / "csrc/plan").glob("*.cpp")),
     *sorted((SIMULATOR).glob("*.cpp")),
 )

@@ -1,4 +1,4 @@
-// What csrc/kernels/launch.h needs of the CUDA runtime, for compilers that have no CUDA: `-I tests/support/simt` finds this
+// What csrc/cuda/kernels/launch.h needs of the CUDA runtime, for compilers that have no CUDA: `-I tests/support/simt` finds this
 // file in the toolkit's place.
 #pragma once
 

@@ -1,4 +1,4 @@
-// csrc/kernels/hopper.cuh on a CPU: the sm90a kernels run with a thread of the host for each of a CTA, one CTA after
+// csrc/cuda/kernels/hopper.cuh on a CPU: the sm90a kernels run with a thread of the host for each of a CTA, one CTA after
 // the other. Indices, layouts, swizzles, descriptors, barriers and their phases are as on the GPU. What may happen late
 // does: a load of the copy engine arrives when it likes, its stores and the products of wgmma read their operands as
 // late as the waits allow. A read of what no proxy fence has made visible, an address out of bounds, a wait that never

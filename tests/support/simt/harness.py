@@ -352,7 +352,7 @@ def all_kernels() -> tuple[Kernel, ...]:
 @functools.cache
 def barriers() -> dict[str, int]:
     """The barriers of the kernels by name, from the enum in primitives.cuh."""
-    text = (REPOSITORY / "csrc/kernels/primitives.cuh").read_text()
+    text = (REPOSITORY / "csrc/cuda/kernels/primitives.cuh").read_text()
     body = re.search(r"enum class Barrier : int \{(.*?)\}", text, re.DOTALL)
     assert body is not None
     names = re.findall(r"^\s*(k\w+),", body.group(1), re.MULTILINE)

@@ -2,9 +2,9 @@
 #include <array>
 #include <string>
 
-#include "kernels/cp_sm90a_launch.cuh"
-#include "kernels/tucker_sm90a_launch.cuh"
-#include "kernels/tucker_wide_sm90a_launch.cuh"
+#include "cuda/kernels/cp_sm90a_launch.cuh"
+#include "cuda/kernels/tucker_sm90a_launch.cuh"
+#include "cuda/kernels/tucker_wide_sm90a_launch.cuh"
 #include "module.h"
 
 namespace lowrank_ops {

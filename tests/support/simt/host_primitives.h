@@ -1,4 +1,4 @@
-// The host versions of csrc/kernels/primitives.cuh, which includes this file where the compiler is not nvcc. Each says
+// The host versions of csrc/cuda/kernels/primitives.cuh, which includes this file where the compiler is not nvcc. Each says
 // what the PTX ISA says, checks what the hardware would not, and counts what it costs. A call's place in the source is
 // an argument with a default: messages name it, and the counters tell instructions apart by it.
 #pragma once

@@ -5,8 +5,8 @@
 #include <string>
 
 #include "counters.h"
-#include "kernels/common_case.h"
-#include "kernels/launch.h"
+#include "cuda/kernels/common_case.h"
+#include "cuda/kernels/launch.h"
 #include "plan/gpu/planner.h"
 
 using namespace lowrank_ops;

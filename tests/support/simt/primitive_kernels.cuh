@@ -2,7 +2,7 @@
 // g++ for the simulator; nvcc compiles them as well, so that a GPU and the simulator can be compared bit by bit.
 #pragma once
 
-#include "kernels/primitives.cuh"
+#include "cuda/kernels/primitives.cuh"
 
 namespace lowrank_ops {
 
