@@ -19,7 +19,7 @@ DEMO ?= text
 ARGS ?=
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh') build_cuda.py
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 CPP := $(shell find csrc tests/support/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The part of the CPU suite that a build with CUDA kernels has to pass.

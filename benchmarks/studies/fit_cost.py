@@ -2,8 +2,8 @@
 
 Reads files written by `benchmarks.run --peers chain forced --json`, asks the planner for what it counts for each cell,
 fits the nanoseconds that a feature costs, fused and as a chain, for each op, dtype, layout and class of instruction
-sets, and writes csrc/plan/cpu/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted anew
-some times so that a few cells which the model cannot explain do not bend it. Cells where both paths take about the
+sets, and writes csrc/plan/cpu/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted
+anew some times so that a few cells which the model cannot explain do not bend it. Cells where both paths take about the
 same time count more, as errors decide there. What it is judged by is the regret: how much longer the paths that the
 model picks take than the faster path of every cell. Times are fitted path by path: so the chain's constants are scaled
 at last by the factor of least loss, which is the regret with cells that run fused, and slower, counted six times:
@@ -27,7 +27,7 @@ from benchmarks.core.bench import geometric_mean
 from benchmarks.core.layers import Cell, cell_from_json
 from lowrank_ops.ops.extension import _C
 
-CONSTANTS = Path(__file__).parents[2] / "csrc" / "plan" / "cost_constants.inc"
+CONSTANTS = Path(__file__).parents[2] / "csrc/plan/cpu/cost_constants.inc"
 Vector = NDArray[np.float64]
 Group = tuple[str, str, str, str, int]
 """Class of instruction sets, op, dtype, layout and how many of a Tucker block's ranks are one, 0 to 2: what has

@@ -26,7 +26,7 @@ from benchmarks.gpu.kernels import BLOCKS
 from benchmarks.studies.fit_cost import Vector, solve
 from lowrank_ops.ops.extension import _C
 
-CONSTANTS = Path(__file__).parents[2] / "csrc" / "plan" / "gpu_cost_constants.inc"
+CONSTANTS = Path(__file__).parents[2] / "csrc/plan/gpu/cost_constants.inc"
 FUSED_GROUPS = (
     "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
 )  # fmt: skip
@@ -112,7 +112,9 @@ def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
     name = content.get("device", {}).get("name", "")
     gpu = next((known["name"] for known in _C.named_gpus() if known["name"] in name), None)
     if gpu is None:
-        raise ValueError(f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpu/known_gpus.cpp, got {name or 'a CPU'!r}")
+        raise ValueError(
+            f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpu/known_gpus.cpp, got {name or 'a CPU'!r}"
+        )
     kernels = {line["name"] for line in _C.gpu_kernels()}
     layout = content.get("layout", "channels_last")
     found: list[Observation | None] = []

@@ -2,8 +2,8 @@
 
 python -m benchmarks.studies.kernel_report [FOLDER] [--output docs/kernel_report.md]
 
-Compiles csrc/cuda/kernels where it must (build_cuda.py), reads the assembler's report and disassembles the objects; no GPU
-and no torch are needed. cuobjdump and nvdisasm come from PATH or from the PyPI packages nvidia-cuda-cuobjdump and
+Compiles csrc/cuda/kernels where it must, reads the assembler's report and disassembles the objects; no GPU and no
+torch are needed. cuobjdump and nvdisasm come from PATH or from the PyPI packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm.
 """
 
@@ -20,10 +20,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import build_cuda
+from csrc.cuda import build_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "csrc" / "plan" / "kernel_table.inc"
+TABLE = ROOT / "csrc/plan/gpu/kernel_table.inc"
 OPS = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
 HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2}  # by the kernel's name
 ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64", "float": "fp32"}
@@ -131,14 +131,14 @@ def _disassemble(path: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
-    """Every kernel of the table in `folder`, a folder of build_cuda.py.
+    """Every kernel of the table in `folder`, a folder of csrc/cuda/build_kernels.py.
 
     Raises:
         RuntimeError: a kernel that is not in the table, or no disassembler (with `sass`).
     """
     names = table()
     found = []
-    for report in sorted(folder.glob("*.ptxas")):
+    for report in sorted(folder.glob("*.messages")):
         blocks = _ENTRY.split(report.read_text())[1:]
         functions = _demangle(set(blocks[0::3]))
         counts = _disassemble(report.with_suffix(".o")) if sass else {}
@@ -212,15 +212,15 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path, help="objects of an earlier build (default: compiles them)")
     parser.add_argument("--output", type=Path, help="a Markdown file to write the table to")
     options = parser.parse_args()
-    tools = build_cuda.toolkit()
+    tools = build_kernels.toolkit()
     if tools is None:
         print("kernel_report: there is no nvcc: set CUDA_HOME or PATH", file=sys.stderr)
         return 1
     folder = options.folder
     if folder is None:
-        wanted = build_cuda.wanted_architectures(tools)
-        build_cuda.compile_kernels(tools, wanted)
-        folder = build_cuda.folder_for(wanted)
+        wanted = build_kernels.wanted_architectures(tools)
+        build_kernels.compile_kernels(tools, wanted)
+        folder = build_kernels.folder_for(wanted)
     text = markdown(read_report(folder), tools.version)
     print(text, end="")
     if options.output:

@@ -1,9 +1,9 @@
 // The ops on CPU tensors: check, plan, run.
 #include <torch/library.h>
 
-#include "ops/checks.h"
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "ops/checks.h"
 #include "ops/policy.h"
 #include "ops/problem_of.h"
 

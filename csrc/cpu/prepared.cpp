@@ -6,10 +6,10 @@
 #include <cstring>
 #include <vector>
 
-#include "ops/checks.h"
 #include "cpu/winograd.h"
-#include "plan/cpu/planner.h"
+#include "ops/checks.h"
 #include "ops/problem_of.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 namespace {

@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "ops/checks.h"
 #include "cuda/fused_call.h"
 #include "cuda/measure.h"
 #include "cuda/verify.h"
+#include "ops/checks.h"
 #include "ops/policy.h"
 #include "ops/problem_of.h"
 

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "ops/checks.h"
-#include "plan/gpu/planner.h"
 #include "ops/problem_of.h"
+#include "plan/gpu/planner.h"
 
 namespace lowrank_ops {
 namespace {

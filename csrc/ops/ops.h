@@ -62,7 +62,7 @@ at::Tensor cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const 
                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
                     const Window& window, Activation activation);
 // The same with the two depthwise stages multiplied out into one KHxKW convolution: what a GPU's library runs faster
-// (merges_depthwise of plan/gpu.h).
+// (merges_depthwise of plan/gpu/planner.h).
 at::Tensor merged_cp_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
                            const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
                            const Window& window, Activation activation);

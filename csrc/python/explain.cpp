@@ -8,9 +8,9 @@
 #include "cpu/isa.h"
 #include "ops/gpu_device.h"
 #include "ops/ops.h"
+#include "ops/policy.h"
 #include "plan/cpu/cost.h"
 #include "plan/gpu/planner.h"
-#include "ops/policy.h"
 
 namespace lowrank_ops {
 namespace {

@@ -1,7 +1,7 @@
 // What the CPU's cost model counts and predicts for a problem on any class of CPUs, for tests and
 // benchmarks/studies/fit_cost.py.
-#include "python/explain.h"
 #include "plan/cpu/cost.h"
+#include "python/explain.h"
 
 namespace lowrank_ops {
 namespace {

@@ -1,11 +1,11 @@
 // The GPU planner's parts one by one, for tests and tools: the kernel table, one kernel's plan, how tiles lie.
 #include <algorithm>
 
-#include "python/explain.h"
 #include "ops/ops.h"
-#include "plan/gpu/planner.h"
-#include "plan/gpu/cost.h"
 #include "ops/policy.h"
+#include "plan/gpu/cost.h"
+#include "plan/gpu/planner.h"
+#include "python/explain.h"
 
 namespace lowrank_ops {
 namespace {

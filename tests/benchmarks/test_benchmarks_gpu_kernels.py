@@ -93,5 +93,5 @@ def test_constants_are_written_as_they_are_read(tmp_path, monkeypatch) -> None:
 def test_a_cpus_file_is_refused(tmp_path) -> None:
     path = tmp_path / "cpu.json"
     path.write_text('{"cells": []}')
-    with pytest.raises(ValueError, match=r"must be of a GPU in csrc/plan/gpus\.cpp, got 'a CPU'"):
+    with pytest.raises(ValueError, match=r"must be of a GPU in csrc/plan/gpu/known_gpus\.cpp, got 'a CPU'"):
         fit_gpu_cost.read(path)

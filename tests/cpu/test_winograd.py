@@ -40,7 +40,7 @@ def kernel_of(call_problem: Problem) -> str:
 
 
 def has_transforms(dtype: torch.dtype) -> bool:
-    """Whether this CPU computes in the dtype: else it takes the direct core (winograd_fits of csrc/plan/cpu/planner.cpp)."""
+    """Whether this CPU computes in the dtype: else it takes the direct core (winograd_fits in csrc/plan/cpu)."""
     found = lowrank_ops.explain(lowrank_ops.lowrank_linear, [(2, 8), (4, 8), (6, 4)], verbose=False)
     return dtype == torch.float32 or ", avx512bf16 kernels, " in found[0].device
 

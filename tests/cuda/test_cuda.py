@@ -433,7 +433,7 @@ def test_gradients(op: str, dtype: torch.dtype, layout: torch.memory_format, fus
 
 @pytest.mark.parametrize("op", OPS)
 def test_memory_of_a_training_step(op: str, fused_policy: None) -> None:
-    """Kept for backward: input and factors. A step needs beyond that the gradients and a chunk of csrc/ops/backward.cpp."""
+    """Kept for backward: input and factors. A step also needs the gradients and a chunk of csrc/ops/backward.cpp."""
     call = large_call(op, n=64, s=128, t=128, r1=128, r2=128, h=56, w=56, kernel=(3, 3), padding=(1, 1))
     if op == "lowrank_linear":
         call = large_call(op, n=64, h=56 * 56, s=128, t=128, r1=128)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import build_cuda
 from benchmarks.studies import kernel_report
 from benchmarks.studies.kernel_report import Instantiation
-from build_cuda import Architecture, Toolkit
+from csrc.cuda import build_kernels
+from csrc.cuda.build_kernels import Architecture, Toolkit
 from tests.support.paths import REPOSITORY, SIMULATOR
 
 ALL = os.environ.get("LOWRANK_OPS_ALL_ARCHITECTURES") == "1"
@@ -26,7 +26,7 @@ CASES = {"sm90a": (), "sm80": ("general", "common"), "simt": ("general",)}  # ea
 
 @pytest.fixture(scope="module")
 def tools() -> Toolkit:
-    found = build_cuda.toolkit()
+    found = build_kernels.toolkit()
     if found is None:
         pytest.skip("no nvcc")
     return found
@@ -34,14 +34,14 @@ def tools() -> Toolkit:
 
 @pytest.fixture(scope="module")
 def wanted() -> list[Architecture]:
-    return build_cuda.architectures(build_cuda.DEFAULT_ARCHITECTURES if ALL else "8.0")
+    return build_kernels.architectures(build_kernels.DEFAULT_ARCHITECTURES if ALL else "8.0")
 
 
 @pytest.fixture(scope="module")
 def folder(tools: Toolkit, wanted: list[Architecture]) -> Path:
     """The compiled kernels: warnings are errors."""
-    build_cuda.compile_kernels(tools, wanted)
-    return build_cuda.folder_for(wanted)
+    build_kernels.compile_kernels(tools, wanted)
+    return build_kernels.folder_for(wanted)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_committed_report_lists_every_kernel() -> None:
 
 def test_the_primitives_of_the_simulator_compile(tools: Toolkit, tmp_path: Path) -> None:
     """For a GPU: test_cuda_kernels.py runs them there."""
-    flags = [*build_cuda.FLAGS, f"-I{SIMULATOR}", "-arch=sm_80", "-c", "-o", str(tmp_path / "primitives.o")]
+    flags = [*build_kernels.FLAGS, f"-I{SIMULATOR}", "-arch=sm_80", "-c", "-o", str(tmp_path / "primitives.o")]
     done = subprocess.run(
         [tools.compiler, *flags, str(REPOSITORY / "tests/cuda/primitives.cu")], text=True, capture_output=True
     )
@@ -133,7 +133,7 @@ def test_the_primitives_of_the_simulator_compile(tools: Toolkit, tmp_path: Path)
 
 
 def test_an_up_to_date_object_is_not_made_again(tools: Toolkit, wanted: list[Architecture], folder: Path) -> None:
-    assert set(build_cuda.compile_kernels(tools, wanted).values()) == {0.0}
+    assert set(build_kernels.compile_kernels(tools, wanted).values()) == {0.0}
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def small_kernel(tmp_path: Path) -> Path:
 
 
 def compile_small(source: Path, tools: Toolkit) -> float:
-    return build_cuda.compile_one(source, tools, build_cuda.architectures("8.0"), source.parent)
+    return build_kernels.compile_one(source, tools, build_kernels.architectures("8.0"), source.parent)
 
 
 def test_a_changed_header_or_flag_makes_an_object_again(small_kernel: Path, tools: Toolkit) -> None:
@@ -153,7 +153,7 @@ def test_a_changed_header_or_flag_makes_an_object_again(small_kernel: Path, tool
     assert compile_small(small_kernel, tools) == 0
     (small_kernel.parent / "header.cuh").write_text("constexpr int value = 2;\n")
     assert compile_small(small_kernel, tools) > 0
-    assert build_cuda.compile_one(small_kernel, tools, build_cuda.architectures("8.6"), small_kernel.parent) > 0
+    assert build_kernels.compile_one(small_kernel, tools, build_kernels.architectures("8.6"), small_kernel.parent) > 0
 
 
 def test_warnings_are_errors(small_kernel: Path, tools: Toolkit) -> None:
@@ -163,23 +163,23 @@ def test_warnings_are_errors(small_kernel: Path, tools: Toolkit) -> None:
 
 
 def test_architecture_lists() -> None:
-    assert build_cuda.architectures("8.0+PTX; 9.0a 12.0") == [
+    assert build_kernels.architectures("8.0+PTX; 9.0a 12.0") == [
         Architecture(80, ptx=True),
         Architecture(90, "a"),
         Architecture(120),
     ]
-    assert build_cuda.architectures("Ampere") == [Architecture(80), Architecture(86, ptx=True)]
+    assert build_kernels.architectures("Ampere") == [Architecture(80), Architecture(86, ptx=True)]
     with pytest.raises(
         RuntimeError, match=r"TORCH_CUDA_ARCH_LIST: .* such as 8\.0, .* or one of .*Hopper.*; got 'sm_80'"
     ):
-        build_cuda.architectures("sm_80")
+        build_kernels.architectures("sm_80")
 
 
 def test_architecture_flags_follow_the_suffix() -> None:
-    wanted = build_cuda.architectures("7.5;8.0+PTX;9.0")
+    wanted = build_kernels.architectures("7.5;8.0+PTX;9.0")
 
     def codes(name: str, listed: list[Architecture] = wanted) -> list[str]:
-        return build_cuda.architecture_flags(Path(name), listed)[1::2]
+        return build_kernels.architecture_flags(Path(name), listed)[1::2]
 
     assert codes("tucker_simt.cu") == [
         "arch=compute_75,code=sm_75",
@@ -193,7 +193,7 @@ def test_architecture_flags_follow_the_suffix() -> None:
         "arch=compute_80,code=sm_90",
     ]
     assert codes("tucker_sm90a.cu") == ["arch=compute_90a,code=sm_90a"]
-    assert codes("tucker_sm80.cu", build_cuda.architectures("7.5")) == ["arch=compute_80,code=compute_80"]
+    assert codes("tucker_sm80.cu", build_kernels.architectures("7.5")) == ["arch=compute_80,code=compute_80"]
 
 
 def script(path: Path, text: str) -> Path:
@@ -207,14 +207,14 @@ def test_an_old_nvcc_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     script(tmp_path / "bin" / "nvcc", 'echo "Cuda compilation tools, release 11.8, V11.8.89"')
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"bin/nvcc must be nvcc 12\.0 or newer, got 'release 11\.8'; set CUDA_HOME"):
-        build_cuda.toolkit()
+        build_kernels.toolkit()
 
 
 def test_a_toolkit_without_its_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(tmp_path / "bin" / "nvcc", 'echo "Cuda compilation tools, release 13.0, V13.0.88"')
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"no cuda_runtime_api\.h or libcudart_static\.a .* install the toolkit's"):
-        build_cuda.toolkit()
+        build_kernels.toolkit()
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_setup_says_what_is_missing(value: str, message: str, tmp_path: Path) ->
     environment = {**os.environ, "LOWRANK_OPS_CUDA": value, "CUDA_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)],
-        cwd=Path(build_cuda.__file__).parent,
+        cwd=REPOSITORY,
         env=environment,
         text=True,
         capture_output=True,

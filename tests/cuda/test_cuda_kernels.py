@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import build_cuda
 import lowrank_ops
+from csrc.cuda import build_kernels
 from lowrank_ops.ops.extension import _C
 from tests.support.paths import CSRC, REPOSITORY, SIMULATOR
 from tests.support.problems import Call
@@ -69,7 +69,7 @@ def primitives(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels of tests/support/simt/primitive_kernels.cuh as nvcc compiles them."""
     if building.missing():
         pytest.skip(building.missing())
-    tools = build_cuda.toolkit()
+    tools = build_kernels.toolkit()
     if tools is None:
         pytest.skip("no nvcc")
     made = tmp_path_factory.mktemp("primitives") / "primitives.so"

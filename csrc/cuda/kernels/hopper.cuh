@@ -1,6 +1,6 @@
 // What the sm90a kernels need of the hardware, mostly one instruction per function: mbarriers, the copy engine (TMA)
-// and the products of a warpgroup (wgmma). Under g++ the same functions come from tests/support/simt/emulator.h, which runs
-// the kernels on a CPU.
+// and the products of a warpgroup (wgmma). Under g++ the same functions come from tests/support/simt/emulator.h, which
+// runs the kernels on a CPU.
 //
 // Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix
 // Instructions".

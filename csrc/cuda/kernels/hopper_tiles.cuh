@@ -1,8 +1,8 @@
 // How the persistent CTAs of the sm90a kernels walk over tiles and over the slots of a ring.
 #pragma once
 
-#include "plan/gpu/geometry.h"
 #include "cuda/kernels/hopper.cuh"
+#include "plan/gpu/geometry.h"
 
 namespace lowrank_ops::hopper {
 

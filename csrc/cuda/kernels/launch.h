@@ -37,7 +37,7 @@ struct BlockParams {
 
 // Families: simt computes in the dtype (bf16 and fp16 with fp32 sums) on any architecture; sm80 on tensor cores: bf16,
 // fp16, and fp32 rounded to tf32; sm90a with the copy engine and the warpgroup products of Hopper: bf16 and fp16 in
-// channels_last, what sm90a_reason (plan/gpu_sm90a.h) lets through.
+// channels_last, what sm90a_reason (plan/gpu/sm90a.h) lets through.
 cudaError_t launch_tucker_simt(const BlockParams& params, DType dtype, int config, cudaStream_t stream);
 cudaError_t launch_cp_simt(const BlockParams& params, DType dtype, int config, cudaStream_t stream);
 cudaError_t launch_linear_simt(const BlockParams& params, DType dtype, int config, cudaStream_t stream);

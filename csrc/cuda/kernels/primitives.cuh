@@ -1,14 +1,14 @@
 // Everything the kernels need of the hardware, by name: PTX under nvcc; under g++ the host versions of
-// tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels touch shared and global
-// memory through these functions only, so that nothing escapes the checks.
+// tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels touch shared and
+// global memory through these functions only, so that nothing escapes the checks.
 //
 // Sources: PTX ISA 8.x, sections "Warp-level matrix instructions" (mma, ldmatrix) and "cp.async".
 #pragma once
 
 #include <cstdint>
 
-#include "plan/gpu/geometry.h"
 #include "cuda/kernels/launch.h"
+#include "plan/gpu/geometry.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

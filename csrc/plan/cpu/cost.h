@@ -1,12 +1,12 @@
 // The cost model: FLOPs, bytes and predicted seconds of a block, fused and as a chain. Plain C++17.
 //
 // A prediction is a sum of features (counts that can be read off a problem, features.cpp) times constants in
-// nanoseconds. The constants are fitted by benchmarks/studies/fit_cost.py, from committed results of the networks' layers and
-// of random blocks, for each op, dtype, layout and class of instruction sets (and apart for Tucker blocks with a rank
-// of one): what a kernel of 8 lanes takes against oneDNN with the same instructions differs from what one of 16 lanes
-// takes. Only the ratio of the two predictions decides, so the constants carry over to other CPUs of a class better
-// than seconds would; where they do not, the policy "measure" does not need them. cost_constants.inc says on which
-// machine they were measured.
+// nanoseconds. The constants are fitted by benchmarks/studies/fit_cost.py, from committed results of the networks'
+// layers and of random blocks, for each op, dtype, layout and class of instruction sets (and apart for Tucker blocks
+// with a rank of one): what a kernel of 8 lanes takes against oneDNN with the same instructions differs from what one
+// of 16 lanes takes. Only the ratio of the two predictions decides, so the constants carry over to other CPUs of a
+// class better than seconds would; where they do not, the policy "measure" does not need them. cost_constants.inc says
+// on which machine they were measured.
 #pragma once
 
 #include <array>

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "plan/gpu/geometry.h"
 #include "plan/cpu/patches.h"
+#include "plan/gpu/geometry.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "plan/gpu/geometry.h"
 #include "plan/cpu/planner.h"
+#include "plan/gpu/geometry.h"
 
 namespace lowrank_ops {
 

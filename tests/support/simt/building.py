@@ -16,12 +16,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.support.paths import REPOSITORY, SIMULATOR
+from tests.support.paths import CSRC, REPOSITORY, SIMULATOR
 
 SOURCES = (
-    *(path for path in sorted((REPOSITORY / "csrc/cuda/kernels").glob("*.cu")) if "sm90a" not in path.stem),  # hopper.cpp
-    *sorted((REPOSITORY / "csrc/plan").glob("*.cpp")),
-    *sorted((SIMULATOR).glob("*.cpp")),
+    *(
+        path for path in sorted((CSRC / "cuda/kernels").glob("*.cu")) if "sm90a" not in path.stem
+    ),  # hopper.cpp has those
+    *sorted((CSRC / "plan").rglob("*.cpp")),
+    *sorted(SIMULATOR.glob("*.cpp")),
 )
 
 
@@ -71,7 +73,7 @@ def _content(source: Path, seen: set[Path]) -> bytes:
     text = source.read_bytes()
     parts = [text]
     for name in re.findall(rb'^#include "(.+)"', text, re.MULTILINE):
-        for folder in (source.parent, REPOSITORY / "csrc", SIMULATOR):
+        for folder in (source.parent, CSRC, SIMULATOR):
             path = (folder / name.decode()).resolve()
             if path.exists() and path not in seen:
                 parts.append(_content(path, seen))

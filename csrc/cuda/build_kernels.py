@@ -1,15 +1,13 @@
 """Compiles csrc/cuda/kernels/*.cu with nvcc, without torch: for setup.py, and as a script.
 
-python build_cuda.py            compiles all of them into build/cuda/ and prints what took how long
+python -m csrc.cuda.build_kernels      compiles all of them into build/cuda/ and prints what took how long
 
-LOWRANK_OPS_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS as setup.py says. Beside each object lie its assembler
-report (.ptxas: registers, spills) and what it was made from (.json); it is made again when any of that has changed.
+LOWRANK_OPS_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS as setup.py says. The assembler's report (registers,
+spills) lies beside each object (.messages).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pathlib
 import re
@@ -20,7 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-ROOT = pathlib.Path(__file__).resolve().parent
+from csrc.compile import compile_source, jobs
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc/cuda/kernels"
 # Without a "+PTX" newer GPUs could not run the build at all; that of the oldest architecture serves every newer one.
 DEFAULT_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
@@ -153,50 +153,20 @@ def folder_for(wanted: list[Architecture]) -> pathlib.Path:
     return ROOT / "build" / "cuda" / "-".join(names)
 
 
-def key(command: list[str], version: str, files: list[str]) -> str:
-    """What an object is made from: the command, the compiler, the content of every file that was read."""
-    digest = hashlib.sha256(json.dumps([command, version]).encode())
-    for name in sorted(files):
-        path = pathlib.Path(name)
-        digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.exists() else b""))
-    return digest.hexdigest()
-
-
 def compile_one(source: pathlib.Path, tools: Toolkit, wanted: list[Architecture], folder: pathlib.Path) -> float:
-    """Compiles one source file unless its object is up to date; the seconds that took.
-
-    Raises:
-        RuntimeError: nvcc failed; its messages.
-    """
-    made, record = folder / f"{source.stem}.o", folder / f"{source.stem}.json"
-    depends = folder / f"{source.stem}.d"
+    """Compiles one source file unless its object is up to date (csrc/compile.py); the seconds that took."""
     command = [tools.compiler, *FLAGS, *architecture_flags(source, wanted)]
     command += [SMALLER] if int(tools.version.split(".")[0]) >= 13 else []
-    command += ["-MMD", "-MF", str(depends), "-c", str(source), "-o", str(made)]
-    if made.exists() and record.exists():
-        known = json.loads(record.read_text())
-        if known["key"] == key(command, tools.version, known["files"]):
-            return 0.0
-    record.unlink(missing_ok=True)
-    begun, start = time.time(), time.monotonic()
-    done = subprocess.run(command, text=True, capture_output=True)
-    seconds = time.monotonic() - start
-    if done.returncode != 0:
-        raise RuntimeError(f"lowrank_ops: nvcc failed on {source}\n{' '.join(command)}\n{done.stdout}{done.stderr}")
-    (folder / f"{source.stem}.ptxas").write_text(done.stderr)
-    files = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    if max(pathlib.Path(name).stat().st_mtime for name in files) < begun:  # else one changed meanwhile: no record
-        record.write_text(json.dumps({"key": key(command, tools.version, files), "files": files, "seconds": seconds}))
-    return seconds
+    return compile_source(command, tools.version, source, folder / f"{source.stem}.o")
 
 
 def compile_kernels(tools: Toolkit, wanted: list[Architecture]) -> dict[pathlib.Path, float]:
-    """Compiles csrc/cuda/kernels/*.cu, MAX_JOBS at a time (default: the cores): object -> seconds (0: was up to date)."""
+    """Compiles csrc/cuda/kernels/*.cu, MAX_JOBS at a time: object -> seconds (0: was up to date)."""
     folder = folder_for(wanted)
     folder.mkdir(parents=True, exist_ok=True)
     # The larger ones first: those with a tensor-core kernel.
     sources = sorted(KERNELS.glob("*.cu"), key=lambda path: ("simt" in path.stem, path.name))
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         seconds = list(pool.map(lambda source: compile_one(source, tools, wanted, folder), sources))
     return {folder / f"{source.stem}.o": took for source, took in zip(sources, seconds, strict=True)}
 
@@ -204,7 +174,7 @@ def compile_kernels(tools: Toolkit, wanted: list[Architecture]) -> dict[pathlib.
 def main() -> int:
     tools = toolkit()
     if tools is None:
-        print("build_cuda.py: there is no nvcc: set CUDA_HOME or PATH", file=sys.stderr)
+        print("build_kernels: there is no nvcc: set CUDA_HOME or PATH", file=sys.stderr)
         return 1
     wanted = wanted_architectures(tools)
     start = time.monotonic()
