@@ -1,7 +1,8 @@
-"""`python docs/draw_dataflow.py [FILE]`: draws dataflow.png, how data moves through a dense layer, a chain and a fused op."""
+"""`python docs/draw_dataflow.py [FILE]` draws dataflow.png: how data moves through a dense layer, a chain, a fused op."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ TRAFFIC, WASTE = "#555555", "#C23B3B"
 WIDTH = 11.0
 INPUT_X, OUTPUT_X = 1.15, 9.85
 OPS_X = (2.65, 5.5, 8.35)
+STAGES = tuple(name.replace("x", "\N{MULTIPLICATION SIGN}") for name in ("1x1", "KxK", "1x1"))
 HIDDEN_X = (4.075, 6.925)
 OP_Y, MAP_Y = 1.72, 0.62  # centres, from a panel's bottom
 LIFT = 0.07  # of the operations in the cache
@@ -96,7 +98,7 @@ def dense(axes: Axes, bottom: float) -> None:
     )
     image(axes, INPUT_X, bottom + MAP_Y, 6, INPUT)
     image(axes, OUTPUT_X, bottom + MAP_Y, 6, OUTPUT)
-    operation(axes, OPS_X[1], bottom + OP_Y, "K×K")
+    operation(axes, OPS_X[1], bottom + OP_Y, STAGES[1])
     read(axes, bottom, INPUT_X, OPS_X[1])
     write(axes, bottom, OPS_X[1], OUTPUT_X)
 
@@ -108,7 +110,7 @@ def chain(axes: Axes, bottom: float) -> None:
     for x, layers in zip(HIDDEN_X, (2, 3), strict=True):
         image(axes, x, bottom + MAP_Y, layers, HIDDEN)
     image(axes, OUTPUT_X, bottom + MAP_Y, 6, OUTPUT)
-    for x, name in zip(OPS_X, ("1×1", "K×K", "1×1"), strict=True):
+    for x, name in zip(OPS_X, STAGES, strict=True):
         operation(axes, x, bottom + OP_Y, name)
     read(axes, bottom, INPUT_X, OPS_X[0])
     write(axes, bottom, OPS_X[0], HIDDEN_X[0], WASTE)
@@ -132,13 +134,13 @@ def fused(axes: Axes, bottom: float) -> None:
     image(axes, OUTPUT_X, bottom + MAP_Y, 6, OUTPUT)
     tile_of(axes, INPUT_X, bottom + MAP_Y, 6)
     tile_of(axes, OUTPUT_X, bottom + MAP_Y, 6)
-    for x, name in zip(OPS_X, ("1×1", "K×K", "1×1"), strict=True):
+    for x, name in zip(OPS_X, STAGES, strict=True):
         operation(axes, x, bottom + OP_Y + LIFT, name)
     for x, layers, name in zip(HIDDEN_X, (2, 3), ("R1", "R2"), strict=True):
         tile(axes, x, bottom + OP_Y + LIFT, layers, HIDDEN)
         label(axes, x, bottom + OP_Y - 0.2, name, zorder=4)
     stops = (OPS_X[0], HIDDEN_X[0], OPS_X[1], HIDDEN_X[1], OPS_X[2])
-    for start, end in zip(stops, stops[1:], strict=False):
+    for start, end in itertools.pairwise(stops):
         near, far = (0.46, 0.24) if start in OPS_X else (0.24, 0.46)
         arrow(axes, (start + near, bottom + OP_Y + LIFT), (end - far, bottom + OP_Y + LIFT), HIDDEN)
     read(axes, bottom, INPUT_X, OPS_X[0], lift=LIFT)
