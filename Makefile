@@ -21,8 +21,8 @@ DEMO ?= text
 ARGS ?=
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh') build_cuda.py
-CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
+CPP := $(shell find csrc tests/support/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The part of the CPU suite that a build with CUDA kernels has to pass.
 CUDA_TORCH ?= torch==2.11.0
@@ -80,7 +80,7 @@ wheel: .venv/packages
 	  print(lowrank_ops.build_info(), lowrank_ops.TuckerConv2d(8, 8, 3, 4)(torch.randn(1, 8, 9, 9)).shape)"
 
 kernel-report: .venv/packages
-	$(VENV)/python -m benchmarks.kernel_report --output docs/kernel_report.md
+	$(VENV)/python -m benchmarks.studies.kernel_report --output docs/kernel_report.md
 
 # Not into the source tree: the extension that lies there stays as it is.
 check-cuda: .venv/packages
@@ -104,7 +104,7 @@ OURS := --kernel-name kernel_substring=lowrank_ops
 sanitize: .venv/built
 	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $$tool \
-	    $(VENV)/python -m pytest tests/test_cuda_kernels.py -k test_sanitized -p no:cacheprovider || exit 1; done
+	    $(VENV)/python -m pytest tests/cuda/test_cuda_kernels.py -k test_sanitized -p no:cacheprovider || exit 1; done
 
 # torch first and alone: a plain `pip install torch` would fetch the newest build with gigabytes of CUDA packages.
 .venv/packages: pyproject.toml Makefile

@@ -15,6 +15,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from setuptools import setup
@@ -22,7 +23,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = pathlib.Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # pip runs this file from elsewhere
-import build_cuda  # noqa: E402
+from csrc.compile import compile_source, jobs  # noqa: E402
+from csrc.cuda import build_kernels  # noqa: E402
 
 VERSION = "0.1.0"
 DEBUG = os.environ.get("DEBUG") == "1"
@@ -31,7 +33,7 @@ OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
 # be the one that libtorch has loaded, or torch.set_num_threads would not reach it.
 OPENMP = ["-fopenmp"] if "OpenMP" in torch.__config__.parallel_info() else []
 
-# The kernels of csrc/cpu/kernels know nothing of torch and are compiled once an instruction set, by file suffix.
+# The kernels of csrc/cpu/kernels know nothing of torch and are compiled once per instruction set, by file suffix.
 # Which one runs is decided at run time (csrc/cpu/isa.cpp); nothing depends on the build machine's CPU.
 KERNELS = ROOT / "csrc/cpu/kernels"
 KERNEL_FLAGS = [
@@ -48,12 +50,6 @@ FLAGS_BY_SUFFIX = {
     "_avx512": AVX512,
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
-
-
-def suffix_of(source: pathlib.Path) -> str | None:
-    """The instruction-set suffix of a source file, or None for ordinary sources."""
-    suffix = "_" + source.stem.rsplit("_", 1)[-1]
-    return suffix if suffix in FLAGS_BY_SUFFIX else None
 
 
 def git_sha() -> str:
@@ -91,14 +87,14 @@ def set_max_jobs() -> None:
     os.environ["MAX_JOBS"] = str(jobs)
 
 
-def cuda_toolkit() -> build_cuda.Toolkit | None:
+def cuda_toolkit() -> build_kernels.Toolkit | None:
     """What compiles the CUDA kernels, or None when none are to be compiled."""
     asked = os.environ.get("LOWRANK_OPS_CUDA")
     if asked not in (None, "", "0", "1"):
         raise RuntimeError(f"LOWRANK_OPS_CUDA must be 0 or 1, got {asked!r}")
     if asked == "0" or (not asked and not torch.version.cuda):
         return None
-    found = build_cuda.toolkit()
+    found = build_kernels.toolkit()
     if found is None:
         message = "there is no nvcc: set CUDA_HOME or PATH to a CUDA toolkit"
         if asked == "1":
@@ -112,8 +108,8 @@ def add_cuda(extension: CppExtension) -> None:
     tools = cuda_toolkit()
     if tools is None:
         return
-    wanted = build_cuda.wanted_architectures(tools)
-    extension.extra_objects += map(str, build_cuda.compile_kernels(tools, wanted))
+    wanted = build_kernels.wanted_architectures(tools)
+    extension.extra_objects += map(str, build_kernels.compile_kernels(tools, wanted))
     extension.sources += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cpp"))
     numbers = ",".join(str(entry.number) for entry in wanted)
     extension.define_macros += [
@@ -129,8 +125,25 @@ def add_cuda(extension: CppExtension) -> None:
     extension.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
 
 
+def compile_cpu_kernels(compiler: list[str], folder: pathlib.Path) -> list[str]:
+    """The objects of csrc/cpu/kernels, one per instruction set."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    suffixes = [suffix for suffix in FLAGS_BY_SUFFIX if x86 or suffix == "_generic"]
+    version = subprocess.check_output([compiler[0], "--version"], text=True).splitlines()[0]
+
+    def compile_one(suffix: str) -> str:
+        source, made = KERNELS / f"kernels{suffix}.cpp", folder / f"kernels{suffix}.o"
+        command = [*compiler, *KERNEL_FLAGS, *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix], f"-I{ROOT / 'csrc'}"]
+        if compile_source(command, version, source, made):
+            print(f"[{suffixes.index(suffix) + 1}/{len(suffixes)}] {source.relative_to(ROOT)}", flush=True)
+        return str(made)
+
+    with ThreadPoolExecutor(jobs()) as pool:
+        return list(pool.map(compile_one, suffixes))
+
+
 class Build(BuildExtension):
-    """Compiles the instruction-set variants with their own flags, then everything else through torch's rule."""
+    """Compiles the kernels of each instruction set with their own flags, then everything else through torch's rule."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -138,44 +151,21 @@ class Build(BuildExtension):
             self.build_temp = str(ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extensions(self) -> None:
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        files, jobs = sum(len(extension.sources) for extension in self.extensions), os.environ["MAX_JOBS"]
+        (extension,) = self.extensions
+        add_cuda(extension)
+        files = len(FLAGS_BY_SUFFIX) + len(extension.sources)
         print(
-            f"lowrank_ops: compiling what has changed of {files} files, jobs: {jobs}; all of them take some minutes",
+            f"lowrank_ops: compiling what has changed of {files} files, jobs: {jobs()}; all of them take some minutes",
             flush=True,
         )
-        for extension in self.extensions:
-            add_cuda(extension)
-            special = [s for s in map(pathlib.Path, extension.sources) if suffix_of(s)]
-            extension.sources = [s for s in extension.sources if not suffix_of(pathlib.Path(s))]
-            for source in special:
-                suffix = suffix_of(source)
-                if not x86 and suffix != "_generic":
-                    continue
-                made = pathlib.Path(self.build_temp, source).with_suffix(".o")
-                flags = [*KERNEL_FLAGS, *OPTIMIZE, *FLAGS_BY_SUFFIX[suffix]]
-                # distutils follows no includes: compile again when anything next to the kernels is newer, or the
-                # flags are others.
-                newest = max(p.stat().st_mtime for p in [*KERNELS.iterdir(), ROOT / "csrc/plan/problem.h"])
-                stamp = made.with_suffix(".flags")
-                made_with = stamp.read_text() if stamp.exists() else ""
-                if not made.exists() or made.stat().st_mtime < newest or made_with != " ".join(flags):
-                    print(f"[{special.index(source) + 1}/{len(special)}] {source}", flush=True)
-                    self.compiler.force = True
-                    self.compiler.compile(
-                        [str(source)],
-                        output_dir=self.build_temp,
-                        include_dirs=extension.include_dirs[:1],
-                        extra_postargs=flags,
-                    )
-                    stamp.write_text(" ".join(flags))
-                extension.extra_objects.append(str(made))
-            self.compiler.force = False
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        extension.extra_objects += compile_cpu_kernels(compiler, pathlib.Path(self.build_temp, "kernels"))
         super().build_extensions()
 
 
 def sources() -> list[str]:
-    found = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp"), *ROOT.glob("csrc/plan/*.cpp")]
+    """All C++ sources but those of the kernels and of CUDA's host code."""
+    found = [path for path in ROOT.glob("csrc/**/*.cpp") if path.parent != KERNELS and path.parent.name != "cuda"]
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 

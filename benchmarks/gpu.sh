@@ -9,7 +9,7 @@
 #
 #   info         the GPU, its driver, torch
 #   build        the extension, in place, for this GPU's architecture
-#   primitives   tests: what the kernels use of the hardware, against the simulator of tests/simt
+#   primitives   tests: what the kernels use of the hardware, against the simulator of tests/support/simt
 #   kernels      tests: every kernel at the edges of its tiles, the check before first use
 #   ops          tests: the ops under every kernel, streams, graphs, memory, torch.compile
 #   suite        tests: the parts of the ordinary suite that run on every device
@@ -80,7 +80,7 @@ tests() { ready && "$PYTHON" -m pytest -p no:cacheprovider -rfE --tb=short "$@";
 sanitizer() { # $1 the tool, then its options, last which tests
   # The allocator's cache would hide accesses beyond a tensor; pytest's capture would hide what the tool says.
   ready && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "${@:1:$#-1}" --error-exitcode 1 \
-    --print-limit 20 "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/test_cuda_kernels.py -k "${*: -1}"
+    --print-limit 20 "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/cuda/test_cuda_kernels.py -k "${*: -1}"
 }
 OURS=(--kernel-name kernel_substring=lowrank_ops)
 
@@ -94,7 +94,7 @@ run_checks() {
   # The simulator once, or every worker would compile it; and one thread each, or they would wait for each other.
   (cd tests && "$PYTHON" -c "from simt import building; building.build()") || return
   export OMP_NUM_THREADS=1
-  tests -n "${WORKERS:-8}" tests/test_cuda_kernels.py tests/test_cuda.py tests/test_ops.py tests/test_autograd.py \
+  tests -n "${WORKERS:-8}" tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda.py tests/ops/test_ops.py tests/ops/test_autograd.py \
     -k "cuda and not sanitized" >"$OUT/check_tests.log" 2>&1 &
   jobs[tests]=$!
   for job in memcheck racecheck; do
@@ -111,10 +111,10 @@ run_checks() {
 
 run_hopper() {
   local program=build/hopper
-  if [ ! -x "$program" ] || [ -n "$(find benchmarks/hopper -type f -newer "$program")" ]; then
+  if [ ! -x "$program" ] || [ -n "$(find benchmarks/gpu/hopper -type f -newer "$program")" ]; then
     mkdir -p build
     "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --threads 0 -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a \
-      -o "$program" benchmarks/hopper/*.cu || return
+      -o "$program" benchmarks/gpu/hopper/*.cu || return
   fi
   "$program" | tee "$OUT/hopper.jsonl"
 }
@@ -123,7 +123,7 @@ PROFILED=(tucker_conv2d_sm90a_64x64 cp_conv2d_sm90a_112x64 tucker_conv2d_sm80_12
 run_profile() {
   ready || return
   ncu --clock-control none --set full --import-source no --kernel-name "regex:(block|sm90a)_kernel" --force-overwrite \
-    --export "$OUT/profile" "$PYTHON" -m benchmarks.gpu_kernels --profile "${PROFILED[@]}" || return
+    --export "$OUT/profile" "$PYTHON" -m benchmarks.gpu.kernels --profile "${PROFILED[@]}" || return
   ncu --import "$OUT/profile.ncu-rep" --page details >"$OUT/profile.txt"
   ncu --import "$OUT/profile.ncu-rep" --page source --csv | gzip >"$OUT/profile_source.csv.gz"
   grep -E "block_kernel|sm90a_kernel|Duration|Throughput|Registers Per|Issue Slots|Eligible|No Eligible" "$OUT/profile.txt"
@@ -133,15 +133,15 @@ run_stage() {
   case $1 in
     info) run_info ;;
     build) run_build ;;
-    primitives) tests tests/test_cuda_kernels.py -k "multiply_add or load_matrices or copies or conversions" ;;
-    kernels) tests tests/test_cuda_kernels.py -k "not (multiply_add or load_matrices or copies or conversions)" ;;
-    ops) tests tests/test_cuda.py ;;
-    suite) tests tests/test_ops.py tests/test_autograd.py -k cuda ;;
+    primitives) tests tests/cuda/test_cuda_kernels.py -k "multiply_add or load_matrices or copies or conversions" ;;
+    kernels) tests tests/cuda/test_cuda_kernels.py -k "not (multiply_add or load_matrices or copies or conversions)" ;;
+    ops) tests tests/cuda/test_cuda.py ;;
+    suite) tests tests/ops/test_ops.py tests/ops/test_autograd.py -k cuda ;;
     # initcheck has to see every kernel, torch's too: who wrote what ours read?
     initcheck) sanitizer initcheck test_sanitized ;;
     memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" test_sanitized ;;
     checks) run_checks ;;
-    blocks) ready && "$PYTHON" -m benchmarks.gpu_kernels --dtype bfloat16 tf32 --seconds 2 --json "$OUT/blocks.json" ;;
+    blocks) ready && "$PYTHON" -m benchmarks.gpu.kernels --dtype bfloat16 tf32 --seconds 2 --json "$OUT/blocks.json" ;;
     list)
       ready && "$PYTHON" -m benchmarks.run --device cuda --dtype bf16 --peers chain merged dense graph kernels \
         --seconds 0.5 --minutes 1.8 --json "$OUT/list.json"

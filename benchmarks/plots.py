@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.bench import geometric_mean
-from benchmarks.cpu_result import CpuResult, cells_of
+from benchmarks.core.bench import geometric_mean
+from benchmarks.core.cpu_result import CpuResult, cells_of
 
 COLOURS = {
     "chain": "tab:orange", "compile": "tab:green", "onnxruntime": "tab:purple", "openvino": "tab:blue",

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, engines, gpu_run, layers, peers
-from benchmarks.bench import Table
-from benchmarks.cpu_result import COLUMNS, LEGEND, CpuResult, print_summary, summary
-from benchmarks.layers import Cell
-from benchmarks.limits import Limits, intermediate_bytes, measure_limits, scratch_bytes
-from benchmarks.outcome import DTYPES, check_all, explain, plan, use_policy
-from benchmarks.random_cells import random_cells
+from benchmarks.core import bench, engines, layers, peers
+from benchmarks.core.bench import Table
+from benchmarks.core.cpu_result import COLUMNS, LEGEND, CpuResult, print_summary, summary
+from benchmarks.core.layers import Cell
+from benchmarks.core.limits import Limits, intermediate_bytes, measure_limits, scratch_bytes
+from benchmarks.core.outcome import DTYPES, check_all, explain, plan, use_policy
+from benchmarks.core.random_cells import random_cells
+from benchmarks.gpu import run as gpu_run
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""`python docs/draw_dataflow.py [FILE]` draws dataflow.png: how data moves through a dense layer, a chain, a fused op."""
+"""`python docs/draw_dataflow.py [FILE]` draws dataflow.png: a dense layer, a chain, a fused op, and where data moves."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
-from benchmarks import gpu
-from benchmarks.bench import Timing, machine, time_interleaved
-from benchmarks.graphs import Captured
+from benchmarks.core.bench import Timing, machine, time_interleaved
+from benchmarks.core.graphs import Captured
+from benchmarks.gpu import timing as gpu
 from examples.tasks import Task, load
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -1,29 +1,29 @@
 """Factorized layers (Tucker-2, CP, SVD) as single fused ops for PyTorch."""
 
-import lowrank_ops.flops  # noqa: F401, gives FlopCounterMode its formulas
-from lowrank_ops import reference
-from lowrank_ops._ops import build_info
-from lowrank_ops.activations import fold_activations_
-from lowrank_ops.batchnorm import fold_batchnorm_, reestimate_batchnorm_
-from lowrank_ops.budget import Budget
-from lowrank_ops.chains import NotOneOp
-from lowrank_ops.cp import cp_decompose
-from lowrank_ops.decay import frobenius_decay, frobenius_norm_squared
-from lowrank_ops.decompose import svd_decompose, tucker_decompose
-from lowrank_ops.distill import DistillReport, distill_
-from lowrank_ops.export import export_onnx, to_chain
-from lowrank_ops.factorize import factorize_, fuse_
-from lowrank_ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
-from lowrank_ops.initialization import Spectral
-from lowrank_ops.measurements import forget_measurements, load_measurements, save_measurements
-from lowrank_ops.memory import kept_memory, release_memory
-from lowrank_ops.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
-from lowrank_ops.pairs import Fold, FoldReport
-from lowrank_ops.planning import Explanation, explain, policy, set_policy
-from lowrank_ops.prepare import Preparation, PreparedLayer, prepare_for_inference_, unprepare_
-from lowrank_ops.ranks import VBMF, Energy
-from lowrank_ops.report import LayerReport, Report, count_layer_weights
-from lowrank_ops.saving import load, save
+import lowrank_ops.ops.flops  # noqa: F401, gives FlopCounterMode its formulas
+from lowrank_ops.budget.knapsack import Budget
+from lowrank_ops.compress.factorize import factorize_, fuse_
+from lowrank_ops.compress.report import LayerReport, Report, count_layer_weights
+from lowrank_ops.decompose.cp import cp_decompose
+from lowrank_ops.decompose.ranks import VBMF, Energy
+from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
+from lowrank_ops.deploy.export import export_onnx, to_chain
+from lowrank_ops.deploy.prepare import Preparation, PreparedLayer, prepare_for_inference_, unprepare_
+from lowrank_ops.deploy.saving import load, save
+from lowrank_ops.fold.activations import fold_activations_
+from lowrank_ops.fold.batchnorm import fold_batchnorm_, reestimate_batchnorm_
+from lowrank_ops.fold.pairs import Fold, FoldReport
+from lowrank_ops.nn.chains import NotOneOp
+from lowrank_ops.nn.decay import frobenius_decay, frobenius_norm_squared
+from lowrank_ops.nn.init import Spectral
+from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.ops import reference
+from lowrank_ops.ops.explain import Explanation, explain, policy, set_policy
+from lowrank_ops.ops.extension import build_info
+from lowrank_ops.ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
+from lowrank_ops.ops.measurements import forget_measurements, load_measurements, save_measurements
+from lowrank_ops.ops.memory import kept_memory, release_memory
+from lowrank_ops.train.distill import DistillReport, distill_
 
 __version__: str = build_info()["version"]
 

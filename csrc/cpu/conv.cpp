@@ -2,7 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
-#include "plan/cost.h"
+#include "plan/cpu/cost.h"
 
 namespace lowrank_ops {
 

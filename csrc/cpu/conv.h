@@ -21,7 +21,7 @@
 #include "cpu/pages.h"
 #include "cpu/team.h"
 #include "cpu/weights.h"
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cpu/prepared.h"
-#include "ops.h"
-#include "plan/plan.h"
+#include "ops/ops.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

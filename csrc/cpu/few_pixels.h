@@ -1,7 +1,7 @@
 #pragma once
 
-#include "ops.h"
-#include "plan/plan.h"
+#include "ops/ops.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cpu/kernels/kernels.h"
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 
@@ -34,7 +34,7 @@ inline CpuCaps measured_caps(CpuCaps caps, bool prepared) {
 void set_cpu_isa(const std::string& isa);
 
 // Where Winograd's transforms are used (Tucker's cores of stride 1): "auto" where they are predicted to pay, "never",
-// or "2x2", "4x4", "line" (plan/patches.h): this one wherever it can be. The environment variable
+// or "2x2", "4x4", "line" (plan/cpu/patches.h): this one wherever it can be. The environment variable
 // LOWRANK_OPS_CPU_WINOGRAD does the same at start. Not to be called while an op runs.
 void set_cpu_winograd(const std::string& choice);
 

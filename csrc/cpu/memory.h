@@ -1,12 +1,12 @@
 // Scratch memory of the CPU kernels. Each thread keeps what it gave back for its next call, because fresh pages cost
-// more than what most blocks write to them: kMostKeptBytes (plan/plan.h) at most, until the thread ends or
+// more than what most blocks write to them: kMostKeptBytes (plan/cpu/planner.h) at most, until the thread ends or
 // release_memory() is called.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
-#include "plan/plan.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 

@@ -1,11 +1,11 @@
 // The ops on CPU tensors: check, plan, run.
 #include <torch/library.h>
 
-#include "checks.h"
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
-#include "policy.h"
-#include "problem_of.h"
+#include "ops/checks.h"
+#include "ops/policy.h"
+#include "ops/problem_of.h"
 
 namespace lowrank_ops {
 namespace {

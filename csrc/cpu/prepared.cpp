@@ -6,10 +6,10 @@
 #include <cstring>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/winograd.h"
-#include "plan/plan.h"
-#include "problem_of.h"
+#include "ops/checks.h"
+#include "ops/problem_of.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 namespace {

@@ -10,7 +10,7 @@
 #include <iterator>
 
 #include "cpu/weights.h"
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

@@ -6,11 +6,11 @@
 #include <limits>
 #include <utility>
 
-#include "checks.h"
 #include "cuda/fused_call.h"
 #include "cuda/verify.h"
-#include "plan/gpu_sm90a.h"
-#include "problem_of.h"
+#include "ops/checks.h"
+#include "ops/problem_of.h"
+#include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {

@@ -9,7 +9,7 @@
 #include <map>
 #include <mutex>
 
-#include "kernels/driver.h"
+#include "cuda/kernels/driver.h"
 
 namespace lowrank_ops {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "gpu_device.h"
+#include "ops/gpu_device.h"
 
 namespace lowrank_ops {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/device.h"
-#include "kernels/launch.h"
-#include "ops.h"
+#include "cuda/kernels/launch.h"
+#include "ops/ops.h"
 
 namespace lowrank_ops {
 

@@ -9,12 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/fused_call.h"
 #include "cuda/measure.h"
 #include "cuda/verify.h"
-#include "policy.h"
-#include "problem_of.h"
+#include "ops/checks.h"
+#include "ops/policy.h"
+#include "ops/problem_of.h"
 
 namespace lowrank_ops {
 namespace {

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "cuda/fused_call.h"
-#include "plan/gpu_sm90a.h"
-#include "problem_of.h"
+#include "ops/problem_of.h"
+#include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {
@@ -48,8 +48,8 @@ at::ScalarType scalar_type(DType dtype) {
 }
 
 // How far the kernel's result may be from the fp64 one, in the Frobenius norm: `magnitude` is the same computed from
-// absolute values. Of the simulated kernels (tests/simt) none needs more than a fifth of it on the problems below; one
-// channel of 144 that is missing is five times too much in bf16, the coarsest.
+// absolute values. Of the simulated kernels (tests/support/simt) none needs more than a fifth of it on the problems
+// below; one channel of 144 that is missing is five times too much in bf16, the coarsest.
 double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
   switch (dtype) {
     case DType::kDouble:

@@ -1,5 +1,5 @@
-// Kernels whose tests no GPU of this architecture has all run (ran_right_on of plan/gpu.h): checked once per process,
-// GPU and dtype before their first use.
+// Kernels whose tests no GPU of this architecture has all run (ran_right_on of plan/gpu/planner.h): checked once per
+// process, GPU and dtype before their first use.
 #pragma once
 
 #include <string>

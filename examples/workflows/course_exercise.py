@@ -26,7 +26,7 @@ import lowrank_ops
 from examples.workflows import command, data
 from examples.workflows.networks import replace_layer
 from examples.workflows.training import accuracy, seeded, train
-from lowrank_ops.ranks import Rank
+from lowrank_ops.decompose.ranks import Rank
 
 LAYERS = ("conv12", "dense1", "dense2")
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -23,8 +23,8 @@ import lowrank_ops
 from examples.workflows import command, data
 from examples.workflows.networks import AlexNet, LeNet, ResNet50
 from examples.workflows.training import accuracy, seeded, train
-from lowrank_ops.initialization import Init
-from lowrank_ops.report import count_parameters
+from lowrank_ops.compress.report import count_parameters
+from lowrank_ops.nn.init import Init
 
 INITIALIZERS: Mapping[str, Init] = {
     **{name: name for name in ("default", "spectral", "xavier_uniform", "xavier_normal", "kaiming_uniform",

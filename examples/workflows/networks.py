@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops
-from lowrank_ops.initialization import Init
+from lowrank_ops.nn.init import Init
 
 _VGG19 = (1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0)  # times the width; 0: max pooling
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.bench import time_interleaved
+from benchmarks.core.bench import time_interleaved
 
 
 def train(

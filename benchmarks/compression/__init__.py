@@ -1,0 +1,1 @@
+"""Trained networks after factorization: their accuracy and speed: `python -m benchmarks.compression.run`."""

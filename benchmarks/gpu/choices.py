@@ -1,0 +1,136 @@
+"""`python -m benchmarks.gpu.choices RESULTS.json`: what the planner of today makes of a GPU's measurements.
+
+Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`. For each cell the
+planner chooses among the ways that were timed: every kernel that exists today with the cut of that run, and the
+chain. Printed are the times of its choice and of the fastest other way to run the block, in microseconds: on the GPU
+alone, as from a CUDA graph, and of a call from Python on an idle GPU. In a file of NCHW inputs the other ways are those
+in NCHW; none of them was timed in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.core.bench import Column, Table, geometric_mean
+from benchmarks.core.layers import Cell, cell_from_json
+from benchmarks.core.outcome import SHORT_OPS, number
+from benchmarks.studies import fit_gpu_cost
+from lowrank_ops.ops.extension import _C
+
+GPU = "H200"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A cell: the way that the planner takes, and the others. Microseconds; dense: None where it was not timed."""
+
+    cell: Cell
+    way: str
+    graph: float
+    peer: str
+    peer_graph: float
+    dense: float | None
+    call: float
+    peer_call: float
+
+    @property
+    def over_peer(self) -> float:
+        return self.peer_graph / self.graph
+
+    @property
+    def over_peer_call(self) -> float:
+        return self.peer_call / self.call
+
+    def row(self) -> list[str]:
+        cell, over_dense = self.cell, None if self.dense is None else self.dense / self.graph
+        return [SHORT_OPS[cell.op], cell.layer, cell.shape, cell.ranks, self.way, f"{self.graph:.1f}",
+                f"{self.peer_graph:.1f}", self.peer, number(self.over_peer), number(over_dense),
+                f"{self.call:.0f}", f"{self.peer_call:.0f}", number(self.over_peer_call)]  # fmt: skip
+
+
+COLUMNS = [
+    Column("op", 6, left=True), Column("layer", 17, left=True), Column("shape", 26, left=True),
+    Column("ranks", 7, left=True), Column("choice", 25, left=True), Column("us", 6), Column("peer us", 7),
+    Column("that peer", 17, left=True), Column("x peer", 6), Column("x dense", 7), Column("call us", 7),
+    Column("peer us", 7), Column("x call", 6),
+]  # fmt: skip
+
+
+def choose(entry: dict[str, Any], layout: str, constants: dict[str, Any], launch: float) -> Choice:
+    """The planner's choice for a cell of the JSON: on the GPU alone, and of a call with its launches."""
+    cell, dtype, nchw = cell_from_json(entry), entry["dtype"], layout == "nchw"
+    ways = {name: one for name, one in entry["contenders"].items() if not (nchw and takes_channels_last(name))}
+    described = fit_gpu_cost.described(cell, dtype, not nchw)
+    times = {name: one["median_us"] * 1e-6 for name, one in ways.items()}
+    kernels = {line["name"] for line in _C.gpu_kernels()}
+    predicted = {}
+    for name in times:
+        if name.split(" ")[0] in kernels:
+            o = fit_gpu_cost.fused(cell, dtype, name, times[name], GPU, layout, False)
+            predicted[name] = fit_gpu_cost.predict(o, constants, launch)
+    kind = fit_gpu_cost.chain_kind(described)
+    chain = kind if cell.is_linear else f"{kind} {layout}"
+    of_chain = fit_gpu_cost.chain(cell, dtype, chain, times[chain], GPU, layout)
+    assert of_chain is not None
+    chain_seconds = fit_gpu_cost.predict(of_chain, constants, launch) + of_chain.beside
+    launches = _C.library_call_seconds * float(of_chain.features[0])
+    best = min(predicted, key=lambda name: predicted[name])
+    recorded = chain if nchw else f"{kind} graph"
+    in_graph = best if predicted[best] < chain_seconds else recorded
+    called = best if predicted[best] < max(chain_seconds, launches) else chain
+    peers = {name: one for name, one in ways.items() if one["kind"] == "peer"}
+    peer = min(peers, key=lambda name: float(peers[name]["median_us"]))
+    return Choice(
+        cell,
+        "chain" if in_graph == recorded else in_graph.split("_", 2)[2],
+        ways[in_graph]["median_us"],
+        peer,
+        peers[peer]["median_us"],
+        min((one["median_us"] for one in ways.values() if one["kind"] == "dense"), default=None),
+        ways[called]["call"]["median_us"],
+        min(one["call"]["median_us"] for name, one in peers.items() if not name.endswith("graph")),
+    )
+
+
+def takes_channels_last(peer: str) -> bool:
+    """Whether a contender that is no way of ours reads its input in channels_last, whatever that of the run."""
+    return peer.endswith((" channels_last", "chain graph", "merged graph"))
+
+
+def choices(path: Path) -> list[Choice]:
+    """Of every cell of a results file."""
+    (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == GPU)
+    launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), clock)
+    content = json.loads(path.read_text())
+    return [choose(entry, content["layout"], constants, launch) for entry in content["cells"]]
+
+
+def summary(found: Iterable[Choice]) -> str:
+    found = list(found)
+    over, call = [one.over_peer for one in found], [one.over_peer_call for one in found]
+    return (f"{len(found)} cells: {geometric_mean(over):.2f} times as fast as the fastest other way on the GPU "
+            f"(worst {min(over):.2f}, below 0.95: {sum(ratio < 0.95 for ratio in over)}); called from Python "
+            f"{geometric_mean(call):.2f} (worst {min(call):.2f})")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.choices", description=__doc__)
+    parser.add_argument("results", type=Path)
+    found = choices(parser.parse_args(arguments).results)
+    table = Table(COLUMNS)
+    table.header()
+    for one in found:
+        table.row(one.row())
+    for op, short in SHORT_OPS.items():
+        of_op = [one for one in found if one.cell.op == op]
+        if of_op:
+            print(f"{short}: {summary(of_op)}")
+
+
+if __name__ == "__main__":
+    main()

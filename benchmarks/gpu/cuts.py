@@ -1,0 +1,97 @@
+"""Every CUDA kernel that can run a problem, with the planner's cut of it or with another one.
+
+A cut is what the planner chooses for a kernel: images x rows x columns of a tile, stages of the ring buffer, splits of
+the output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import lowrank_ops
+from benchmarks.core import peers
+from benchmarks.core.outcome import explain
+from lowrank_ops.ops.extension import _C
+
+HOPELESS = 5  # times the best prediction: kernels beyond it are not timed, as under the policy "measure"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One kernel with one cut of the problem."""
+
+    kernel: str
+    tile: tuple[int, int, int]
+    """Images, rows and columns of output pixels."""
+    stages: int
+    splits: int
+    predicted_seconds: float | None = None
+    """None: not the planner's cut."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {'x'.join(map(str, self.tile))}/{self.stages}/{self.splits}"
+
+    def as_json(self) -> dict[str, Any]:
+        predicted = None if self.predicted_seconds is None else self.predicted_seconds * 1e6
+        return {"kernel": self.kernel, "tile": list(self.tile), "stages": self.stages, "splits": self.splits,
+                "predicted_us": predicted}  # fmt: skip
+
+
+def parse_cut(name: str) -> tuple[str, list[int]]:
+    """The inverse of `Cut.name`: the kernel, and images, rows, columns, stages and splits."""
+    kernel, numbers = name.split(" ")
+    tile, stages, splits = numbers.split("/")
+    return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
+
+
+def planned_cuts(problem: peers.Problem, device: str | None = None) -> list[Cut]:
+    """The planner's cut for every kernel that can run the problem, the lowest prediction first."""
+    with lowrank_ops.set_policy("fused"):
+        found = explain(problem, device)
+    plans = [plan for plan in (found.chosen, *found.others) if plan["path"] == "fused"]
+    return [
+        Cut(plan["kernel"], tuple(plan["tile"]), plan["stages"], plan["splits"], plan["predicted_seconds"])
+        for plan in sorted(plans, key=lambda plan: float(plan["predicted_seconds"]))
+    ]
+
+
+def hopeful(cuts: Sequence[Cut]) -> list[Cut]:
+    """The cuts that are not predicted to be hopelessly slow."""
+    seconds = [cut.predicted_seconds or 0 for cut in cuts]
+    return [cut for cut, taken in zip(cuts, seconds, strict=True) if taken <= HOPELESS * min(seconds)]
+
+
+def other_cuts(cut: Cut) -> Iterator[Cut]:
+    """Cuts around a planned one: other numbers of stages, half of the tile along each axis, the tile turned, splits."""
+    if "_sm90a_" in cut.kernel:  # it has the one cut
+        return
+    images, rows, columns = cut.tile
+    for stages in (2, 3, 4):
+        yield Cut(cut.kernel, cut.tile, stages, cut.splits)
+    turned = [(images, columns, rows)] if rows > 1 else []  # a linear layer has one line of rows
+    for tile in ((images, max(1, rows // 2), columns), (images, rows, max(1, columns // 2)), *turned):
+        yield Cut(cut.kernel, tile, cut.stages, cut.splits)
+    yield Cut(cut.kernel, cut.tile, cut.stages, 2 * cut.splits)
+
+
+def runner(problem: peers.Problem, cut: Cut) -> Callable[[], Tensor]:
+    """Launches that kernel with that cut, whatever the planner would choose."""
+    cell, (first, *middle, last) = problem.cell, problem.factors
+    core = middle[0] if cell.op == "tucker_conv2d" else None
+    height, width = middle if cell.op == "cp_conv2d" else (None, None)
+    windows = [[cell.stride] * 2, list(cell.paddings), [cell.dilation] * 2]
+    numbers = [*cut.tile, cut.stages, cut.splits]
+    tensors = (problem.input, first, core, height, width, last, problem.bias)
+    return lambda: _C.run_gpu_kernel(cut.kernel, numbers, *tensors, windows, "none")
+
+
+def contenders(problem: peers.Problem) -> list[peers.Contender]:
+    """Every hopeful kernel with its planned cut, for `benchmarks.run --peers kernels`."""
+    if problem.input.device.type != "cuda":
+        return []
+    return [peers.Contender(cut.name, "kernel", runner(problem, cut)) for cut in hopeful(planned_cuts(problem))]

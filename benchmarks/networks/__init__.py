@@ -1,0 +1,1 @@
+"""Whole networks against the engines: `python -m benchmarks.networks.run`."""

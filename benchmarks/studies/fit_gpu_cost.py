@@ -1,0 +1,246 @@
+"""`python -m benchmarks.studies.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
+
+Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
+`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu/cost.h costs (non-negative least squares on
+relative errors), and writes csrc/plan/gpu/cost_constants.inc. What it is judged by is the regret: how much longer the
+planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.core.bench import geometric_mean
+from benchmarks.core.layers import Cell, cell_from_json
+from benchmarks.gpu.cuts import Cut, parse_cut
+from benchmarks.gpu.kernels import BLOCKS
+from benchmarks.studies.fit_cost import Vector, solve
+from lowrank_ops.ops.extension import _C
+
+CONSTANTS = Path(__file__).parents[2] / "csrc/plan/gpu/cost_constants.inc"
+FUSED_GROUPS = (
+    "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
+)  # fmt: skip
+UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
+CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One way to run a cell: its features and the seconds that it took on the GPU.
+
+    Attributes:
+        beside: seconds that the op takes beside them, where this is a library's way that stands for its chain.
+        is_ours: whether the op has this way for the input of that run; not so the chain in the other layout.
+    """
+
+    cell: str
+    group: str
+    way: str
+    features: Vector
+    seconds: float
+    beside: float = 0.0
+    is_ours: bool = True
+
+
+def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[object, ...]:
+    """A cell as `_C` takes it."""
+    tf32 = dtype == "tf32"
+    name = "float32" if tf32 else dtype
+    r1, r2 = cell.rank if isinstance(cell.rank, tuple) else (cell.rank, cell.rank)
+    if cell.is_linear:
+        return (cell.op, name, True, [cell.batch, cell.S, 1, 1, cell.T, r1, r2, 1, 1], [1, 1, 0, 0, 1, 1], tf32)
+    sizes = [cell.batch, cell.S, *cell.size, cell.T, r1, r2, *cell.kernel]
+    window = [cell.stride] * 2 + list(cell.paddings) + [cell.dilation] * 2
+    return (cell.op, name, channels_last, sizes, window, tf32)
+
+
+def chain_kind(described: tuple[object, ...]) -> str:
+    """Which of the peers is the chain that the op runs."""
+    return "merged" if _C.merges_depthwise(described) else "chain"
+
+
+def group_of(kernel: str, dtype: str, lean: bool) -> str:
+    if "_simt_" in kernel:
+        return "kSimt"
+    if "_sm90a_" in kernel:
+        if kernel.startswith("cp_"):
+            return "kSm90aCp"
+        return "kSm90aWide" if kernel.endswith("_64x128") else "kSm90aTucker"
+    return ("kLean" if lean else "kSm80") + ("Words" if dtype == "tf32" else "Halves")
+
+
+def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: str, general: bool) -> Observation:
+    kernel, cut = parse_cut(way)
+    features, lean = _C.fused_gpu_features(described(cell, dtype, layout != "nchw"), kernel, cut, gpu)
+    group = group_of(kernel, dtype, lean and not general)
+    return Observation(f"{cell} {dtype}", group, way, np.array(features), seconds)
+
+
+def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: str) -> Observation | None:
+    """The chain as the op runs it: with CP's depthwise stages merged where the planner says so.
+
+    A library's way in the input's layout stands for it. For Tucker in NCHW the op took 0.8 to 1.1 times as long where
+    it keeps the core in channels_last (library_core of chain.cpp); elsewhere its copy of the core is not in the times.
+    """
+    whole = described(cell, dtype, "nchw" not in name)
+    if not name.startswith(chain_kind(whole)) or name.endswith("graph"):
+        return None
+    group = "kChainLinear" if cell.is_linear else "kChainConvolutions"
+    is_ours = cell.is_linear or ("nchw" in name) == (layout == "nchw")
+    beside = _C.factor_product_seconds if name.startswith("merged") else 0
+    features = np.array(_C.chain_gpu_features(whole, gpu))
+    return Observation(f"{cell} {dtype}", group, name, features, seconds, beside, is_ours)
+
+
+def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
+    """The GPU and what was measured on it, by either kind of file; `general`: there were no lean kernels yet.
+
+    Raises:
+        ValueError: no GPU's file, or that of a GPU that the planner has no figures of.
+    """
+    content = json.loads(path.read_text())
+    name = content.get("device", {}).get("name", "")
+    gpu = next((known["name"] for known in _C.named_gpus() if known["name"] in name), None)
+    if gpu is None:
+        raise ValueError(
+            f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpu/known_gpus.cpp, got {name or 'a CPU'!r}"
+        )
+    kernels = {line["name"] for line in _C.gpu_kernels()}
+    layout = content.get("layout", "channels_last")
+    found: list[Observation | None] = []
+    for cell, dtype, times in entries(content):
+        for way, seconds in times.items():
+            if way.startswith(cell.op):
+                if way.split(" ")[0] not in kernels:  # measured, and dropped
+                    continue
+                found.append(fused(cell, dtype, way, seconds, gpu, layout, general))
+            else:
+                found.append(chain(cell, dtype, way, seconds, gpu, layout))
+    # A cell is what one run measured: times of two runs, or of two layouts, are not compared.
+    return gpu, [replace(one, cell=f"{path.stem} {one.cell}") for one in fastest_slots(filter(None, found))]
+
+
+def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
+    """Of an sm90a kernel that was timed with several numbers of slots the fastest: the model has no term for them."""
+    kept: dict[tuple[str, str], Observation] = {}
+    for one in observations:
+        way = one.way.split(" ")[0] if one.group.startswith("kSm90a") else one.way
+        former = kept.get((one.cell, way))
+        if former is None or one.seconds < former.seconds:
+            kept[one.cell, way] = one
+    return list(kept.values())
+
+
+def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, float]]]:
+    """Cell, dtype, and seconds by contender."""
+    for entry in content.get("cells", ()):
+        times = {name: one["median_us"] * 1e-6 for name, one in entry["contenders"].items()}
+        yield cell_from_json(entry), entry["dtype"], times
+    blocks = {str(cell): cell for cell in BLOCKS.values()}
+    for entry in content.get("entries", ()):
+        cuts = {Cut(cut["kernel"], tuple(cut["tile"]), cut["stages"], cut["splits"]).name: cut
+                for cut in entry["cuts"]}  # fmt: skip
+        figures = {**cuts, **entry["peers"]}
+        yield blocks[entry["cell"]], entry["dtype"], {way: one["median_us"] * 1e-6 for way, one in figures.items()}
+
+
+def predict(observation: Observation, constants: Mapping[str, Vector], launch: float) -> float:
+    """Seconds on the GPU, as the planner predicts them where neither memory nor the peak is the limit."""
+    seconds = float(observation.features @ constants[observation.group])
+    return seconds + (launch if observation.group in FUSED_GROUPS else 0)
+
+
+def regret(observations: Iterable[Observation], found: Mapping[str, Vector], launch: float) -> tuple[float, int]:
+    """What the predictions' choice among the op's ways that were measured costs, on the GPU, beyond the fastest one.
+
+    Returns:
+        The geometric mean over the cells, minus 1, and the number of cells that have both a kernel and the chain.
+    """
+    cells: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
+    for o in filter(lambda o: o.is_ours, observations):
+        cells[o.cell].append((predict(o, found, launch) + o.beside, o.seconds + o.beside, o.group in FUSED_GROUPS))
+    ratios = [min(ways)[1] / min(seconds for _, seconds, _ in ways)
+              for ways in cells.values() if len({is_fused for *_, is_fused in ways}) == 2]  # fmt: skip
+    return geometric_mean(ratios) - 1, len(ratios)
+
+
+def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]:
+    """Constants by group: of fused kernels with `launch` taken off, of the op's chains as they are.
+
+    A feature that no observation of a fused group has (element-wise copies, say) costs what it does in the others.
+    """
+    groups = defaultdict(list)
+    for o in filter(lambda o: o.is_ours, observations):
+        groups[o.group].append(o)
+    found = {}
+    for group, members in groups.items():
+        taken_off = launch if group in FUSED_GROUPS else 0
+        times = np.array([o.seconds - taken_off for o in members])
+        features = np.array([o.features for o in members])
+        found[group] = solve(features, times)
+        ratios = features @ found[group] / times
+        spread = float(np.exp(np.std(np.log(ratios))))
+        print(f"{group}: {len(members)} figures, predicted / measured {ratios.min():.2f} to {ratios.max():.2f}, "
+              f"spread {spread:.2f}")  # fmt: skip
+    for group in filter(found.__contains__, FUSED_GROUPS):
+        unseen = np.all([o.features == 0 for o in groups[group]], axis=0)
+        others = np.max([found[other] for other in FUSED_GROUPS if other in found], axis=0)
+        found[group] = np.where(unseen, np.where(others > 0, others, UNKNOWN), found[group])
+    return found
+
+
+def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
+    """The launch and the constants of gpu_cost_constants.inc, as `fit` gives them: seconds."""
+    found = {}
+    for kind, group, values in re.findall(r"(Fused|Chain)Constants (\w+) = \{\{([^}]*)\}\};", text):
+        found[group] = np.array([float(value) for value in values.split(",")]) / (clock if kind == "Fused" else 1)
+    (launch,) = re.findall(r"kFusedLaunch = (\S+);", text)
+    return float(launch), found
+
+
+def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> None:
+    lines = [f"// Written by benchmarks/studies/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
+             f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
+    for group in FUSED_GROUPS:  # each must have figures, or nothing is written
+        values = ", ".join(f"{value * clock:.4g}" for value in found[group])
+        lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
+    for group in CHAIN_GROUPS:
+        values = ", ".join(f"{value:.4g}" for value in found[group])
+        lines.append(f"constexpr ChainConstants {group} = {{{{{values}}}}};")
+    CONSTANTS.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fit_gpu_cost", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of one GPU")
+    general = "files of the kernels before there were lean ones: for the general kernels' constants"
+    parser.add_argument("--general", nargs="*", type=Path, default=[], metavar="FILE", help=general)
+    parser.add_argument("--launch", type=float, default=2.5e-6, help="seconds of an empty launch (default: 2.5e-6)")
+    parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
+    options = parser.parse_args(arguments)
+    files = [read(path) for path in options.results] + [read(path, general=True) for path in options.general]
+    (gpu,) = {name for name, _ in files}
+    observations = [observation for _, found in files for observation in found]
+    found = fit(observations, options.launch)
+    of_now = [observation for _, found_here in files[: len(options.results)] for observation in found_here]
+    lost, cells = regret(of_now, found, options.launch)
+    print(f"regret on the GPU: {lost:.1%} over {cells} cells")
+    for group, values in found.items():
+        print(group, " ".join(f"{value:.4g}" for value in values))
+    if not options.dry_run:
+        (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == gpu)
+        write(gpu, clock, options.launch, found)
+
+
+if __name__ == "__main__":
+    main()

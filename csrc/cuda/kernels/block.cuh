@@ -1,0 +1,364 @@
+// A factorized block as one kernel: what every op, dtype and architecture shares.
+//
+//   input tile with halo ─(1)→ hidden [halo, R1] ─(2)→ second [pixels, R2] ─(3)→ output tile [pixels, T]
+//      global, streamed          shared memory           shared memory            global, written once
+//
+// (1) in_factor, the 1x1 convolution at the block's entry. The halo's positions come in passes of Config::halo_rows()
+//     (one, where the tile is chosen well), S in chunks of 64 bytes. Positions outside the image stay zero.
+// (2) Tucker: core as an implicit matrix product out of shared memory; a tap is a shift of the rows that a lane
+//     addresses. CP: the two depthwise stages, in place. Linear: nothing.
+// (3) out_factor over T in passes of Config::columns() channels, with bias and activation.
+//
+// The chunks of all three stages (of input and in_factor, of core, of out_factor) are one stream through a ring buffer
+// of `stages` slots in shared memory: copies of the next stage's first chunks are under way while the last ones of a
+// stage are multiplied. Per chunk: wait for one's own copies, one barrier (everybody's copies are there, and everybody
+// is done with the chunk before, whose slot is free), start the copies of a later chunk, multiply.
+//
+// The stream of chunks, the addresses of the products and the way of the output come in two kinds each: general, and
+// lean for the common case (common_case.h), with far fewer instructions.
+//
+// Warps form a grid of warps_m x warps_n over pixels x columns; the warp tile is that of the engine's `multiply`.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/kernels/depthwise.cuh"
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/epilogue_lean.cuh"
+#include "cuda/kernels/stream.cuh"
+#include "cuda/kernels/stream_lean.cuh"
+
+namespace lowrank_ops {
+
+template <typename Kernel>
+class Block {
+  using Engine = typename Kernel::Engine;
+  using Element = typename Kernel::Element;
+  using Sum = typename Kernel::Sum;
+  static constexpr Config config = Kernel::config;
+  static constexpr int warps_m = config.warps_m, halo_tiles = config.halo_tiles, pixel_tiles = config.pixel_tiles,
+                       rank_tiles = config.rank_tiles;
+  static constexpr int element = Kernel::element, input_stride = Kernel::input_stride;
+  static constexpr bool has_core = Kernel::has_core, lean = Kernel::lean;
+  // What copies and products take: the lean kernel computes with 32 bits.
+  using Address = std::conditional_t<lean, SharedAddress, unsigned char*>;
+  using Output = std::conditional_t<lean, LeanOutput<Kernel>, GeneralOutput<Kernel>>;
+  using Stream = std::conditional_t<lean, LeanStream<Kernel>, GeneralStream<Kernel>>;
+
+ public:
+  LOWRANK_OPS_DEVICE explicit Block(const KernelParams& params)
+      : params(params),
+        p(params.block),
+        g(params.block.geometry),
+        l(params.layout),
+        shared(shared_memory()),
+        thread(thread_index()),
+        lane(thread % 32),
+        warp_m(thread / 32 % warps_m),
+        warp_n(thread / 32 / warps_m),
+        s_bytes(g.s * element),
+        r1_bytes(l.hidden_row - kVectorBytes),
+        r2_bytes(l.second_row - kVectorBytes),
+        passes(passes_of(params)),
+        stream(params, shared, thread, passes) {}
+
+  LOWRANK_OPS_DEVICE void run() {
+    const Tile tile = locate();
+    write_tables(tile);
+    barrier<Barrier::kTables>();
+    if constexpr (lean)
+      stream.begin(input_of(tile));
+    else
+      stream.begin();
+    for (int i = 0; i < g.stages - 1; ++i) start_copies<1>();
+    in_stage();
+    if constexpr (has_core) core_stage();
+    if constexpr (Kernel::op == Op::kCP) {
+      barrier<Barrier::kHiddenWritten>();
+      depthwise<Kernel>(shared + l.hidden, l.hidden_row, p, thread);
+    }
+    out_stage(tile);
+  }
+
+ private:
+  const KernelParams& params;
+  const BlockParams& p;
+  const Geometry& g;
+  const SharedLayout& l;
+  unsigned char* const shared;
+  const int thread, lane, warp_m, warp_n;
+  const int s_bytes, r1_bytes, r2_bytes;  // of a row: of the input, and of the hidden tiles, rounded up to whole steps
+  const Passes passes;
+  Stream stream;
+  int copy_slot = 0, multiply_slot = 0;  // the next chunk to be copied, the next to be multiplied: bytes of the ring
+
+  static LOWRANK_OPS_DEVICE Passes passes_of(const KernelParams& params) {
+    const int split = params.splits.remainder(int(block_index()));
+    const int first = split * params.split_passes + least(split, params.longer_splits);
+    return {first, first + params.split_passes + (split < params.longer_splits ? 1 : 0)};
+  }
+
+  // The tile's first image, first input position (may lie outside) and first output.
+  struct Tile {
+    int image, y, x, out_y, out_x;
+  };
+  LOWRANK_OPS_DEVICE Tile locate() {
+    const int tile = params.splits.quotient(int(block_index()));
+    const int line = params.column_tiles.quotient(tile), column_tile = tile - line * params.column_tiles.divisor;
+    const int images = params.row_tiles.quotient(line), row_tile = line - images * params.row_tiles.divisor;
+    const int y = first_output(g.rows, params.row_lattice, row_tile);
+    const int x = first_output(g.columns, params.column_lattice, column_tile);
+    return {images * g.tile_n, y * g.rows.original_stride - g.rows.padding,
+            x * g.columns.original_stride - g.columns.padding, y, x};
+  }
+  // TileAxis::output(index, 0).
+  static LOWRANK_OPS_DEVICE int first_output(const TileAxis& axis, const Divider& lattice, int index) {
+    const int tile = lattice.quotient(index);
+    return index - tile * axis.lattice + tile * axis.tile * axis.lattice;
+  }
+
+  // Where the lean kernel's tables count from.
+  LOWRANK_OPS_DEVICE const unsigned char* input_of(const Tile& tile) {
+    return static_cast<const unsigned char*>(p.input) +
+           (tile.image * p.input_stride[0] + most(tile.y, 0) * p.input_stride[2] +
+            most(tile.x, 0) * p.input_stride[3]) *
+               element;
+  }
+  LOWRANK_OPS_DEVICE unsigned char* output_of(const Tile& tile) {
+    return static_cast<unsigned char*>(p.output) +
+           (tile.image * p.output_stride[0] + tile.out_y * p.output_stride[2] + tile.out_x * p.output_stride[3]) *
+               element;
+  }
+
+  // Global offsets of the halo's positions and of the tile's pixels, and the hidden row where a pixel's window begins.
+  // General: in elements from the tensor's beginning, -1 outside. Lean: in 16 bytes from the tile's, kNowhere outside.
+  LOWRANK_OPS_DEVICE void write_tables(const Tile& tile) {
+    const TileAxis &rows = g.rows, &columns = g.columns;
+    const int halo_h = rows.halo(), halo_w = columns.halo(), halo = g.halo();
+    const auto store_offset = [&](int table, int i, bool inside, int image, int y, int x, const int64_t (&stride)[4],
+                                  const uint32_t (&lean_stride)[3], int first_y, int first_x) {
+      if constexpr (lean) {
+        uint32_t offset = image * lean_stride[0] + (y - first_y) * lean_stride[1] + (x - first_x) * lean_stride[2];
+        if (!inside) offset = kNowhere;
+        store_shared(shared + table + i * 4, offset);
+      } else {
+        const int64_t offset = (tile.image + image) * stride[0] + y * stride[2] + x * stride[3];
+        store_shared<int64_t>(shared + table + i * 8, inside ? offset : -1);
+      }
+    };
+#pragma unroll 1
+    for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
+      const int line = params.halo_w.quotient(i), image = params.halo_h.quotient(line);
+      const int y = tile.y + (line - image * halo_h) * rows.unit, x = tile.x + (i - line * halo_w) * columns.unit;
+      const bool inside = i < halo && tile.image + image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+      store_offset(l.halo_offset, i, inside, image, y, x, p.input_stride, params.lean.input_stride, most(tile.y, 0),
+                   most(tile.x, 0));
+    }
+    // Stage 2 reads a core's windows where they lie in the halo; depthwise stages have moved their results together.
+    const int row_stride = has_core ? rows.stride : 1, column_stride = has_core ? columns.stride : 1;
+    const int pixels = g.pixels();
+#pragma unroll 1
+    for (int i = thread; i < config.pixels(); i += config.threads()) {
+      const int line = params.tile_w.quotient(i), image = params.tile_h.quotient(line);
+      const int tile_y = line - image * rows.tile, tile_x = i - line * columns.tile;
+      const int y = tile.out_y + tile_y * rows.lattice, x = tile.out_x + tile_x * columns.lattice;
+      const bool inside = i < pixels && tile.image + image < g.n && y < rows.out && x < columns.out;
+      store_offset(l.pixel_offset, i, inside, image, y, x, p.output_stride, params.lean.output_stride, tile.out_y,
+                   tile.out_x);
+      const int row = (image * halo_h + tile_y * row_stride) * halo_w + tile_x * column_stride;
+      store_shared<int>(shared + l.pixel_row + i * 4, i < pixels ? row : 0);
+    }
+  }
+
+  LOWRANK_OPS_DEVICE Address address(int offset) {
+    if constexpr (lean)
+      return shared_address(shared) + offset;
+    else
+      return shared + offset;
+  }
+  LOWRANK_OPS_DEVICE int next_slot(int slot) { return slot + l.slot == g.stages * l.slot ? 0 : slot + l.slot; }
+
+  template <int stage>
+  LOWRANK_OPS_DEVICE void start_copies() {
+    stream.template start<stage>(address(l.slots + copy_slot));
+    copy_slot = next_slot(copy_slot);
+  }
+
+  // The slot of the next chunk, arrived; its stage.
+  template <int stage>
+  LOWRANK_OPS_DEVICE Address next_chunk() {
+    if (g.stages == 2)
+      wait_copies<0>();
+    else if (g.stages == 3)
+      wait_copies<1>();
+    else
+      wait_copies<2>();
+    barrier<Barrier::kChunk>();
+    start_copies<stage>();
+    const int slot = multiply_slot;
+    multiply_slot = next_slot(slot);
+    return address(l.slots + slot);
+  }
+
+  // sum += A B^T over `bytes` of K. A: `a` + `a_row`. B: `b`, this warp's rows `b_stride` apart. Lean: a_row and `b`
+  // are the lane's.
+  template <int tiles>
+  LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[tiles][rank_tiles][4], Address a,
+                                   const int (&a_row)[tiles][Engine::a_rows], Address b, int b_stride, int bytes) {
+    if constexpr (lean)
+      Engine::multiply_lean(sum, a, a_row, b, b_stride, bytes);
+    else
+      Engine::multiply(sum, a, a_row, b, b_stride, bytes, lane);
+  }
+  LOWRANK_OPS_DEVICE int first_b(int stride) {
+    const int first = warp_n * 8 * rank_tiles * stride;
+    if constexpr (lean) return first + Engine::b_place(lane, stride);
+    return first;
+  }
+  LOWRANK_OPS_DEVICE int a_place(int row, int stride) {
+    if constexpr (lean) return row * stride + Engine::a_column(lane);
+    return row * stride;
+  }
+
+  // Writes a warp tile of sums into a hidden tile: `row` of its first row, `byte` of its first column. Rows end with a
+  // whole tile of 16, and bytes with a whole tile of 8 columns, in fp64 with half of one.
+  template <int tiles>
+  LOWRANK_OPS_DEVICE void store_hidden(const Sum (&sum)[tiles][rank_tiles][4], unsigned char* hidden, int row_stride,
+                                       int row, int rows, int byte, int bytes) {
+    const int lane_byte = lane % 4 * 2 * element;
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) {
+      if (row + m * 16 >= rows) break;
+      unsigned char* const to = hidden + (row + m * 16 + lane / 4) * row_stride + byte + lane_byte;
+#pragma unroll
+      for (int n = 0; n < rank_tiles; ++n)
+        if (byte + n * 8 * element + (element == 8 ? lane_byte : 0) < bytes)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            store_shared(to + half * 8 * row_stride + n * 8 * element,
+                         Engine::narrow_both(sum[m][n][2 * half], sum[m][n][2 * half + 1]));
+    }
+  }
+
+  LOWRANK_OPS_DEVICE void in_stage() {
+    constexpr int tiles = halo_tiles, columns = config.columns();
+    int a_row[tiles][Engine::a_rows];
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+      for (int i = 0; i < Engine::a_rows; ++i)
+        a_row[m][i] = a_place(warp_m * tiles * 16 + Engine::a_row(lane, i), input_stride) + m * 16 * input_stride;
+    const int b_offset = config.halo_rows() * input_stride + first_b(input_stride);
+    for (int halo_pass = 0; halo_pass < l.halo_passes; ++halo_pass)
+      for (int pass = 0; pass < l.r1_passes; ++pass) {
+        Sum sum[tiles][rank_tiles][4] = {};
+        for (int byte = 0; byte < s_bytes; byte += kInputChunkBytes) {
+          const Address chunk = next_chunk<1>();
+          multiply(sum, chunk, a_row, chunk + b_offset, input_stride, kInputChunkBytes);
+        }
+        store_hidden(sum, shared + l.hidden, l.hidden_row, halo_pass * config.halo_rows() + warp_m * tiles * 16,
+                     l.halo_rows, (pass * columns + warp_n * 8 * rank_tiles) * element, r1_bytes);
+      }
+  }
+
+  LOWRANK_OPS_DEVICE void core_stage() {
+    constexpr int tiles = pixel_tiles, columns = config.columns();
+    int a_row[tiles][Engine::a_rows];
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+      for (int i = 0; i < Engine::a_rows; ++i)
+        a_row[m][i] =
+            a_place(load_shared<int>(shared + l.pixel_row + ((warp_m * tiles + m) * 16 + Engine::a_row(lane, i)) * 4),
+                    l.hidden_row);
+    const int stride = l.core_chunk + kVectorBytes, b_offset = first_b(stride);
+    const int line = (g.columns.halo() - g.columns.kernel) * l.hidden_row;
+    for (int pass = 0; pass < l.r2_passes; ++pass) {
+      Sum sum[tiles][rank_tiles][4] = {};
+      Address tap = address(l.hidden);
+      for (int y = 0; y < g.rows.kernel; ++y, tap += line)
+        for (int x = 0; x < g.columns.kernel; ++x, tap += l.hidden_row)
+          for (int byte = 0; byte < r1_bytes; byte += l.core_chunk) {
+            const Address chunk = next_chunk<2>();
+            multiply(sum, tap + byte, a_row, chunk + b_offset, stride, least(l.core_chunk, r1_bytes - byte));
+          }
+      if (l.r2_passes == 1) barrier<Barrier::kHiddenRead>();  // the second tile lies over the first
+      store_hidden(sum, shared + l.second, l.second_row, warp_m * tiles * 16, config.pixels(),
+                   (pass * columns + warp_n * 8 * rank_tiles) * element, r2_bytes);
+    }
+  }
+
+  LOWRANK_OPS_DEVICE void out_stage(const Tile& tile) {
+    constexpr int tiles = pixel_tiles, columns = config.columns();
+    int a_row[tiles][Engine::a_rows];
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+      for (int i = 0; i < Engine::a_rows; ++i) {
+        const int pixel = (warp_m * tiles + m) * 16 + Engine::a_row(lane, i);
+        a_row[m][i] = a_place(has_core ? pixel : load_shared<int>(shared + l.pixel_row + pixel * 4), l.second_row);
+      }
+    const int stride = l.out_chunk + kVectorBytes, b_offset = first_b(stride);
+    const Output output(params, shared + l.staging + thread / 32 * l.staging_warp,
+                        shared + l.pixel_offset + warp_m * tiles * 16 * Output::offset_bytes, output_of(tile), lane);
+    for (int pass = passes.first; pass < passes.last; ++pass) {
+      const int channel = pass * columns + warp_n * 8 * rank_tiles;
+      const auto bias = output.load_bias(channel);
+      Sum sum[tiles][rank_tiles][4] = {};
+      for (int byte = 0; byte < r2_bytes; byte += l.out_chunk) {
+        const Address chunk = next_chunk<3>();
+        multiply(sum, address(l.second + byte), a_row, chunk + b_offset, stride, least(l.out_chunk, r2_bytes - byte));
+      }
+      if (channel < g.t) output.write(sum, bias, channel);
+    }
+  }
+};
+
+// Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
+template <typename Kernel, Family family>
+constexpr int resident_ctas() {
+  // Shared memory can hold three CTAs of 2-byte elements.
+  const int ctas = Kernel::config.resident(Kernel::lean && Kernel::element == 2);
+  return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
+}
+
+template <Op op, typename Engine, Family family, int index, bool lean>
+LOWRANK_OPS_KERNEL((Instance<op, Engine, family, index, lean>::threads),
+                   (resident_ctas<Instance<op, Engine, family, index, lean>, family>()))
+block_kernel(const KernelParams params) {
+  Block<Instance<op, Engine, family, index, lean>>(params).run();
+}
+
+template <Op op, typename Engine, Family family, int index>
+cudaError_t launch_block(const BlockParams& block, cudaStream_t stream) {
+  using Kernel = Instance<op, Engine, family, index, false>;
+  constexpr Config config = Kernel::config;
+  constexpr int element = Kernel::element;
+  const Geometry& g = block.geometry;
+  KernelParams params{};
+  params.block = block;
+  params.layout = shared_layout(g, config, element, Kernel::has_core);
+  params.splits = Divider(g.splits);
+  params.row_tiles = Divider(g.rows.tiles());
+  params.column_tiles = Divider(g.columns.tiles());
+  params.row_lattice = Divider(g.rows.lattice);
+  params.column_lattice = Divider(g.columns.lattice);
+  params.halo_h = Divider(g.rows.halo());
+  params.halo_w = Divider(g.columns.halo());
+  params.tile_h = Divider(g.rows.tile);
+  params.tile_w = Divider(g.columns.tile);
+  const int passes = int(ceil_div(g.t, config.columns()));
+  params.split_passes = passes / g.splits;
+  params.longer_splits = passes % g.splits;
+  if constexpr (family == Family::kSm80)
+    if (is_common_case(block, Kernel::has_core, element)) {
+      params.layout = shared_layout(g, config, element, Kernel::has_core, /*lean=*/true);
+      params.lean = lean_params(block, params.layout, config, Kernel::has_core, element);
+      return launch(block_kernel<op, Engine, family, index, true>, g.ctas(), config.threads(), params.layout.bytes,
+                    stream, params);
+    }
+  return launch(block_kernel<op, Engine, family, index, false>, g.ctas(), config.threads(), params.layout.bytes, stream,
+                params);
+}
+
+}  // namespace lowrank_ops

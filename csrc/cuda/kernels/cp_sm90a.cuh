@@ -1,0 +1,389 @@
+// The fused CP block on Hopper: the copy engine brings boxes of the input and parts of the factors, two warpgroups
+// multiply from shared memory and compute the depthwise stages from it.
+//
+// A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 14x8
+// pixels of the output. Its ranks are computed in parts of 64:
+//
+//   input: 16x10 pixels (halo), S channels           stage 1     hidden: 16x10 pixels, 64 ranks    depthwise
+//   slices [160 pixels][64 channels], for all       -------->    [160 rows of 144 bytes] in       --------->
+//   parts of the tile                               in_factor    shared memory, two in turn        down, across
+//   second: 14x8 pixels, 64 ranks                    stage 3     sums: 14x8 pixels, T channels, in registers, stored
+//   in registers, as operand A                      -------->    after the last part
+//                                                  out_factor
+//
+// Stage 1 computes the transpose, ranks x pixels = [64, S] [S, 80]. The depthwise stage reads hidden pixels of both
+// warpgroups, hence a barrier of both before it. Stage 1 of the next part and stage 3 of the part before run under it.
+//
+//   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp
+//   warpgroup 1   halo pixels 80 to 159, rows 8 to 13 (its last warp has none)
+//   warpgroup 2   one thread: all copies to shared memory
+//
+// Shared memory (cp_sm90a.h), from the bottom:
+//
+//   input     slices [160 pixels][64 channels] in the 128-byte swizzle, of one tile
+//   ring      slots through which both factors stream anew for every tile, a part of the ranks each: of in_factor
+//             [slices][64 ranks][64 channels], of out_factor [T][64 ranks], same swizzle
+//   hidden    2 tiles [160 pixels][64 ranks] in rows of 128 + 16 bytes, free of bank conflicts; the 16 bytes of the
+//             first tile's rows hold the barriers, one per row, those of the second the bias, 4 channels per row
+//   weights   of each pair of ranks 12 floats: 3 taps down, 3 across
+//
+// Barriers:
+//
+//   full[slot], empty[slot]   of the ring: a part has arrived; the 8 warps are done with it
+//   slice_full[slice]         a slice of the tile's input has arrived
+//   input_free                the 8 warps have issued and awaited their last stage 1 of the tile
+#pragma once
+
+#include "cuda/kernels/cp_sm90a.h"
+#include "cuda/kernels/hopper_tiles.cuh"
+
+namespace lowrank_ops::hopper {
+
+struct CpParams {
+  CUtensorMap input;              // [N, H, W, S], boxes of a halo x 64 channels
+  CUtensorMap in_factor;          // [R, S], boxes 64 x 64
+  CUtensorMap out_factor;         // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
+  const uint16_t *down, *across;  // [R, 3] by these strides, in elements
+  int64_t down_rank, down_tap, across_rank, across_tap;
+  const uint16_t* bias;  // [T] or null
+  uint16_t* output;      // [N, OH, OW, T], dense
+  CpSm90a layout;
+  Tiles tiles;
+  int t, r, height, width;  // of the output
+  int padding_h, padding_w;
+  Activation activation;
+};
+
+// Addresses of the barriers: in the padding of the rows of the first hidden tile.
+struct CpBarriers {
+  static constexpr int kMostSlices = CpSm90a::kMostChannels / CpSm90a::kSlice;
+  uint32_t first;
+
+  LOWRANK_OPS_HOPPER uint32_t at(int row) const { return first + row * CpSm90a::kPitch; }
+  LOWRANK_OPS_HOPPER uint32_t full(int slot) const { return at(slot); }
+  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return at(kMaxStages + slot); }
+  LOWRANK_OPS_HOPPER uint32_t slice_full(int slice) const { return at(2 * kMaxStages + slice); }
+  LOWRANK_OPS_HOPPER uint32_t input_free() const { return at(2 * kMaxStages + kMostSlices); }
+
+  LOWRANK_OPS_HOPPER void init(const CpSm90a& layout) const {
+    for (int i = 0; i < layout.slots; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), 8);  // the warps of both groups
+    }
+    for (int i = 0; i < layout.slices; ++i) barrier_init(slice_full(i), 1);
+    barrier_init(input_free(), 8);
+    barrier_init_done();
+  }
+};
+
+LOWRANK_OPS_HOPPER uint32_t bias_place(uint32_t base, const CpSm90a& l, int channel) {
+  return base + l.hidden + CpSm90a::kHiddenBytes + CpSm90a::kRowBytes + channel / 4 * CpSm90a::kPitch + channel % 4 * 4;
+}
+
+// ---- The thread that copies
+
+// The parts of a tile's factors go through the ring in the order in which they are used: in_factor's part 0 and 1,
+// out_factor's 0, in 2, out 1, ..., the last two of out_factor.
+struct CpProducer {
+  const CpParams& p;
+  uint32_t base;
+  CpBarriers barriers;
+  RingPlace ring;
+
+  LOWRANK_OPS_HOPPER void load_part(bool in, int part) {
+    const uint32_t full = barriers.full(ring.slot), to = base + p.layout.ring + ring.slot * p.layout.slot_bytes;
+    wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
+    const int blocks = in ? p.layout.slices : p.layout.channels / CpSm90a::kSlice;
+    barrier_expect(full, uint32_t(blocks * CpSm90a::kBlockBytes));
+    for (int b = 0; b < blocks; ++b) {
+      if (in)
+        load_box(to + b * CpSm90a::kBlockBytes, &p.in_factor, full, b * CpSm90a::kSlice, part * CpSm90a::kSlice);
+      else
+        load_box(to + b * CpSm90a::kBlockBytes, &p.out_factor, full, part * CpSm90a::kSlice, 0, 0, 0, b * 2);
+    }
+    ring.next(p.layout.slots);
+  }
+
+  // The tile's input, and behind its first slice the first part of in_factor.
+  LOWRANK_OPS_HOPPER void load_input(const TilePlace& place) {
+    for (int s = 0; s < p.layout.slices; ++s) {
+      const uint32_t full = barriers.slice_full(s);
+      barrier_expect(full, CpSm90a::kSliceBytes);
+      load_box(base + s * CpSm90a::kSliceBytes, &p.input, full, s * CpSm90a::kSlice, place.x - p.padding_w,
+               place.y - p.padding_h, place.n);
+      if (s == 0) load_part(true, 0);
+    }
+  }
+
+  LOWRANK_OPS_HOPPER void run() {
+    uint32_t parity = 1;
+#pragma unroll 1
+    for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x), parity ^= 1) {
+      wait_phase(barriers.input_free(), parity);
+      load_input(p.tiles.place(tile));
+#pragma unroll 1
+      for (int part = 0; part < p.layout.parts; ++part) {
+        if (part + 1 < p.layout.parts) load_part(true, part + 1);
+        load_part(false, part);
+      }
+    }
+  }
+};
+
+// ---- The threads that compute
+
+// One 16-byte column of ranks (8, of which a lane has two) of a part: 3 taps down, rounded, and 3 across, for the
+// lane's two pixels. `pixels` is the address of the first of the halo's 4x3 pixels that they need, of the lane's ranks
+// of the column.
+template <bool half>
+LOWRANK_OPS_HOPPER void depthwise(uint32_t (&results)[2], uint32_t pixels, uint32_t weights) {
+  float w[12];  // two ranks of each tap
+#pragma unroll
+  for (int i = 0; i < 3; ++i) load_shared(weights + i * 16, w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+  float sums[2][2] = {};
+#pragma unroll
+  for (int b = 0; b < 3; ++b) {
+    float low[4], high[4];
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      const uint32_t word = load_shared_word(pixels + (a * CpSm90a::kHaloWidth + b) * CpSm90a::kPitch);
+      low[a] = widen_low<half>(word);
+      high[a] = widen_high<half>(word);
+    }
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      float first = 0, second = 0;
+#pragma unroll
+      for (int tap = 0; tap < 3; ++tap) {
+        first += w[2 * tap] * low[lower + tap];
+        second += w[2 * tap + 1] * high[lower + tap];
+      }
+      const uint32_t both = pack<half>(first, second);
+      sums[lower][0] += w[6 + 2 * b] * widen_low<half>(both);
+      sums[lower][1] += w[7 + 2 * b] * widen_high<half>(both);
+    }
+  }
+  results[0] = pack<half>(sums[0][0], sums[0][1]);
+  results[1] = pack<half>(sums[1][0], sums[1][1]);
+}
+
+// A thread of a warpgroup that computes; `half`: fp16, else bf16; `channels` and `slices` as in CpSm90a.
+template <bool half, int channels, int slices>
+struct CpGroup {
+  const CpParams& p;
+  uint32_t base;
+  CpBarriers barriers;
+  int group, warp, lane;
+  int row;         // of the output tile, the first of the warp's two
+  bool inside;     // which the last warp's are not
+  RingPlace ring;  // of the next part to be waited for
+  RingPlace done;  // of the next part to be given back: they are in the order in which they were waited for
+
+  LOWRANK_OPS_HOPPER CpGroup(const CpParams& params, uint32_t shared, const CpBarriers& shared_barriers,
+                             int warp_of_cta, int lane_of_warp)
+      : p(params),
+        base(shared),
+        barriers(shared_barriers),
+        group(warp_of_cta / 4),
+        warp(warp_of_cta % 4),
+        lane(lane_of_warp),
+        row(warp_of_cta * 2),
+        inside(warp_of_cta * 2 < CpSm90a::kTileHeight) {}
+
+  // The address of the next part.
+  LOWRANK_OPS_HOPPER uint32_t wait_part() {
+    const uint32_t at = base + p.layout.ring + ring.slot * p.layout.slot_bytes;
+    wait_phase(barriers.full(ring.slot), ring.parity);
+    __syncwarp();
+    ring.next(p.layout.slots);
+    return at;
+  }
+  LOWRANK_OPS_HOPPER void release_part() {
+    if (lane == 0) barrier_arrive(barriers.empty(done.slot));
+    done.next(p.layout.slots);
+  }
+
+  // Where lanes store vectors, the rows of out_factor are permuted within 32 such that a lane's sums
+  // 16 b + 4 j + e (+ 2 for the second row) are channel 32 b + 8 (lane % 4) + 2 j + e.
+  LOWRANK_OPS_HOPPER void start_with_bias(float (&sums)[channels / 2]) {
+#pragma unroll
+    for (int b = 0; b < channels / 32; ++b) {
+      float values[8];
+      const uint32_t from = bias_place(base, p.layout, b * 32 + lane % 4 * 8);
+      load_shared(from, values[0], values[1], values[2], values[3]);
+      load_shared(from + CpSm90a::kPitch, values[4], values[5], values[6], values[7]);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sums[b * 16 + i] = values[i / 4 * 2 + i % 2];
+    }
+    pin(sums);
+  }
+
+  // Issues hidden' [64 ranks of the part, the group's 80 halo pixels] = in_factor input'.
+  LOWRANK_OPS_HOPPER void stage1(float (&hidden)[40], bool await_input, uint32_t parity) {
+    constexpr int kGroupPixels = CpSm90a::kHaloPixels / 2;
+#pragma unroll
+    for (int i = 0; i < 40; ++i) hidden[i] = 0;
+    pin(hidden);
+    const uint64_t ranks = swizzled(wait_part(), 1024);
+    const uint64_t pixels = swizzled(base + group * kGroupPixels * CpSm90a::kRowBytes, 1024);
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < slices; ++s) {
+      if (await_input) {
+        wait_phase(barriers.slice_full(s), parity);
+        __syncwarp();
+        wgmma_fence();
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        wgmma<half>(hidden, further(ranks, s * CpSm90a::kBlockBytes + k * 32),
+                    further(pixels, s * CpSm90a::kSliceBytes + k * 32));
+    }
+    wgmma_commit();
+  }
+
+  LOWRANK_OPS_HOPPER void store_hidden(uint32_t tile, const float (&hidden)[40]) {
+    const uint32_t to = tile + (group * (CpSm90a::kHaloPixels / 2) + lane / 16 * 8 + lane % 8) * CpSm90a::kPitch +
+                        (warp * 2 + lane / 8 % 2) * 16;
+#pragma unroll
+    for (int j = 0; j < 10; j += 2)
+      store_matrices<true>(to + j * 8 * CpSm90a::kPitch, pack<half>(hidden[4 * j], hidden[4 * j + 1]),
+                           pack<half>(hidden[4 * j + 2], hidden[4 * j + 3]),
+                           pack<half>(hidden[4 * j + 4], hidden[4 * j + 5]),
+                           pack<half>(hidden[4 * j + 6], hidden[4 * j + 7]));
+  }
+
+  // The depthwise stage, to an operand in registers. Half of it precedes the wait for stage 3 of the part before, which
+  // still reads that operand.
+  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[4][4], uint32_t tile, int part) {
+    const uint32_t pixels = tile + (row * CpSm90a::kHaloWidth + lane / 4) * CpSm90a::kPitch + lane % 4 * 4;
+    const uint32_t weights = base + p.layout.weights + (part * 32 + lane % 4) * CpSm90a::kPairBytes;
+    uint32_t early[4][2] = {};
+    if (inside) {
+#pragma unroll
+      for (int column = 0; column < 4; ++column)
+        depthwise<half>(early[column], pixels + column * 16, weights + column * 4 * CpSm90a::kPairBytes);
+    }
+    wgmma_wait<1>();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pin(second[k]);
+    if (part > 0) release_part();  // out_factor's of the part before
+    if (!inside) return;
+#pragma unroll
+    for (int column = 0; column < 4; ++column)
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) second[column / 2][column % 2 * 2 + lower] = early[column][lower];
+#pragma unroll
+    for (int column = 4; column < 8; ++column) {
+      uint32_t results[2];
+      depthwise<half>(results, pixels + column * 16, weights + column * 4 * CpSm90a::kPairBytes);
+      second[column / 2][column % 2 * 2] = results[0];
+      second[column / 2][column % 2 * 2 + 1] = results[1];
+    }
+  }
+
+  // Issues sums += second out_factor' of the part's ranks.
+  LOWRANK_OPS_HOPPER void stage3(float (&sums)[channels / 2], uint32_t (&second)[4][4]) {
+    const uint64_t factor = swizzled(wait_part(), 1024);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pin(second[k]);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma<half>(sums, second[k], further(factor, k * 32));
+    wgmma_commit();
+  }
+
+  LOWRANK_OPS_HOPPER void store(const float (&sums)[channels / 2], const TilePlace& place) {
+    const int x = place.x + lane / 4, y = place.y + row;
+    if (!inside || x >= p.width) return;
+    uint16_t* const pixel = p.output + ((int64_t(place.n) * p.height + y) * p.width + x) * p.t + lane % 4 * 8;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      if (y + lower >= p.height) return;
+#pragma unroll
+      for (int b = 0; b < channels / 32; ++b) {
+        if (b * 32 >= p.t) break;
+        const float* of = sums + b * 16 + lower * 2;
+        store_global(pixel + int64_t(lower) * p.width * p.t + b * 32, pack<half>(of[0], of[1]),
+                     pack<half>(of[4], of[5]), pack<half>(of[8], of[9]), pack<half>(of[12], of[13]));
+      }
+    }
+  }
+
+  // `turn`: which of the hidden tiles is next. They alternate from tile to tile, too: the barrier of the next part is
+  // what tells that all have read the one before.
+  LOWRANK_OPS_HOPPER void compute(const TilePlace& place, uint32_t parity, int& turn) {
+    float sums[channels / 2], hidden[40];
+    start_with_bias(sums);
+    uint32_t second[4][4] = {};
+    stage1(hidden, true, parity);
+    wgmma_wait<0>();
+    pin(hidden);
+    release_part();
+    if (p.layout.parts == 1 && lane == 0) barrier_arrive(barriers.input_free());
+#pragma unroll 1
+    for (int part = 0; part < p.layout.parts; ++part, turn ^= 1) {
+      const uint32_t tile = base + p.layout.hidden + turn * CpSm90a::kHiddenBytes;
+      store_hidden(tile, hidden);
+      both_groups_barrier();
+      if (part + 1 < p.layout.parts)
+        stage1(hidden, false, parity);
+      else
+        wgmma_commit();  // of nothing: what is pending is counted alike in all parts
+      stage2(second, tile, part);
+      stage3(sums, second);
+      wgmma_wait<1>();  // stage 1 of the next part
+      pin(hidden);
+      if (part + 1 < p.layout.parts) release_part();
+      if (part + 2 == p.layout.parts && lane == 0) barrier_arrive(barriers.input_free());
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pin(second[k]);
+    release_part();  // the last of out_factor
+    pin(sums);
+    activate(sums, p.activation);
+    store(sums, place);
+  }
+
+  LOWRANK_OPS_HOPPER void run() {
+    uint32_t parity = 0;
+    int turn = 0;
+#pragma unroll 1
+    for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x), parity ^= 1)
+      compute(p.tiles.place(tile), parity, turn);
+  }
+};
+
+template <bool half>
+LOWRANK_OPS_HOPPER void store_constants(const CpParams& p, uint32_t base) {
+  for (int i = int(threadIdx.x); i < p.layout.channels; i += CpSm90a::kThreads)
+    store_shared(bias_place(base, p.layout, i), p.bias && i < p.t ? widen<half>(p.bias[i]) : 0);
+  for (int i = int(threadIdx.x); i < p.layout.parts * CpSm90a::kSlice * CpSm90a::kTaps; i += CpSm90a::kThreads) {
+    const int rank = i / CpSm90a::kTaps, tap = i % CpSm90a::kTaps;
+    const uint32_t to = base + p.layout.weights + rank / 2 * CpSm90a::kPairBytes + tap * 8 + rank % 2 * 4;
+    const bool exists = rank < p.r;
+    store_shared(to, exists ? widen<half>(p.down[rank * p.down_rank + tap * p.down_tap]) : 0);
+    store_shared(to + 24, exists ? widen<half>(p.across[rank * p.across_rank + tap * p.across_tap]) : 0);
+  }
+}
+
+template <bool half, int channels, int slices>
+__global__ void __launch_bounds__(CpSm90a::kThreads, 1) cp_sm90a_kernel(const __grid_constant__ CpParams params) {
+  constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  const uint32_t base = shared_base();
+  const CpBarriers barriers{base + params.layout.hidden + CpSm90a::kRowBytes};
+  const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  if (threadIdx.x == 0) barriers.init(params.layout);
+  store_constants<half>(params, base);
+  __syncthreads();
+  if (warp >= 8) {
+    give_registers<kProducerRegisters>();
+    if (warp == 8 && lane == 0) CpProducer{params, base, barriers, {}}.run();
+  } else {
+    take_registers<kConsumerRegisters>();
+    CpGroup<half, channels, slices>(params, base, barriers, warp, lane).run();
+  }
+}
+
+}  // namespace lowrank_ops::hopper

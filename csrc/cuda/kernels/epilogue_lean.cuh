@@ -1,0 +1,156 @@
+// The output in the common case (common_case.h): a warp's sums to whole 16-byte vectors of channels.
+//
+// Bias and activation are applied where the sums are, in registers; then the elements themselves, rounded once, take
+// the detour through shared memory. Which activation it is, is decided once for a pass. Only the costly ones (with
+// divisions, exp or erf) go as in the general kernel: sums are staged, so that they are compiled once.
+#pragma once
+
+#include "cuda/kernels/copy.cuh"
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/stream_lean.cuh"
+
+namespace lowrank_ops {
+
+template <typename Kernel>
+class LeanOutput {
+  using Element = typename Kernel::Element;
+  static constexpr int element = Kernel::element, tiles = Kernel::config.pixel_tiles,
+                       rank_tiles = Kernel::config.rank_tiles;
+  // Staged are 16 pixels x `columns` channels. In rows an odd multiple of 16 bytes apart neighbouring lanes store 4
+  // bytes (2 elements) to different banks; for 8 bytes rows lie 160 bytes apart.
+  static constexpr int columns = element == 2 ? 8 * rank_tiles : kStagedColumns, parts = 8 * rank_tiles / columns;
+  static constexpr int row_bytes = element == 2 ? columns * element + kVectorBytes : kStagedStride * element;
+  static constexpr int size = kVectorBytes / element, vectors = columns / size, copies = 16 * vectors / 32;
+  // The costly activations: sums, `sum_stride` between two rows.
+  static constexpr int sum_columns = element == 2 ? kLeanStagedColumns : kStagedColumns,
+                       sum_stride = element == 2 ? kLeanStagedStride : kStagedStride;
+  static_assert(16 * most(row_bytes, sum_stride * 4) <= lean_staging(Kernel::config, element), "it must fit");
+  using Sums = const float (&)[tiles][rank_tiles][4];
+
+ public:
+  static constexpr int offset_bytes = 4;
+
+  LOWRANK_OPS_DEVICE LeanOutput(const KernelParams& params, unsigned char* staging, const unsigned char* pixel_offset,
+                                unsigned char* tile, int lane)
+      : p(params.block), staging(staging), pixel_offset(pixel_offset), tile(tile), lane(lane), vector(lane % vectors) {
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+#pragma unroll
+      for (int i = 0; i < copies; ++i)
+        offset[m][i] = load_shared<uint32_t>(pixel_offset + (m * 16 + row_of(i)) * offset_bytes);
+  }
+
+  // Of the columns whose sums a lane holds. Loaded before the products of a pass, so that nobody waits for it behind
+  // them.
+  struct Bias {
+    Packed<Element> pair[rank_tiles];
+  };
+  LOWRANK_OPS_DEVICE Bias load_bias(int first_channel) const {
+    Bias bias{};
+    const int channel = first_channel + lane % 4 * 2, left = p.bias == nullptr ? 0 : p.geometry.t - channel;
+    const Element* from = static_cast<const Element*>(p.bias) + channel;
+#pragma unroll
+    for (int n = 0; n < rank_tiles; ++n)
+      if (n * 8 < left) bias.pair[n] = load_global<Packed<Element>>(from + n * 8);
+    return bias;
+  }
+
+  // Channels from `channel` on; there are at least some.
+  LOWRANK_OPS_DEVICE void write(Sums sum, const Bias& bias, int channel) const {
+    if (p.activation > Activation::kRelu6) return write_costly(sum, channel);
+    float wide[rank_tiles][2];
+#pragma unroll
+    for (int n = 0; n < rank_tiles; ++n) widen_pair(Element{}, bias.pair[n], wide[n]);
+    if (p.activation == Activation::kNone)
+      write_as(sum, wide, channel, [](float x) { return x; });
+    else if (p.activation == Activation::kRelu)
+      write_as(sum, wide, channel, [](float x) { return at_least(x, 0); });
+    else
+      write_as(sum, wide, channel, [](float x) { return at_most(at_least(x, 0), 6); });
+  }
+
+ private:
+  const BlockParams& p;
+  unsigned char* const staging;
+  const unsigned char* const pixel_offset;  // the table's entries of the warp's pixels
+  unsigned char* const tile;
+  const int lane, vector;          // the vector of a row that this lane writes
+  uint32_t offset[tiles][copies];  // and where its rows lie: from `tile` on, in units of 16 bytes
+
+  // Of the lane's copies. Four vectors to a row: eight lanes find all banks in rows that lie four apart.
+  LOWRANK_OPS_DEVICE int row_of(int i) const {
+    return spread_rows(lane / vectors, vectors == 4 ? 2 : 3) + i * (32 / vectors);
+  }
+
+  template <typename Function>
+  LOWRANK_OPS_DEVICE void write_as(Sums sum, const float (&bias)[rank_tiles][2], int first_channel,
+                                   Function activation) const {
+    unsigned char* const to = staging + lane / 4 * row_bytes + lane % 4 * 2 * element;
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+      const int channel = first_channel + part * columns + vector * size;
+      unsigned char* const output = tile + int64_t(channel) * element;
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < columns / 8; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int from = part * columns / 8 + n;
+            store_shared(to + half * 8 * row_bytes + n * 8 * element,
+                         narrow_pair<Element>(activation(sum[m][from][2 * half] + bias[from][0]),
+                                              activation(sum[m][from][2 * half + 1] + bias[from][1])));
+          }
+        warp_barrier<Barrier::kStagingWritten>();
+#pragma unroll
+        for (int i = 0; i < copies; ++i)
+          if (offset[m][i] != kNowhere && channel < p.geometry.t)
+            store_global(vectors_behind(output, offset[m][i]),
+                         load_shared<Vector<Element>>(staging + row_of(i) * row_bytes + vector * kVectorBytes));
+        warp_barrier<Barrier::kStagingRead>();
+      }
+    }
+  }
+
+  // 16 pixels x `sum_columns` channels at a time, as sums; one loop for all of them.
+  LOWRANK_OPS_DEVICE void write_costly(Sums sum, int first_channel) const {
+    constexpr int per_tile = 8 * rank_tiles / sum_columns, all = tiles * per_tile;
+#pragma unroll 1
+    for (int part = 0; part < all; ++part) {
+      const int m = part / per_tile, channel = first_channel + part % per_tile * sum_columns;
+#pragma unroll
+      for (int i = 0; i < all; ++i)  // registers have no index: one branch each
+        if (i == part) stage_sums(sum[i / per_tile], i % per_tile * (sum_columns / 8));
+      warp_barrier<Barrier::kStagingWritten>();
+      write_staged(m, channel);
+      warp_barrier<Barrier::kStagingRead>();
+    }
+  }
+
+  LOWRANK_OPS_DEVICE void write_staged(int m, int first_channel) const {
+    constexpr int vectors_of_part = sum_columns / size;
+#pragma unroll 1
+    for (int i = lane; i < 16 * vectors_of_part; i += 32) {
+      const int row = i / vectors_of_part, column = i % vectors_of_part * size, channel = first_channel + column;
+      const uint32_t to = load_shared<uint32_t>(pixel_offset + (m * 16 + row) * offset_bytes);
+      if (to == kNowhere || channel >= p.geometry.t) continue;
+      float values[size];
+      load_sums(values, reinterpret_cast<const float*>(staging) + row * sum_stride + column, row);
+      Vector<Element> result;
+      finish(result.value, values, p, channel);
+      store_global(vectors_behind(tile + int64_t(channel) * element, to), result);
+    }
+  }
+
+  LOWRANK_OPS_DEVICE void stage_sums(const float (&sum)[rank_tiles][4], int first) const {
+    float* const to = reinterpret_cast<float*>(staging) + lane / 4 * sum_stride + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < sum_columns / 8; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_shared(to + half * 8 * sum_stride + n * 8,
+                     Pair<float>{{sum[first + n][2 * half], sum[first + n][2 * half + 1]}});
+  }
+};
+
+}  // namespace lowrank_ops

@@ -1,0 +1,301 @@
+// Everything the kernels need of the hardware, by name: PTX under nvcc; under g++ the host versions of
+// tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels touch shared and
+// global memory through these functions only, so that nothing escapes the checks.
+//
+// Sources: PTX ISA 8.x, sections "Warp-level matrix instructions" (mma, ldmatrix) and "cp.async".
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels/launch.h"
+#include "plan/gpu/geometry.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace lowrank_ops {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+struct Tf32 {  // storage of fp32 that the tensor cores round to tf32
+  float value;
+};
+
+// 4, 8 or 16 bytes that move together.
+template <int words>
+struct alignas(4 * words) Words {
+  uint32_t word[words];
+};
+
+// Two neighbouring elements.
+template <typename Element>
+struct alignas(2 * sizeof(Element)) Pair {
+  Element value[2];
+};
+
+// The same, as it is loaded and stored: 16-bit elements as one word.
+template <typename Element, bool narrow = sizeof(Element) == 2>
+struct PackedPair {
+  using Type = Pair<Element>;
+};
+template <typename Element>
+struct PackedPair<Element, true> {
+  using Type = Words<1>;
+};
+template <typename Element>
+using Packed = typename PackedPair<Element>::Type;
+
+// Every place of a kernel where threads of a CTA (or lanes of a warp) wait for each other has a number, so that a test
+// can leave each out in turn.
+enum class Barrier : int {
+  kTables,          // the tables of offsets are written before copies read them
+  kChunk,           // a chunk has arrived for all threads; its predecessor's slot is free again
+  kHiddenRead,      // Tucker: all warps have read the first hidden tile before the second overwrites it
+  kHiddenWritten,   // CP: the hidden tile is written before the depthwise stage reads it
+  kDepthwise,       // CP: the height factor is done before the width factor begins
+  kStagingWritten,  // warp: a staged tile of output is written before other lanes read it
+  kStagingRead,     // warp: it was read before the next one overwrites it
+  kCount
+};
+
+}  // namespace lowrank_ops
+
+#ifndef __CUDACC__
+#include "host_primitives.h"  // tests/support/simt
+#else
+
+namespace lowrank_ops {
+
+#define LOWRANK_OPS_DEVICE __device__ __forceinline__
+#define LOWRANK_OPS_KERNEL(threads, ctas) __global__ void __launch_bounds__(threads, ctas)
+
+LOWRANK_OPS_DEVICE int thread_index() {
+  return int(threadIdx.x);
+}
+LOWRANK_OPS_DEVICE int64_t block_index() {
+  return int64_t(blockIdx.x);
+}
+// The CTA's dynamic shared memory, aligned to 128 bytes.
+LOWRANK_OPS_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
+template <Barrier>
+LOWRANK_OPS_DEVICE void barrier() {
+  __syncthreads();
+}
+template <Barrier>
+LOWRANK_OPS_DEVICE void warp_barrier() {
+  __syncwarp();
+}
+
+// Value is any type of 1, 2, 4, 8 or 16 bytes, aligned to its size.
+template <typename Value>
+LOWRANK_OPS_DEVICE Value load_shared(const void* address) {
+  return *static_cast<const Value*>(address);
+}
+template <typename Value>
+LOWRANK_OPS_DEVICE void store_shared(void* address, const Value& value) {
+  *static_cast<Value*>(address) = value;
+}
+template <typename Value>
+LOWRANK_OPS_DEVICE Value load_global(const void* address) {
+  return *static_cast<const Value*>(address);
+}
+template <typename Value>
+LOWRANK_OPS_DEVICE void store_global(void* address, const Value& value) {
+  *static_cast<Value*>(address) = value;
+}
+
+// A place in shared memory as instructions take it, 32 bits: adding to it costs one instruction, and a constant none.
+using SharedAddress = uint32_t;
+LOWRANK_OPS_DEVICE SharedAddress shared_address(const void* pointer) {
+  return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 4, 8 or 16 bytes from global to shared memory asynchronously; zeros where not `valid`.
+template <int bytes>
+LOWRANK_OPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+  const int size = valid ? bytes : 0;
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(size)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(bytes), "r"(size)
+                 : "memory");
+}
+// `vectors` times 16 bytes behind `base`, by one instruction whatever the compiler thinks of loops.
+template <typename Byte>  // const or not
+LOWRANK_OPS_DEVICE Byte* vectors_behind(Byte* base, uint32_t vectors) {
+  Byte* sum;
+  asm("mad.wide.u32 %0, %1, 16, %2;\n" : "=l"(sum) : "r"(vectors), "l"(base));
+  return sum;
+}
+
+// Copies 16 bytes asynchronously; zeros where `valid` is 0, and nothing is read then. The hardware takes this as a
+// predicate (cp.async's `ignore-src`). Orders nothing by itself: commit_copies and wait_copies do.
+LOWRANK_OPS_DEVICE void copy_async_if(SharedAddress shared, const void* global, uint32_t valid) {
+  asm volatile(
+      "{\n.reg .pred ignored;\nsetp.eq.u32 ignored, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignored;\n}\n" ::"r"(shared),
+      "l"(global), "r"(valid));
+}
+LOWRANK_OPS_DEVICE void commit_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+// Waits until at most `pending` of this thread's committed groups are under way.
+template <int pending>
+LOWRANK_OPS_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
+}
+
+// ldmatrix: four 8x8 matrices of 16-bit elements (8x4 of 32 bits). Lane i gives the address of row i % 8 of matrix
+// i / 8 (16 bytes, aligned) and gets, of each matrix, the 32 bits at row lane / 4, word lane % 4.
+LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same from an address; orders nothing, the barriers around it do.
+LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row));
+}
+
+// mma: sum [16, 8] += a [16, K] x b [K, 8], K = 16 (bf16, fp16) or 8 (tf32), fp32 sums. A lane holds, of sum, rows
+// lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and + 1.
+LOWRANK_OPS_DEVICE void multiply_add(BFloat16, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+LOWRANK_OPS_DEVICE void multiply_add(Half, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+LOWRANK_OPS_DEVICE void multiply_add(Tf32, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// cvt.rna.tf32.f32: to the nearest tf32, ties away from zero.
+LOWRANK_OPS_DEVICE uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+// Conversions, to nearest even.
+LOWRANK_OPS_DEVICE float widen(BFloat16 value) {
+  return __uint_as_float(uint32_t(value.bits) << 16);
+}
+LOWRANK_OPS_DEVICE float widen(Half value) {
+  return __half2float(__ushort_as_half(value.bits));
+}
+LOWRANK_OPS_DEVICE float widen(Tf32 value) {
+  return value.value;
+}
+LOWRANK_OPS_DEVICE float widen(float value) {
+  return value;
+}
+LOWRANK_OPS_DEVICE double widen(double value) {
+  return value;
+}
+// Two neighbours, loaded as one word.
+LOWRANK_OPS_DEVICE void widen_pair(BFloat16, const Words<1>& pair, float (&wide)[2]) {
+  wide[0] = __uint_as_float(pair.word[0] << 16);
+  wide[1] = __uint_as_float(pair.word[0] & 0xffff0000);
+}
+LOWRANK_OPS_DEVICE void widen_pair(Half, const Words<1>& pair, float (&wide)[2]) {
+  wide[0] = widen(Half{uint16_t(pair.word[0])});
+  wide[1] = widen(Half{uint16_t(pair.word[0] >> 16)});
+}
+template <typename Element>  // of 4 or 8 bytes
+LOWRANK_OPS_DEVICE void widen_pair(Element, const Pair<Element>& pair, decltype(widen(Element{})) (&wide)[2]) {
+  wide[0] = widen(pair.value[0]);
+  wide[1] = widen(pair.value[1]);
+}
+template <typename Element, typename Sum>
+LOWRANK_OPS_DEVICE Element narrow(Sum value);
+template <>
+LOWRANK_OPS_DEVICE BFloat16 narrow<BFloat16, float>(float value) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+template <>
+LOWRANK_OPS_DEVICE Half narrow<Half, float>(float value) {
+  return {__half_as_ushort(__float2half_rn(value))};
+}
+template <>
+LOWRANK_OPS_DEVICE Tf32 narrow<Tf32, float>(float value) {
+  return {value};
+}
+template <>
+LOWRANK_OPS_DEVICE float narrow<float, float>(float value) {
+  return value;
+}
+template <>
+LOWRANK_OPS_DEVICE double narrow<double, double>(double value) {
+  return value;
+}
+// Two neighbours at once, in memory's order: one instruction for 16-bit elements (sm_80 and later).
+template <typename Element>
+LOWRANK_OPS_DEVICE Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second);
+template <>
+LOWRANK_OPS_DEVICE Words<1> narrow_pair<BFloat16>(float first, float second) {
+  Words<1> pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair.word[0]) : "f"(second), "f"(first));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<1> narrow_pair<Half>(float first, float second) {
+  Words<1> pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair.word[0]) : "f"(second), "f"(first));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<2> narrow_pair<Tf32>(float first, float second) {
+  return {{__float_as_uint(first), __float_as_uint(second)}};
+}
+
+// The larger or the smaller of two; a NaN stays one.
+LOWRANK_OPS_DEVICE float at_least(float value, float low) {
+  asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(low));
+  return value;
+}
+LOWRANK_OPS_DEVICE float at_most(float value, float high) {
+  asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(high));
+  return value;
+}
+
+// Puts one kernel onto a stream. Shared memory above 48 KB must be allowed kernel by kernel.
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
+                   const Params& params) {
+  if (ctas <= 0 || ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(ctas)), dim3(unsigned(threads)),
+                          arguments, size_t(shared_bytes), stream);
+}
+
+}  // namespace lowrank_ops
+#endif

@@ -1,0 +1,281 @@
+// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared
+// memory.
+//
+// A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 8x8 pixels
+// of the output (the 64 rows of a wgmma); with a 3x3 core:
+//
+//   input: 10x10 pixels (halo), S channels          stage 1    hidden: 10x10 pixels, R1 ranks     stage 2
+//   slices [100 of 104 pixels][64 channels]        -------->   [104 rows][64] in shared memory   -------->
+//                                                  in_factor                                       core
+//   second: 8x8 pixels, R2 ranks                    stage 3    out: 8x8 pixels, chunks of 64 channels
+//   in registers, as operand A                     -------->   staged over the hidden tile, stored by the copy engine
+//                                                 out_factor
+//
+// All matrices in shared memory have rows of 128 bytes in the 128-byte swizzle, what a box lacks (channels, ranks,
+// pixels beyond a border) arrives as zeros. Stage 1 computes the transpose, ranks x pixels = [64, S] [S, 104], so that
+// 100 pixels cost 104 columns and not 128 rows. Stage 2's taps are views of the hidden tile: the 8x8 pixels of a tap
+// are 8 groups of 8 rows, a halo's width apart.
+//
+//   warpgroups 0, 1    every other tile of the CTA, all three stages
+//   warpgroup 2        one thread: all copies to shared memory, in the order of the tiles
+//
+// Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their way
+// out | in_factor: slices [64 ranks][64 channels] | taps [R2][64 ranks] | out_factor: parts [64 channels][64 ranks] |
+// the ring: slots [104 pixels][64 channels].
+//
+// Barriers (one thread's copies complete the bytes of a phase):
+//
+//   full[group][n]   the slice n of the group has arrived, n modulo slots   producer -> group
+//   empty[slot]      the 4 warps of a group are done with the slot          group -> producer
+//   in_ready, core_ready, out_ready   a factor has arrived, once            producer -> all groups
+//
+// Why `full` is not one barrier per slot: a wait names its phase by a parity only, so whoever waits may be at most one
+// phase behind. The slots go round among the groups, and a group may come to a slot while the slice before, which is
+// the other group's, has not arrived yet: the parity would be that of the phase before it, and the group would go on at
+// once. Of a barrier of its own the group sees every phase, and one per slot is enough: more slices of it cannot be on
+// their way.
+#pragma once
+
+#include "cuda/kernels/hopper_tucker.cuh"
+#include "cuda/kernels/tucker_sm90a.h"
+
+namespace lowrank_ops::hopper {
+
+using TuckerParams = TuckerParamsOf<TuckerSm90a>;
+
+// Addresses of the barriers.
+struct Barriers {
+  uint32_t base;
+
+  LOWRANK_OPS_HOPPER uint32_t full(int group, int n) const { return base + (group * TuckerSm90a::kMostSlots + n) * 8; }
+  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return full(TuckerSm90a::kGroups, slot); }
+  LOWRANK_OPS_HOPPER uint32_t in_ready() const { return full(TuckerSm90a::kGroups + 1, 0); }
+  LOWRANK_OPS_HOPPER uint32_t core_ready() const { return in_ready() + 8; }
+  LOWRANK_OPS_HOPPER uint32_t out_ready() const { return in_ready() + 16; }
+
+  LOWRANK_OPS_HOPPER void init(int slots) const {
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int group = 0; group < TuckerSm90a::kGroups; ++group) barrier_init(full(group, slot), 1);
+      barrier_init(empty(slot), 4);  // the warps of a group
+    }
+    barrier_init(in_ready(), 1);
+    barrier_init(core_ready(), 1);
+    barrier_init(out_ready(), 1);
+    barrier_init_done();
+  }
+};
+static_assert(((TuckerSm90a::kGroups + 1) * TuckerSm90a::kMostSlots + 3) * 8 <= TuckerSm90a::kBarrierBytes, "barriers");
+
+// ---- The thread that copies
+
+LOWRANK_OPS_HOPPER void load_in_factor(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
+  barrier_expect(barriers.in_ready(), uint32_t(p.layout.slices * TuckerSm90a::kBlockBytes));
+  for (int s = 0; s < p.layout.slices; ++s)
+    load_box(base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes, &p.in_factor, barriers.in_ready(),
+             s * TuckerSm90a::kSlice, 0);
+}
+
+// Core and out_factor, which are needed later than the first tile.
+LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
+  const int tap_bytes = p.layout.ranks * TuckerSm90a::kRowBytes;
+  barrier_expect(barriers.core_ready(), uint32_t(p.taps_h * p.taps_w * tap_bytes));
+  uint32_t to = base + p.layout.core;
+  for (int y = 0; y < p.taps_h; ++y)
+    for (int x = 0; x < p.taps_w; ++x, to += tap_bytes) load_box(to, &p.core, barriers.core_ready(), 0, x, y, 0);
+  barrier_expect(barriers.out_ready(), uint32_t(p.layout.chunks * TuckerSm90a::kBlockBytes));
+  for (int chunk = 0; chunk < p.layout.chunks; ++chunk)
+    load_box(base + p.layout.out_factor + chunk * TuckerSm90a::kBlockBytes, &p.out_factor, barriers.out_ready(), 0,
+             chunk * TuckerSm90a::kSlice);
+}
+
+// All slices of the tiles, in the order in which the groups take them; the factors where nothing waits for them before.
+LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
+  load_in_factor(p, base, barriers);
+  RingPlace ring, of_group[TuckerSm90a::kGroups];
+  bool late = true, second = false;  // whether core and out_factor are still to come; whose tile it is
+  for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x)) {
+    const TilePlace at = p.tiles.place(tile);
+    RingPlace place = second ? of_group[1] : of_group[0];
+#pragma unroll 1
+    for (int s = 0; s < p.layout.slices; ++s) {
+      const uint32_t full = barriers.full(second, place.slot),
+                     slot = base + p.layout.ring + ring.slot * p.layout.slice_bytes();
+      wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
+      barrier_expect(full, uint32_t(p.slice_box));
+      load_box(slot, &p.input, full, s * TuckerSm90a::kSlice, at.x - p.padding_w, at.y - p.padding_h, at.n);
+      place.next(p.layout.slots);
+      ring.next(p.layout.slots);
+      if (late && (ring.slot == 0 || s + 1 == p.layout.slices)) {
+        load_late_factors(p, base, barriers);
+        late = false;
+      }
+    }
+    (second ? of_group[1] : of_group[0]) = place;
+    second = !second;
+  }
+}
+
+// ---- The threads that compute
+
+// A thread of warpgroup `group`; `half`: fp16, else bf16; `ranks` and `rows` as in TuckerSm90a.
+template <bool half, int ranks, int rows>
+struct TuckerGroup {
+  static constexpr int kSteps = ranks / 16;  // of the inner products over ranks
+
+  const TuckerParams& p;
+  Barriers barriers;
+  uint32_t base;
+  int group, warp, lane;
+  uint32_t hidden;
+  RingPlace arrival;  // of the group's next slice
+  int slot;           // where it lies
+
+  LOWRANK_OPS_HOPPER TuckerGroup(const TuckerParams& params, uint32_t shared, const Barriers& shared_barriers,
+                                 int warp_of_cta, int lane_of_warp)
+      : p(params),
+        barriers(shared_barriers),
+        base(shared),
+        group(warp_of_cta / 4),
+        warp(warp_of_cta % 4),
+        lane(lane_of_warp),
+        hidden(shared + params.layout.hidden + warp_of_cta / 4 * params.layout.hidden_bytes()),
+        slot(warp_of_cta / 4 == 0 ? 0 : params.layout.skip) {}
+
+  LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
+
+  // Stage 1: hidden' [64 ranks, halo pixels] = in_factor input'. A slot is given back when the products of the next
+  // slice have been issued and its own are done.
+  LOWRANK_OPS_HOPPER void stage1(float (&sums)[rows / 2]) {
+#pragma unroll
+    for (int j = 0; j < rows / 2; ++j) sums[j] = 0;
+    pin(sums);
+    uint32_t before = 0;
+#pragma unroll 1
+    for (int s = 0; s < p.layout.slices; ++s) {
+      const uint32_t slice = base + p.layout.ring + slot * p.layout.slice_bytes();
+      wait_phase(barriers.full(group, arrival.slot), arrival.parity);
+      __syncwarp();
+      const uint32_t factor = base + p.layout.in_factor + s * TuckerSm90a::kBlockBytes;
+      const uint64_t a = swizzled(factor, 1024), b = swizzled(slice, 1024);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma<half>(sums, further(a, k * 32), further(b, k * 32));
+      wgmma_commit();
+      if (s > 0) {
+        wgmma_wait<1>();
+        if (lane == 0) barrier_arrive(before);
+      }
+      before = barriers.empty(slot);
+      arrival.next(p.layout.slots);
+      if (++slot == p.layout.slots) slot = 0;
+    }
+    slot += p.layout.skip;
+    if (slot >= p.layout.slots) slot -= p.layout.slots;
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(before);
+    pin(sums);
+  }
+
+  LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[rows / 2]) {
+    if (first_thread()) wait_stores_read<0>();
+    group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
+    if (warp * 16 < ranks) store_ranks<half, rows>(hidden, sums, warp, lane);
+    fence_proxy();
+    group_barrier(group);
+  }
+
+  // Stage 2: the core's taps are windows of the hidden tile. The sums, rounded, are an operand A of stage 3.
+  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
+    float sums[ranks / 2];
+#pragma unroll
+    for (int j = 0; j < ranks / 2; ++j) sums[j] = 0;
+    pin(sums);
+    wgmma_fence();
+    uint64_t line = swizzled(hidden, uint32_t(p.halo_w * TuckerSm90a::kRowBytes));
+    uint64_t core = swizzled(base + p.layout.core, 1024);
+#pragma unroll 1
+    for (int y = 0; y < p.taps_h; ++y) {
+      uint64_t pixels = line;
+#pragma unroll 1
+      for (int x = 0; x < p.taps_w; ++x) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, further(pixels, k * 32), further(core, k * 32));
+        pixels = further(pixels, TuckerSm90a::kRowBytes);
+        core = further(core, ranks * TuckerSm90a::kRowBytes);
+      }
+      line = further(line, p.halo_w * TuckerSm90a::kRowBytes);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(sums);
+#pragma unroll
+    for (int j = 0; j < 4 * kSteps; ++j) second[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
+  }
+
+  // Stage 3: the sums of a chunk of 64 channels start as the bias.
+  LOWRANK_OPS_HOPPER void multiply(float (&sums)[32], uint32_t (&second)[kSteps][4], int chunk) {
+    start_with_bias(sums, base + p.layout.bias + chunk * TuckerSm90a::kSlice * 4, lane);
+    pin(sums);
+    wgmma_fence();
+    const uint64_t factor = swizzled(base + p.layout.out_factor + chunk * TuckerSm90a::kBlockBytes, 1024);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, second[k], further(factor, k * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(sums);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) pin(second[k]);
+  }
+
+  LOWRANK_OPS_HOPPER void run() {
+    bool first = true;
+    wait_phase(barriers.in_ready(), 0);
+#pragma unroll 1
+    for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles.count;
+         tile += TuckerSm90a::kGroups * int(gridDim.x)) {
+      {
+        float sums[rows / 2];
+        stage1(sums);
+        store_hidden(sums);
+      }
+      if (first) wait_phase(barriers.core_ready(), 0);
+      __syncwarp();
+      uint32_t second[kSteps][4];
+      stage2(second);
+      if (first) wait_phase(barriers.out_ready(), 0);
+      __syncwarp();
+      first = false;
+      const TilePlace at = p.tiles.place(tile);
+#pragma unroll 1
+      for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
+        float sums[32];
+        multiply(sums, second, chunk);
+        activate(sums, p.activation);
+        store_chunk<half>(&p.output, hidden, sums, chunk, at, group, warp, lane);
+      }
+    }
+    if (first_thread()) wait_stores();
+  }
+};
+
+template <bool half, int ranks, int rows>
+__global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
+    tucker_sm90a_kernel(const __grid_constant__ TuckerParams params) {
+  constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  const uint32_t base = shared_base();
+  const Barriers barriers{base};
+  const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  if (threadIdx.x == 0) barriers.init(params.layout.slots);
+  store_bias<half>(params, base);
+  __syncthreads();
+  const int producer = warp - TuckerSm90a::kGroups * 4;
+  if (producer >= 0) {
+    give_registers<kProducerRegisters>();
+    if (producer == 0 && lane == 0) produce(params, base, barriers);
+  } else {
+    take_registers<kConsumerRegisters>();
+    TuckerGroup<half, ranks, rows>(params, base, barriers, warp, lane).run();
+  }
+}
+
+}  // namespace lowrank_ops::hopper

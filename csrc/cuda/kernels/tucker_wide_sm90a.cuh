@@ -1,0 +1,344 @@
+// The fused Tucker-2 block on Hopper for ranks up to 128, and for factors that do not fit into shared memory: all three
+// factors stream through one ring of slots, and two warpgroups with a tile each read every block of it.
+//
+// A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ..., two at a time. A
+// tile is 8x8 pixels of the output (the 64 rows of a wgmma); with a 3x3 core and ranks of two parts of 64:
+//
+//   input: 10x10 pixels (halo), S channels          stage 1    hidden: 10x10 pixels, R1 ranks        stage 2
+//   slices [100 of 104 pixels][64 channels]        -------->   parts [104 rows][64] in shared       -------->
+//                                                 in_factor    memory                                 core
+//   second: 8x8 pixels, R2 ranks                    stage 3    out: 8x8 pixels, chunks of 64 channels
+//   in registers, as operand A                     -------->   staged over the hidden tile, stored by the copy engine
+//                                                 out_factor
+//
+// The blocks of a turn (two tiles), in the order of their use:
+//
+//   for each slice of S               in_factor   [128 ranks of R1][64 channels]
+//   for each tap, each part of R1     core        [128 ranks of R2][64 ranks of R1]
+//   for each chunk of T               out_factor  parts of R2 [64 channels][64 ranks]
+//
+// As in tucker_sm90a.cuh, stage 1 computes the transpose, 64 ranks x 104 pixels per part, and stage 2's taps are views
+// of the hidden tile. All matrices have rows of 128 bytes in the 128-byte swizzle; what a box lacks arrives as zeros.
+//
+//   warpgroups 0, 1    every other tile of the CTA, all three stages; a group without a tile in the last turn gives
+//                      the blocks back
+//   warpgroup 2        one thread: all copies to shared memory
+//
+// Shared memory (tucker_wide_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their
+// way out | ring of slices of each group | ring of blocks.
+//
+// Barriers, of each ring's slots:
+//
+//   full     a slice or a block has arrived                                      producer -> group, both groups
+//   empty    the 4 warps of the group, or the 8 of both, are done with it        -> producer
+#pragma once
+
+#include "cuda/kernels/hopper_tucker.cuh"
+#include "cuda/kernels/tucker_wide_sm90a.h"
+
+namespace lowrank_ops::hopper {
+
+using WideParams = TuckerParamsOf<TuckerWideSm90a>;
+
+// Slots in shared memory, and the addresses of their barriers.
+struct Ring {
+  uint32_t barriers, data;
+  int slots, slot_bytes;
+
+  LOWRANK_OPS_HOPPER uint32_t full(int slot) const { return barriers + slot * 16; }
+  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return barriers + slot * 16 + 8; }
+  LOWRANK_OPS_HOPPER uint32_t at(int slot) const { return data + slot * slot_bytes; }
+
+  LOWRANK_OPS_HOPPER void init(int readers) const {
+    for (int slot = 0; slot < slots; ++slot) {
+      barrier_init(full(slot), 1);
+      barrier_init(empty(slot), readers);
+    }
+  }
+};
+LOWRANK_OPS_HOPPER Ring block_ring(uint32_t base, const TuckerWideSm90a& l) {
+  return {base, base + l.ring, l.slots, l.slot_bytes};
+}
+LOWRANK_OPS_HOPPER Ring slice_ring(uint32_t base, const TuckerWideSm90a& l, int group) {
+  using L = TuckerWideSm90a;
+  return {base + (L::kMostSlots + group * kMaxStages) * 16, base + l.inputs + group * l.input_slots * L::kSliceBytes,
+          l.input_slots, L::kSliceBytes};
+}
+static_assert((TuckerWideSm90a::kMostSlots + TuckerWideSm90a::kGroups * kMaxStages) * 16 <=
+                  TuckerWideSm90a::kBarrierBytes,
+              "barriers");
+
+// ---- The thread that copies
+
+// Waits for the slot, and tells it how many bytes will arrive.
+LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int bytes) {
+  wait_phase(ring.empty(place.slot), place.parity ^ 1);
+  barrier_expect(ring.full(place.slot), uint32_t(bytes));
+}
+
+struct WideProducer {
+  const WideParams& p;
+  uint32_t base;
+  RingPlace block, slice;  // the groups' slices are in step: the last turn alone may lack the second group's
+
+  // The input's slices of a turn, each behind its block of in_factor.
+  LOWRANK_OPS_HOPPER void load_inputs(int tile) {
+    const Ring blocks = block_ring(base, p.layout);
+#pragma unroll 1
+    for (int s = 0; s < p.layout.slices; ++s) {
+      open_slot(blocks, block, p.layout.r1_parts * TuckerWideSm90a::kPartBytes);
+      load_box(blocks.at(block.slot), &p.in_factor, blocks.full(block.slot), s * TuckerWideSm90a::kSlice, 0);
+      block.next(p.layout.slots);
+#pragma unroll 1
+      for (int group = 0; group < TuckerWideSm90a::kGroups; ++group) {
+        const int own = tile + group * int(gridDim.x);
+        if (own >= p.tiles.count) break;
+        const Ring slices = slice_ring(base, p.layout, group);
+        const TilePlace at = p.tiles.place(own);
+        open_slot(slices, slice, p.slice_box);
+        load_box(slices.at(slice.slot), &p.input, slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
+                 at.x - p.padding_w, at.y - p.padding_h, at.n);
+      }
+      slice.next(p.layout.input_slots);
+    }
+  }
+
+  LOWRANK_OPS_HOPPER void load_core() {
+    const Ring blocks = block_ring(base, p.layout);
+#pragma unroll 1
+    for (int y = 0; y < p.taps_h; ++y)
+#pragma unroll 1
+      for (int x = 0; x < p.taps_w; ++x)
+#pragma unroll 1
+        for (int part = 0; part < p.layout.r1_parts; ++part) {
+          open_slot(blocks, block, p.layout.r2_parts * TuckerWideSm90a::kPartBytes);
+          load_box(blocks.at(block.slot), &p.core, blocks.full(block.slot), part * TuckerWideSm90a::kSlice, x, y, 0);
+          block.next(p.layout.slots);
+        }
+  }
+
+  LOWRANK_OPS_HOPPER void load_out_factor() {
+    const Ring blocks = block_ring(base, p.layout);
+#pragma unroll 1
+    for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
+      open_slot(blocks, block, p.layout.r2_parts * TuckerWideSm90a::kPartBytes);
+      for (int part = 0; part < p.layout.r2_parts; ++part)
+        load_box(blocks.at(block.slot) + part * TuckerWideSm90a::kPartBytes, &p.out_factor, blocks.full(block.slot),
+                 part * TuckerWideSm90a::kSlice, chunk * TuckerWideSm90a::kSlice);
+      block.next(p.layout.slots);
+    }
+  }
+
+  LOWRANK_OPS_HOPPER void run() {
+#pragma unroll 1
+    for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += TuckerWideSm90a::kGroups * int(gridDim.x)) {
+      load_inputs(tile);
+      load_core();
+      load_out_factor();
+    }
+  }
+};
+
+// ---- The threads that compute
+
+// What a warp reads of a ring. Slots are given back in the order in which they were waited for.
+struct RingReader {
+  Ring ring;
+  RingPlace next, oldest;  // to be waited for, to be given back
+
+  LOWRANK_OPS_HOPPER uint32_t wait() {
+    const uint32_t at = ring.at(next.slot);
+    wait_phase(ring.full(next.slot), next.parity);
+    __syncwarp();
+    next.next(ring.slots);
+    return at;
+  }
+  LOWRANK_OPS_HOPPER void release(int lane) {
+    if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
+    oldest.next(ring.slots);
+  }
+};
+
+// A thread of warpgroup `group`; `half`: fp16, else bf16; parts of the ranks as in TuckerWideSm90a.
+template <bool half, int r1_parts, int r2_parts>
+struct WideGroup {
+  using L = TuckerWideSm90a;
+  static constexpr int kSteps = 4 * r2_parts;  // of stage 3's inner products
+
+  const WideParams& p;
+  uint32_t base;
+  int group, warp, lane;
+  uint32_t hidden;
+  RingReader blocks, slices;
+
+  LOWRANK_OPS_HOPPER WideGroup(const WideParams& params, uint32_t shared, int warp_of_cta, int lane_of_warp)
+      : p(params),
+        base(shared),
+        group(warp_of_cta / 4),
+        warp(warp_of_cta % 4),
+        lane(lane_of_warp),
+        hidden(shared + params.layout.hidden + warp_of_cta / 4 * params.layout.hidden_bytes()),
+        blocks{block_ring(shared, params.layout), {}, {}},
+        slices{slice_ring(shared, params.layout, warp_of_cta / 4), {}, {}} {}
+
+  LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
+
+  // Stage 1: hidden' [64 ranks of each part, halo pixels] = in_factor input'. A slot is given back when the products of
+  // the next slice have been issued and its own are done.
+  LOWRANK_OPS_HOPPER void stage1(float (&sums)[r1_parts][L::kRows / 2]) {
+#pragma unroll
+    for (int part = 0; part < r1_parts; ++part) {
+#pragma unroll
+      for (int j = 0; j < L::kRows / 2; ++j) sums[part][j] = 0;
+      pin(sums[part]);
+    }
+#pragma unroll 1
+    for (int s = 0; s < p.layout.slices; ++s) {
+      const uint64_t ranks = swizzled(blocks.wait(), 1024), pixels = swizzled(slices.wait(), 1024);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int part = 0; part < r1_parts; ++part)
+          wgmma<half>(sums[part], further(ranks, part * L::kPartBytes + k * 32), further(pixels, k * 32));
+      wgmma_commit();
+      if (s > 0) {
+        wgmma_wait<1>();
+        blocks.release(lane);
+        slices.release(lane);
+      }
+    }
+    wgmma_wait<0>();
+    blocks.release(lane);
+    slices.release(lane);
+#pragma unroll
+    for (int part = 0; part < r1_parts; ++part) pin(sums[part]);
+  }
+
+  LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[r1_parts][L::kRows / 2]) {
+    if (first_thread()) wait_stores_read<0>();
+    group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
+#pragma unroll
+    for (int part = 0; part < r1_parts; ++part)
+      store_ranks<half, L::kRows>(hidden + part * L::kSliceBytes, sums[part], warp, lane);
+    fence_proxy();
+    group_barrier(group);
+  }
+
+  // Stage 2: the core's taps are windows of the hidden tile. The sums, rounded, are an operand A of stage 3.
+  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
+    float sums[32 * r2_parts];
+#pragma unroll
+    for (int j = 0; j < 32 * r2_parts; ++j) sums[j] = 0;
+    pin(sums);
+    uint64_t line = swizzled(hidden, uint32_t(p.halo_w * L::kRowBytes));
+    bool first = true;
+#pragma unroll 1
+    for (int y = 0; y < p.taps_h; ++y) {
+      uint64_t pixels = line;
+#pragma unroll 1
+      for (int x = 0; x < p.taps_w; ++x) {
+#pragma unroll
+        for (int part = 0; part < r1_parts; ++part) {
+          const uint64_t core = swizzled(blocks.wait(), 1024);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            wgmma<half>(sums, further(pixels, part * L::kSliceBytes + k * 32), further(core, k * 32));
+          wgmma_commit();
+          if (!first) {
+            wgmma_wait<1>();
+            blocks.release(lane);
+          }
+          first = false;
+        }
+        pixels = further(pixels, L::kRowBytes);
+      }
+      line = further(line, p.halo_w * L::kRowBytes);
+    }
+    wgmma_wait<0>();
+    blocks.release(lane);
+    pin(sums);
+#pragma unroll
+    for (int j = 0; j < 4 * kSteps; ++j) second[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
+  }
+
+  // Stage 3: a chunk of 64 channels.
+  LOWRANK_OPS_HOPPER void multiply(float (&sums)[32], uint32_t (&second)[kSteps][4], int chunk) {
+    start_with_bias(sums, base + p.layout.bias + chunk * L::kSlice * 4, lane);
+    const uint64_t factor = swizzled(blocks.wait(), 1024);
+    pin(sums);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, second[k], further(factor, k / 4 * L::kPartBytes + k % 4 * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+    blocks.release(lane);
+    pin(sums);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) pin(second[k]);
+  }
+
+  LOWRANK_OPS_HOPPER void compute(const TilePlace& at) {
+    {
+      float sums[r1_parts][L::kRows / 2];
+      stage1(sums);
+      store_hidden(sums);
+    }
+    uint32_t second[kSteps][4];
+    stage2(second);
+#pragma unroll 1
+    for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
+      float sums[32];
+      multiply(sums, second, chunk);
+      activate(sums, p.activation);
+      store_chunk<half>(&p.output, hidden, sums, chunk, at, group, warp, lane);
+    }
+  }
+
+  // A turn without a tile. Blocks are given back once they have arrived, or two uses of a slot would count as one.
+  LOWRANK_OPS_HOPPER void skip() {
+#pragma unroll 1
+    for (int block = 0; block < p.layout.blocks(p.taps_h * p.taps_w); ++block) {
+      blocks.wait();
+      blocks.release(lane);
+    }
+  }
+
+  LOWRANK_OPS_HOPPER void run() {
+#pragma unroll 1
+    for (int first = int(blockIdx.x); first < p.tiles.count; first += L::kGroups * int(gridDim.x)) {
+      const int tile = first + group * int(gridDim.x);
+      if (tile < p.tiles.count)
+        compute(p.tiles.place(tile));
+      else
+        skip();
+    }
+    if (first_thread()) wait_stores();
+  }
+};
+
+template <bool half, int r1_parts, int r2_parts>
+__global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
+    tucker_wide_sm90a_kernel(const __grid_constant__ WideParams params) {
+  using L = TuckerWideSm90a;
+  constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  const uint32_t base = shared_base();
+  const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  if (threadIdx.x == 0) {
+    block_ring(base, params.layout).init(4 * L::kGroups);
+    for (int group = 0; group < L::kGroups; ++group) slice_ring(base, params.layout, group).init(4);
+    barrier_init_done();
+  }
+  store_bias<half>(params, base);
+  __syncthreads();
+  if (warp >= 4 * L::kGroups) {
+    give_registers<kProducerRegisters>();
+    if (warp == 4 * L::kGroups && lane == 0) WideProducer{params, base, {}, {}}.run();
+  } else {
+    take_registers<kConsumerRegisters>();
+    WideGroup<half, r1_parts, r2_parts>(params, base, warp, lane).run();
+  }
+}
+
+}  // namespace lowrank_ops::hopper

@@ -1,0 +1,29 @@
+// From the parameters of a call to those of the sm90a Tucker kernel for wide ranks, and its instances.
+#pragma once
+
+#include "cuda/kernels/tucker_sm90a_launch.cuh"
+#include "cuda/kernels/tucker_wide_sm90a.cuh"
+
+namespace lowrank_ops::hopper {
+
+// False: the driver has made no tensor maps for these tensors.
+inline bool wide_params(WideParams& to, const BlockParams& block, DType dtype) {
+  using L = TuckerWideSm90a;
+  const L layout = wide_sm90a_layout(block.geometry);
+  return tucker_params(to, block, dtype, layout, layout.r1_parts * L::kSlice, layout.r2_parts * L::kSlice);
+}
+
+using WideKernel = void (*)(WideParams);
+
+// The instance for a layout.
+template <bool half>
+WideKernel wide_kernel(const TuckerWideSm90a& layout) {
+  if (layout.r1_parts == 1)
+    return layout.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 1, 1> : tucker_wide_sm90a_kernel<half, 1, 2>;
+  return layout.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 2, 1> : tucker_wide_sm90a_kernel<half, 2, 2>;
+}
+inline WideKernel wide_kernel(const TuckerWideSm90a& layout, DType dtype) {
+  return dtype == DType::kHalf ? wide_kernel<true>(layout) : wide_kernel<false>(layout);
+}
+
+}  // namespace lowrank_ops::hopper

@@ -1,9 +1,0 @@
-#include "kernels/family_simt.cuh"
-
-namespace lowrank_ops {
-
-cudaError_t launch_linear_simt(const BlockParams& params, DType dtype, int config, cudaStream_t stream) {
-  return launch_simt<Op::kLinear>(params, dtype, config, stream);
-}
-
-}  // namespace lowrank_ops

@@ -1,0 +1,107 @@
+#include "plan/cpu/cost.h"
+
+#include <algorithm>
+
+namespace lowrank_ops {
+namespace {
+
+struct Stages {
+  double in, middle, out;  // multiply-adds per image
+};
+
+Stages multiply_adds(const Problem& p, double in_pixels) {
+  const double out_pixels = double(p.oh) * p.ow;
+  const double core = p.op == Op::kTucker ? out_pixels * p.r1 * p.r2 * p.kh * p.kw : depthwise_sums(p);
+  return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
+}
+
+// An image's patches by Winograd.
+double winograd_patches(const Problem& p, Winograd winograd) {
+  const Patch patch = patch_of(winograd);
+  return double(ceil_div(p.oh, patch.rows)) * double(ceil_div(p.ow, patch.columns));
+}
+Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
+  Stages stages = multiply_adds(p, in_pixels);
+  const Winograd winograd = tile.winograd;
+  if (winograd != Winograd::kNone)
+    stages.middle =
+        double(patch_of(winograd).places * tap_groups(winograd, p.kw)) * winograd_patches(p, winograd) * p.r1 * p.r2 +
+        winograd_sums(p, winograd);
+  return stages;
+}
+
+}  // namespace
+
+double depthwise_sums(const Problem& p) {
+  return p.op == Op::kCP ? double(p.oh) * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
+}
+
+double packed_elements(const Problem& p) {
+  const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0.0;
+  return double(p.s) * p.r1 + core + double(p.r2) * p.t;
+}
+
+double block_flops(const Problem& p) {
+  const Stages stages = multiply_adds(p, double(p.h) * p.w);
+  return 2.0 * p.n * (stages.in + stages.middle + stages.out);
+}
+
+double fused_flops(const Problem& p, const CpuTile& tile) {
+  double in_pixels = double(p.h) * p.w;
+  if (p.op != Op::kLinear) {
+    const Axis rows = row_axis(p), columns = column_axis(p);
+    const int64_t strip = (p.oh + tile.strips - 1) / tile.strips;
+    const int64_t parts = (p.ow + tile.columns - 1) / tile.columns;
+    const int64_t inside_rows = rows.end_inside() - rows.first_inside();
+    const int64_t inside_columns = columns.end_inside() - columns.first_inside();
+    in_pixels = double(std::min(rows.span(strip), inside_rows)) * tile.strips *
+                std::min(columns.span(tile.columns), inside_columns) * parts;
+  }
+  const Stages stages = fused_stages(p, tile, in_pixels);
+  return 2.0 * p.n * (stages.in + stages.middle + stages.out);
+}
+
+// For one channel in and one out: kernels/winograd.h.
+double winograd_sums(const Problem& p, Winograd winograd) {
+  if (winograd == Winograd::kNone) return 0;
+  const double sums = winograd == Winograd::k2x2 ? 24 : winograd == Winograd::k4x4 ? 140 : 10;
+  return sums * winograd_patches(p, winograd) * double(p.r1 + p.r2);
+}
+
+double fused_products(const Problem& p, const CpuTile& tile) {
+  return fused_flops(p, tile) / 2 - double(p.n) * (depthwise_sums(p) + winograd_sums(p, tile.winograd));
+}
+
+double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first, int64_t last) {
+  const Axis rows = row_axis(p), columns = column_axis(p);
+  const int64_t top = std::max(first * rows.stride, rows.first_inside());
+  const int64_t bottom = std::min(first * rows.stride + rows.span(last - first), rows.end_inside());
+  const int64_t inside_columns = columns.end_inside() - columns.first_inside();
+  const double in_pixels =
+      double(std::max<int64_t>(bottom - top, 0)) * std::min(columns.span(tile.columns), inside_columns);
+  const Stages stages = fused_stages(p, tile, in_pixels);
+  const double part = double(last - first) / p.oh * std::min(1.0, double(tile.columns) / p.ow);
+  return stages.in + (stages.middle + stages.out) * part;
+}
+
+double weight_elements(const Problem& p) {
+  return packed_elements(p) + (p.op == Op::kCP ? double(p.r1) * (p.kh + p.kw) : 0.0);
+}
+
+double image_elements(const Problem& p) {
+  return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
+}
+
+double block_bytes(const Problem& p) {
+  const double elements = image_elements(p) + weight_elements(p);
+  return elements * element_bytes(p.dtype);
+}
+
+double hidden_bytes(const Problem& p) {
+  double elements = double(p.h) * p.w * p.r1;
+  if (p.op == Op::kTucker) elements += double(p.oh) * p.ow * p.r2;
+  if (p.op == Op::kCP) elements += (double(p.oh) * p.w + double(p.oh) * p.ow) * p.r1;
+  return 2.0 * p.n * elements * element_bytes(p.dtype);
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,160 @@
+#include "plan/gpu/search.h"
+
+#include <algorithm>
+#include <climits>
+#include <vector>
+
+#include "plan/gpu/cost.h"
+#include "plan/gpu/sm90a.h"
+
+namespace lowrank_ops {
+namespace {
+
+// The tiles of an axis worth trying: powers of two, the whole axis, and what shares it out evenly, also rounded up to
+// `multiple`. Where the axis is a multiple itself, nothing else.
+std::vector<int> tile_sizes(int outputs, int limit, int multiple) {
+  std::vector<int> sizes;
+  const auto add = [&](int64_t size) {
+    if (size >= 1 && size <= limit && (outputs % multiple != 0 || size % multiple == 0)) sizes.push_back(int(size));
+  };
+  constexpr int kShares = 8;
+  for (int share = 1; share <= kShares; ++share) {
+    add(ceil_div(outputs, share));
+    add(round_up(ceil_div(outputs, share), multiple));
+  }
+  for (int size = 1; size <= limit && size < 2 * outputs; size *= 2) {
+    const int64_t even = ceil_div(outputs, ceil_div(outputs, size));
+    add(size < multiple ? even : round_up(even, multiple));
+  }
+  std::sort(sizes.begin(), sizes.end());
+  sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
+  return sizes;
+}
+
+// How many of `count` things in one of the given number of equal parts, for halves down to one.
+std::vector<int> halves(int64_t count, int64_t largest) {
+  std::vector<int> parts;
+  for (int64_t part = std::min(count, largest); part >= 1; part /= 2) {
+    const int even = int(ceil_div(count, ceil_div(count, part)));
+    if (parts.empty() || parts.back() != even) parts.push_back(even);
+  }
+  return parts;
+}
+
+// Cuts whose predictions differ by less than this count as equally fast: the one of fewest operations (padding, halo
+// and repeated stages included) is taken, which leaves most to whatever else runs on the GPU.
+constexpr double kEquallyFast = 1.02;
+
+struct Cut {
+  Geometry geometry;
+  double seconds, flops;
+};
+const Cut* best_of(const std::vector<Cut>& cuts) {
+  const Cut* fastest = nullptr;
+  for (const Cut& cut : cuts)
+    if (!fastest || cut.seconds < fastest->seconds) fastest = &cut;
+  const Cut* best = fastest;
+  for (const Cut& cut : cuts)
+    if (cut.seconds <= fastest->seconds * kEquallyFast &&
+        (cut.flops < best->flops || (cut.flops == best->flops && cut.seconds < best->seconds)))
+      best = &cut;
+  return best;
+}
+
+// Shared memory that a cut needs at least, in numbers that cannot overflow: the hidden tiles alone. Sizes that pass
+// this are small enough for shared_layout's 32 bits.
+double hidden_bytes(const Problem& p, const Config& config, const Geometry& g) {
+  const auto row = [&](int64_t rank) { return double(rank * element_bytes(p.dtype) + kVectorBytes); };
+  const auto halo = [](const TileAxis& axis) { return double(axis.tile - 1) * axis.stride + axis.kernel; };
+  const double first = double(g.tile_n) * halo(g.rows) * halo(g.columns) * row(p.r1);
+  return p.op == Op::kTucker ? std::max(first, config.pixels() * row(p.r2)) : first;
+}
+
+class Search {
+ public:
+  Search(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps)
+      : p_(p), kernel_(kernel), caps_(caps), whole_(geometry_of(p, 1, 1, 1, 2, 1)) {}
+
+  FoundCut run() {
+    // ldmatrix reads eight neighbouring pixels at a time: without bank conflicts where they lie in one line.
+    constexpr int kLineMultiple = 8;
+    try_tiles(kLineMultiple);
+    if (cuts_.empty()) try_tiles(1);
+    FoundCut found;
+    found.geometry.stages = 0;
+    if (const Cut* best = best_of(cuts_)) found.geometry = best->geometry;
+    found.too_many_ctas = too_many_ctas_;
+    found.least_shared_bytes = int64_t(std::min(least_bytes_, double(INT64_MAX / 2)));
+    return found;
+  }
+
+ private:
+  void try_tiles(int line_multiple) {
+    const int pixels = kernel_.shape.pixels(), lines = whole_.rows.class_outputs(),
+              line = whole_.columns.class_outputs();
+    for (const int tile_w : tile_sizes(line, pixels, line_multiple))
+      for (const int tile_h : tile_sizes(lines, pixels / tile_w, 1)) {
+        const bool whole_image = tile_w >= line && tile_h >= lines;
+        for (const int tile_n : halves(whole_.n, whole_image ? pixels / (tile_w * tile_h) : 1))
+          try_tile(geometry_of(p_, tile_n, tile_h, tile_w, 2, 1));
+      }
+  }
+
+  void try_tile(Geometry g) {
+    const double hidden = hidden_bytes(p_, kernel_.shape, g);
+    if (hidden > double(caps_.shared_bytes_cta)) {
+      least_bytes_ = std::min(least_bytes_, hidden);
+      return;
+    }
+    // Also beyond what 64 bits hold.
+    if (double(ceil_div(g.n, g.tile_n)) * g.rows.tiles() * g.columns.tiles() > INT_MAX) {
+      too_many_ctas_ = true;
+      return;
+    }
+    const int64_t out_passes = ceil_div(p_.t, kernel_.shape.columns());
+    Plan plan;
+    for (; g.stages <= kMaxStages; ++g.stages) {
+      const SharedLayout layout = layout_of(p_, kernel_, g);
+      least_bytes_ = std::min(least_bytes_, double(layout.bytes));
+      if (layout.bytes > caps_.shared_bytes_cta) return;
+      for (const int share : halves(out_passes, out_passes)) {
+        g.splits = int(ceil_div(out_passes, share));
+        if (g.ctas() > INT_MAX) break;  // more splits only make more of them
+        plan.geometry = g;
+        cost_fused(plan, p_, kernel_, caps_, layout);
+        cuts_.push_back({g, plan.predicted_seconds, plan.flops});
+      }
+      g.splits = 1;
+    }
+  }
+
+  const Problem& p_;
+  const GpuKernel& kernel_;
+  const GpuCaps& caps_;
+  const Geometry whole_;
+  std::vector<Cut> cuts_;
+  double least_bytes_ = double(INT64_MAX);
+  bool too_many_ctas_ = false;
+};
+
+// There is nothing to choose.
+FoundCut only_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
+  FoundCut found;
+  found.geometry = sm90a_cut(problem, kernel);
+  found.least_shared_bytes = sm90a_bytes(kernel, found.geometry);
+  // Also beyond what 64 bits hold; a CTA's last step goes two grids beyond the tiles.
+  const Geometry& g = found.geometry;
+  const double tiles = double(g.n) * g.rows.tiles() * g.columns.tiles() + 2 * caps.multiprocessors;
+  found.too_many_ctas = tiles > INT_MAX;
+  if (found.too_many_ctas || found.least_shared_bytes > caps.shared_bytes_cta) found.geometry.stages = 0;
+  return found;
+}
+
+}  // namespace
+
+FoundCut search_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
+  if (is_sm90a(kernel)) return only_cut(problem, kernel, caps);
+  return Search(problem, kernel, caps).run();
+}
+
+}  // namespace lowrank_ops

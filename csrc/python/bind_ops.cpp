@@ -1,0 +1,138 @@
+// The ops as plain functions of the Python module `_C`: straight to the dispatcher. `torch.ops` parses its arguments
+// against the schema: on one pixel a CP call takes 9.4 us there and 4.7 here with pairs, 5.1 and 2.7 with ints for the
+// window (Zen 4). What traces calls (torch.compile, torch.jit.trace, __torch_function__) has to see torch.ops:
+// lowrank_ops/ops/extension.py chooses.
+#include "python/bind_ops.h"
+
+#include <torch/extension.h>
+
+#include <type_traits>
+
+#include "ops/checks.h"
+#include "ops/dispatch.h"
+
+namespace lowrank_ops {
+
+// A window's numbers: an int for both axes, or a sequence of them (its length is checked with the other arguments).
+struct Pair {
+  c10::SmallVector<int64_t, 2> values;
+  operator at::IntArrayRef() const { return values; }
+};
+
+}  // namespace lowrank_ops
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<lowrank_ops::Pair> {
+  PYBIND11_TYPE_CASTER(lowrank_ops::Pair, const_name("int | tuple[int, int]"));
+
+  bool load(handle source, bool) {
+    int64_t both = 0;
+    if (as_int(source, both)) {
+      value.values = {both, both};
+      return true;
+    }
+    if (!PySequence_Check(source.ptr()) || PyUnicode_Check(source.ptr())) return false;
+    const Py_ssize_t length = PySequence_Size(source.ptr());
+    bool whole = length >= 0;
+    for (Py_ssize_t i = 0; whole && i < length; ++i) {
+      const object item = reinterpret_steal<object>(PySequence_GetItem(source.ptr(), i));
+      value.values.push_back(0);
+      whole = item && as_int(item, value.values.back());
+    }
+    if (!whole) PyErr_Clear();
+    return whole;
+  }
+
+ private:
+  static bool as_int(handle source, int64_t& number) {
+    if (!PyIndex_Check(source.ptr())) return false;
+    number = PyNumber_AsSsize_t(source.ptr(), PyExc_OverflowError);
+    if (number != -1 || !PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace lowrank_ops {
+namespace {
+
+template <typename T>
+using FromPython = std::conditional_t<std::is_same_v<T, at::IntArrayRef>, const Pair&, T>;
+
+// What an argument of the schema has to be, in words; empty where `value` is that.
+std::string requirement(const c10::Argument& argument, py::handle value) {
+  const c10::TypePtr& type = argument.type();
+  if (type->kind() == c10::TypeKind::TensorType) return THPVariable_Check(value.ptr()) ? "" : "a torch.Tensor";
+  if (type->kind() == c10::TypeKind::OptionalType)
+    return value.is_none() || THPVariable_Check(value.ptr()) ? "" : "a torch.Tensor or None";
+  if (type->kind() == c10::TypeKind::StringType) return PyUnicode_Check(value.ptr()) ? "" : "a str";
+  return py::detail::make_caster<Pair>().load(value, false) ? "" : "an int or a pair of ints";
+}
+
+// Raises the TypeError for a call whose arguments are of other kinds than the schema's.
+[[noreturn]] void refuse(const std::string& op, const c10::FunctionSchema& schema, const py::args& values) {
+  const auto& arguments = schema.arguments();
+  for (size_t i = 0; i < std::min(arguments.size(), values.size()); ++i) {
+    const std::string required = requirement(arguments[i], values[i]);
+    if (required.empty()) continue;
+    const auto type = py::str(py::type::handle_of(values[i]).attr("__name__")).cast<std::string>();
+    const bool is_short =
+        values[i].is_none() || py::isinstance<py::str>(values[i]) || py::isinstance<py::float_>(values[i]);
+    throw py::type_error(op + ": " + arguments[i].name() + " must be " + required + ", got " +
+                         (is_short ? py::repr(values[i]).cast<std::string>() : type));
+  }
+  throw py::type_error(op + ": takes " + std::to_string(arguments.size()) + " arguments, got " +
+                       std::to_string(values.size()));
+}
+
+template <typename Handle, typename... Arguments>
+void bind_op(py::module_& m, const char* name, const Handle& handle, at::Tensor (*)(Arguments...)) {
+  m.def(name, torch::wrap_pybind_function_no_gil(
+                  [handle](FromPython<Arguments>... arguments) { return handle().call(arguments...); }));
+  // Tried where the arguments do not fit the first: pybind11's own message would print whole tensors.
+  m.def(name, [handle, op = std::string(name)](const py::args& values) -> at::Tensor {
+    refuse(op, handle().schema(), values);
+  });
+}
+
+}  // namespace
+
+void bind_ops(py::module_& m) {
+#define LOWRANK_OPS_BIND(name, Signature) \
+  bind_op(m, #name, [] { return name##_op(); }, static_cast<Signature*>(nullptr))
+  LOWRANK_OPS_BIND(tucker_conv2d, TuckerForward);
+  LOWRANK_OPS_BIND(cp_conv2d, CPForward);
+  LOWRANK_OPS_BIND(lowrank_linear, LinearForward);
+  LOWRANK_OPS_BIND(tucker_conv2d_prepared, TuckerPrepared);
+  LOWRANK_OPS_BIND(cp_conv2d_prepared, CPPrepared);
+  LOWRANK_OPS_BIND(lowrank_linear_prepared, LinearPrepared);
+#undef LOWRANK_OPS_BIND
+  // The chain that GPUs run for CP and its gradients, on any device: for tests.
+  m.def("merged_cp_chain",
+        [](const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
+           const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias, const Pair& stride,
+           const Pair& padding, const Pair& dilation, const std::string& activation) {
+          const Window window{stride, padding, dilation};
+          check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+          return merged_cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
+                                 parse_activation("merged_cp_chain", activation));
+        });
+  m.def("merged_cp_backward",
+        [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
+           const at::Tensor& height_factor, const at::Tensor& width_factor, const at::Tensor& out_factor,
+           const OptionalTensor& bias, const Pair& stride, const Pair& padding, const Pair& dilation,
+           const std::string& activation, const std::array<bool, 6>& mask) {
+          const Window window{stride, padding, dilation};
+          check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
+          check_grad_output("merged_cp_backward", grad_output, input, out_factor.size(0), height_factor.size(1),
+                            width_factor.size(1), window);
+          return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias,
+                                    window, parse_activation("merged_cp_backward", activation), mask);
+        });
+}
+
+}  // namespace lowrank_ops

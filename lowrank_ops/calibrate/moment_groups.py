@@ -1,0 +1,100 @@
+"""Which layers' second moments are held at the same time: groups in the order in which the model calls the layers.
+
+The moments of a transformer's layers take several times its own memory. So they are gathered in one pass over the data
+for as many layers as fit, decomposed, and dropped before the next group's are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_ops.calibrate.moments import Layer, add_calls
+from lowrank_ops.calibrate.shrinkage import WIDEST
+from lowrank_ops.model.batches import Batches
+from lowrank_ops.model.calls import eval_mode
+from lowrank_ops.model.sites import Site
+from lowrank_ops.model.state import ModelState, in_inference_mode, own_random_numbers
+
+# What a group may take, and the rows to which layers are fitted together: that part of the model's parameters, so many
+# bytes, or one layer's moments, whichever is more.
+SHARE, LEAST = 1 / 7, 2**26
+
+
+def room(model: nn.Module) -> float:
+    """Bytes for the moments of a group of layers, and as many for the rows of layers that are fitted together."""
+    return max(SHARE * sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()), LEAST)
+
+
+def moment_bytes(layer: Layer) -> int:
+    """What the moments of a layer's input and gradient would take whole, `[S, S]` and `[T, T]`, diagonals of wide ones.
+    Their lower triangles, half of it, are kept."""
+    weight = layer.weight
+    entries = sum(size if size > WIDEST else size**2 for size in weight.shape[:2])
+    return entries * max(weight.element_size(), 4)
+
+
+def moment_groups(
+    model: nn.Module, sites: Sequence[Site], batches: Batches, seen: Callable[[], Any] = int
+) -> list[list[Site]]:
+    """The sites in groups whose moments fit; one group in the given order, without running the model, if all do.
+
+    Args:
+        model: runs once on each batch where there are several groups.
+        sites: of the layers whose moments are wanted.
+        batches: calibration data.
+        seen: called after each batch (progress).
+
+    Layers that the model never calls are in the last group.
+    """
+    most = room(model)
+    sizes = {id(site.layer): moment_bytes(site.layer) for site in sites}  # type: ignore[arg-type]
+    if sum(sizes.values()) <= most:
+        return [list(sites)]
+    order = _order_of_calls(model, [site.layer for site in sites], batches, seen)
+    groups: list[list[Site]] = []
+    taken = most
+    for site in sorted(sites, key=lambda site: order.get(id(site.layer), len(order))):
+        size = sizes[id(site.layer)]
+        if not groups or (taken + size > most and id(site.layer) in order):
+            groups.append([])
+            taken = 0.0
+        groups[-1].append(site)
+        taken += size
+    return groups
+
+
+def _order_of_calls(
+    model: nn.Module, layers: Sequence[nn.Module], batches: Batches, seen: Callable[[], Any]
+) -> dict[int, int]:
+    """The place of each layer in the order of calls, by id; the model is as before afterwards."""
+    order: list[int] = []
+    called: dict[int, None] = {}
+
+    def record(layer: nn.Module, *_: Any) -> None:
+        called.setdefault(id(layer))
+
+    state = ModelState(model)
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        with (
+            eval_mode(model),
+            torch.inference_mode(in_inference_mode(model)),
+            torch.no_grad(),
+            batches.same_order(),
+        ):
+            for index, batch in enumerate(batches):
+                with own_random_numbers(index):
+                    batch.run(model)
+                state.restore()
+                add_calls(order, list(called))
+                called.clear()
+                seen()
+    finally:
+        state.restore()
+        for handle in handles:
+            handle.remove()
+    return {key: place for place, key in enumerate(order)}

@@ -1,0 +1,1 @@
+"""Whole models: which layers are replaced by what, and the report about it."""

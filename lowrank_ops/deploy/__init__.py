@@ -1,0 +1,1 @@
+"""A factorized model prepared, saved, loaded, exported."""

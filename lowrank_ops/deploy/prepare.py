@@ -1,0 +1,124 @@
+"""Packing weights once instead of at every call: `prepare_for_inference_`, `unprepare_`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.runtime.compiled import takes_compiled
+from lowrank_ops.runtime.computed import remedy
+from lowrank_ops.text.tables import as_text
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """What `prepare_for_inference_` did with a factorized module.
+
+    Attributes:
+        name: qualified name in the model; "" for the model itself.
+        type: class of the module.
+        bytes: memory that its packed weights take; 0 if there are none.
+        reason: why nothing was packed; None if it was.
+    """
+
+    name: str
+    type: str
+    bytes: int = 0
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return as_text(self._told())
+
+    def _told(self) -> str:
+        told = f"{self.bytes / 1024:.0f} KiB packed" if self.reason is None else f"not prepared: {self.reason}"
+        return f"{self.name or 'the model'} ({self.type}): {told}"
+
+
+class Preparation(tuple[PreparedLayer, ...]):
+    """An entry for each factorized module, in the model's order; its text has a line for each."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all packed weights."""
+        return sum(layer.bytes for layer in self)
+
+    def __str__(self) -> str:
+        return as_text(*map(PreparedLayer._told, self)) if self else "the model has no factorized modules"
+
+
+@takes_compiled()
+def prepare_for_inference_(model: nn.Module) -> Preparation:
+    """Packs the weights of every factorized module once, in place, so that calls on the CPU need not.
+
+    Without it each call packs the weights anew, which takes 2 to 10 % of most calls and a quarter of those on a few
+    pixels (7x7). A kernel computes the same bits either way; the planner, which knows that packing is done, takes the
+    fused kernel and Winograd's transform for some more shapes. Call it last: in evaluation mode, with the final dtype
+    and values.
+
+    Packed weights are used where no gradient is wanted, outside of autocast, by a call whose factors have the memory
+    and version counters that they had when packed; otherwise the call packs its weights as ever. torch.compile keeps
+    to that (but a compiled `TuckerConv1d` packs at every call); exported and traced programs carry the ordinary ops.
+    `load_state_dict`, in-place operations, new parameters and `.to()` are noticed in this way. Not noticed: `.data`
+    edits, steps of optimizers with `fused=True` (torch 2.13's count no version), `torch.from_numpy` memory written to,
+    and whatever else changes values behind autograd's back. Call this again after those. `train()`, `to()` and
+    `load_state_dict` drop what was packed; `state_dict`, `copy.deepcopy` and pickles leave it out.
+
+    Args:
+        model: any module; it may be a factorized one itself.
+
+    Returns:
+        A `Preparation`: for each factorized module the bytes that its packed weights take, or why nothing was packed:
+        training mode, another device than the CPU, inference tensors (they have no version counter), computed
+        parameters. Packed weights take about as much as the factors (in fp16, packed as fp32, twice that); for a
+        Tucker block with a 3x3 core in fp32 2 to 6 times as much, since each way to run the core has its own. Ranks and
+        channels are padded to whole vectors of 16: small layers take more, `TuckerConv2d(3, 8, 3, 1)` 28 times as much.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    return Preparation(_prepare(name, module) for name, module in _factorized("prepare_for_inference_", model))
+
+
+@takes_compiled()
+def unprepare_(model: nn.Module) -> nn.Module:
+    """Drops what `prepare_for_inference_` has packed, and returns the model.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    for _, module in _factorized("unprepare_", model):
+        module._unpack()
+    return model
+
+
+def _factorized(function: str, model: nn.Module) -> Iterator[tuple[str, FactorizedModule]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FactorizedModule))
+
+
+def _prepare(name: str, module: FactorizedModule) -> PreparedLayer:
+    reason = _refusal(module)
+    if reason is not None:
+        module._unpack()
+        return PreparedLayer(name, type(module).__name__, reason=reason)
+    module._pack()
+    assert module._packing is not None
+    return PreparedLayer(name, type(module).__name__, module._packing.panels.nbytes)
+
+
+def _refusal(module: FactorizedModule) -> str | None:
+    if module.training:
+        return "it is in training mode; call eval() first"
+    parameters = [module._parameters.get(name) for name in module._factor_shapes()]
+    if any(parameter is None for parameter in parameters):
+        return f"a factor is computed at each call: {remedy(module)}"
+    if any(parameter.is_inference() for parameter in parameters if parameter is not None):
+        return "its parameters are inference tensors, whose changes cannot be noticed; create it outside inference_mode"
+    device = module.in_factor.device.type
+    if device != "cpu":
+        return f"it is on {device}; only the CPU kernels pack weights"
+    return None

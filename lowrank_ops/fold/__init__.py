@@ -1,0 +1,1 @@
+"""BatchNorms and activations that become part of the layer before them."""

@@ -1,0 +1,1 @@
+"""Matrices: leading singular vectors, triangles, square roots."""

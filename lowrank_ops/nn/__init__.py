@@ -1,0 +1,1 @@
+"""The modules, and the plain chains of layers that they equal."""

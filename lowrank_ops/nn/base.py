@@ -1,0 +1,363 @@
+"""What the factorized modules share: parameters, packed weights, which layers can be replaced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+from lowrank_ops.decompose.ranks import VBMF, Energy, Rank
+from lowrank_ops.model.sites import plain_kind
+from lowrank_ops.nn.chains import copy_parameter
+from lowrank_ops.nn.dense_weight import DenseWeight
+from lowrank_ops.nn.init import Init, check_init, draw_factors
+from lowrank_ops.ops.extension import _C, ACTIVATIONS, DTYPES
+from lowrank_ops.runtime.computed import remedy
+from lowrank_ops.text.warn import warn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Packing(NamedTuple):
+    """A module's weights as `prepare_for_inference_` has packed them."""
+
+    panels: Tensor
+    """What the op takes; it knows what it was made from."""
+    factors: tuple[Tensor, ...]
+    """What it was made from: while these live, their memory cannot become another tensor's."""
+
+
+class FactorizedModule(nn.Module):
+    """What all factorized layers share.
+
+    Attributes:
+        rank: `(R1, R2)` for Tucker, `R` otherwise.
+        relative_error: `||W - W_dense|| / ||W_dense||` of the decomposition this module came from, None if it
+            was trained from scratch or read from a chain. No part of the state_dict.
+        init: what `reset_parameters()` draws from: the constructor's argument.
+    """
+
+    rank: int | tuple[int, int]
+    activation: str
+    relative_error: float | None = None
+    init: Init = "default"
+    _packing: Packing | None = None
+    _read_is_known: bool = False  # that something computes with `weight`: no warning
+    in_factor: nn.Parameter
+    out_factor: nn.Parameter
+    bias: nn.Parameter | None
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by parameter name, in the op's order; without the bias."""
+        return {name: getattr(self, name) for name in self._factor_shapes()}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's weight, `[T, S, KH, KW]`, `[T, S, K]` or `[T, S]`: the product of the factors.
+
+        It is for code that reads a layer's weight instead of calling the layer, and no parameter: `parameters()` and
+        the state_dict have the factors. An activation is no part of it.
+
+        Shape, dtype and device cost nothing. Every other operation on it forms the product anew, in float32 at least
+        also under autocast, with gradients for the factors. With K = KH KW that takes `T R1 K (R2 + S)`
+        multiplications for Tucker, `T S K R` for CP and `T S R` for a linear layer, and the dense weight's memory for
+        the time of the operation (several times that where gradients are kept). So a model that computes with it,
+        `F.linear(x, layer.weight)`, gains nothing from the factors; the first such operation on a module warns.
+
+        It cannot be set, and what changes it in place raises RuntimeError (see `lowrank_ops.dense_weight`):
+        `to_dense()` has a weight that can. Programs that are recorded (torch.compile, torch.export, torch.jit.trace,
+        torch.fx) see the product as an ordinary tensor.
+        """
+        try:
+            factors = list(self.factors().values())
+        except AttributeError as error:  # nn.Module would report that there is no `weight`
+            raise RuntimeError(f"{self._name}.weight: a factor is missing: {error}") from error
+        recorded = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if recorded or isinstance(factors[0], torch.fx.Proxy):
+            return self._dense_weight()
+        grad = any(factor.requires_grad for factor in factors)
+        return DenseWeight(self._name, self._dense_shape(), factors[0], grad, self._read_weight)
+
+    def _read_weight(self) -> Tensor:
+        """The product for `weight`, with a warning the first time."""
+        if not self._read_is_known:
+            self._read_is_known = True
+            warn(
+                f"{self}: something computes with the weight of this module instead of calling it, so its factors are "
+                "multiplied out and nothing is gained from them; a layer that is built from it (by a model's own "
+                "fuse(), say) is dense again. Do so before factorize_; weight.shape, dtype and device cost nothing. "
+                "This is said once for each module"
+            )
+        return self._dense_weight()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{self._name}: weight cannot be set, it is the product of the factors; set the weight of to_dense() "
+                "and put that layer in the module's place. What folds or fuses layers (BatchNorm: fold_batchnorm_) "
+                "and ties weights must run before factorize_"
+            )
+        super().__setattr__(name, value)
+
+    def _pack(self) -> None:
+        """Packs the factors for the CPU kernels; what changes the parameters through the module drops it again."""
+        factors = self._op_factors()
+        core, unit_window = factors.get("core"), self._has_unit_window()
+        panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
+        self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
+
+    def _panels(self, input: Tensor) -> Tensor | None:
+        """What `_pack` has made, for a call with this input; not for a graph that may leave this process."""
+        if self._packing is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return None
+        return self._packing.panels
+
+    def _record(self, input: torch.fx.Proxy) -> Any:
+        """Records a call of this module as one node, a leaf, whatever the tracer's list of leaves: that list names
+        torch's own layers, and an image's number of axes is unknown while torch.fx traces."""
+        tracer: Any = input.tracer
+        try:
+            name = tracer.path_of_module(self)
+        except (AttributeError, NameError):  # a tracer without modules; NameError: no part of its root
+            name = ""
+        if not name:
+            raise RuntimeError(
+                f"{self._name}: torch.fx records a factorized module as one call (call_module), which needs a model "
+                "that holds it: trace that model, or nn.Sequential(module)"
+            )
+        return tracer.create_proxy("call_module", name, (input,), {})
+
+    def __prepare_scriptable__(self) -> Self:
+        """Called by torch.jit.script for each module that it is to compile."""
+        raise RuntimeError(
+            f"{self._name}: torch.jit.script cannot compile factorized modules, whose calls are chosen in Python: use "
+            "torch.jit.trace, torch.compile or torch.export, or script lowrank_ops.to_chain(model), which has plain "
+            "layers in their place"
+        )
+
+    def _unpack(self) -> None:
+        """Drops what `_pack` has made."""
+        self.__dict__.pop("_packing", None)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no packed weights, and warn on their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packing", "_read_is_known")}
+
+    def reset_parameters(self, init: Init | None = None) -> None:
+        """Draws new values for the factors and the bias.
+
+        `init` says what the dense weight W, `[T, S, KH, KW]` or `[T, S]`, would be drawn from:
+
+        * "default": nn.Conv2d's and nn.Linear's own, of variance `1 / (3 S KH KW)`. Each factor is uniform with
+          variance `1 / (its own inputs per output)`, so that every stage keeps the size of its input, and
+          `out_factor` with a third of that.
+        * the name of a function of torch.nn.init without its underscore ("xavier_uniform", "kaiming_normal",
+          "trunc_normal", "orthogonal", "ones", ...), with that function's defaults, or a callable that fills a
+          tensor in place (`functools.partial(torch.nn.init.normal_, std=0.02)`). It fills each factor as a tensor
+          of the factor's shape. Then the factors are scaled: all but `out_factor` to mean square `1 / (inputs per
+          output)`, and `out_factor` such that the product's mean square is that of one draw of W (made for this,
+          and dropped: it takes W's memory for a moment). So of the initializer each factor has the distribution up
+          to scale, and the product has the dense weight's fans, gain and variance. Where the mean is not zero
+          ("uniform" is that of [0, 1)) it is the mean square that is kept, not the variance.
+        * "eye" (linear) and "dirac" (convolutions): the identity on the first R channels, nothing scaled.
+        * "zeros" leaves factors whose gradients are zero for ever; "constant" and "sparse" need an argument, and
+          "sparse" is for matrices: `functools.partial(torch.nn.init.sparse_, sparsity=0.9)`.
+        * "spectral" or `Spectral(init)`: the decomposition of a draw of W.
+
+        The bias is uniform within `1 / sqrt(S KH KW)` always, as in nn.Conv2d. Random numbers come from torch's
+        global generator; bfloat16 and float16 values are drawn in float32 and rounded.
+
+        Args:
+            init: for this call; None takes the constructor's.
+
+        Raises:
+            ValueError: an unknown name, one that needs arguments or is for the other kind of layer, an initializer
+                that fails on a shape or leaves values that are not finite, sharded factors (but for "default").
+            TypeError: neither a name nor a callable. In all cases the module is unchanged.
+        """
+        init = self.init if init is None else init
+        check_init(self._name, init, matrix=not hasattr(self, "kernel_size"))
+        if init == "default":
+            for name, factor in self.factors().items():
+                bound = math.sqrt((1 if name == "out_factor" else 3) / factor[0].numel())
+                nn.init.uniform_(factor, -bound, bound)
+        else:
+            draw_factors(self, init)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self._fan_in())
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.relative_error = None
+
+    def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def _dense_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _dense_weight(self) -> Tensor:
+        """The product of the factors, contiguous, in their dtype, formed in float32 at least; differentiable."""
+        raise NotImplementedError
+
+    def _op_factors(self) -> dict[str, Tensor]:
+        """The factors of which the op packs panels, as it takes them."""
+        return {"in_factor": self.in_factor.detach(), "out_factor": self.out_factor.detach()}
+
+    def _has_unit_window(self) -> bool:
+        """Whether stride and dilation are 1 along each axis that has taps, as Winograd's transforms need it."""
+        return False
+
+    @classmethod
+    def _rank_of(cls, factors: Mapping[str, Tensor]) -> Any:
+        return factors["in_factor"].shape[0]
+
+    def _fan_in(self) -> int:
+        raise NotImplementedError
+
+    @classmethod
+    def _decompose(
+        cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
+    ) -> tuple[dict[str, Tensor], float]:
+        """The factors of a dense weight, a 1-D convolution's with height 1, and their relative error."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)  # inference tensors cannot be trained
+    def _create(self, bias: bool, out_size: int, device: Any, dtype: torch.dtype | None, init: Init) -> None:
+        """Registers factors and bias, in the order of `_factor_shapes`, and draws their values."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"{self._name}: dtype must be one of {DTYPES}, got {dtype}")
+        self.init = init
+        for name, shape in self._factor_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        empty = torch.empty(out_size, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    @torch.inference_mode(False)
+    def _adopt(self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None) -> None:
+        """Takes copies of the values, whatever their ranks, a 4-D core in the memory format of the weights of `like`;
+        `frozen` None keeps each one's requires_grad."""
+        self.rank = self._rank_of(factors)
+        grad = None if frozen is None else not frozen
+        layout = _format_of(like)
+        for name, value in factors.items():
+            parameter = copy_parameter(value, grad)
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+            setattr(self, name, parameter)
+        self.bias = None if bias is None else copy_parameter(bias)
+        self.train(like.training)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Why a convolution or linear layer cannot be replaced by a factorized module; None if it can.
+
+    The reason says what to do instead, as far as there is something.
+    """
+    if isinstance(layer, FactorizedModule):
+        return "already factorized; call to_dense() first to factorize it anew"
+    if isinstance(layer, _ConvTransposeNd):
+        return "a transposed convolution: there is no factorized op for it"
+    if isinstance(layer, _ConvNd) and len(layer.kernel_size) > 2:
+        return "a three-dimensional convolution: there is no factorized op for it"
+    if "weight" not in layer._parameters or ("bias" not in layer._parameters):
+        return f"its weight or bias is computed at each call: {remedy(layer)}"
+    if isinstance(layer.weight, UninitializedParameter):
+        return "lazy: its shape is unknown until the model has run once"
+    plain = plain_kind(layer)
+    for method in ("forward", "_conv_forward"):
+        if method in vars(layer):
+            return f"its {method} was replaced on the instance (by accelerate or the like), which may change it"
+        if getattr(type(layer), method, None) is not getattr(plain, method, None):
+            return f"{type(layer).__name__} overrides {plain.__name__}.{method}, which may change it"
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    groups = getattr(layer, "groups", 1)
+    if groups != 1:
+        return groups_reason(int(groups))
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}; only {', '.join(map(str, DTYPES))} are supported"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values: load them first"
+    return None
+
+
+def check_replaceable(target: str, layer: nn.Module, kind: type[nn.Module], name: str) -> None:
+    if isinstance(layer, FactorizedModule):
+        raise ValueError(f"{target}: {name} is {refusal(layer)}")
+    if not isinstance(layer, kind):
+        raise TypeError(f"{target}: {name} must be an nn.{kind.__name__}, got {type(layer).__name__}")
+    reason = refusal(layer)
+    if reason is not None:
+        raise ValueError(f"{target}: {name} cannot be factorized: {reason}")
+
+
+def groups_reason(groups: int) -> str:
+    return (
+        f"groups must be 1, got {groups}: a grouped or depthwise convolution is no single factorized "
+        "block; keep it as it is (it has few multiplications), or factorize one convolution per group"
+    )
+
+
+def refuse_energy(name: str, rank: Rank) -> None:
+    if any(isinstance(entry, (Energy, VBMF)) for entry in (rank if isinstance(rank, (tuple, list)) else (rank,))):
+        raise TypeError(
+            f"{name}: rank must be an int, a fraction or a pair, got {rank}: a new layer has no weight whose "
+            "singular values could be measured; use from_conv2d, from_conv1d or from_linear"
+        )
+
+
+def check_activation(name: str, activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    return activation
+
+
+def at_least(name: str, argument: str, value: int, smallest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {argument} must be an int, got {value!r}")
+    if value < smallest:
+        raise ValueError(f"{name}: {argument} must be at least {smallest}, got {value}")
+    return value
+
+
+def layers_of(name: str, seq: nn.Sequential) -> list[nn.Module]:
+    if isinstance(seq, FactorizedModule):
+        raise ValueError(f"{name}: the chain is already factorized, got {type(seq).__name__}")
+    if not isinstance(seq, nn.Sequential):
+        raise TypeError(f"{name}: from_sequential takes an nn.Sequential, got {type(seq).__name__}")
+    return list(seq)
+
+
+def _format_of(layer: nn.Module) -> torch.memory_format:
+    """torch.channels_last if a weight of the layer is stored so, and not by chance, as that of a 1x1 convolution is."""
+    weights = [parameter for parameter in layer.parameters() if parameter.dim() == 4 and not parameter.is_contiguous()]
+    nhwc = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

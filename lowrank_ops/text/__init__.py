@@ -1,0 +1,1 @@
+"""What a user reads: warnings, tables, notes about many layers. Imports no other folder."""

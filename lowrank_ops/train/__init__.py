@@ -1,0 +1,1 @@
+"""A factorized model trained to give what its dense original gives."""

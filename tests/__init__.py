@@ -1,0 +1,1 @@
+"""Folders mirror the package; `support` is what they share."""

@@ -1,0 +1,237 @@
+"""What can be held of the CUDA build without a GPU: the build rule, and what nvcc makes of the kernels.
+
+Compiles csrc/cuda/kernels for sm_80; with LOWRANK_OPS_ALL_ARCHITECTURES=1 for all that a release has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.studies import kernel_report
+from benchmarks.studies.kernel_report import Instantiation
+from csrc.cuda import build_kernels
+from csrc.cuda.build_kernels import Architecture, Toolkit
+from tests.support.paths import REPOSITORY, SIMULATOR
+
+ALL = os.environ.get("LOWRANK_OPS_ALL_ARCHITECTURES") == "1"
+DTYPES = {"sm90a": {"bf16", "fp16"}, "sm80": {"tf32", "bf16", "fp16"}, "simt": {"fp32", "bf16", "fp16"}}
+CASES = {"sm90a": (), "sm80": ("general", "common"), "simt": ("general",)}  # each of them for every architecture
+
+
+@pytest.fixture(scope="module")
+def tools() -> Toolkit:
+    found = build_kernels.toolkit()
+    if found is None:
+        pytest.skip("no nvcc")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[Architecture]:
+    return build_kernels.architectures(build_kernels.DEFAULT_ARCHITECTURES if ALL else "8.0")
+
+
+@pytest.fixture(scope="module")
+def folder(tools: Toolkit, wanted: list[Architecture]) -> Path:
+    """The compiled kernels: warnings are errors."""
+    build_kernels.compile_kernels(tools, wanted)
+    return build_kernels.folder_for(wanted)
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> list[Instantiation]:
+    return kernel_report.read_report(folder, sass=False)
+
+
+@pytest.fixture(scope="module")
+def disassembled(folder: Path) -> list[Instantiation]:
+    if kernel_report.tool("cuobjdump") is None or kernel_report.tool("nvdisasm") is None:
+        pytest.skip("no cuobjdump or nvdisasm")
+    return kernel_report.read_report(folder)
+
+
+def test_every_kernel_of_the_table_was_compiled(report: list[Instantiation], wanted: list[Architecture]) -> None:
+    """In each dtype of its family, for each architecture."""
+    built = {(one.kernel, one.dtype, one.case, one.architecture) for one in report}
+    assert len(built) == len(report)
+    for (_, family, _), kernel in kernel_report.table().items():
+        if family == "sm90a":
+            assert {(dtype, number) for name, dtype, _, number in built if name == kernel} == {
+                ("bf16", 90),
+                ("fp16", 90),
+            }
+        for entry, case in itertools.product(wanted, CASES[family]):
+            dtypes = {dtype for name, dtype, *rest in built if [name, *rest] == [kernel, case, entry.number]}
+            assert dtypes - {"fp64"} == DTYPES[family], f"{kernel} for sm_{entry.number}"
+    doubles = {kernel for kernel, dtype, *_ in built if dtype == "fp64"}
+    assert {kernel.split("_simt_")[0] for kernel in doubles} == set(kernel_report.OPS.values())
+
+
+def test_nothing_is_spilled(report: list[Instantiation]) -> None:
+    for one in report:
+        assert (one.spill_stores, one.spill_loads) == (0, 0), one
+
+
+def test_tensor_core_kernels_use_no_local_memory(report: list[Instantiation]) -> None:
+    fast = [one for one in report if one.family in ("sm80", "sm90a")]
+    assert fast
+    for one in fast:
+        assert one.stack == 0, one
+
+
+def test_shared_memory_is_all_dynamic(report: list[Instantiation]) -> None:
+    """The planner counts what a launch asks for, and nothing else."""
+    for one in report:
+        assert one.static_shared == 0, one
+
+
+def test_tensor_core_kernels_use_the_tensor_cores(disassembled: list[Instantiation]) -> None:
+    fast = [one for one in disassembled if one.family == "sm80"]
+    assert fast
+    for one in fast:
+        for instruction in ("HMMA", "LDSM", "LDGSTS"):
+            assert one.counts[instruction] > 0, f"{instruction} of {one}"
+        assert one.counts["LDL"] == one.counts["STL"] == 0, one
+
+
+def test_hopper_kernels_use_what_hopper_has(disassembled: list[Instantiation]) -> None:
+    fast = [one for one in disassembled if one.family == "sm90a"]
+    assert fast
+    for one in fast:
+        for instruction in ("HGMMA", "UTMALDG"):
+            assert one.counts[instruction] > 0, f"{instruction} of {one}"
+        assert one.counts["LDL"] == one.counts["STL"] == one.counts["HMMA"] == 0, one
+
+
+def test_simt_kernels_use_no_tensor_cores(disassembled: list[Instantiation]) -> None:
+    """They are the ones that keep fp32's precision."""
+    plain = [one for one in disassembled if one.family == "simt"]
+    assert plain
+    for one in plain:
+        assert one.counts["HMMA"] == 0 and one.counts["all"] > 0, one
+
+
+def test_the_committed_report_lists_every_kernel() -> None:
+    text = (REPOSITORY / "docs" / "kernel_report.md").read_text()
+    for kernel in kernel_report.table().values():
+        assert f"| {kernel} |" in text, f"{kernel}: run `make kernel-report`"
+
+
+def test_the_primitives_of_the_simulator_compile(tools: Toolkit, tmp_path: Path) -> None:
+    """For a GPU: test_cuda_kernels.py runs them there."""
+    flags = [*build_kernels.FLAGS, f"-I{SIMULATOR}", "-arch=sm_80", "-c", "-o", str(tmp_path / "primitives.o")]
+    done = subprocess.run(
+        [tools.compiler, *flags, str(REPOSITORY / "tests/cuda/primitives.cu")], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_up_to_date_object_is_not_made_again(tools: Toolkit, wanted: list[Architecture], folder: Path) -> None:
+    assert set(build_kernels.compile_kernels(tools, wanted).values()) == {0.0}
+
+
+@pytest.fixture
+def small_kernel(tmp_path: Path) -> Path:
+    (tmp_path / "header.cuh").write_text("constexpr int value = 1;\n")
+    source = tmp_path / "small.cu"
+    source.write_text('#include "header.cuh"\n__global__ void small(int* out) { *out = value; }\n')
+    return source
+
+
+def compile_small(source: Path, tools: Toolkit) -> float:
+    return build_kernels.compile_one(source, tools, build_kernels.architectures("8.0"), source.parent)
+
+
+def test_a_changed_header_or_flag_makes_an_object_again(small_kernel: Path, tools: Toolkit) -> None:
+    assert compile_small(small_kernel, tools) > 0
+    assert compile_small(small_kernel, tools) == 0
+    (small_kernel.parent / "header.cuh").write_text("constexpr int value = 2;\n")
+    assert compile_small(small_kernel, tools) > 0
+    assert build_kernels.compile_one(small_kernel, tools, build_kernels.architectures("8.6"), small_kernel.parent) > 0
+
+
+def test_warnings_are_errors(small_kernel: Path, tools: Toolkit) -> None:
+    small_kernel.write_text("__global__ void small(int* out) { int unused = 3; }\n")
+    with pytest.raises(RuntimeError, match=r"nvcc failed on .*small\.cu(?s:.*)unused"):
+        compile_small(small_kernel, tools)
+
+
+def test_architecture_lists() -> None:
+    assert build_kernels.architectures("8.0+PTX; 9.0a 12.0") == [
+        Architecture(80, ptx=True),
+        Architecture(90, "a"),
+        Architecture(120),
+    ]
+    assert build_kernels.architectures("Ampere") == [Architecture(80), Architecture(86, ptx=True)]
+    with pytest.raises(
+        RuntimeError, match=r"TORCH_CUDA_ARCH_LIST: .* such as 8\.0, .* or one of .*Hopper.*; got 'sm_80'"
+    ):
+        build_kernels.architectures("sm_80")
+
+
+def test_architecture_flags_follow_the_suffix() -> None:
+    wanted = build_kernels.architectures("7.5;8.0+PTX;9.0")
+
+    def codes(name: str, listed: list[Architecture] = wanted) -> list[str]:
+        return build_kernels.architecture_flags(Path(name), listed)[1::2]
+
+    assert codes("tucker_simt.cu") == [
+        "arch=compute_75,code=sm_75",
+        "arch=compute_75,code=sm_80",
+        "arch=compute_80,code=compute_80",
+        "arch=compute_75,code=sm_90",
+    ]
+    assert codes("tucker_sm80.cu") == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_80,code=compute_80",
+        "arch=compute_80,code=sm_90",
+    ]
+    assert codes("tucker_sm90a.cu") == ["arch=compute_90a,code=sm_90a"]
+    assert codes("tucker_sm80.cu", build_kernels.architectures("7.5")) == ["arch=compute_80,code=compute_80"]
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_old_nvcc_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "bin" / "nvcc", 'echo "Cuda compilation tools, release 11.8, V11.8.89"')
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"bin/nvcc must be nvcc 12\.0 or newer, got 'release 11\.8'; set CUDA_HOME"):
+        build_kernels.toolkit()
+
+
+def test_a_toolkit_without_its_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "bin" / "nvcc", 'echo "Cuda compilation tools, release 13.0, V13.0.88"')
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"no cuda_runtime_api\.h or libcudart_static\.a .* install the toolkit's"):
+        build_kernels.toolkit()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1", "LOWRANK_OPS_CUDA=1 asks for CUDA kernels, but there is no nvcc: set CUDA_HOME or PATH"),
+        ("yes", "LOWRANK_OPS_CUDA must be 0 or 1, got 'yes'"),
+    ],
+)
+def test_setup_says_what_is_missing(value: str, message: str, tmp_path: Path) -> None:
+    """Before anything is compiled."""
+    environment = {**os.environ, "LOWRANK_OPS_CUDA": value, "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode != 0 and message in done.stderr

@@ -1,0 +1,219 @@
+"""Bad input: the type of the error, and that it names the op, the argument, what is required, what came."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.support.calls import backward_op
+from tests.support.problems import ACTIVATIONS, CONVS, OPS, Call, Problem
+
+FACTORS = {
+    "tucker_conv2d": ("in_factor", "core", "out_factor"),
+    "cp_conv2d": ("in_factor", "height_factor", "width_factor", "out_factor"),
+    "lowrank_linear": ("in_factor", "out_factor"),
+}
+EVERY_ARGUMENT = [(op, name) for op in OPS for name in (*FACTORS[op], "bias")]
+EVERY_FACTOR = [(op, name) for op in OPS for name in FACTORS[op]]
+
+
+def assert_refused(call: Call, error: type[Exception], *words: object, **options: object) -> None:
+    """The call raises ``error`` itself, with the op and all ``words`` in it, and changes no argument."""
+    versions = [tensor._version for tensor in call.tensors.values()]
+    with pytest.raises(error) as caught:
+        getattr(torch.ops.lowrank_ops, call.problem.op)(**call.tensors, **{**call.problem.options(), **options})
+    assert caught.type is error
+    message = str(caught.value)
+    for word in (f"{call.problem.op}:", *map(str, words)):
+        assert word in message, f"{word!r} is not in {message!r}"
+    assert versions == [tensor._version for tensor in call.tensors.values()]
+
+
+@pytest.mark.parametrize(("op", "name"), EVERY_ARGUMENT)
+def test_mixed_dtypes(op: str, name: str) -> None:
+    call = Problem(op).make()
+    call.tensors[name] = call.tensors[name].bfloat16()
+    assert_refused(call, TypeError, name, "Float", "BFloat16", "convert")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_dtypes_that_are_not_floating(op: str, dtype: torch.dtype) -> None:
+    call = Problem(op).make()
+    call.tensors = {name: tensor.to(dtype) for name, tensor in call.tensors.items()}
+    assert_refused(call, TypeError, "input", "float32, float64, bfloat16 or float16", "got")
+
+
+@pytest.mark.parametrize(("op", "name"), EVERY_ARGUMENT)
+def test_mixed_devices(op: str, name: str) -> None:
+    call = Problem(op).make()
+    call.tensors[name] = call.tensors[name].to("meta")
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        call.run()
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in ("input", *FACTORS[op], "bias")])
+def test_wrong_number_of_axes(op: str, name: str) -> None:
+    call = Problem(op).make()
+    if (op, name) == ("lowrank_linear", "input"):
+        call.tensors[name] = torch.zeros(())
+    else:
+        call.tensors[name] = call.tensors[name].unsqueeze(0)
+    assert_refused(call, ValueError, name, "[", "got")
+
+
+@pytest.mark.parametrize(("op", "name"), EVERY_FACTOR)
+def test_shapes_that_disagree(op: str, name: str) -> None:
+    """One more on the axis that another argument fixes."""
+    call = Problem(op, s=5, t=4, r1=3, r2=2).make()
+    axis = 0 if name in ("height_factor", "width_factor") else 1
+    shape = list(call.tensors[name].shape)
+    required, shape[axis] = shape[axis], shape[axis] + 1
+    call.tensors[name] = torch.zeros(shape)
+    assert_refused(call, ValueError, name, f"size {required} on axis {axis}", f"got shape {shape}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_input_channels_that_disagree(op: str) -> None:
+    call = Problem(op, s=5).make()
+    call.tensors["input"] = torch.cat([call.tensors["input"]] * 2, -1 if op == "lowrank_linear" else 1)
+    assert_refused(call, ValueError, "in_factor", "size 10 on axis 1", "input", "got shape [3, 5]")
+
+
+@pytest.mark.parametrize("size", [3, 5, 1])
+@pytest.mark.parametrize("op", OPS)
+def test_bias_of_another_size(op: str, size: int) -> None:
+    call = Problem(op, t=4).make()
+    call.tensors["bias"] = torch.zeros(size)
+    assert_refused(call, ValueError, "bias", "[T] = [4]", f"got shape [{size}]")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rank_of_zero(op: str) -> None:
+    call = Problem(op, r1=0).make()
+    assert_refused(call, ValueError, "in_factor", "no axis of size 0", "ranks are at least 1", "got shape [0, 5]")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_channels(op: str) -> None:
+    assert_refused(Problem(op, s=0).make(), ValueError, "in_factor", "no axis of size 0", "got shape [3, 0]")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("stride", 0, 1), ("stride", -2, 1), ("dilation", 0, 1), ("padding", -1, 0)]
+)
+@pytest.mark.parametrize("op", CONVS)
+def test_window_out_of_range(op: str, name: str, value: int, least: int, axis: int) -> None:
+    pair = [2, 2]
+    pair[axis] = value
+    assert_refused(Problem(op).make(), ValueError, name, f"at least {least}", f"got {pair}", **{name: pair})
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("op", CONVS)
+def test_empty_output(op: str, axis: int) -> None:
+    kernel = (9, 1) if axis == 0 else (1, 9)
+    call = Problem(op, h=6, w=6, kernel=kernel, padding=(1, 1)).make()
+    along = ("height", "width")[axis]
+    assert_refused(call, ValueError, "output would be empty", f"9 pixels along the {along}", "has 8", "padding")
+
+
+@pytest.mark.parametrize("op", CONVS)
+def test_image_without_pixels(op: str) -> None:
+    assert_refused(Problem(op, h=0).make(), ValueError, "output would be empty")
+
+
+@pytest.mark.parametrize("name", ["Relu", "tanh", "", "leaky_relu"])
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_activation(op: str, name: str) -> None:
+    call = Problem(op).make()
+    assert_refused(call, ValueError, "activation", f"'{name}'", *ACTIVATIONS, activation=name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_errors_with_gradients(op: str) -> None:
+    """The checks come before anything is saved, and through autograd too."""
+    call = Problem(op).make()
+    call.tensors["bias"] = torch.zeros(9)
+    for tensor in call.tensors.values():
+        tensor.requires_grad_()
+    assert_refused(call, ValueError, "bias", "got shape [9]")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_errors_in_the_fake_kernels(op: str) -> None:
+    """What `torch.compile` refuses at trace time, in the same words."""
+    changes = {"bias": torch.zeros(9), "in_factor": torch.zeros(3, 9), "out_factor": torch.zeros(4, 7, 1)}
+    for name, value in changes.items():
+        call = Problem(op).make()
+        call.tensors[name] = value
+        with torch._subclasses.FakeTensorMode() as mode:
+            call.tensors = {key: mode.from_tensor(tensor) for key, tensor in call.tensors.items()}
+            with pytest.raises(ValueError, match=re.escape(f"{op}: {name} must")):
+                call.run()
+
+
+def fake_message(call: Call, error: type[Exception], **options: object) -> str:
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = {key: mode.from_tensor(tensor) for key, tensor in call.tensors.items()}
+        with pytest.raises(error) as caught:
+            getattr(torch.ops.lowrank_ops, call.problem.op)(**fakes, **{**call.problem.options(), **options})
+    assert caught.type is error
+    return str(caught.value)
+
+
+def real_message(call: Call, error: type[Exception], **options: object) -> str:
+    with pytest.raises(error) as caught:
+        getattr(torch.ops.lowrank_ops, call.problem.op)(**call.tensors, **{**call.problem.options(), **options})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("problem", [{"r1": 0}, {"s": 0}, {"t": 0, "bias": False}], ids=str)
+def test_empty_factors_in_the_fake_kernels(op: str, problem: dict) -> None:
+    call = Problem(op, **problem).make()
+    message = fake_message(call, ValueError)
+    assert message == real_message(call, ValueError) and "must have no axis of size 0" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_dtypes_in_the_fake_kernels(op: str, dtype: torch.dtype) -> None:
+    call = Problem(op).make()
+    call.tensors = {name: tensor.to(dtype) for name, tensor in call.tensors.items()}
+    assert f"{op}: input must be float32, float64, bfloat16 or float16, got {dtype}" in fake_message(call, TypeError)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bias_and_activation_in_the_fake_kernels(op: str) -> None:
+    call = Problem(op).make()
+    options = {"activation": "tanh"}
+    assert fake_message(call, ValueError, **options) == real_message(call, ValueError, **options)
+    call.tensors["bias"] = torch.zeros(9)
+    assert fake_message(call, ValueError) == real_message(call, ValueError)
+
+
+@pytest.mark.parametrize("values", [[1], [], [1, 1, 1], [1, 2**31]], ids=str)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("op", CONVS)
+def test_window_entries(op: str, name: str, values: list[int]) -> None:
+    call, options = Problem(op).make(), {name: values}
+    message = fake_message(call, ValueError, **options)
+    words = "have 2 entries (height, width)" if len(values) != 2 else f"be at most {2**31 - 1}"
+    assert message == f"{op}: {name} must {words}, got {values}" == real_message(call, ValueError, **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bad_output_gradient(op: str) -> None:
+    call = Problem(op).make()
+    mask = [True] * len(call.tensors)
+    good = torch.ones(call.exact().shape)
+    with pytest.raises(ValueError, match=rf"{op}_backward: grad_output must have the output's shape .* got"):
+        backward_op(call, good[..., :-1], mask)
+    with pytest.raises(TypeError, match=rf"{op}_backward: grad_output must have the input's dtype"):
+        backward_op(call, good.double(), mask)
+    with pytest.raises(RuntimeError, match=f"{len(mask) - 1} elements to a fixed-size array of size {len(mask)}"):
+        backward_op(call, good, mask[:-1])

@@ -1,0 +1,55 @@
+"""The sm90a kernels on the emulator of Hopper (simt/emulator.h): values, and that it notices what is broken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.simt import harness
+from tests.support.simt.cases import Case
+from tests.support.simt.harness import Kernel, Result
+from tests.support.simt.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, hopper_case
+
+
+def run(case: Case) -> Result:
+    result = case.run()
+    result.report["error"] = harness.hopper_fault()
+    return result
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("kernel", "name"), CASES, ids=str)
+def test_values(kernel: Kernel, name: str, dtype: torch.dtype) -> None:
+    case = hopper_case(kernel, name, dtype)
+    case.assert_right(run(case))
+
+
+def test_slots_are_as_many_as_fit() -> None:
+    slots = {
+        kernel: hopper_case(kernel, "much of everything", torch.bfloat16).cut.stages for kernel in (TUCKER, CP, WIDE)
+    }
+    assert slots == {TUCKER: 3, CP: 3, WIDE: 4}
+
+
+MUTATIONS = [
+    *((kernel, name) for kernel in (TUCKER, CP, WIDE) for name in ("early_release", "short_expect")),
+    *((kernel, name) for kernel in (TUCKER, WIDE) for name in ("skip_fence_proxy", "skip_store_wait")),
+    *((kernel, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE) for number in range(1, 7)),
+    (CP, "skip_both_barrier"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "mutation"), MUTATIONS, ids=str)
+def test_a_broken_kernel_is_noticed(kernel: Kernel, mutation: str) -> None:
+    """By the emulator, or by the result."""
+    case = hopper_case(kernel, "much of everything", torch.bfloat16)
+    name, _, number = mutation.partition(" ")
+    harness.hopper_mutate(**{name: int(number or 1)})
+    try:
+        result = run(case)
+    finally:
+        harness.hopper_mutate()
+    assert mutation != "skip_fence_proxy" or "without fence.proxy.async" in result.error
+    if not result.error:
+        with pytest.raises(AssertionError):
+            case.assert_right(result)

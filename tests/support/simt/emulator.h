@@ -1,0 +1,326 @@
+// csrc/cuda/kernels/hopper.cuh on a CPU: the sm90a kernels run with a thread of the host for each of a CTA, one CTA after
+// the other. Indices, layouts, swizzles, descriptors, barriers and their phases are as on the GPU. What may happen late
+// does: a load of the copy engine arrives when it likes, its stores and the products of wgmma read their operands as
+// late as the waits allow. A read of what no proxy fence has made visible, an address out of bounds, a wait that never
+// ends: each ends the launch with its name. Not emulated: the order of memory among threads, the limit of registers.
+//
+// Sources: as hopper.cuh.
+#pragma once
+
+#include <array>
+
+#include "emulator_threads.h"
+
+// How the copy engine walks a tensor (kernels/tensor_map.h).
+struct CUtensorMap {
+  unsigned char* start;
+  int axes;
+  long sizes[5], strides[5], box[5];  // strides in bytes
+};
+
+namespace lowrank_ops::hopper {
+
+// The values of a lane that the others of its warp read: an operand of wgmma, the address of a row.
+inline uint32_t exchange[32][32][5];
+
+// ---- The copy engine
+
+// Where the 128-byte swizzle puts an address.
+inline uint32_t swizzle(uint32_t address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
+
+using BoxPlace = std::array<long, 5>;
+
+// Copies a box: rows of 128 bytes in the swizzle in shared memory. Returns its bytes.
+inline long copy_box(bool store, uint32_t shared, const CUtensorMap& map, const BoxPlace& first) {
+  const long count = map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.box[4];
+  for (long i = 0; i < count; ++i) {
+    long rest = i, offset = 0;
+    bool inside = true;
+    for (size_t d = 0; d < 5; ++d) {
+      const long x = first[d] + rest % map.box[d];
+      rest /= map.box[d];
+      inside = inside && x >= 0 && x < map.sizes[d];
+      offset += x * map.strides[d];
+    }
+    const uint32_t address = swizzle(shared + uint32_t(i) * 2);
+    if (store && inside) std::memcpy(map.start + offset, read_by_proxy(address, 2), 2);
+    if (!store && inside) std::memcpy(at(address, 2), map.start + offset, 2);
+    if (!store && !inside) std::memset(at(address, 2), 0, 2);
+    if (!store) unfenced[address / 16].store(0, std::memory_order_relaxed);
+  }
+  return count * 2;
+}
+inline void check_copy(uint32_t shared, const CUtensorMap* map, int axes) {
+  if (axes != map->axes) fail("a box of another number of axes than its map");
+  if (shared % 1024 != 0) fail("a box at an address that is no multiple of 1024");
+}
+
+inline std::atomic<int> loads_under_way{0};
+inline void load(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int axes, const BoxPlace& first) {
+  check_copy(shared, map, axes);
+  static std::atomic<uint32_t> seed{1};
+  const uint32_t delay = (seed++ * 2654435761u >> 16) % 600;
+  ++loads_under_way;
+  std::thread([=, map = *map, block = blockIdx, thread = threadIdx] {
+    std::this_thread::sleep_for(std::chrono::microseconds(delay));
+    threadIdx = thread;
+    try {
+      barrier_update(barrier, 0, -copy_box(false, shared, map, first));
+    } catch (const Fault&) {
+    }
+    --loads_under_way;
+  }).detach();
+}
+inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b) {
+  load(shared, map, barrier, 2, {a, b, 0, 0, 0});
+}
+inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b, int c, int d) {
+  load(shared, map, barrier, 4, {a, b, c, d, 0});
+}
+
+inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b, int c, int d, int e) {
+  load(shared, map, barrier, 5, {a, b, c, d, e});
+}
+
+// Groups of things that are done as late as the waits allow, by the thread that issued them.
+class Late {
+ public:
+  void issue(std::function<void()> work) { open_.push_back(std::move(work)); }
+  void commit() {
+    groups_.push_back(std::move(open_));
+    open_.clear();
+  }
+  void wait(size_t pending) {
+    while (groups_.size() > pending) {
+      for (const auto& work : groups_.front()) work();
+      groups_.pop_front();
+    }
+  }
+  bool empty() const { return open_.empty() && groups_.empty(); }
+
+ private:
+  std::vector<std::function<void()>> open_;
+  std::deque<std::vector<std::function<void()>>> groups_;
+};
+inline thread_local Late stores, products;
+
+inline void store_box(const CUtensorMap* map, uint32_t shared, int a, int b, int c, int d) {
+  check_copy(shared, map, 4);
+  stores.issue([=, map = *map] { copy_box(true, shared, map, {a, b, c, d, 0}); });
+}
+inline void commit_stores() {
+  stores.commit();
+}
+template <int pending>
+void wait_stores_read() {
+  if (!mutation.skip_store_wait) stores.wait(pending);
+}
+inline void wait_stores() {
+  stores.wait(0);
+}
+
+// ---- Numbers
+
+template <bool half>
+float widen(uint16_t bits) {
+  if constexpr (half) {
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return float(value);
+  }
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+template <bool half>
+uint16_t narrow(float value) {
+  if constexpr (half) {
+    const _Float16 rounded = _Float16(value);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, 2);
+    return bits;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7FFF;
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+template <bool half>
+uint32_t pack(float low, float high) {
+  return narrow<half>(low) | uint32_t(narrow<half>(high)) << 16;
+}
+
+template <bool half>
+float widen_low(uint32_t both) {
+  return widen<half>(uint16_t(both));
+}
+template <bool half>
+float widen_high(uint32_t both) {
+  return widen<half>(uint16_t(both >> 16));
+}
+
+// ---- wgmma. A descriptor is of a matrix in the 128-byte swizzle, without base offset.
+
+inline uint64_t swizzled(uint32_t start, uint32_t stride) {
+  return uint64_t((start & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t((stride & 0x3FFFF) >> 4) << 32 |
+         uint64_t(1) << 62;
+}
+inline uint64_t further(uint64_t matrix, int bytes) {
+  if (bytes % 16 != 0) fail("a descriptor moves by multiples of 16 bytes");
+  return (matrix & 0xFFFFFFFF00000000) | (uint32_t(matrix) + uint32_t(bytes / 16));
+}
+template <bool half>
+float element(uint64_t matrix, int row, int k) {
+  if (matrix >> 62 != 1 || (matrix >> 49 & 7) != 0) fail("a descriptor of another layout");
+  const uint32_t start = uint32_t(matrix & 0x3FFF) << 4, stride = uint32_t(matrix >> 32 & 0x3FFF) << 4;
+  const uint32_t address = swizzle(start + uint32_t(row / 8) * stride + uint32_t(row % 8 * 128 + k * 2));
+  uint16_t value;
+  std::memcpy(&value, read_by_proxy(address, 2), 2);
+  return widen<half>(value);
+}
+// `a` holds the lane's two rows.
+template <bool half, int count>
+void product(float (&sums)[count], const float (&a)[2][16], uint64_t b) {
+  for (int j = 0; j < count / 4; ++j)
+    for (int e = 0; e < 2; ++e)
+      for (int k = 0; k < 16; ++k) {
+        const float value = element<half>(b, 8 * j + threadIdx.x % 4 * 2 + e, k);
+        sums[4 * j + e] += a[0][k] * value;
+        sums[4 * j + 2 + e] += a[1][k] * value;
+      }
+}
+template <bool half, int count>
+void wgmma(float (&sums)[count], uint64_t a, uint64_t b) {
+  products.issue([&sums, a, b] {
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    float rows[2][16];
+    for (int upper = 0; upper < 2; ++upper)
+      for (int k = 0; k < 16; ++k) rows[upper][k] = element<half>(a, row + 8 * upper, k);
+    product<half>(sums, rows, b);
+  });
+}
+template <bool half, int count>
+void wgmma(float (&sums)[count], const uint32_t (&a)[4], uint64_t b) {
+  products.issue([&sums, &a, b] {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::memcpy(exchange[warp][lane], a, 16);
+    __syncwarp();
+    float rows[2][16];
+    for (int upper = 0; upper < 2; ++upper)
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t pair = exchange[warp][lane / 4 * 4 + k % 8 / 2][upper + k / 8 * 2];
+        rows[upper][k] = widen<half>(uint16_t(k % 2 ? pair >> 16 : pair));
+      }
+    __syncwarp();
+    product<half>(sums, rows, b);
+  });
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  products.commit();
+}
+template <int pending>
+void wgmma_wait() {
+  if (mutation.early_release && pending > 0) return;
+  products.wait(pending);
+  __syncwarp();
+}
+template <class Values>
+void pin(Values&) {}
+
+// ---- Between registers and shared memory
+
+template <bool transposed>
+void store_matrices_of(uint32_t row, const uint32_t* values, int count) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  exchange[warp][lane][4] = row;
+  __syncwarp();
+  for (int i = 0; i < count; ++i)
+    for (int e = 0; e < 2; ++e) {
+      const uint16_t value = uint16_t(e ? values[i] >> 16 : values[i]);
+      const int pair = lane % 4 * 2 + e, of_row = transposed ? pair : lane / 4, column = transposed ? lane / 4 : pair;
+      const uint32_t start = exchange[warp][8 * i + of_row][4];
+      if (start % 16 != 0) fail("a row of stmatrix that is no multiple of 16 bytes");
+      write_shared(start + uint32_t(column) * 2, &value, 2);
+    }
+  __syncwarp();
+}
+template <bool transposed>
+void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const uint32_t values[4] = {a, b, c, d};
+  store_matrices_of<transposed>(row, values, 4);
+}
+inline void store_matrices_transposed(uint32_t row, uint32_t a, uint32_t b) {
+  const uint32_t values[2] = {a, b};
+  store_matrices_of<true>(row, values, 2);
+}
+inline void store_shared(uint32_t address, float value) {
+  write_shared(address, &value, 4);
+}
+inline void load_shared(uint32_t address, float& a, float& b) {
+  if (address % 8 != 0) fail("a pair at an address that is no multiple of 8");
+  std::memcpy(&a, at(address, 8), 4);
+  std::memcpy(&b, at(address, 8) + 4, 4);
+}
+inline void load_shared(uint32_t address, float& a, float& b, float& c, float& d) {
+  if (address % 16 != 0) fail("a vector at an address that is no multiple of 16");
+  load_shared(address, a, b);
+  load_shared(address + 8, c, d);
+}
+inline uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  std::memcpy(&word, at(address, 4), 4);
+  return word;
+}
+inline void store_global(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("a store to global memory that is no multiple of 16 bytes");
+  const uint32_t values[4] = {a, b, c, d};
+  std::memcpy(to, values, 16);
+}
+template <int count>
+void take_registers() {}
+template <int count>
+void give_registers() {}
+
+// ---- A launch
+
+// One CTA after the other; false: a fault, whose text is `fault`.
+template <typename Params>
+bool run_ctas(void (*kernel)(Params), int ctas, int threads, int shared_bytes, const Params& params) {
+  faulty = false;
+  fault.clear();
+  gridDim.x = ctas;
+  shared_end = kSharedStart + uint32_t(shared_bytes);
+  if (shared_bytes > int(kSharedBytes)) {
+    fault = "more shared memory than a CTA can have";
+    return false;
+  }
+  for (int block = 0; block < ctas && !faulty; ++block) {
+    blockIdx.x = block;
+    std::memset(shared_storage, 0xFF, sizeof shared_storage);
+    for (auto& unit : unfenced) unit.store(0, std::memory_order_relaxed);
+    mbarriers.clear();
+    cta_meeting.reset(threads);
+    for (Meeting& meeting : warp_meetings) meeting.reset(32);
+    for (Meeting& meeting : group_meetings) meeting.reset(128);
+    both_groups.reset(256);
+    std::vector<std::thread> running;
+    for (int i = 0; i < threads; ++i)
+      running.emplace_back([&, i] {
+        threadIdx.x = i;
+        try {
+          kernel(params);
+          if (!stores.empty() || !products.empty()) fail("a thread ends before its stores or products");
+        } catch (const Fault&) {
+        }
+      });
+    for (std::thread& thread : running) thread.join();
+    while (loads_under_way > 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+  return !faulty;
+}
+
+}  // namespace lowrank_ops::hopper

@@ -1,0 +1,89 @@
+"""Problems for the sm90a kernels, by what is special about each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.support.problems import Problem
+from tests.support.simt import harness
+from tests.support.simt.cases import Case
+from tests.support.simt.harness import Cut, Kernel
+
+TUCKER = Kernel("tucker_conv2d", "sm90a", 0)
+CP = Kernel("cp_conv2d", "sm90a", 1)
+WIDE = Kernel("tucker_conv2d", "sm90a", 2)
+HALVES = (torch.bfloat16, torch.float16)
+SAME = dict(kernel=(3, 3), padding=(1, 1))
+
+TUCKER_CASES: dict[str, dict[str, Any]] = {
+    "whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=16, **SAME),
+    "every size padded": dict(n=2, s=72, t=136, r1=40, r2=56, h=9, w=11, **SAME, activation="relu"),
+    "narrow ranks": dict(n=1, s=40, t=24, r1=24, r2=8, h=8, w=17, **SAME, activation="silu"),
+    "one narrow rank": dict(n=1, s=8, t=8, r1=8, r2=48, h=8, w=8, **SAME, bias=False),
+    "many slices": dict(n=1, s=328, t=64, r1=32, r2=32, h=10, w=9, **SAME, activation="gelu"),
+    "many chunks": dict(n=1, s=64, t=328, r1=64, r2=32, h=8, w=9, **SAME, activation="hardswish"),
+    "1x1 core": dict(n=1, s=64, t=64, r1=16, r2=24, h=9, w=9, kernel=(1, 1), activation="relu6"),
+    "tall core": dict(n=1, s=32, t=32, r1=32, r2=32, h=12, w=9, kernel=(5, 1), padding=(2, 0)),
+    "wide core": dict(n=1, s=32, t=32, r1=64, r2=40, h=9, w=12, kernel=(1, 7), padding=(0, 3)),
+    "5x5 core": dict(n=1, s=32, t=40, r1=32, r2=24, h=9, w=9, kernel=(5, 5), padding=(2, 2)),
+    "uneven core, no padding": dict(n=1, s=32, t=32, r1=32, r2=32, h=12, w=11, kernel=(2, 3)),
+    "padding beyond the core": dict(n=1, s=32, t=32, r1=16, r2=16, h=4, w=5, kernel=(3, 3), padding=(4, 2)),
+    "one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=1, w=1, **SAME),
+    "many tiles": dict(n=5, s=72, t=72, r1=16, r2=16, h=15, w=17, **SAME),
+    "much of everything": dict(n=2, s=328, t=200, r1=64, r2=64, h=17, w=16, **SAME, activation="relu"),
+}
+CP_CASES: dict[str, dict[str, Any]] = {
+    "whole tiles": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **SAME),
+    "every size padded": dict(n=2, s=72, t=96, r1=72, h=9, w=11, **SAME, activation="relu"),
+    "few channels": dict(n=1, s=8, t=32, r1=8, h=15, w=9, **SAME, bias=False, activation="silu"),
+    "most channels": dict(n=1, s=256, t=256, r1=256, h=14, w=9, **SAME, activation="gelu"),
+    "three slices": dict(n=1, s=136, t=128, r1=200, h=7, w=7, **SAME, activation="hardswish"),
+    "a large rank": dict(n=1, s=64, t=32, r1=520, h=5, w=8, **SAME),
+    "one part, many tiles": dict(n=2, s=64, t=32, r1=24, h=28, w=24, **SAME),
+    "no padding": dict(n=1, s=32, t=32, r1=64, h=18, w=13, kernel=(3, 3), activation="relu6"),
+    "padding beyond the window": dict(n=1, s=32, t=32, r1=16, h=4, w=5, kernel=(3, 3), padding=(4, 2)),
+    "one pixel": dict(n=3, s=32, t=32, r1=16, h=1, w=1, **SAME),
+    "much of everything": dict(n=3, s=136, t=160, r1=136, h=17, w=16, **SAME),
+}
+WIDE_CASES: dict[str, dict[str, Any]] = {
+    "whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=16, **SAME),
+    "every size padded": dict(n=2, s=72, t=136, r1=104, r2=88, h=9, w=11, **SAME, activation="relu"),
+    "a wide R1": dict(n=1, s=40, t=72, r1=128, r2=72, h=8, w=17, **SAME, activation="silu"),
+    "a wide R2": dict(n=1, s=72, t=40, r1=72, r2=128, h=9, w=8, **SAME, bias=False),
+    "R1 alone above 64": dict(n=1, s=64, t=72, r1=80, r2=64, h=8, w=17, **SAME),
+    "R2 alone above 64": dict(n=1, s=72, t=64, r1=24, r2=72, h=9, w=8, **SAME),
+    "narrow ranks, many channels": dict(n=1, s=512, t=512, r1=64, r2=64, h=7, w=7, **SAME),
+    "narrow ranks, large factors": dict(n=1, s=72, t=1480, r1=48, r2=40, h=4, w=5, **SAME, activation="relu"),
+    "many slices and chunks": dict(n=1, s=328, t=328, r1=96, r2=96, h=9, w=9, **SAME, activation="gelu"),
+    "1x1 core": dict(n=1, s=64, t=64, r1=72, r2=80, h=9, w=9, kernel=(1, 1), activation="relu6"),
+    "tall core": dict(n=1, s=32, t=32, r1=72, r2=72, h=12, w=9, kernel=(5, 1), padding=(2, 0)),
+    "uneven core, no padding": dict(n=1, s=32, t=32, r1=96, r2=72, h=12, w=11, kernel=(2, 3)),
+    "padding beyond the core": dict(n=1, s=32, t=32, r1=72, r2=72, h=4, w=5, kernel=(3, 3), padding=(4, 2)),
+    "one pixel": dict(n=3, s=32, t=32, r1=72, r2=72, h=1, w=1, **SAME),
+    "an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=15, w=24, kernel=(1, 1)),
+    "much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=17, w=16, **SAME, activation="hardswish"),
+}
+KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
+CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
+
+
+def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
+    """With the planner's cut."""
+    return _planned(kernel, KERNEL_CASES[kernel][name], dtype)
+
+
+def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype) -> Case:
+    """More tiles than two for each multiprocessor, not the same number for all: minutes on the emulator."""
+    ranks = {TUCKER: dict(r1=64, r2=48), WIDE: dict(r1=104, r2=128), CP: dict(r1=136)}[kernel]
+    return _planned(kernel, dict(n=47, s=136, t=160, h=28, w=20, **ranks, **SAME, activation="silu"), dtype)
+
+
+def _planned(kernel: Kernel, options: dict[str, Any], dtype: torch.dtype) -> Case:
+    call = Problem(kernel.op, dtype=dtype, layout=torch.channels_last, **options).make()
+    if kernel.op == TUCKER.op:
+        call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
+    _, _, tensors, numbers, output = Case(kernel, Cut(), call).launch()
+    cut, _ = harness.planned(kernel, tensors, numbers, output, "H100")
+    return Case(kernel, cut, call)

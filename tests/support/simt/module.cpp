@@ -1,0 +1,126 @@
+// The simulator as a library: module.h.
+#include "module.h"
+
+#include <algorithm>
+#include <string>
+
+#include "counters.h"
+#include "cuda/kernels/common_case.h"
+#include "cuda/kernels/launch.h"
+#include "plan/gpu/planner.h"
+
+using namespace lowrank_ops;
+
+namespace {
+
+std::string report_text;
+
+Factor factor_of(const char* name, const FactorCall& call, int element) {
+  if (call.data == 0) return {};
+  const void* data = reinterpret_cast<const void*>(call.data);
+  simulator::add_buffer(name, data, call.bytes, element);
+  return {data, call.row_stride, call.column_stride, {call.tap_stride[0], call.tap_stride[1]}, int(call.vector)};
+}
+
+Problem problem_of(const BlockCall& c) {
+  Problem problem;
+  problem.op = Op(c.op);
+  problem.dtype = DType(c.dtype);
+  problem.n = c.n, problem.s = c.s, problem.h = c.h, problem.w = c.w;
+  problem.t = c.t, problem.oh = c.oh, problem.ow = c.ow;
+  problem.r1 = c.r1, problem.r2 = c.r2, problem.kh = c.kh, problem.kw = c.kw;
+  for (int i = 0; i < 2; i++) {
+    problem.stride[i] = c.stride[i];
+    problem.padding[i] = c.padding[i];
+    problem.dilation[i] = c.dilation[i];
+  }
+  problem.activation = Activation(c.activation);
+  if (c.input_stride[1] == 1) problem.layout = Layout::kChannelsLast;
+  problem.tf32 = problem.dtype == DType::kFloat && Family(c.family) == Family::kSm80;
+  return problem;
+}
+
+BlockParams params_of(const BlockCall& c) {
+  const int element = int(element_bytes(DType(c.dtype)));
+  BlockParams p;
+  p.geometry = geometry_of(problem_of(c), int(c.tile_n), int(c.tile_h), int(c.tile_w), int(c.stages), int(c.splits));
+  p.input = reinterpret_cast<const void*>(c.input);
+  p.output = reinterpret_cast<void*>(c.output);
+  std::copy_n(c.input_stride, 4, p.input_stride);
+  std::copy_n(c.output_stride, 4, p.output_stride);
+  p.input_vector = int(c.input_vector);
+  p.output_vector = int(c.output_vector);
+  simulator::add_buffer("input", p.input, c.input_bytes, element);
+  simulator::add_buffer("output", p.output, c.output_bytes, element);
+  p.in_factor = factor_of("in_factor", c.in_factor, element);
+  p.core = factor_of("core", c.core, element);
+  p.height_factor = factor_of("height_factor", c.height_factor, element);
+  p.width_factor = factor_of("width_factor", c.width_factor, element);
+  p.out_factor = factor_of("out_factor", c.out_factor, element);
+  p.bias = reinterpret_cast<const void*>(c.bias);
+  if (p.bias != nullptr) simulator::add_buffer("bias", p.bias, c.bias_bytes, element);
+  p.activation = Activation(c.activation);
+  return p;
+}
+
+}  // namespace
+
+// So that both sides agree about the structs.
+LOWRANK_OPS_EXPORT int64_t simt_sizes(int64_t which) {
+  return which == 0 ? sizeof(BlockCall) : sizeof(simulator::Settings);
+}
+
+// Returns the launcher's error; simt_report says what happened.
+// Threads, halo positions of a pass, pixels and columns of a configuration; zeros: there is none of that number.
+LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_halo, int64_t* sizes) {
+  std::fill_n(sizes, 4, 0);
+  static constexpr int numbers[] = {kNumSimtConfigs, kNumSm80Configs, kNumSm90aConfigs};
+  if (index >= numbers[family]) return;
+  const Config config = config_of(Family(family), int(index), has_halo != 0);
+  sizes[0] = config.threads();
+  sizes[1] = config.halo_rows();
+  sizes[2] = config.pixels();
+  sizes[3] = config.columns();
+}
+
+LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings* settings) {
+  using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
+  static constexpr Launcher launchers[3][3] = {{launch_tucker_simt, launch_tucker_sm80, launch_tucker_sm90a},
+                                               {launch_cp_simt, launch_cp_sm80, launch_cp_sm90a},
+                                               {launch_linear_simt, launch_linear_sm80, nullptr}};
+  simulator::forget_everything();
+  simulator::machine.settings = *settings;
+  const BlockParams params = params_of(*call);
+  return launchers[call->op][call->family](params, DType(call->dtype), int(call->config), nullptr);
+}
+
+// Whether the launcher of a tensor-core kernel takes the lean kernel.
+LOWRANK_OPS_EXPORT int simt_is_common_case(const BlockCall* call) {
+  const BlockParams params = params_of(*call);
+  simulator::forget_everything();
+  return is_common_case(params, Op(call->op) == Op::kTucker, int(element_bytes(DType(call->dtype))));
+}
+
+LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut) {
+  static std::string reason;
+  const GpuCaps* const caps = find_gpu(gpu);
+  static constexpr const char* families[] = {"simt", "sm80", "sm90a"};
+  const std::string family = families[call->family];
+  reason = caps == nullptr ? "no GPU of that name" : "no kernel of that number";
+  if (caps == nullptr) return reason.c_str();
+  for (const GpuKernel& kernel : gpu_kernels()) {
+    if (kernel.op != Op(call->op) || kernel.family != family || kernel.config != call->config) continue;
+    const GpuCandidate candidate = plan_kernel(problem_of(*call), kernel, *caps);
+    const Geometry& g = candidate.plan.geometry;
+    const int64_t numbers[6] = {g.tile_n, g.rows.tile, g.columns.tile, g.stages, g.splits, caps->shared_bytes_cta};
+    std::copy_n(numbers, 6, cut);
+    reason = candidate.reason;
+    break;
+  }
+  return reason.c_str();
+}
+
+LOWRANK_OPS_EXPORT const char* simt_report() {
+  report_text = simulator::report();
+  return report_text.c_str();
+}
