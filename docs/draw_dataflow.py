@@ -1,4 +1,4 @@
-"""`python docs/draw_dataflow.py [FILE]` draws dataflow.png: a dense layer, a chain, a fused op, and where data moves."""
+"""`python docs/draw_dataflow.py [FILE]` draws dataflow.png: a dense layer, a chain and a fused op, and their data."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import REPOSITORY as ROOT
+
 FOLDERS = ("csrc", "lowrank_ops", "tests", "benchmarks", "examples", "docs", ".ci")
 README_LINES = 120
 
@@ -18,7 +19,7 @@ LINK = re.compile(r"""!?\[[^\]]*\]\(([^)\s]+)(?:\s+"[^"]*")?\)|(?:src|href)="([^
 SPAN = re.compile(r"(`+)(.+?)\1")
 HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*$")
 COMMAND = re.compile(r"python3? -m ([A-Za-z_][\w.]*\w)")
-TARGET = re.compile(r"\bmake ((?:[A-Z]+=\S+ )*)([a-z][a-z-]*)")
+TARGET = re.compile(r"\bmake ((?:[A-Z]+=\S+ )*)([a-z][a-z0-9-]*)")
 PATH = re.compile(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/\S*")
 PLACEHOLDER = re.compile(r"[A-Z]{2,}")
 VARIABLE = re.compile(r"""(?:getenv\(|environment\(|environ\.get\(|environ\[)\s*["'](LOWRANK_OPS_\w+)["']""")
@@ -134,10 +135,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_environment_variables_are_documented() -> None:
-    sources = [ROOT / "setup.py", ROOT / "build_cuda.py"]
-    sources += [
-        path for folder in ("csrc", "lowrank_ops", "tests", "benchmarks") for path in (ROOT / folder).rglob("*")
-    ]
+    folders = ("csrc", "lowrank_ops", "tests", "benchmarks")
+    sources = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
     texts = [path.read_text() for path in sources if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
     names = {name for text in texts for name in VARIABLE.findall(text)}
     assert {"LOWRANK_OPS_CPU_ISA", "LOWRANK_OPS_CUDA"} <= names
