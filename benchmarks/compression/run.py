@@ -34,11 +34,12 @@ import lowrank_ops
 from benchmarks.compression.subjects import Subject, load
 from benchmarks.core import bench
 from lowrank_ops import Budget
-from lowrank_ops.budget.menu import Choice, empty_module, is_matrix
-from lowrank_ops.compress.report import count_macs, count_parameters
+from lowrank_ops.budget.menu import Choice, empty_module
 from lowrank_ops.compress.selection import is_narrow
 from lowrank_ops.decompose.ranks import linear_rank, tucker_ranks
 from lowrank_ops.model.calls import recorded_calls
+from lowrank_ops.nn.counts import count_macs, count_parameters
+from lowrank_ops.nn.plain import is_matrix
 
 KINDS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("one ratio everywhere", "o", lambda method: method.startswith("ratio")),

@@ -23,7 +23,7 @@ import lowrank_ops
 from examples.workflows import command, data
 from examples.workflows.networks import AlexNet, LeNet, ResNet50
 from examples.workflows.training import accuracy, seeded, train
-from lowrank_ops.compress.report import count_parameters
+from lowrank_ops.nn.counts import count_parameters
 from lowrank_ops.nn.init import Init
 
 INITIALIZERS: Mapping[str, Init] = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import lowrank_ops
 from examples.workflows import command, data
 from examples.workflows.training import accuracy, seeded, train
-from lowrank_ops.compress.report import count_parameters
+from lowrank_ops.nn.counts import count_parameters
 
 COLUMNS = ["network", "parameters", "factorized", "accuracy", "factorized, as it is", "and trained"]
 

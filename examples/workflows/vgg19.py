@@ -30,7 +30,7 @@ import lowrank_ops
 from examples.workflows import command
 from examples.workflows.networks import VGG19, relative_error, replace_layer
 from examples.workflows.training import milliseconds, seeded
-from lowrank_ops.compress.report import count_parameters
+from lowrank_ops.nn.counts import count_parameters
 
 FIRST = "features.0"
 MEAN, DEVIATION = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # of ImageNet

@@ -21,7 +21,7 @@ class Budget:
     """What the factorized network may cost; give exactly one of the three. Used as `rank=` of `factorize_`.
 
     `factorize_` then chooses each layer's ranks, or to leave the layer dense, so that the sum of the layers' errors is
-    least. With calibration data the error is that of the model's output (`lowrank_ops.fitting`), without, that of the
+    least. With calibration data the error is that of the model's output (`calibrate.fitting`), without, that of the
     weights relative to their norm.
 
     Args:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lowrank_ops.budget.knapsack import Option
 from lowrank_ops.budget.sketch import sketched
-from lowrank_ops.calibrate.moments import Layer
-from lowrank_ops.compress.report import count_macs, count_parameters
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.linalg.singular import energies, gram
 from lowrank_ops.model.calls import LayerCalls, times
 from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.plain import Layer, is_matrix
 
 Kind = Literal["tucker", "cp", "svd"]
 
@@ -39,11 +39,6 @@ class Choice:
 
     kind: Kind
     rank: int | tuple[int, int]
-
-
-def is_matrix(layer: Layer) -> bool:
-    """Whether the layer is a linear layer or a 1x1 convolution."""
-    return isinstance(layer, nn.Linear) or all(size == 1 for size in layer.kernel_size)
 
 
 def empty_module(layer: Layer, choice: Choice) -> Any:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from lowrank_ops.budget.knapsack import Budget, Option, allocate
 from lowrank_ops.budget.menu import Choice, Clock, count_cost, empty_module, macs_in, options_for
 from lowrank_ops.budget.sketch import sketched
-from lowrank_ops.compress.report import count_parameters
-from lowrank_ops.model.calls import Calls, model_errors, run_example, synchronize
+from lowrank_ops.model.calls import Calls, model_errors, run_example
 from lowrank_ops.model.sites import Site, keep_attributes
+from lowrank_ops.nn.counts import count_parameters
+from lowrank_ops.runtime.modes import synchronize
 from lowrank_ops.text.tables import figure
 from lowrank_ops.text.warn import warn
 

@@ -4,7 +4,7 @@ The model stays one model: to see the dense network its dense layers are put in,
 as far as they are fitted. Each layer takes one partial run of both per batch, in the order in which the model calls
 them. Of more than `STAGES` layers several take their rows from the same runs, so that the time grows with the depth and
 not with its square; of those, the ones before a layer are then factorized but not fitted yet. Rows of input and output
-are copied at random positions (`lowrank_ops.moments`), never whole activations.
+are copied at random positions (`lowrank_ops.calibrate.moments`), never whole activations.
 
 A quarter of the rows is held out. They decide how much of a fit there is, and give the reported error; then the layer
 is fitted once more, to all rows. The rows of layers that are fitted together take a limited part of memory.

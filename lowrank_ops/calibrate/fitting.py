@@ -1,6 +1,6 @@
 """Factors that keep a layer's output rather than its weight: least squares on calibration rows.
 
-The weight was decomposed in the metric of the layer's moments (`lowrank_ops.whitening`). Then the last factors and the
+The weight was decomposed in the metric of the layer's moments (`calibrate.whitening`). Then the last factors and the
 bias get the values that bring the block's output closest to the dense layer's, for the inputs that the already
 factorized layers before it give: least squares (Zhang et al., arXiv:1505.06798, section 3.3, "asymmetric
 reconstruction"), for Tucker of a given rank (reduced-rank regression, section 3.1), also through a following ReLU

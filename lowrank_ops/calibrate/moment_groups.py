@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_ops.calibrate.moments import Layer, add_calls
+from lowrank_ops.calibrate.moments import add_calls
 from lowrank_ops.calibrate.shrinkage import WIDEST
 from lowrank_ops.model.batches import Batches
-from lowrank_ops.model.calls import eval_mode
 from lowrank_ops.model.sites import Site
 from lowrank_ops.model.state import ModelState, in_inference_mode, own_random_numbers
+from lowrank_ops.nn.plain import Layer
+from lowrank_ops.runtime.modes import eval_mode
 
 # What a group may take, and the rows to which layers are fitted together: that part of the model's parameters, so many
 # bytes, or one layer's moments, whichever is more.

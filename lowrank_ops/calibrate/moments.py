@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from lowrank_ops.calibrate.shrinkage import SecondMoment, diagonal
 from lowrank_ops.linalg.triangle import Triangle
 from lowrank_ops.model.batches import Batch, Batches, outputs_of
-from lowrank_ops.model.calls import eval_mode
 from lowrank_ops.model.state import ModelState, in_inference_mode, ordinary_tensors, own_random_numbers
-from lowrank_ops.nn.chains import same_padding
+from lowrank_ops.nn.plain import Layer, same_padding
 from lowrank_ops.runtime.autocast import no_autocast
+from lowrank_ops.runtime.modes import eval_mode
 from lowrank_ops.runtime.nested import values_of
-
-Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
 @dataclass
 class Moments:
-    """Second moments of one layer over the calibration data, shrunk where rows are few (`lowrank_ops.shrinkage`).
+    """Second moments of one layer over the calibration data, shrunk where rows are few (`calibrate.shrinkage`).
 
     On the CPU, in the dtype of what the layer sees, fp32 at least. Of one wider than `shrinkage.WIDEST`: its diagonal.
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_ops.budget.knapsack import Budget
-from lowrank_ops.budget.menu import Choice, empty_module, is_matrix, macs_in
+from lowrank_ops.budget.menu import Choice, empty_module, macs_in
 from lowrank_ops.budget.spending import met_already, spend
 from lowrank_ops.calibrate.fit_in_order import STAGES, Fit, fit_in_order_
 from lowrank_ops.calibrate.moment_groups import moment_groups, room
@@ -24,7 +24,7 @@ from lowrank_ops.calibrate.moments import finite, gather_moments
 from lowrank_ops.calibrate.whitening import Whitening
 from lowrank_ops.compress.fuse import fuse_
 from lowrank_ops.compress.replacement import Task, layer_rank, run_tasks, weight_error, weight_of
-from lowrank_ops.compress.report import LayerReport, Report, count_macs, count_parameters, other_modules
+from lowrank_ops.compress.report import LayerReport, Report, other_modules
 from lowrank_ops.compress.selection import Selectors, named, select, too_narrow
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import sensitivity
@@ -38,8 +38,11 @@ from lowrank_ops.model.sites import Owners, Site, clash, find_sites, keep_attrib
 from lowrank_ops.model.state import leaves_model_state
 from lowrank_ops.model.timing import compare_models
 from lowrank_ops.model.weight_reads import WeightReads
-from lowrank_ops.nn.base import FactorizedModule, refusal
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.checks import refusal
+from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d
+from lowrank_ops.nn.plain import is_matrix
 from lowrank_ops.ops.memory import trim
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.text.notes import listed
@@ -99,9 +102,9 @@ def factorize_(
             everything inside a module that it matches. A layer's qualified name itself also takes layers of at most 8
             channels or features on a side: `["*", "stem"]`.
         exclude: not these, in the same terms.
-        calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`lowrank_ops.batches`).
+        calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`model.batches`).
             Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
-            to the inputs that the already factorized layers before it give it (`lowrank_ops.calibration`). A layer
+            to the inputs that the already factorized layers before it give it (`calibrate.fit_in_order`). A layer
             that is fitted gets a bias if it has none. Some hundred images and a few thousand pixels per layer are
             enough; where rows are fewer than a layer's inputs, its factors lean on its weight (with a warning), and
             where there are none, they keep the weight alone; both are noted in the report. A quarter of the rows is
@@ -109,7 +112,7 @@ def factorize_(
             fitted once more to all rows. The model runs in eval mode, twice per
             layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
             factorized modules, memory holds the lower triangles of the second moments of as many layers as would take,
-            whole, a seventh of the model, 64 MiB or one layer's (`lowrank_ops.moment_groups`; otherwise the data are
+            whole, a seventh of the model, 64 MiB or one layer's (`calibrate.moment_groups`; otherwise the data are
             run over once for each such group, twice with a `Budget`), that much of rows to which layers are fitted
             together, one layer's matrices in fp64, and what a backward pass of a batch keeps. With 1,024 fp32 rows on a
             CPU, a process grew by 2.7 GiB at most
@@ -120,7 +123,7 @@ def factorize_(
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
             the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
             of the whole model, and it is seen that the factorized model runs. The model is in eval mode for these runs.
-        multiple: ranks that are no ints are rounded up to a multiple of it (see `lowrank_ops.ranks`), and those for a
+        multiple: ranks that are no ints are rounded up to a multiple of it (see `decompose.ranks`), and those for a
             budget are multiples of it.
         seed: of the decompositions.
         exact: no randomized SVD, which low ranks of large linear layers and 1x1 convolutions get otherwise, where its

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from lowrank_ops.compress.report import LayerReport, Report, count_macs, count_parameters
+from lowrank_ops.compress.report import LayerReport, Report
 from lowrank_ops.model.sites import Owners, Site, find_sites, has_hooks, keep_attributes, move_hooks
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.nn.chains import ACTIVATION_MODULES, NotOneOp, activation_name
+from lowrank_ops.nn.chains import NotOneOp
+from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.plain import ACTIVATION_MODULES, activation_name
 from lowrank_ops.runtime.compiled import takes_compiled
 
 # What recipes put between the stages: skipped in looking for a chain, so that the reason against it can be

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_ops.budget.menu import is_matrix
 from lowrank_ops.calibrate.whitening import Whitening
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.ranks import Rank
@@ -19,6 +18,7 @@ from lowrank_ops.linalg.singular import energy, exactly
 from lowrank_ops.model.sites import HOOKS, own_attributes
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.plain import is_matrix
 from lowrank_ops.ops.memory import trim
 
 _ROWS = 64  # of a weight that are compared in fp64 at a time

@@ -2,7 +2,7 @@
 
 TensorLy's products of an unfolded tensor with a Khatri-Rao matrix are replaced, see
 `_ShortProducts`. The global random state and TensorLy's backend stay as they were. Decompositions into singular vectors
-are in `lowrank_ops.singular`.
+are in `lowrank_ops.linalg.singular`.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def cp_decompose(
     `tensorly.decomposition.parafac` on the four-way weight (Kolda & Bader, SIAM Review 51 (2009), section
     3.4; Lebedev et al., arXiv:1412.6553, section 3), started from the HOSVD, extra columns random. What ALS leaves
     may be terms that grow and cancel each other ("degeneracy": Krijnen et al., Psychometrika 73 (2008)). So the
-    factors are then moved to those of least sensitivity among all of no larger error (`lowrank_ops.correction`; the
+    factors are then moved to those of least sensitivity among all of no larger error (`decompose.cp_correction`; the
     error-preserving correction of Phan et al., arXiv:2008.05441).
 
     A run that ends with factors that are not finite, an error above that of a zero weight, or, corrected, terms
@@ -84,7 +84,7 @@ def cp_decompose(
 
     Args:
         weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
-        rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.ranks`. May exceed S and T.
+        rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`. May exceed S and T.
         multiple: what ranks that are no ints are rounded up to.
         iterations: sweeps of ALS in a run at most.
         tolerance: a run stops once a sweep changes the relative error by less.

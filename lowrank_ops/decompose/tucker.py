@@ -1,6 +1,6 @@
-"""Weights to factors: Tucker-2 (HOSVD start, HOOI) and SVD; CP lies in `lowrank_ops.cp`.
+"""A convolution's weight into the factors of Tucker-2: HOSVD start, HOOI.
 
-Arithmetic runs where the weight is (CPU or CUDA, else the CPU) in fp32 (Tucker and SVD of weights below fp64) or fp64
+Arithmetic runs where the weight is (CPU or CUDA, else the CPU) in fp32 (weights below fp64) or fp64
 (Gram matrices, which square the condition; errors), outside of autocast and autograd. It depends on the seed only.
 """
 
@@ -12,18 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.decompose.arithmetic import arithmetic, prepare, relative_error, store
-from lowrank_ops.decompose.cp import CPFactors, cp_decompose
-from lowrank_ops.decompose.ranks import Rank, linear_rank, tucker_ranks, unfolding
-from lowrank_ops.linalg.singular import leading_svd, leading_vectors
-
-__all__ = [
-    "CPFactors",
-    "LinearFactors",
-    "TuckerFactors",
-    "cp_decompose",
-    "svd_decompose",
-    "tucker_decompose",
-]
+from lowrank_ops.decompose.ranks import Rank, tucker_ranks, unfolding
+from lowrank_ops.linalg.singular import leading_vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +29,6 @@ class TuckerFactors:
 
     in_factor: Tensor
     core: Tensor
-    out_factor: Tensor
-    relative_error: float
-
-
-@dataclass(frozen=True, eq=False)
-class LinearFactors:
-    """Factors of a linear layer: ``W = out_factor @ in_factor``.
-
-    Attributes:
-        in_factor: ``[R, S]``.
-        out_factor: ``[T, R]``. Each singular value is split evenly (as its square root) over both.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
-    """
-
-    in_factor: Tensor
     out_factor: Tensor
     relative_error: float
 
@@ -76,7 +51,7 @@ def tucker_decompose(
 
     Args:
         weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
-        rank: int, pair ``(R1, R2)``, fraction, `Energy` or `VBMF`: see `lowrank_ops.ranks`.
+        rank: int, pair ``(R1, R2)``, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
         multiple: what ranks that are no ints are rounded up to.
         iterations: sweeps of HOOI at most; 0 gives the HOSVD.
         tolerance: HOOI stops once a sweep improves the relative error by less.
@@ -132,39 +107,3 @@ def _iterate(
 def _project(tensor: Tensor, basis: Tensor, mode: int) -> Tensor:
     """The tensor with axis `mode` in the coordinates of an orthonormal basis, ``[dim(mode), R]``."""
     return (basis.T @ unfolding(tensor, mode)).unflatten(1, tensor.transpose(0, mode).shape[1:]).transpose(0, mode)
-
-
-def svd_decompose(
-    weight: Tensor, rank: Rank, *, multiple: int = 8, seed: int = 0, name: str = "weight", exact: bool = False
-) -> LinearFactors:
-    """Truncated SVD of a linear layer's weight or a 1x1 convolution's: the best matrix of its rank.
-
-    Where the rank is at most a sixteenth of the shorter side, and that is at least 1024, it is a randomized SVD, used
-    only where its own check finds that its error is at most 1 % above the least possible (`lowrank_ops.singular`;
-    Halko, Martinsson and Tropp, SIAM Review 53 (2011)).
-
-    Args:
-        weight: ``[T, S]``, any floating dtype and device.
-        rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.ranks`.
-        multiple: what ranks that are no ints are rounded up to.
-        seed: of the randomized SVD.
-        name: the layer, for error messages.
-        exact: never the randomized SVD.
-
-    Returns:
-        `LinearFactors` in the weight's dtype and device, denormals flushed to zero.
-
-    Raises:
-        ValueError: another number of dimensions, an empty or non-finite weight, a rank that the weight does
-            not allow.
-        TypeError: a weight that is not floating point, a rank of an unknown type.
-    """
-    with arithmetic():
-        matrix, scale = prepare(weight, 2, name, copied=False)
-        count = linear_rank(rank, weight, multiple=multiple, name=name)
-        left, values, right = leading_svd(matrix, count, seed, exact)
-        roots = (values * scale).sqrt()
-        out_factor = store(left * roots, weight)
-        in_factor = store(right * roots[:, None], weight)
-        error = relative_error(weight, out_factor, lambda columns: columns, in_factor)
-    return LinearFactors(in_factor, out_factor, error)

@@ -16,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.model.sites import clash, identity_for, keep_attributes, move_hooks
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.nn.chains import activation_name
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
+from lowrank_ops.nn.plain import activation_name
 
 VERSION = 1
 

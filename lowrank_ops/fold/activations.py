@@ -13,7 +13,7 @@ from torch import fx, nn
 from lowrank_ops.fold.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.model.sites import Owners, find_sites, identity_for
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.nn.chains import activation_name
+from lowrank_ops.nn.plain import activation_name
 from lowrank_ops.runtime.compiled import takes_compiled
 
 _FUNCTIONS = {

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from lowrank_ops.fold.pairs import Fold, FoldReport, Pair, example_batches, find_pairs, require_same, run_on
 from lowrank_ops.model.batches import Batches, device_of
-from lowrank_ops.model.calls import eval_mode, model_errors
+from lowrank_ops.model.calls import model_errors
 from lowrank_ops.model.sites import Owners, Site, find_sites, identity_for
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.modules import LowRankLinear
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
+from lowrank_ops.runtime.modes import eval_mode
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

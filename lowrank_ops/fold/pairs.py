@@ -20,9 +20,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.model.batches import Batches, device_of, outputs_of
-from lowrank_ops.model.calls import eval_mode, model_errors
+from lowrank_ops.model.calls import model_errors
 from lowrank_ops.model.sites import HOOKS, has_hooks
 from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.runtime.modes import eval_mode
 from lowrank_ops.text.notes import grouped, listed
 from lowrank_ops.text.tables import as_html, as_text, new_table
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_ops.model.batches import Batch
 from lowrank_ops.model.state import in_inference_mode
 from lowrank_ops.model.weight_reads import ReadProducts, WeightReads
+from lowrank_ops.runtime.modes import eval_mode, no_nested_tensors, synchronize
 from lowrank_ops.runtime.nested import values_of
 
 _SECONDS_PER_SHAPE = 0.2
@@ -229,31 +230,3 @@ def _seconds(module: nn.Module, input: Tensor) -> float:
     module.forward(input)
     synchronize(input.device)
     return time.perf_counter() - started
-
-
-def synchronize(device: torch.device | None = None) -> None:
-    """Waits until an accelerator has done what it was given: that of `device`, or else the current one, if any."""
-    if torch.accelerator.is_available() if device is None else device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-@contextmanager
-def no_nested_tensors() -> Iterator[None]:
-    """torch's transformers without their fast path, which packs padded sequences into tensors without a shape."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_ops.model.calls import run_example, synchronize
+from lowrank_ops.model.calls import run_example
 from lowrank_ops.model.sites import HOOKS, Site
+from lowrank_ops.runtime.modes import synchronize
 
 # Rounds of one run each, at least and at most; between the two they take about so many seconds.
 _ROUNDS, _SECONDS = (3, 50), 0.5

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_ops.nn.dense_weight import METADATA
+from lowrank_ops.runtime.metadata import METADATA
 from lowrank_ops.runtime.nested import is_nested
 
 

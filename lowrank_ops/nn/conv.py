@@ -11,15 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ops.decompose.ranks import Rank
-from lowrank_ops.nn import chains
-from lowrank_ops.nn.base import (
-    FactorizedModule,
-    at_least,
-    check_activation,
-    check_replaceable,
-    groups_reason,
-    refuse_energy,
-)
+from lowrank_ops.nn import chains, plain
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.checks import at_least, check_activation, check_replaceable, groups_reason, refuse_energy
 from lowrank_ops.nn.init import Init
 from lowrank_ops.runtime.nested import refuse_nested
 
@@ -112,7 +106,7 @@ class FactorizedConv(FactorizedModule):
 
         With an activation: that convolution and the activation's module in an nn.Sequential.
         """
-        conv = chains.conv_layer(
+        conv = plain.conv_layer(
             self._dense_weight(),
             self.bias,
             stride=self.stride,
@@ -121,7 +115,7 @@ class FactorizedConv(FactorizedModule):
             padding_mode=self.padding_mode,
         )
         conv.weight.requires_grad_(self.out_factor.requires_grad)
-        dense = conv if self.activation == "none" else chains.with_activation([conv], self.activation)
+        dense = conv if self.activation == "none" else plain.with_activation([conv], self.activation)
         return dense.train(self.training)
 
     def dropped_steps(self) -> tuple[int, ...]:
@@ -180,7 +174,7 @@ class FactorizedConv(FactorizedModule):
             _image_axes(self.dilation, 1),
         )
         if self.padding == "same":
-            sides = [chains.same_padding(size, step) for size, step in zip(kernel, dilation, strict=True)]
+            sides = [plain.same_padding(size, step) for size, step in zip(kernel, dilation, strict=True)]
         else:
             pixels = (0,) * self.axes if self.padding == "valid" else self.padding
             sides = [(size, size) for size in _image_axes(pixels, 0)]  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.nn.init import is_sharded, product_norm_squared
+from lowrank_ops.nn.init import product_norm_squared
 from lowrank_ops.runtime.autocast import no_autocast
+from lowrank_ops.runtime.torch_internals import is_sharded
 
 
 def frobenius_norm_squared(module: FactorizedModule) -> Tensor:

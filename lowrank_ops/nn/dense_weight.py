@@ -11,21 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-
-def _getters(*names: str) -> frozenset[Any]:
-    return frozenset(getattr(Tensor, name).__get__ for name in names)
-
-
-_DEVICE = _getters("device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu") | {Tensor.get_device}
-
-# What is answered without the values of a tensor.
-METADATA: frozenset[Any] = (
-    _DEVICE
-    | _getters("dtype", "itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape")
-    | {Tensor.dim, Tensor.ndimension, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.element_size}
-    | {Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.__hash__}
-    | {torch.numel, torch.is_floating_point, torch.is_complex}
-)
+from lowrank_ops.runtime.metadata import DEVICE, METADATA
 
 # What gives the address of a tensor that is freed at once, or waits for a gradient that never comes.
 _REFUSED = ("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad")
@@ -72,7 +58,7 @@ class DenseWeight(Tensor):
         if isinstance(first, DenseWeight):
             if func in METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
-                    return func(first._like if func in _DEVICE else first, *args[1:], **kwargs)
+                    return func(first._like if func in DEVICE else first, *args[1:], **kwargs)
             name = func.__name__
             if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):  # torch's names of what changes
                 _refuse(first._owner, name)

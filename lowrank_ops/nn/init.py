@@ -8,15 +8,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_ops.runtime.autocast import no_autocast
-
-if TYPE_CHECKING:
-    from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.runtime.torch_internals import is_sharded
 
 Initializer = Callable[[Tensor], Any]
 
@@ -51,12 +49,24 @@ class Spectral:
 Init = str | Initializer | Spectral
 
 
-def draw_factors(module: FactorizedModule, init: Init) -> None:
+def draw_factors(
+    name: str,
+    factors: Mapping[str, Tensor],
+    dense_shape: tuple[int, ...],
+    decompose: Callable[[Tensor], Mapping[str, Tensor]],
+    init: Init,
+) -> None:
     """Gives the factors of a module new values; `FactorizedModule.reset_parameters` says which.
 
-    Nothing happens to a module on the meta device.
+    Nothing happens to factors on the meta device.
+
+    Args:
+        name: of the module, for errors.
+        factors: the module's, written in place.
+        dense_shape: of the dense weight.
+        decompose: factors of a dense weight, a 1-D convolution's with height 1.
+        init: checked by `check_init` before.
     """
-    name, factors = type(module).__name__, module.factors()
     if any(factor.is_meta for factor in factors.values()):
         return
     if any(map(is_sharded, factors.values())):
@@ -64,13 +74,11 @@ def draw_factors(module: FactorizedModule, init: Init) -> None:
             f"{name}: init {_shown(init)} needs whole factors, got sharded ones (DTensor); call reset_parameters "
             "before fully_shard, or use init='default'"
         )
-    dense_shape = (*factors["out_factor"].shape[:1], factors["in_factor"].shape[1], *getattr(module, "kernel_size", ()))
     with torch.no_grad(), no_autocast():
         if init == "spectral" or isinstance(init, Spectral):
             source = init.init if isinstance(init, Spectral) else "default"
             weight = _draw(name, source, dense_shape, factors["in_factor"])
-            image = weight.unsqueeze(2) if weight.dim() == 3 else weight
-            values, _ = module._decompose(image, module.rank, 1, 0, name, False)
+            values = dict(decompose(weight.unsqueeze(2) if weight.dim() == 3 else weight))
         elif init in ("eye", "dirac"):
             values = {key: _identity(key, torch.zeros_like(factor)) for key, factor in factors.items()}
         else:
@@ -129,11 +137,6 @@ def product_norm_squared(factors: Mapping[str, Tensor]) -> Tensor:
         return functools.reduce(torch.mul, grams).sum()
     taps = core.flatten(2)
     return (torch.einsum("bc,cdk,da->bak", grams[1], taps, grams[0]) * taps).sum()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes of parameters; torch may be built without torch.distributed."""
-    return hasattr(tensor, "full_tensor")
 
 
 def _draw(name: str, init: str | Initializer, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The factorized layers as nn.Modules: constructors like nn.Conv2d and nn.Linear plus `rank`.
 
-Every module calls one op of `lowrank_ops.functional`. What the ops leave to the modules (padding modes,
+Every module calls one op of `lowrank_ops.ops.functional`. What the ops leave to the modules (padding modes,
 padding="same", unbatched inputs, one-dimensional convolutions as images of height 1) is in `conv_base.py`.
 """
 
@@ -12,24 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import reference
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.decompose.ranks import Rank
-from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.svd import svd_decompose
+from lowrank_ops.decompose.tucker import tucker_decompose
 from lowrank_ops.linalg.singular import exactly
-from lowrank_ops.nn import chains
-from lowrank_ops.nn.base import (
-    FactorizedModule,
-    at_least,
-    check_activation,
-    check_replaceable,
-    layers_of,
-    refuse_energy,
-    widened,
-)
+from lowrank_ops.nn import chains, plain
+from lowrank_ops.nn.base import FactorizedModule, widened
+from lowrank_ops.nn.checks import at_least, check_activation, check_replaceable, layers_of, refuse_energy
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.init import Init
+from lowrank_ops.ops import reference
 from lowrank_ops.ops.extension import ops_for
 from lowrank_ops.ops.functional import cp_conv2d, lowrank_linear, tucker_conv2d
 from lowrank_ops.runtime.nested import is_nested, on_values
@@ -46,23 +40,23 @@ class _TuckerConv(FactorizedConv):
     def from_sequential(cls, seq: nn.Sequential) -> Self:
         """Fuses a chain (1x1, KxK, 1x1) with an optional activation; the module holds copies of the weights.
 
-        Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.chains`).
+        Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.nn.chains`).
         """
         return cls._from_chain(chains.read_tucker(layers_of(cls.__name__, seq), cls.axes), seq)
 
     def to_sequential(self) -> nn.Sequential:
         """The plain chain of three convolutions and the activation, with copies of the values."""
         pointwise = (slice(None), slice(None), *(None,) * self.axes)
-        core = chains.conv_layer(
+        core = plain.conv_layer(
             self.core,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             padding_mode=self.padding_mode,
         )
-        first = chains.conv_layer(self.in_factor[pointwise])
-        last = chains.conv_layer(self.out_factor[pointwise], self.bias)
-        return chains.with_activation([first, core, last], self.activation).train(self.training)
+        first = plain.conv_layer(self.in_factor[pointwise])
+        last = plain.conv_layer(self.out_factor[pointwise], self.bias)
+        return plain.with_activation([first, core, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
         core, panels = self._core(), self._panels(image)
@@ -198,7 +192,7 @@ class _CPConv(FactorizedConv):
         either of them. Two pointwise convolutions are a block of one tap, its height and width factors ones.
         The module holds copies of the weights.
 
-        Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.chains`).
+        Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.nn.chains`).
         """
         return cls._from_chain(chains.read_cp(layers_of(cls.__name__, seq), cls.axes), seq)
 
@@ -211,7 +205,7 @@ class _CPConv(FactorizedConv):
         pointwise = (slice(None), slice(None), *(None,) * self.axes)
         if max(self.kernel_size) == 1:
             return self._pointwise_pair(pointwise)
-        layers = [chains.conv_layer(self.in_factor[pointwise])]
+        layers = [plain.conv_layer(self.in_factor[pointwise])]
         for axis, factor in enumerate(list(self.factors().values())[1:-1]):
             kernel = [1] * self.axes
             kernel[axis] = self.kernel_size[axis]
@@ -220,7 +214,7 @@ class _CPConv(FactorizedConv):
                 return tuple(value if place == axis else other for place, value in enumerate(values))
 
             layers.append(
-                chains.conv_layer(
+                plain.conv_layer(
                     factor.reshape(self.rank, 1, *kernel),
                     stride=own(self.stride, 1),
                     padding=self.padding if isinstance(self.padding, str) else own(self.padding, 0),
@@ -229,21 +223,21 @@ class _CPConv(FactorizedConv):
                     padding_mode=self.padding_mode,
                 )
             )
-        layers.append(chains.conv_layer(self.out_factor[pointwise], self.bias))
-        return chains.with_activation(layers, self.activation).train(self.training)
+        layers.append(plain.conv_layer(self.out_factor[pointwise], self.bias))
+        return plain.with_activation(layers, self.activation).train(self.training)
 
     @torch.no_grad()
     def _pointwise_pair(self, pointwise: tuple[slice | None, ...]) -> nn.Sequential:
         taps = widened(self._height_factor()) * widened(self.width_factor)
-        first = chains.conv_layer(
+        first = plain.conv_layer(
             (widened(self.in_factor) * taps).to(self.in_factor.dtype)[pointwise],
             stride=self.stride,
             padding=self.padding,
             padding_mode=self.padding_mode,
         )
         first.weight.requires_grad_(self.in_factor.requires_grad)
-        last = chains.conv_layer(self.out_factor[pointwise], self.bias)
-        return chains.with_activation([first, last], self.activation).train(self.training)
+        last = plain.conv_layer(self.out_factor[pointwise], self.bias)
+        return plain.with_activation([first, last], self.activation).train(self.training)
 
     def _op(self, image: Tensor) -> Tensor:
         factors = (self.in_factor, self._height_factor(), self.width_factor, self.out_factor)
@@ -434,15 +428,15 @@ class LowRankLinear(FactorizedModule):
     def to_dense(self) -> nn.Module:
         """A plain nn.Linear with the product of the factors, formed in float32 at least; with an activation,
         followed by its module in an nn.Sequential."""
-        linear = chains.linear_layer(self._dense_weight(), self.bias)
+        linear = plain.linear_layer(self._dense_weight(), self.bias)
         linear.weight.requires_grad_(self.out_factor.requires_grad)
-        dense = linear if self.activation == "none" else chains.with_activation([linear], self.activation)
+        dense = linear if self.activation == "none" else plain.with_activation([linear], self.activation)
         return dense.train(self.training)
 
     def to_sequential(self) -> nn.Sequential:
         """The plain chain of two nn.Linear and the activation, with copies of the values."""
-        layers = [chains.linear_layer(self.in_factor), chains.linear_layer(self.out_factor, self.bias)]
-        return chains.with_activation(layers, self.activation).train(self.training)
+        layers = [plain.linear_layer(self.in_factor), plain.linear_layer(self.out_factor, self.bias)]
+        return plain.with_activation(layers, self.activation).train(self.training)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -1,6 +1,6 @@
 """The same maths as a chain of library calls: the specification, in any dtype, fp64 for judging.
 
-Signatures as in `lowrank_ops.functional`. Also the dense weights that the factors stand for.
+Signatures as in `lowrank_ops.ops.functional`. Also the dense weights that the factors stand for.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lowrank_ops.model.batches import Batch, Batches, device_of, outputs_of
-from lowrank_ops.model.calls import eval_mode
 from lowrank_ops.runtime.compiled import takes_compiled
+from lowrank_ops.runtime.modes import eval_mode
 from lowrank_ops.text.warn import warn
 from lowrank_ops.train import processes
 from lowrank_ops.train.distill_errors import LayerErrors, layer_pairs, output_errors

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ops.nn.base import FactorizedModule
-from lowrank_ops.nn.chains import ACTIVATION_MODULES
+from lowrank_ops.nn.plain import ACTIVATION_MODULES
 
 Error = tuple[Tensor, Tensor]
 Pairs = Mapping[str, tuple[FactorizedModule, nn.Module]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_ops.nn.init import is_sharded
+from lowrank_ops.runtime.torch_internals import is_sharded
 
 
 def count() -> int:

@@ -21,9 +21,9 @@ from lowrank_ops.budget import menu as options
 from lowrank_ops.budget import spending
 from lowrank_ops.budget.knapsack import Option, allocate
 from lowrank_ops.budget.menu import Choice, count_cost, options_for
-from lowrank_ops.compress.report import count_macs, count_parameters
 from lowrank_ops.model.sites import Site
 from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.counts import count_macs, count_parameters
 
 
 @pytest.mark.parametrize("seed", range(20))

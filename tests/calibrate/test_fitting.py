@@ -13,7 +13,8 @@ from lowrank_ops.calibrate import fitting
 from lowrank_ops.calibrate.fitting import Regression, refit
 from lowrank_ops.calibrate.moments import Moments
 from lowrank_ops.calibrate.whitening import Whitening
-from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.svd import svd_decompose
+from lowrank_ops.decompose.tucker import tucker_decompose
 from lowrank_ops.linalg import roots
 from lowrank_ops.linalg.roots import Root
 from tests.support.triangles import moments_of, symmetric, triangle_of

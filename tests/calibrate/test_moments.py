@@ -17,7 +17,6 @@ import lowrank_ops
 from lowrank_ops.calibrate import shrinkage
 from lowrank_ops.calibrate.moments import (
     HeldOut,
-    Layer,
     Watched,
     draw_positions,
     gather_moments,
@@ -26,6 +25,7 @@ from lowrank_ops.calibrate.moments import (
     watch,
 )
 from lowrank_ops.model.batches import Batches
+from lowrank_ops.nn.plain import Layer
 from tests.support.triangles import symmetric
 
 LAYERS = [

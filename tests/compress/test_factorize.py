@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lowrank_ops.budget.knapsack import Budget
 from lowrank_ops.compress.factorize import factorize_, fuse_
-from lowrank_ops.compress.report import count_macs, count_parameters
 from lowrank_ops.decompose.ranks import Energy
 from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.ops.explain import explain
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from lowrank_ops import Budget, factorize_
-from lowrank_ops.compress.report import LayerReport, Report, count_parameters
+from lowrank_ops.compress.report import LayerReport, Report
 from lowrank_ops.model import timing
+from lowrank_ops.nn.counts import count_parameters
 from lowrank_ops.text.notes import grouped, listed
 from lowrank_ops.text.tables import as_text, figure, new_table
 from tests.support.paths import REPOSITORY

@@ -19,7 +19,8 @@ from lowrank_ops.decompose import arithmetic, cp
 from lowrank_ops.decompose import tucker as decompose
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.decompose.ranks import Energy
-from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.svd import svd_decompose
+from lowrank_ops.decompose.tucker import tucker_decompose
 
 SHAPE = (24, 18, 3, 5)  # T, S, KH, KW
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -305,7 +306,8 @@ MEMORY = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from lowrank_ops.decompose.cp import cp_decompose
-from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.tucker import tucker_decompose
+from lowrank_ops.decompose.svd import svd_decompose
 # 4.8 MB; a full set of singular vectors of an unfolding has S KH KW = 18720 rows and columns: 1.4 GB.
 weight = torch.randn(64, 96, 15, 13)
 small = weight[:16, :8]  # loads what is loaded lazily

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, factorize_
-from lowrank_ops.decompose.tucker import svd_decompose, tucker_decompose
+from lowrank_ops.decompose.svd import svd_decompose
+from lowrank_ops.decompose.tucker import tucker_decompose
 from lowrank_ops.linalg import singular
 from lowrank_ops.linalg.singular import leading_svd, leading_vectors
 

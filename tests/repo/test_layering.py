@@ -1,4 +1,4 @@
-"""The include rules: which folder of csrc/ may know of torch and of CUDA."""
+"""The include rules: the order of csrc/'s folders, and which of them may know of torch and of CUDA."""
 
 from __future__ import annotations
 
@@ -18,15 +18,33 @@ CUDA = re.compile(r"^(cuda\w*\.h$|cuda/std|cublas|cudnn|cute/|cutlass/|nvrtc)")
 DEVICE_CODE = re.compile(r".*\.cuh?$")
 PLAIN_CPP = re.compile(r"^[a-z_]+$")  # <vector>, <cstdint>: the standard library has no dots or slashes
 
-# folder -> what its files must not include
+# folder -> what its files must not include, directly or through other headers
 FORBIDDEN = {
-    ".": (CUDA, DEVICE_CODE),
     "plan": (TORCH, CUDA, DEVICE_CODE),
-    "kernels": (TORCH,),
-    "cuda": (DEVICE_CODE,),
+    "plan/cpu": (TORCH, CUDA, DEVICE_CODE),
+    "plan/gpu": (TORCH, CUDA, DEVICE_CODE),
     "cpu/kernels": (TORCH, CUDA, DEVICE_CODE),
+    "cuda/kernels": (TORCH,),
+    "ops": (CUDA, DEVICE_CODE),
     "cpu": (CUDA, DEVICE_CODE),
+    "cuda": (DEVICE_CODE,),
+    "python": (CUDA, DEVICE_CODE),
 }
+# From the ground up: a folder includes from those before it, and from itself.
+FLOORS = (
+    ("plan",),
+    ("plan/cpu",),
+    ("plan/gpu",),
+    ("cpu/kernels", "cuda/kernels"),
+    ("ops",),
+    ("cpu", "cuda"),
+    ("python",),
+)
+HEIGHT = {folder: height for height, folders in enumerate(FLOORS) for folder in folders}
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(CSRC).parent.as_posix()
 
 
 def includes(path: Path) -> list[str]:
@@ -64,14 +82,22 @@ def test_the_patterns_tell_the_toolkit_from_the_project() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
 def test_includes(path: Path) -> None:
     """Also through other headers of the project."""
-    folder = path.relative_to(CSRC).parent.as_posix()
-    rules = [
-        rule for name, rules in FORBIDDEN.items() if folder == name or folder.startswith(name + "/") for rule in rules
-    ]
+    folder = folder_of(path)
+    rules = FORBIDDEN[folder]
     for source in reachable(path):
         for name in includes(source):
             broken = any(rule.match(name) for rule in rules)
             assert not broken, f"{source.relative_to(CSRC)} includes {name}, which {folder}/ must not know"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes_come_from_lower_folders(path: Path) -> None:
+    own = folder_of(path)
+    for name in includes(path):
+        other = (CSRC / name).resolve()
+        if other.is_file():
+            found = folder_of(other)
+            assert found == own or HEIGHT[found] < HEIGHT[own], f"csrc/{own} must not include {name}: it is not below"
 
 
 @pytest.mark.parametrize("folder", ["plan", "cpu/kernels"])
@@ -88,7 +114,7 @@ def test_only_the_standard_library_and_the_project(folder: str) -> None:
 
 def test_the_cuda_host_code_holds_no_kernels() -> None:
     """It is compiled by the C++ compiler, with torch's headers; kernels by nvcc, without."""
-    host = [path for path in SOURCES if path.relative_to(CSRC).parts[0] == "cuda"]
+    host = [path for path in SOURCES if folder_of(path) == "cuda"]
     assert host
     for path in host:
         text = path.read_text()
@@ -98,9 +124,9 @@ def test_the_cuda_host_code_holds_no_kernels() -> None:
 
 
 def test_kernels_are_launched_by_one_file_an_op_and_family() -> None:
-    launch = (CSRC / "kernels" / "launch.h").read_text()
+    launch = (CSRC / "cuda/kernels" / "launch.h").read_text()
     declared = set(re.findall(r"cudaError_t launch_(\w+)\(", launch))
-    assert declared == {path.stem for path in (CSRC / "kernels").glob("*.cu")}
+    assert declared == {path.stem for path in (CSRC / "cuda/kernels").glob("*.cu")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))

@@ -34,8 +34,8 @@
 //   input_free                the 8 warps have issued and awaited their last stage 1 of the tile
 #pragma once
 
-#include "cuda/kernels/cp_sm90a.h"
 #include "cuda/kernels/hopper_tiles.cuh"
+#include "plan/gpu/cp_sm90a.h"
 
 namespace lowrank_ops::hopper {
 

@@ -37,7 +37,7 @@
 #pragma once
 
 #include "cuda/kernels/hopper_tucker.cuh"
-#include "cuda/kernels/tucker_sm90a.h"
+#include "plan/gpu/tucker_sm90a.h"
 
 namespace lowrank_ops::hopper {
 

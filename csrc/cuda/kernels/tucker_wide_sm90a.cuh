@@ -34,7 +34,7 @@
 #pragma once
 
 #include "cuda/kernels/hopper_tucker.cuh"
-#include "cuda/kernels/tucker_wide_sm90a.h"
+#include "plan/gpu/tucker_wide_sm90a.h"
 
 namespace lowrank_ops::hopper {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "plan/gpu/geometry.h"
+#include "plan/integers.h"
 
 namespace lowrank_ops {
 

@@ -10,11 +10,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LOWRANK_OPS_BOTH __host__ __device__
-#else
-#define LOWRANK_OPS_BOTH
-#endif
+#include "plan/integers.h"
 
 namespace lowrank_ops {
 
@@ -26,13 +22,6 @@ constexpr int kInputChunkBytes = 64;  // of a pixel's input channels in a chunk 
 constexpr int kMaxChunkBytes = 256;   // of a row in a chunk of the other stages
 constexpr int kStagedColumns = 32;    // channels of the output that a warp stages at a time, as sums
 constexpr int kStagedStride = 40;     // sums between two rows of them
-
-LOWRANK_OPS_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-LOWRANK_OPS_BOTH constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
 
 // Division by a number that the host knows, for kernels: a multiplication and a shift. Exact for 0 <= n < 2^31: with
 // 2^shift >= divisor, factor is by no more than one above 2^(31 + shift) / divisor.
@@ -80,7 +69,7 @@ constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
     {2, 2, 4, 2, 4},  // 64 pixels: small problems, large hidden tiles; the one for fp64
 };
-// Pixels and columns alone; kernels/<op>_sm90a.h has what these kernels are really made of.
+// Pixels and columns alone; <op>_sm90a.h has what these kernels are really made of.
 constexpr Config kSm90aConfigs[] = {
     {4, 1, 2, 1, 8},   // Tucker: 8x8 pixels
     {7, 1, 2, 1, 8},   // CP: 14x8 pixels

@@ -195,7 +195,7 @@ bool is_lean(const Problem& p, const GpuKernel& kernel) {
 }
 
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
-  if (is_sm90a(kernel)) {  // the rest is their own (kernels/<op>_sm90a.h)
+  if (is_sm90a(kernel)) {  // the rest is their own (<op>_sm90a.h)
     SharedLayout layout;
     layout.bytes = sm90a_bytes(kernel, geometry);
     return layout;

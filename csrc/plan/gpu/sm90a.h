@@ -4,10 +4,10 @@
 
 #include <string>
 
-#include "cuda/kernels/cp_sm90a.h"
-#include "cuda/kernels/tucker_sm90a.h"
-#include "cuda/kernels/tucker_wide_sm90a.h"
 #include "plan/gpu/cost.h"
+#include "plan/gpu/cp_sm90a.h"
+#include "plan/gpu/tucker_sm90a.h"
+#include "plan/gpu/tucker_wide_sm90a.h"
 
 namespace lowrank_ops {
 

@@ -1,0 +1,118 @@
+"""How many parameters and multiply-accumulates a layer has, dense or factorized."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.nn.conv import FactorizedConv
+from lowrank_ops.nn.plain import same_padding
+from lowrank_ops.runtime.compiled import uncompiled
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, bias included; shared ones once, those of lazy layers not yet."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+
+
+def count_layer_weights(model: nn.Module, layer_name: str) -> int:
+    """Number of weights of one layer of a model, dense or factorized, its bias included.
+
+    It is what `Report.to_pandas` has as `uncompressed_layer_size` of the dense layer and `compressed_layer_size` of
+    the factorized one. Weights that the layer uses twice count once.
+
+    Args:
+        model: the network.
+        layer_name: the qualified name of a layer in it ("features.3"); of a container all that is inside counts.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        KeyError: no layer of that name; the message has names that come close.
+        ValueError: the layer is lazy: its size is unknown until the model has run once.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"count_layer_weights: model must be an nn.Module, got {type(model).__name__}")
+    layers = dict(model.named_modules(remove_duplicate=False))
+    with uncompiled(model) as plain:  # the names in reports
+        layers.update(plain.named_modules(remove_duplicate=False))
+    if layer_name not in layers:
+        near = difflib.get_close_matches(layer_name, layers, 3) or [name for name in layers if name][:3]
+        raise KeyError(
+            f"count_layer_weights: layer_name must be the qualified name of a layer of {type(model).__name__}, got "
+            f"{layer_name!r}; it has {', '.join(map(repr, near))}, see model.named_modules()"
+        )
+    if any(map(is_lazy, layers[layer_name].parameters())):
+        raise ValueError(f"count_layer_weights: {layer_name!r} is lazy: run the model once, its size is unknown before")
+    return count_parameters(layers[layer_name])
+
+
+def count_macs(layer: nn.Module, input_shape: Sequence[int] | None = None) -> int | None:
+    """Multiply-accumulates of a convolution, linear layer or factorized module.
+
+    `input_shape` as the layer takes it, batched or not; None counts per output pixel (per row for a linear
+    layer), where the first stage of a strided block works on more than one pixel. The count is that of the
+    chain of stages: padding is multiplied like pixels, halos of a fused kernel's tiles are not counted. None
+    if it is not known (a transposed convolution without a shape, another kind of layer).
+    """
+    if any(map(is_lazy, layer.parameters())):
+        return None
+    if isinstance(layer, _ConvNd):
+        return _dense_conv_macs(layer, input_shape)
+    if isinstance(layer, FactorizedConv):
+        return _factorized_conv_macs(layer, input_shape)
+    rows = 1 if input_shape is None else math.prod(input_shape[:-1])
+    if isinstance(layer, nn.Linear):
+        return rows * layer.in_features * layer.out_features
+    if isinstance(layer, FactorizedModule):
+        return rows * sum(factor.numel() for factor in layer.factors().values())
+    return None
+
+
+def _dense_conv_macs(layer: _ConvNd, input_shape: Sequence[int] | None) -> int | None:
+    per_pixel = math.prod(layer.weight.shape)  # [T, S / groups, *kernel], transposed [S, T / groups, *kernel]
+    if input_shape is None:
+        return None if isinstance(layer, _ConvTransposeNd) else per_pixel
+    axes = len(layer.kernel_size)
+    images = math.prod(input_shape[: -axes - 1])
+    sizes = tuple(input_shape[-axes:])
+    pixels = sizes if isinstance(layer, _ConvTransposeNd) else _output_sizes(layer, sizes)
+    return images * per_pixel * math.prod(pixels)
+
+
+def _factorized_conv_macs(layer: FactorizedConv, input_shape: Sequence[int] | None) -> int:
+    steps = layer.dropped_steps()
+    if input_shape is None:
+        images, outputs = 1, (1,) * layer.axes
+        inputs = tuple(stride // step for stride, step in zip(layer.stride, steps, strict=True))
+    else:
+        images = math.prod(input_shape[: -layer.axes - 1])
+        sizes = tuple(input_shape[-layer.axes :])
+        outputs = _output_sizes(layer, sizes)
+        inputs = tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))
+    first, *spatial, last = layer.factors().values()
+    total = first.numel() * math.prod(inputs) + last.numel() * math.prod(outputs)
+    done: tuple[int, ...] = ()  # axes along which a spatial stage has already gone from input to output pixels
+    for factor in spatial:
+        done = outputs if len(spatial) == 1 else outputs[: len(done) + 1]
+        total += factor.numel() * math.prod(done) * math.prod(inputs[len(done) :])
+    return images * total
+
+
+def _output_sizes(layer: Any, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Output pixels per axis of a convolution, dense or factorized, by nn.Conv2d's formula."""
+    result = []
+    for axis, size in enumerate(sizes):
+        kernel, dilation = layer.kernel_size[axis], layer.dilation[axis]
+        if layer.padding == "same":
+            padding = sum(same_padding(kernel, dilation))
+        else:
+            padding = 0 if layer.padding == "valid" else 2 * layer.padding[axis]
+        result.append((size + padding - dilation * (kernel - 1) - 1) // layer.stride[axis] + 1)
+    return tuple(result)
