@@ -66,7 +66,8 @@ format: .venv/packages
 # Warnings are errors.
 docs: .venv/built .venv/pdoc
 	rm -rf build/docs
-	$(VENV)/python -W error::UserWarning -m pdoc --docformat google --no-show-source --output-directory build/docs lowrank_ops
+	$(VENV)/python -W error::UserWarning -m pdoc --docformat google --no-show-source -o build/docs \
+	  lowrank_ops lowrank_ops.ops.reference
 	@echo "written: build/docs/lowrank_ops.html"
 
 figures: .venv/packages
