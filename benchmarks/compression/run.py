@@ -17,6 +17,7 @@ import argparse
 import copy
 import functools
 import json
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -263,8 +264,9 @@ def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path
 
     shown = [row for row in rows if row.question == "latency"]
     networks = list(dict.fromkeys(row.network for row in shown))
+    # 8 inches at three networks: a README shows it 800 pixels wide, and its letters must then be legible.
     figure, axes = pyplot.subplots(
-        1, len(networks), figsize=(5 * len(networks), 4), layout="constrained", squeeze=False
+        1, len(networks), figsize=(8 / 3 * len(networks), 3.3), layout="constrained", squeeze=False
     )
     for axis, network in zip(axes[0], networks, strict=True):
         for label, marker, chosen in KINDS:
@@ -273,13 +275,15 @@ def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path
                 axis.plot(*zip(*points, strict=True), marker=marker, label=label)
         dense = next(row.dense for row in shown if row.network == network)
         axis.axhline(dense, color="black", linewidth=1, label="dense")
-        axis.set(
-            title=f"{network}: {samples[network]}", xlabel="times as fast as the dense network", ylabel="low is good"
-        )
-        axis.title.set_fontsize(7)
-        axis.legend(fontsize=8)
+        axis.set_title("\n".join(textwrap.wrap(f"{network}: {samples[network]}", 38)), fontsize=8)
+        axis.set_xlabel("times as fast as the dense network", fontsize=9)
+        axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])
+        axis.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("error: low is good", fontsize=9)
+    known = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), fontsize=9)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=200)
     pyplot.close(figure)
 
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "plan/cpu/patches.h"
-#include "plan/integers.h"
+#include "plan/gpu/geometry.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {
