@@ -1,8 +1,8 @@
 """`python -m benchmarks.studies.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
 
 Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
-`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu/cost.h costs (non-negative least squares on
-relative errors), and writes csrc/plan/gpu/cost_constants.inc. What it is judged by is the regret: how much longer the
+`benchmarks.gpu.kernels --json`, fits the cost of each feature of csrc/plan/gpu/cost.h (non-negative least squares on
+relative errors), and writes csrc/plan/gpu/cost_constants.inc. A fit is judged by its regret: how much longer the
 planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
 """
 
@@ -30,7 +30,7 @@ CONSTANTS = Path(__file__).parents[2] / "csrc/plan/gpu/cost_constants.inc"
 FUSED_GROUPS = (
     "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
 )  # fmt: skip
-UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
+UNKNOWN = 5e-8  # seconds per item of a feature that no file has measured in any group
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 
 
@@ -39,8 +39,8 @@ class Observation:
     """One way to run a cell: its features and the seconds that it took on the GPU.
 
     Attributes:
-        beside: seconds that the op takes beside them, where this is a library's way that stands for its chain.
-        is_ours: whether the op has this way for the input of that run; not so the chain in the other layout.
+        beside: seconds that the op takes besides, where the library's chain was timed instead of the op's own.
+        is_ours: whether the op could run the input of that run in this way (not the chain in the other layout).
     """
 
     cell: str
@@ -53,7 +53,7 @@ class Observation:
 
 
 def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[object, ...]:
-    """A cell as `_C` takes it."""
+    """A cell in the form that `_C` takes."""
     tf32 = dtype == "tf32"
     name = "float32" if tf32 else dtype
     r1, r2 = cell.rank if isinstance(cell.rank, tuple) else (cell.rank, cell.rank)
@@ -65,7 +65,7 @@ def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[objec
 
 
 def chain_kind(described: tuple[object, ...]) -> str:
-    """Which of the peers is the chain that the op runs."""
+    """The peer that is the same as the op's own chain."""
     return "merged" if _C.merges_depthwise(described) else "chain"
 
 
@@ -87,10 +87,11 @@ def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: st
 
 
 def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: str) -> Observation | None:
-    """The chain as the op runs it: with CP's depthwise stages merged where the planner says so.
+    """The chain as the op runs it, with CP's depthwise stages merged where the planner says so. None: another chain.
 
-    A library's way in the input's layout stands for it. For Tucker in NCHW the op took 0.8 to 1.1 times as long where
-    it keeps the core in channels_last (library_core of chain.cpp); elsewhere its copy of the core is not in the times.
+    The library's chain in the input's layout was timed in its place. For Tucker in NCHW the op took 0.8 to 1.1 times as
+    long where it keeps the core in channels_last (library_core of chain.cpp); elsewhere the op's copy of the core is
+    missing in these times.
     """
     whole = described(cell, dtype, "nchw" not in name)
     if not name.startswith(chain_kind(whole)) or name.endswith("graph"):
@@ -103,10 +104,10 @@ def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: s
 
 
 def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
-    """The GPU and what was measured on it, by either kind of file; `general`: there were no lean kernels yet.
+    """The GPU of a file of either kind, and its observations. `general`: the file is older than the lean kernels.
 
     Raises:
-        ValueError: no GPU's file, or that of a GPU that the planner has no figures of.
+        ValueError: the file is not of a GPU that the planner has figures of.
     """
     content = json.loads(path.read_text())
     name = content.get("device", {}).get("name", "")
@@ -121,17 +122,17 @@ def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
     for cell, dtype, times in entries(content):
         for way, seconds in times.items():
             if way.startswith(cell.op):
-                if way.split(" ")[0] not in kernels:  # measured, and dropped
+                if way.split(" ")[0] not in kernels:  # a kernel that was dropped later
                     continue
                 found.append(fused(cell, dtype, way, seconds, gpu, layout, general))
             else:
                 found.append(chain(cell, dtype, way, seconds, gpu, layout))
-    # A cell is what one run measured: times of two runs, or of two layouts, are not compared.
+    # The file is part of the cell's name: times of two runs, or of two layouts, are not compared.
     return gpu, [replace(one, cell=f"{path.stem} {one.cell}") for one in fastest_slots(filter(None, found))]
 
 
 def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
-    """Of an sm90a kernel that was timed with several numbers of slots the fastest: the model has no term for them."""
+    """Keeps the fastest number of slots of every sm90a kernel: the cost model has no term for the slots."""
     kept: dict[tuple[str, str], Observation] = {}
     for one in observations:
         way = one.way.split(" ")[0] if one.group.startswith("kSm90a") else one.way
@@ -142,7 +143,7 @@ def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
 
 
 def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, float]]]:
-    """Cell, dtype, and seconds by contender."""
+    """Yields per cell: the cell, the dtype, and the seconds by contender."""
     for entry in content.get("cells", ()):
         times = {name: one["median_us"] * 1e-6 for name, one in entry["contenders"].items()}
         yield cell_from_json(entry), entry["dtype"], times
@@ -155,13 +156,13 @@ def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, floa
 
 
 def predict(observation: Observation, constants: Mapping[str, Vector], launch: float) -> float:
-    """Seconds on the GPU, as the planner predicts them where neither memory nor the peak is the limit."""
+    """The planner's predicted seconds on the GPU, where neither memory nor the peak rate is the limit."""
     seconds = float(observation.features @ constants[observation.group])
     return seconds + (launch if observation.group in FUSED_GROUPS else 0)
 
 
 def regret(observations: Iterable[Observation], found: Mapping[str, Vector], launch: float) -> tuple[float, int]:
-    """What the predictions' choice among the op's ways that were measured costs, on the GPU, beyond the fastest one.
+    """How much longer the ways chosen by prediction take on the GPU than the fastest of the op's measured ways.
 
     Returns:
         The geometric mean over the cells, minus 1, and the number of cells that have both a kernel and the chain.
@@ -175,9 +176,10 @@ def regret(observations: Iterable[Observation], found: Mapping[str, Vector], lau
 
 
 def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]:
-    """Constants by group: of fused kernels with `launch` taken off, of the op's chains as they are.
+    """Constants by group, in seconds. `launch` is subtracted from the times of fused kernels, not from those of chains.
 
-    A feature that no observation of a fused group has (element-wise copies, say) costs what it does in the others.
+    A feature that no observation of a fused group has (element-wise copies, for example) gets the largest constant that
+    it has in the other groups.
     """
     groups = defaultdict(list)
     for o in filter(lambda o: o.is_ours, observations):
@@ -200,7 +202,7 @@ def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]
 
 
 def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
-    """The launch and the constants of gpu_cost_constants.inc, as `fit` gives them: seconds."""
+    """The launch and the constants of csrc/plan/gpu/cost_constants.inc, in seconds as `fit` returns them."""
     found = {}
     for kind, group, values in re.findall(r"(Fused|Chain)Constants (\w+) = \{\{([^}]*)\}\};", text):
         found[group] = np.array([float(value) for value in values.split(",")]) / (clock if kind == "Fused" else 1)
@@ -211,7 +213,7 @@ def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
 def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> None:
     lines = [f"// Written by benchmarks/studies/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
              f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
-    for group in FUSED_GROUPS:  # each must have figures, or nothing is written
+    for group in FUSED_GROUPS:  # a group without observations raises KeyError, before anything is written
         values = ", ".join(f"{value * clock:.4g}" for value in found[group])
         lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
     for group in CHAIN_GROUPS:
