@@ -16,9 +16,9 @@
 #   memcheck, racecheck, synccheck, initcheck     every kernel once under that tool of compute-sanitizer
 #   bf16, fp16, tf32                              the quick list in that dtype; another run resumes it
 #
-# or, where a GPU is available for a quarter of an hour only, a choice of ten minutes. `brief` does not build: run `build`
-# before, on any machine with the same torch. A folder build/simt from a test run on the same kind of machine saves the
-# first minute.
+# or, where a GPU is available for a quarter of an hour only, a choice of ten minutes. `brief` does not build: run
+# `build` before, on any machine with the same torch. A folder build/simt from a test run on the same kind of machine
+# saves the first minute.
 #
 #   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile
 #
@@ -92,7 +92,7 @@ run_checks() {
   local failed=0 job
   declare -A jobs
   ready || return
-  # Builds the simulator once, or every worker would compile it; one thread per worker, or they would wait for each other.
+  # Builds the simulator once, or every worker would compile it. One thread per worker, or they would slow each other.
   "$PYTHON" -c "from tests.support.simt import building; building.build()" || return
   export OMP_NUM_THREADS=1
   tests -n "${WORKERS:-8}" tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda.py tests/ops/test_ops.py tests/ops/test_autograd.py \

@@ -59,7 +59,7 @@ class Architecture:
         return f"{self.number}{self.suffix}"
 
     def flags(self, front_end: str = "") -> list[str]:
-        """nvcc's flags for machine code, made from the PTX of `front_end` (an older architecture), and for PTX if set."""
+        """nvcc's flags for machine code, by the PTX of `front_end` (an older architecture), and for PTX if `ptx`."""
         flags = ["-gencode", f"arch=compute_{front_end or self.name},code=sm_{self.name}"]
         return flags + (["-gencode", f"arch=compute_{self.name},code=compute_{self.name}"] if self.ptx else [])
 
