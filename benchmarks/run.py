@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"threads: {torch.get_num_threads()}; peers: {', '.join(options.peers)}\n"
         f"the fused op's input is {options.layout}; the others run in both layouts, the faster counts\n"
-        f"{len(options.cells)} cells, medians over {options.seconds} s a contender, interleaved\n"
+        f"{len(options.cells)} cells, medians over {options.seconds} s per contender, interleaved\n"
         f"outputs lie on {options.memory} memory\n{LEGEND}"
     )
     for name, why in options.left_out.items():

@@ -131,7 +131,7 @@ def make_problem(
 
 
 def contenders(problem: Problem, peers: Iterable[str] = DEFAULT_PEERS) -> list[Contender]:
-    """The fused op under policy "auto", then what `peers` (out of `ALL_PEERS`) asks for and cell and dtype allow.
+    """The fused op under policy "auto", then those of `peers` (a selection of `ALL_PEERS`) that cell and dtype allow.
 
     Raises:
         ValueError: an unknown name in `peers`.

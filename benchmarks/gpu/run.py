@@ -315,7 +315,7 @@ DRY_COLUMNS = [
 
 def dry_run(options: argparse.Namespace) -> int:
     """Lists cells, contenders and the planner's predictions for a named GPU. Computes nothing and needs no GPU."""
-    print(f"dry run: nothing is measured; times are what the planner predicts for {options.gpu}, no more than that")
+    print(f"dry run: nothing is measured; the times are those that the planner predicts for {options.gpu}")
     without: dict[str, None] = {}
     over_chain: dict[tuple[str, str], list[float]] = {}
     for dtype in options.dtype:

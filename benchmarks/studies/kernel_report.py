@@ -172,7 +172,7 @@ def markdown(report: list[Instantiation], version: str) -> str:
     architectures = sorted({one.architecture for one in report})
     first = architectures[0]
     lines = [
-        "# What nvcc makes of the CUDA kernels",
+        "# The CUDA kernels as nvcc compiles them",
         "",
         f"Written by `make kernel-report` with nvcc {version}; nothing here was measured on a GPU. A number for each "
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "

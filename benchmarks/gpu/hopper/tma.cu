@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(128) tma_box_kernel(const __grid_constant__ CU
   for (int i = int(threadIdx.x); i < int(bytes) / 16; i += 128) out[i] = shared[i];
 }
 
-// The number of elements of a 10x10 box at (c, x, y, n) that differ from what they should be.
+// The number of elements of a 10x10 box at (c, x, y, n) that are wrong.
 int box_differences(Box box, const std::vector<uint16_t>& got, const std::vector<uint16_t>& image, int size,
                     int channels, int c, int x, int y, int n) {
   int differences = 0;

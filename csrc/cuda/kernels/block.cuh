@@ -28,7 +28,6 @@
 //
 // A lane holds, of each 16 x 8 tile of sums, rows lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next
 // (engine_sm80.cuh, engine_simt.cuh).
-// holds.
 #pragma once
 
 #include <type_traits>

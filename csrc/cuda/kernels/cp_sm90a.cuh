@@ -25,7 +25,7 @@
 //   ring      slots through which both factors stream anew for every tile; a slot holds a part of the ranks, of
 //             in_factor [slices][64 ranks][64 channels] or of out_factor [T][64 ranks], in the same swizzle
 //   hidden    2 tiles [160 pixels][64 ranks] in rows of 128 + 16 bytes, free of bank conflicts. The 16 bytes behind
-//             the first tile's rows hold the barriers, one per row; behind the second tile's, the bias, 4 channels each
+//             the first tile's rows hold the barriers, one per row; those of the second tile the bias, 4 channels each
 //   weights   12 floats per pair of ranks: 3 taps down, 3 across
 //
 // Barriers:

@@ -4,9 +4,9 @@
 // shared memory. The activation is chosen once per pass. Only costly ones (with divisions, exp or erf) go the way of
 // the general kernel, which stages sums, so that they are compiled once.
 //
-//   registers                              staging: 16 rows of elements        output
-//   lane: rows lane / 4 and lane / 4 + 8,  padded to an odd multiple of        a lane takes 16 bytes of a pixel, 32
-//   lanes columns lane % 4 * 2 and the next      16 bytes                            neighbouring vectors of the rows
+//   registers                              staging: 16 rows of elements    output
+//   lane: rows lane / 4 and lane / 4 + 8,  padded to an odd multiple of    16 bytes of a pixel per lane; neighbouring
+//   columns lane % 4 * 2 and the next      16 bytes                        lanes take neighbouring vectors of a row
 #pragma once
 
 #include "cuda/kernels/copy.cuh"

@@ -299,7 +299,8 @@ std::string why_not(const Plan& plan, const Plan& chosen, double margin) {
   if (plan.predicted_seconds >= chosen.predicted_seconds) return "predicted to be slower";
   char text[128];
   std::snprintf(text, sizeof text,
-                "predicted less than %.1f times as fast, which nobody has measured on this architecture", margin);
+                "predicted less than %.1f times as fast as the chain; on this architecture nobody has measured",
+                margin);
   return text;
 }
 
