@@ -1,10 +1,10 @@
-"""`python -m benchmarks.gpu.choices RESULTS.json`: what today's planner would choose among the measured ways.
+"""`python -m benchmarks.gpu.choices RESULTS.json`: what the planner of today makes of a GPU's measurements.
 
-Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`. In each cell today's
-planner chooses among the ways that were timed: every kernel that still exists, with its cut of that run, and the chain.
-The table has the times of the chosen way and of the fastest peer in microseconds: on the GPU alone, as in a CUDA graph,
-and of a call from Python on an idle GPU. In a file with NCHW inputs only the peers in NCHW count; none of those was
-timed in a CUDA graph.
+Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`. For each cell the
+planner chooses among the ways that were timed: every kernel that exists today with the cut of that run, and the
+chain. Printed are the times of its choice and of the fastest other way to run the block, in microseconds: on the GPU
+alone, as from a CUDA graph, and of a call from Python on an idle GPU. In a file of NCHW inputs the other ways are those
+in NCHW; none of them was timed in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ COLUMNS = [
 
 
 def choose(entry: dict[str, Any], layout: str, constants: dict[str, Any], launch: float) -> Choice:
-    """The planner's choice in a cell of the JSON: for the GPU's time alone, and for a call with its launches."""
+    """The planner's choice for a cell of the JSON: on the GPU alone, and of a call with its launches."""
     cell, dtype, nchw = cell_from_json(entry), entry["dtype"], layout == "nchw"
     ways = {name: one for name, one in entry["contenders"].items() if not (nchw and takes_channels_last(name))}
     described = fit_gpu_cost.described(cell, dtype, not nchw)
@@ -103,7 +103,7 @@ def takes_channels_last(peer: str) -> bool:
 
 
 def choices(path: Path) -> list[Choice]:
-    """The choices in all cells of a results file."""
+    """Of every cell of a results file."""
     (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == GPU)
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), clock)
     content = json.loads(path.read_text())

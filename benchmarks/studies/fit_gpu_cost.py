@@ -1,8 +1,8 @@
 """`python -m benchmarks.studies.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
 
 Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
-`benchmarks.gpu.kernels --json`, fits the cost of each feature of csrc/plan/gpu/cost.h (non-negative least squares on
-relative errors), and writes csrc/plan/gpu/cost_constants.inc. A fit is judged by its regret: how much longer the
+`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu/cost.h costs (non-negative least squares on
+relative errors), and writes csrc/plan/gpu/cost_constants.inc. What it is judged by is the regret: how much longer the
 planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
 """
 
@@ -30,7 +30,7 @@ CONSTANTS = Path(__file__).parents[2] / "csrc/plan/gpu/cost_constants.inc"
 FUSED_GROUPS = (
     "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
 )  # fmt: skip
-UNKNOWN = 5e-8  # seconds per item of a feature that no file has measured in any group
+UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 
 
@@ -104,10 +104,10 @@ def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: s
 
 
 def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
-    """The GPU of a file of either kind, and its observations. `general`: the file is older than the lean kernels.
+    """The GPU and what was measured on it, by either kind of file; `general`: there were no lean kernels yet.
 
     Raises:
-        ValueError: the file is not of a GPU that the planner has figures of.
+        ValueError: no GPU's file, or that of a GPU that the planner has no figures of.
     """
     content = json.loads(path.read_text())
     name = content.get("device", {}).get("name", "")
@@ -122,12 +122,12 @@ def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
     for cell, dtype, times in entries(content):
         for way, seconds in times.items():
             if way.startswith(cell.op):
-                if way.split(" ")[0] not in kernels:  # a kernel that was dropped later
+                if way.split(" ")[0] not in kernels:  # measured, and dropped
                     continue
                 found.append(fused(cell, dtype, way, seconds, gpu, layout, general))
             else:
                 found.append(chain(cell, dtype, way, seconds, gpu, layout))
-    # The file is part of the cell's name: times of two runs, or of two layouts, are not compared.
+    # A cell is what one run measured: times of two runs, or of two layouts, are not compared.
     return gpu, [replace(one, cell=f"{path.stem} {one.cell}") for one in fastest_slots(filter(None, found))]
 
 
@@ -143,7 +143,7 @@ def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
 
 
 def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, float]]]:
-    """Yields per cell: the cell, the dtype, and the seconds by contender."""
+    """Cell, dtype, and seconds by contender."""
     for entry in content.get("cells", ()):
         times = {name: one["median_us"] * 1e-6 for name, one in entry["contenders"].items()}
         yield cell_from_json(entry), entry["dtype"], times
