@@ -90,7 +90,7 @@ GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const 
 std::string size_reason(const Problem& problem);
 // The cut with the given tile (images, height, width), slots of the ring buffer (`stages`) and splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
-bool is_simt(const GpuKernel& kernel);  // multiplies without tensor cores
+bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
 int threads_of(const GpuKernel& kernel);
 // Whether the launcher takes the kernel's lean variant (cuda/kernels/common_case.h): 16-byte vectors everywhere.
 bool is_lean(const Problem& problem, const GpuKernel& kernel);
