@@ -85,8 +85,8 @@ struct GpuCandidate {
   bool no_code = false;  // the reason is that this build has no code for the GPU
 };
 GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps);
-// Why no kernel can take these sizes; "": kernels can. They compute coordinates, channels and depths in 32 bits,
-// offsets into tensors in 64.
+// Why no kernel can take these sizes; "": the sizes are no obstacle. Kernels compute coordinates, channels and depths
+// in 32 bits, offsets into tensors in 64.
 std::string size_reason(const Problem& problem);
 // The cut with the given tile (images, height, width), slots of the ring buffer (`stages`) and splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
@@ -120,7 +120,7 @@ struct SharedDecision : Decision {
 // plan_gpu behind a cache, for every call of an op. The key holds the index `device` instead of `caps`. Thread-safe.
 std::shared_ptr<const SharedDecision> cached_plan_gpu(const Problem& problem, const GpuCaps& caps, int device,
                                                       Policy policy);
-int64_t gpu_plans_made();  // how many problems cached_plan_gpu has searched a plan for
+int64_t gpu_plans_made();  // how many searches for a plan cached_plan_gpu has made
 // Restricts all later plans of this process to one kernel per op; "" lifts the restriction. False: there is no such
 // kernel, and nothing changes.
 bool force_gpu_kernel(const std::string& name);
