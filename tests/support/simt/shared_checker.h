@@ -26,10 +26,9 @@ namespace lowrank_ops::simulator {
 
 constexpr int kEpochShift = 20, kWarpShift = 11;
 constexpr uint32_t kMaxEpoch = 0xffe, kMaxWarpEpoch = 0x1ff;
-constexpr uint32_t kNever = 0xffffffff;  // state of writes: not written in this CTA
-constexpr uint32_t kPending =
-    0xfffu << kEpochShift;           // state of writes: a copy of the thread (or-ed to it) is under way
-constexpr uint32_t kLanesOf = 1024;  // `who` for several lanes of a warp, plus the warp's index
+constexpr uint32_t kNever = 0xffffffff;               // state of writes: not written in this CTA
+constexpr uint32_t kPending = 0xfffu << kEpochShift;  // state of writes: under way; or-ed with the thread
+constexpr uint32_t kLanesOf = 1024;                   // `who` for several lanes of a warp, plus the warp's index
 constexpr uint32_t kWhoMask = 2047;
 constexpr uint32_t kSeveralWarps = (1u << kEpochShift) - 1;  // threads of several warps: warp epoch and `who`, all ones
 
