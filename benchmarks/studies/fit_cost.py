@@ -135,17 +135,17 @@ def _group(one: CpuTimes) -> Group:
     return one.isa, one.cell.op, one.dtype, layout, _ranks_of_one(one.cell)
 
 
-def solve(features: Iterable[Vector], times: Iterable[float], counts: Vector | float = 1.0) -> Vector:
+def solve(features: Iterable[Vector], times: Iterable[float], counts: Vector | float = 1.0, rounds: int = 20) -> Vector:
     """Non-negative constants with a small relative error: squared for small errors, less for large ones.
 
-    `counts` says how much each row counts.
+    `counts` says how much each row counts; with one round all errors are squared.
     """
     times = np.array(list(times))
     rows = np.array(list(features)) / times[:, None]
     scale = np.maximum(rows.max(axis=0), 1e-30)
     rows /= scale
     weight = np.sqrt(counts) * np.ones(len(times))
-    for _ in range(20):
+    for _ in range(rounds):
         found, _ = nnls(rows * weight[:, None], weight)
         share = rows @ found  # predicted of measured
         weight = np.sqrt(counts / ((np.abs(share - 1) + 0.05) * np.maximum(share, 1)))
