@@ -53,7 +53,10 @@ class Observation:
     is_ours: bool = True
 
 
-def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[object, ...]:
+Described = tuple[str, str, bool, list[int], list[int], bool]
+
+
+def described(cell: Cell, dtype: str, channels_last: bool = True) -> Described:
     """A cell as `_C` takes it."""
     tf32 = dtype == "tf32"
     name = "float32" if tf32 else dtype
@@ -65,7 +68,7 @@ def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[objec
     return (cell.op, name, channels_last, sizes, window, tf32)
 
 
-def chain_kind(described: tuple[object, ...]) -> str:
+def chain_kind(described: Described) -> str:
     """Which of the peers is the chain that the op runs."""
     return "merged" if _C.merges_depthwise(described) else "chain"
 
