@@ -6,6 +6,7 @@
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make docs    the API reference, from the docstrings, into build/docs/ (pdoc)
 # make figures draws docs/dataflow.png
+# make stub    lowrank_ops/_C.pyi, the types of the extension: after a change of what csrc/python binds
 # make wheel   build a wheel into dist/ and try it in a folder of its own
 #
 # make kernel-report     registers, spills and instructions of the CUDA kernels: docs/kernel_report.md (no GPU needed)
@@ -28,7 +29,7 @@ CPP := $(shell find csrc tests/support/simt -name '*.cpp' -o -name '*.h' -o -nam
 CUDA_TORCH ?= torch==2.11.0
 CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py cuda_kernels.py cuda_host.py)
 
-.PHONY: demo test test-avx2 test-generic lint format bench docs figures wheel clean kernel-report check-cuda check-cuda-build sanitize
+.PHONY: demo test test-avx2 test-generic lint format bench docs figures stub wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
@@ -72,6 +73,11 @@ docs: .venv/built .venv/pdoc
 
 figures: .venv/packages
 	$(VENV)/python docs/draw_dataflow.py
+
+stub: .venv/built .venv/stubgen
+	$(VENV)/python -m csrc.python.write_stub
+	$(VENV)/ruff format -q lowrank_ops/_C.pyi
+	$(VENV)/ruff check -q --fix lowrank_ops/_C.pyi
 
 wheel: .venv/packages
 	rm -rf dist && $(PIP) wheel --no-build-isolation --no-deps -w dist .
@@ -130,6 +136,10 @@ sanitize: .venv/built
 
 .venv/pdoc: .venv/packages
 	$(PIP) install -q "pdoc==16.*"
+	touch $@
+
+.venv/stubgen: .venv/packages
+	$(PIP) install -q "pybind11-stubgen==3.*"
 	touch $@
 
 clean:

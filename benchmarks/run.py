@@ -116,6 +116,25 @@ GPU_ONLY = {"dry_run": False, "minutes": None, "resume": False}
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    add_cell_arguments(parser)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    choose_peers(parser, options)
+    on_cpu = options.device == "cpu"
+    options.dtype = options.dtype or (["float32", "bfloat16"] if on_cpu else ["bfloat16", "float16", "tf32"])
+    options.seconds = options.seconds or (0.25 if on_cpu else 2.0)
+    refuse_what_does_not_fit(parser, options)
+    try:
+        options.cells = select(
+            options.full, options.layer, options.sample, options.cells, options.device, options.random, options.seed
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def add_cell_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cells run."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="the device's fixed list of some 40 cells (the default)")
     which.add_argument("--full", action="store_true", help="the whole grid, with every peer; takes hours")
@@ -130,6 +149,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--seed", type=int, default=0, help="of --random; the planner's constants are fitted to blocks of seed 0"
     )
     parser.add_argument("--cells", metavar="A:B", help="only these of the cells chosen, counted from 0")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How they run."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     default = "default: float32 bfloat16; cuda: bfloat16 float16 tf32"
     parser.add_argument(
@@ -154,7 +177,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     of_gpus.add_argument("--gpu", default="H100", help="that --dry-run predicts for (default: H100)")
     of_gpus.add_argument("--minutes", type=float, help="stop in time, with what was measured written")
     of_gpus.add_argument("--resume", action="store_true", help="measure what the --json file does not hold yet")
-    options = parser.parse_args(arguments)
+
+
+def choose_peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Sets `peers` to those that run, `peers_named` to the user's words and `left_out` to those that are missing."""
     options.peers_named = options.peers
     on_cpu = options.device == "cpu"
     known = peers.PEERS if on_cpu else peers.GPU_PEERS
@@ -168,26 +194,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if name in (options.peers_named or ()):
             parser.error(f"--peers {name}: {why}")
     options.peers = [name for name in options.peers if name not in options.left_out]
-    options.dtype = options.dtype or (["float32", "bfloat16"] if on_cpu else ["bfloat16", "float16", "tf32"])
-    options.seconds = options.seconds or (0.25 if on_cpu else 2.0)
+
+
+def refuse_what_does_not_fit(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options of a GPU's run on a CPU, and the other way round."""
+    on_cpu, named = options.device == "cpu", options.peers_named or ()
     for name, default_value in GPU_ONLY.items():
         if on_cpu and getattr(options, name) != default_value:
             parser.error(f"--{name.replace('_', '-')}: needs --device cuda")
-    if on_cpu and ("tf32" in options.dtype or "graph" in asked):
+    if on_cpu and ("tf32" in options.dtype or "graph" in named):
         parser.error("tf32 and graph: need --device cuda")
-    if not on_cpu and set(engines.ENGINES) & set(asked):
+    if not on_cpu and set(engines.ENGINES) & set(named):
         parser.error(f"{' and '.join(engines.ENGINES)}: are peers on CPUs only")
     if options.resume and options.json is None:
         parser.error("--resume: needs --json")
     if not on_cpu and len(options.dtype) > 1 and (options.json or "").endswith(".json"):
         parser.error("--json: for several dtypes must be a folder, got " + options.json)
-    try:
-        options.cells = select(
-            options.full, options.layer, options.sample, options.cells, options.device, options.random, options.seed
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

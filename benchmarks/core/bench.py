@@ -205,15 +205,29 @@ def _installed(package: str) -> str:
         return ""
 
 
-def git_sha() -> str:
-    """The commit of this file's checkout, `-dirty` after local changes. Without a checkout: the commit of the build."""
+def git_sha(folder: Path = Path(__file__).parent) -> str:
+    """The commit of this file's checkout, `-dirty` with local changes; without a checkout, the build's.
+
+    Changes of benchmarks/results do not count: a run that writes its results there is still of the commit.
+    """
     import lowrank_ops
 
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git(folder, "rev-parse", "--short", "HEAD")
+        changed = _git(
+            folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", f":(top,exclude){RESULTS}"
+        )
     except (OSError, subprocess.CalledProcessError):
         return str(lowrank_ops.build_info()["git_sha"])
+    return f"{commit}-dirty" if changed else commit
+
+
+RESULTS = "benchmarks/results"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.gpu.choices RESULTS.json`: what the planner of today makes of a GPU's measurements.
+"""`python -m benchmarks.gpu.choices RESULTS`: what the planner of today makes of a GPU's measurements.
 
-Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`. For each cell the
+Reads a file of `benchmarks.run --device cuda --peers chain merged dense graph kernels --json`, or a set of
+benchmarks/results/h200.csv by its name. For each cell the
 planner chooses among the ways that were timed: every kernel that exists today with the cut of that run, and the
 chain. Printed are the times of its choice and of the fastest other way to run the block, in microseconds: on the GPU
 alone, as from a CUDA graph, and of a call from Python on an idle GPU. In a file of NCHW inputs the other ways are those
@@ -10,16 +11,16 @@ in NCHW; none of them was timed in a CUDA graph.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.core.bench import Column, Table, geometric_mean
-from benchmarks.core.layers import Cell, cell_from_json
+from benchmarks.core.layers import Cell
 from benchmarks.core.outcome import SHORT_OPS, number
-from benchmarks.studies import fit_gpu_cost
+from benchmarks.studies import fit_gpu_cost, gpu_times
+from benchmarks.studies.gpu_times import GpuTimes, Way
 from lowrank_ops.ops.extension import _C
 
 GPU = "H200"
@@ -61,12 +62,13 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def choose(entry: dict[str, Any], layout: str, constants: dict[str, Any], launch: float) -> Choice:
-    """The planner's choice for a cell of the JSON: on the GPU alone, and of a call with its launches."""
-    cell, dtype, nchw = cell_from_json(entry), entry["dtype"], layout == "nchw"
-    ways = {name: one for name, one in entry["contenders"].items() if not (nchw and takes_channels_last(name))}
+def choose(measured: GpuTimes, constants: dict[str, Any], launch: float) -> Choice:
+    """The planner's choice for a cell: on the GPU alone, and of a call with its launches."""
+    cell, dtype, layout = measured.cell, measured.dtype, measured.layout
+    nchw = layout == "nchw"
+    ways = {way.name: way for way in measured.ways if not (nchw and takes_channels_last(way.name))}
     described = fit_gpu_cost.described(cell, dtype, not nchw)
-    times = {name: one["median_us"] * 1e-6 for name, one in ways.items()}
+    times = {name: way.us * 1e-6 for name, way in ways.items()}
     kernels = {line["name"] for line in _C.gpu_kernels()}
     predicted = {}
     for name in times:
@@ -83,18 +85,23 @@ def choose(entry: dict[str, Any], layout: str, constants: dict[str, Any], launch
     recorded = chain if nchw else f"{kind} graph"
     in_graph = best if predicted[best] < chain_seconds else recorded
     called = best if predicted[best] < max(chain_seconds, launches) else chain
-    peers = {name: one for name, one in ways.items() if one["kind"] == "peer"}
-    peer = min(peers, key=lambda name: float(peers[name]["median_us"]))
+    peers = {name: way for name, way in ways.items() if way.kind == "peer"}
+    peer = min(peers, key=lambda name: peers[name].us)
     return Choice(
         cell,
         "chain" if in_graph == recorded else in_graph.split("_", 2)[2],
-        ways[in_graph]["median_us"],
+        ways[in_graph].us,
         peer,
-        peers[peer]["median_us"],
-        min((one["median_us"] for one in ways.values() if one["kind"] == "dense"), default=None),
-        ways[called]["call"]["median_us"],
-        min(one["call"]["median_us"] for name, one in peers.items() if not name.endswith("graph")),
+        peers[peer].us,
+        min((way.us for way in ways.values() if way.kind == "dense"), default=None),
+        call_time(ways[called]),
+        min(call_time(way) for name, way in peers.items() if not name.endswith("graph")),
     )
+
+
+def call_time(way: Way) -> float:
+    assert way.call_us is not None, f"no call of {way.name} was timed"
+    return way.call_us
 
 
 def takes_channels_last(peer: str) -> bool:
@@ -102,12 +109,11 @@ def takes_channels_last(peer: str) -> bool:
     return peer.endswith((" channels_last", "chain graph", "merged graph"))
 
 
-def choices(path: Path) -> list[Choice]:
-    """Of every cell of a results file."""
+def choices(path: str | Path) -> list[Choice]:
+    """Of every cell of a results file, or of a set of h200.csv."""
     (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == GPU)
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), clock)
-    content = json.loads(path.read_text())
-    return [choose(entry, content["layout"], constants, launch) for entry in content["cells"]]
+    return [choose(measured, constants, launch) for measured in gpu_times.read_set(path)]
 
 
 def summary(found: Iterable[Choice]) -> str:
@@ -120,7 +126,7 @@ def summary(found: Iterable[Choice]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.choices", description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", help=f"a JSON file, or a set of {gpu_times.H200.name}")
     found = choices(parser.parse_args(arguments).results)
     table = Table(COLUMNS)
     table.header()

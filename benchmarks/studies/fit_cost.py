@@ -1,19 +1,22 @@
-"""`python -m benchmarks.studies.fit_cost RESULTS.json ...`: the CPU cost model's constants from benchmark results.
+"""`python -m benchmarks.studies.fit_cost`: the CPU cost model's constants from benchmark results.
 
-Reads files written by `benchmarks.run --peers chain forced --json`, asks the planner for what it counts for each cell,
-fits the nanoseconds that a feature costs, fused and as a chain, for each op, dtype, layout and class of instruction
-sets, and writes csrc/plan/cpu/cost_constants.inc. The fit is non-negative least squares on relative errors, weighted
-anew some times so that a few cells which the model cannot explain do not bend it. Cells where both paths take about the
-same time count more, as errors decide there. What it is judged by is the regret: how much longer the paths that the
-model picks take than the faster path of every cell. Times are fitted path by path: so the chain's constants are scaled
-at last by the factor of least loss, which is the regret with cells that run fused, and slower, counted six times:
-a user who never chose a path must not lose to the plain chain.
+Reads benchmarks/results/planner_fitted.csv, or the files that are named: CSV files like it (`cpu_times.py`), or JSON
+files of `benchmarks.run --peers chain forced --json`. `--add RESULTS.json` puts the cells of such a file into the CSV
+file first, as a set with the file's name.
+
+The planner says what it counts for each cell. Fitted are the nanoseconds that a feature costs, fused and as a chain,
+for each op, dtype, layout and class of instruction sets, and csrc/plan/cpu/cost_constants.inc is written. The fit is
+non-negative least squares on relative errors, weighted anew some times so that a few cells which the model cannot
+explain do not bend it. Cells where both paths take about the same time count more, as errors decide there. What it is
+judged by is the regret: how much longer the paths that the model picks take than the faster path of every cell. Times
+are fitted path by path: so the chain's constants are scaled at last by the factor of least loss, which is the regret
+with cells that run fused, and slower, counted six times: a user who never chose a path must not lose to the plain
+chain.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +27,9 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from benchmarks.core.bench import geometric_mean
-from benchmarks.core.layers import Cell, cell_from_json
+from benchmarks.core.layers import Cell
+from benchmarks.studies import cpu_times
+from benchmarks.studies.cpu_times import CpuTimes, isa_class
 from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parents[2] / "csrc/plan/cpu/cost_constants.inc"
@@ -70,24 +75,6 @@ class Constants:
     chain: Vector
 
 
-def isa_class(machine: dict[str, Any], dtype: str) -> str:
-    """generic, avx2, avx512 or avx512bf16: the kernels that ran in a file of this machine."""
-    kernels = str(machine.get("lowrank_ops_cpu_isa") or _widest(machine))
-    if kernels in ("generic", "avx2"):
-        return kernels
-    return "avx512bf16" if dtype == "bfloat16" and kernels in ("avx512bf16", "amx") else "avx512"
-
-
-def _widest(machine: dict[str, Any]) -> str:
-    """The kernels of a run that did not name them: those of the CPU, capped as torch was."""
-    flags = machine["isa"]
-    if machine["torch_cpu_capability"] == "DEFAULT":
-        return "generic"
-    if machine["torch_cpu_capability"] == "AVX2" or "avx512f" not in flags:
-        return "avx2"
-    return "avx512bf16" if "avx512_bf16" in flags else "avx512"
-
-
 def prediction(cell: Cell, dtype: str, layout: str, machine: dict[str, Any]) -> dict[str, Any]:
     """The planner's counts, seconds and choice for a cell on a machine."""
     r1, r2 = cell.rank if isinstance(cell.rank, tuple) else (cell.rank, cell.rank)
@@ -109,55 +96,56 @@ def _bytes(text: str) -> int:
 
 
 def read(path: str | Path) -> list[Observation]:
-    """The cells of a CPU's results file that ran both paths.
+    """The cells of a CSV file of times or of a CPU's results file, as the planner sees them.
 
     Raises:
         ValueError: a GPU's file.
     """
-    content = json.loads(Path(path).read_text())
-    if "device" in content:
-        raise ValueError(f"fit_cost: {path} is of {content['device']['name']}; the constants are a CPU's")
-    found = []
-    for entry in content["cells"]:
-        times = {name: contender["median_us"] * 1e3 for name, contender in entry["contenders"].items()}
-        cell, layout, dtype = cell_from_json(entry), content["layout"], entry["dtype"]
-        chains = {name: time for name, time in times.items() if name.startswith("chain") and "forced" not in name}
-        library = chains.get("chain" if cell.is_linear else f"chain {layout}")
-        chain = times.get("chain (forced)", library)
-        fused = times.get("fused (forced)", times["fused"] if entry["plan"].startswith("fused") else None)
-        if dtype not in DTYPES or library is None or chain is None or fused is None:
-            continue
-        planned = prediction(cell, dtype, layout, content["machine"])
-        if not planned["other_possible"]:
-            continue
-        layout_of_constants = "nchw" if cell.is_linear else layout
-        found.append(
-            Observation(
-                name=f"{cell} {layout} {dtype}",
-                group=(isa_class(content["machine"], dtype), cell.op, dtype, layout_of_constants, _ranks_of_one(cell)),
-                fused_features=np.array(planned["fused_features"]),
-                chain_features=np.array(planned["chain_features"]),
-                takes_chain=planned["chain"],
-                fused=fused,
-                chain=chain,
-                library=library,
-                peer=min(chains.values()),
-            )
+    return observations(cpu_times.read(path))
+
+
+def observations(times: Iterable[CpuTimes]) -> list[Observation]:
+    """Without the cells that can run on one path only."""
+    planned = ((one, prediction(one.cell, one.dtype, one.layout, one.machine)) for one in times)
+    return [
+        Observation(
+            name=f"{one.cell} {one.layout} {one.dtype}",
+            group=(
+                one.isa,
+                one.cell.op,
+                one.dtype,
+                "nchw" if one.cell.is_linear else one.layout,
+                _ranks_of_one(one.cell),
+            ),
+            fused_features=np.array(found["fused_features"]),
+            chain_features=np.array(found["chain_features"]),
+            takes_chain=found["chain"],
+            fused=one.fused * 1e3,
+            chain=one.chain * 1e3,
+            library=one.library * 1e3,
+            peer=one.peer * 1e3,
         )
-    return found
+        for one, found in planned
+        if found["other_possible"]
+    ]
 
 
-def solve(features: Iterable[Vector], times: Iterable[float], counts: Vector | float = 1.0) -> Vector:
+def _group(one: CpuTimes) -> Group:
+    layout = "nchw" if one.cell.is_linear else one.layout
+    return one.isa, one.cell.op, one.dtype, layout, _ranks_of_one(one.cell)
+
+
+def solve(features: Iterable[Vector], times: Iterable[float], counts: Vector | float = 1.0, rounds: int = 20) -> Vector:
     """Non-negative constants with a small relative error: squared for small errors, less for large ones.
 
-    `counts` says how much each row counts.
+    `counts` says how much each row counts; with one round all errors are squared.
     """
     times = np.array(list(times))
     rows = np.array(list(features)) / times[:, None]
     scale = np.maximum(rows.max(axis=0), 1e-30)
     rows /= scale
     weight = np.sqrt(counts) * np.ones(len(times))
-    for _ in range(20):
+    for _ in range(rounds):
         found, _ = nnls(rows * weight[:, None], weight)
         share = rows @ found  # predicted of measured
         weight = np.sqrt(counts / ((np.abs(share - 1) + 0.05) * np.maximum(share, 1)))
@@ -203,8 +191,9 @@ def share_below(observations: Sequence[Observation], limit: float) -> float:
 def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
     """The text of cost_constants.inc."""
     found = [
-        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by",
-        f"// benchmarks/studies/fit_cost.py; measured on {', '.join(cpus)}, its instruction sets capped. Do not edit.",
+        "// Nanoseconds for each feature of cost.h: {fused}, {chain}. Written by benchmarks/studies/fit_cost.py; "
+        "measured on",
+        f"// {', '.join(cpus)}, its instruction sets capped. Do not edit.",
     ]
     for (isa, op, dtype, layout, ones), constants in sorted(groups.items()):
         numbers = (
@@ -217,14 +206,21 @@ def lines(groups: dict[Group, Constants], cpus: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fit_cost", description=__doc__)
-    parser.add_argument("results", nargs="+")
+    what = f"CSV files of times, or JSON files of benchmarks.run (default: {cpu_times.FITTED.name})"
+    parser.add_argument("results", nargs="*", type=Path, default=[cpu_times.FITTED], help=what)
+    added = f"JSON files of benchmarks.run whose cells are first put into {cpu_times.FITTED.name}"
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RESULTS.json", help=added)
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     options = parser.parse_args(arguments)
-    observations = [o for path in options.results for o in read(path)]
-    cpus = sorted({json.loads(Path(path).read_text())["machine"]["cpu"] for path in options.results})
+    if options.add and options.dry_run:
+        parser.error("--add: writes, and --dry-run must not")
+    if options.add:
+        cpu_times.add(cpu_times.FITTED, options.add)
+    times = [one for path in options.results for one in cpu_times.read(path)]
+    observed, cpus = observations(times), sorted({one.cpu for one in times})
     groups = {}
-    for name in sorted({o.group for o in observations}):
-        group = [o for o in observations if o.group == name]
+    for name in sorted({o.group for o in observed}):
+        group = [o for o in observed if o.group == name]
         groups[name] = fit(group)
         decided = picks(group, groups[name])
         print(

@@ -1,35 +1,36 @@
-"""`python -m benchmarks.studies.fit_gpu_cost RESULTS.json ...`: the GPU cost model's constants from results on one GPU.
+"""`python -m benchmarks.studies.fit_gpu_cost`: the GPU cost model's constants from results on one GPU.
 
-Reads files of `benchmarks.run --device cuda --peers chain merged kernels --json` and of
-`benchmarks.gpu.kernels --json`, fits what each feature of csrc/plan/gpu/cost.h costs (non-negative least squares on
-relative errors), and writes csrc/plan/gpu/cost_constants.inc. What it is judged by is the regret: how much longer the
-planner's choices take on the GPU than the fastest of the kernels, each with its planned cut, and the chain.
+Reads the sets of benchmarks/results/h200.csv, or those and the files that are named: JSON files of `benchmarks.run
+--device cuda --peers chain merged kernels --json` and of `benchmarks.gpu.kernels --json`. Fits what each feature of
+csrc/plan/gpu/cost.h costs (non-negative least squares on relative errors), and writes csrc/plan/gpu/cost_constants.inc.
+What it is judged by is the regret: how much longer the planner's choices take on the GPU than the fastest of the
+kernels, each with its planned cut, and the chain.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.core.bench import geometric_mean
-from benchmarks.core.layers import Cell, cell_from_json
-from benchmarks.gpu.cuts import Cut, parse_cut
-from benchmarks.gpu.kernels import BLOCKS
+from benchmarks.core.layers import Cell
+from benchmarks.gpu.cuts import parse_cut
+from benchmarks.studies import gpu_times
 from benchmarks.studies.fit_cost import Vector, solve
+from benchmarks.studies.gpu_times import GpuTimes
 from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parents[2] / "csrc/plan/gpu/cost_constants.inc"
 FUSED_GROUPS = (
     "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
 )  # fmt: skip
+GENERAL = "first_design"  # sets of h200.csv with this name: there were no lean kernels yet
 UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
 
@@ -52,8 +53,11 @@ class Observation:
     is_ours: bool = True
 
 
-def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[object, ...]:
-    """A cell in the form that `_C` takes."""
+Described = tuple[str, str, bool, list[int], list[int], bool]
+
+
+def described(cell: Cell, dtype: str, channels_last: bool = True) -> Described:
+    """A cell as `_C` takes it."""
     tf32 = dtype == "tf32"
     name = "float32" if tf32 else dtype
     r1, r2 = cell.rank if isinstance(cell.rank, tuple) else (cell.rank, cell.rank)
@@ -64,8 +68,8 @@ def described(cell: Cell, dtype: str, channels_last: bool = True) -> tuple[objec
     return (cell.op, name, channels_last, sizes, window, tf32)
 
 
-def chain_kind(described: tuple[object, ...]) -> str:
-    """The peer that is the same as the op's own chain."""
+def chain_kind(described: Described) -> str:
+    """Which of the peers is the chain that the op runs."""
     return "merged" if _C.merges_depthwise(described) else "chain"
 
 
@@ -103,32 +107,38 @@ def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: s
     return Observation(f"{cell} {dtype}", group, name, features, seconds, beside, is_ours)
 
 
-def read(path: Path, general: bool = False) -> tuple[str, list[Observation]]:
-    """The GPU and what was measured on it, by either kind of file; `general`: there were no lean kernels yet.
+def read(path: str | Path, general: bool = False) -> tuple[str, list[Observation]]:
+    """The GPU and what was measured on it, of a file or of a set of h200.csv.
+
+    `general`: the file is of the time before there were lean kernels.
 
     Raises:
         ValueError: no GPU's file, or that of a GPU that the planner has no figures of.
+        FileNotFoundError: neither a file nor a set.
     """
-    content = json.loads(path.read_text())
-    name = content.get("device", {}).get("name", "")
+    times = gpu_times.read_set(path)
+    name = times[0].gpu if times else ""
     gpu = next((known["name"] for known in _C.named_gpus() if known["name"] in name), None)
     if gpu is None:
         raise ValueError(
             f"fit_gpu_cost: {path} must be of a GPU in csrc/plan/gpu/known_gpus.cpp, got {name or 'a CPU'!r}"
         )
-    kernels = {line["name"] for line in _C.gpu_kernels()}
-    layout = content.get("layout", "channels_last")
-    found: list[Observation | None] = []
-    for cell, dtype, times in entries(content):
-        for way, seconds in times.items():
-            if way.startswith(cell.op):
-                if way.split(" ")[0] not in kernels:  # measured, and dropped
-                    continue
-                found.append(fused(cell, dtype, way, seconds, gpu, layout, general))
-            else:
-                found.append(chain(cell, dtype, way, seconds, gpu, layout))
     # A cell is what one run measured: times of two runs, or of two layouts, are not compared.
-    return gpu, [replace(one, cell=f"{path.stem} {one.cell}") for one in fastest_slots(filter(None, found))]
+    found = fastest_slots(one for cell in times for one in observations(cell, gpu, general))
+    return gpu, [replace(one, cell=f"{Path(path).stem} {one.cell}") for one in found]
+
+
+def observations(times: GpuTimes, gpu: str, general: bool) -> Iterator[Observation]:
+    """The ways to run a cell that the planner knows: kernels of today and the op's chains."""
+    kernels = {line["name"] for line in _C.gpu_kernels()}
+    for way in times.ways:
+        seconds = way.us * 1e-6
+        if not way.name.startswith(times.cell.op):
+            found = chain(times.cell, times.dtype, way.name, seconds, gpu, times.layout)
+            if found is not None:
+                yield found
+        elif way.name.split(" ")[0] in kernels:  # others were measured, and dropped
+            yield fused(times.cell, times.dtype, way.name, seconds, gpu, times.layout, general)
 
 
 def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
@@ -140,19 +150,6 @@ def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
         if former is None or one.seconds < former.seconds:
             kept[one.cell, way] = one
     return list(kept.values())
-
-
-def entries(content: dict[str, Any]) -> Iterator[tuple[Cell, str, dict[str, float]]]:
-    """Cell, dtype, and seconds by contender."""
-    for entry in content.get("cells", ()):
-        times = {name: one["median_us"] * 1e-6 for name, one in entry["contenders"].items()}
-        yield cell_from_json(entry), entry["dtype"], times
-    blocks = {str(cell): cell for cell in BLOCKS.values()}
-    for entry in content.get("entries", ()):
-        cuts = {Cut(cut["kernel"], tuple(cut["tile"]), cut["stages"], cut["splits"]).name: cut
-                for cut in entry["cuts"]}  # fmt: skip
-        figures = {**cuts, **entry["peers"]}
-        yield blocks[entry["cell"]], entry["dtype"], {way: one["median_us"] * 1e-6 for way, one in figures.items()}
 
 
 def predict(observation: Observation, constants: Mapping[str, Vector], launch: float) -> float:
@@ -189,7 +186,7 @@ def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]
         taken_off = launch if group in FUSED_GROUPS else 0
         times = np.array([o.seconds - taken_off for o in members])
         features = np.array([o.features for o in members])
-        found[group] = solve(features, times)
+        found[group] = solve(features, times, rounds=1)
         ratios = features @ found[group] / times
         spread = float(np.exp(np.std(np.log(ratios))))
         print(f"{group}: {len(members)} figures, predicted / measured {ratios.min():.2f} to {ratios.max():.2f}, "
@@ -224,16 +221,20 @@ def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fit_gpu_cost", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files of one GPU")
-    general = "files of the kernels before there were lean ones: for the general kernels' constants"
-    parser.add_argument("--general", nargs="*", type=Path, default=[], metavar="FILE", help=general)
+    what = f"JSON files of one GPU, or sets of {gpu_times.H200.name} (default: all of its sets)"
+    parser.add_argument("results", nargs="*", help=what)
+    general = "the same, of the kernels before there were lean ones: for the general kernels' constants"
+    parser.add_argument("--general", nargs="*", default=[], metavar="RESULTS", help=general)
     parser.add_argument("--launch", type=float, default=2.5e-6, help="seconds of an empty launch (default: 2.5e-6)")
     parser.add_argument("--dry-run", action="store_true", help="print, and write nothing")
     options = parser.parse_args(arguments)
+    if not options.results:
+        sets = list(gpu_times.by_set(gpu_times.read(gpu_times.H200)))
+        options.general = [name for name in sets if name.startswith(GENERAL)]
+        options.results = [name for name in sets if not name.startswith(GENERAL)]
     files = [read(path) for path in options.results] + [read(path, general=True) for path in options.general]
     (gpu,) = {name for name, _ in files}
-    observations = [observation for _, found in files for observation in found]
-    found = fit(observations, options.launch)
+    found = fit([observation for _, found in files for observation in found], options.launch)
     of_now = [observation for _, found_here in files[: len(options.results)] for observation in found_here]
     lost, cells = regret(of_now, found, options.launch)
     print(f"regret on the GPU: {lost:.1%} over {cells} cells")

@@ -14,7 +14,7 @@ _REBUILD = (
 )
 
 try:
-    from lowrank_ops import _C  # type: ignore[attr-defined]
+    from lowrank_ops import _C
 except ImportError as error:
     raise ImportError(
         f"lowrank_ops: the compiled extension lowrank_ops._C could not be loaded under torch "

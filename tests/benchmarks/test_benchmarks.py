@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +87,30 @@ def test_geometric_mean() -> None:
 def test_machine_and_versions_say_what_the_figures_depend_on() -> None:
     assert bench.machine()["cpu"] and bench.machine()["cores"] >= 1
     assert bench.versions()["torch"] == torch.__version__ and bench.versions()["git_sha"]
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path: Path) -> None:
+    """A run that writes its results into the checkout is still of the commit; a changed source file is not."""
+    environment = {"GIT_CONFIG_GLOBAL": os.devnull, "PATH": os.environ["PATH"]}
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+
+    source, result = tmp_path / "benchmarks/core/bench.py", tmp_path / "benchmarks/results/a.csv"
+    for path in (source, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    result.write_text("2")
+    (result.parent / "new.json").write_text("3")
+    assert bench.git_sha(source.parent) == commit
+    source.write_text("2")
+    assert bench.git_sha(source.parent) == f"{commit}-dirty"
 
 
 @pytest.mark.parametrize("cell", [*SMALL_ON_CPU, *dict.fromkeys(layers.quick() + layers.quick_gpu())], ids=str)

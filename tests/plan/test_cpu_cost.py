@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 
 from benchmarks.core.layers import Cell
 from benchmarks.core.random_cells import random_cells
-from benchmarks.studies import fit_cost
+from benchmarks.studies import cpu_times, fit_cost
 from lowrank_ops.ops.extension import _C
-from tests.support.paths import REPOSITORY
 
-RESULTS = sorted((REPOSITORY / "benchmarks/results").glob("planner_*.json"))
-HELD_OUT = sorted((REPOSITORY / "benchmarks/results").glob("held_out_*.json"))
-RANDOM = [path for path in RESULTS if "random" in path.stem]
+# Measured cells by the run that they are of; a Zen 4's are not among the fitted ones either.
+FITTED = cpu_times.by_set(cpu_times.read(cpu_times.FITTED))
+NOT_FITTED = cpu_times.by_set(cpu_times.read(cpu_times.HELD_OUT))
+MEASURED = FITTED | {name: times for name, times in NOT_FITTED.items() if name.startswith("zen4")}
+RANDOM = [name for name in FITTED if name.startswith("random")]
+HELD_OUT = [name for name in NOT_FITTED if name.startswith("random")]
 MACHINE = {"isa": ["avx2", "avx512f", "avx512_bf16"], "torch_cpu_capability": "AVX512", "caches": {"L2": "1024K"}}
 
 
@@ -153,7 +156,7 @@ def test_the_fit_finds_the_constants_that_made_the_times() -> None:
 
 def test_the_constants_are_those_of_the_committed_results() -> None:
     """Every group that was measured has constants, and no other."""
-    groups = {o.group for path in RESULTS if "zen4" not in path.stem for o in fit_cost.read(path)}
+    groups = {o.group for o in fit_cost.read(cpu_times.FITTED)}
     text = fit_cost.CONSTANTS.read_text()
     for isa, op, dtype, layout, ones in groups:
         kind = f"DType::{fit_cost.DTYPES[dtype]}, Layout::{fit_cost.LAYOUTS[layout]}, {ones},"
@@ -165,34 +168,64 @@ def test_the_constants_are_those_of_the_committed_results() -> None:
 # ---- what its choices cost
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_regret_of_the_planner(path: Path) -> None:
-    """What today's planner picks, at most so much slower than the faster path over the cells of a file."""
-    observations = fit_cost.read(path)
+@pytest.mark.parametrize("name", MEASURED)
+def test_regret_of_the_planner(name: str) -> None:
+    """What today's planner picks, at most so much slower than the faster path over the cells of a run."""
+    observations = fit_cost.observations(MEASURED[name])
     assert len(observations) >= 37
     assert fit_cost.regret(observations) <= 0.02
 
 
-@pytest.mark.parametrize("path", RANDOM, ids=lambda path: path.stem)
-def test_few_random_blocks_are_slower_than_the_librarys_chain(path: Path) -> None:
+@pytest.mark.parametrize("name", RANDOM)
+def test_few_random_blocks_are_slower_than_the_librarys_chain(name: str) -> None:
     """In the same layout, with a rank of one and without: 2 % under 0.9, single ones (generic: 2 of 343) under 0.8."""
-    observations = fit_cost.read(path)
+    observations = fit_cost.observations(FITTED[name])
     for thin in (False, True):
         found = [o for o in observations if (o.group[-1] > 0) == thin]
         assert fit_cost.share_below(found, 0.9) <= 0.02
-        assert fit_cost.share_below(found, 0.8) <= (0.006 if "generic" in path.stem and not thin else 0.005)
+        assert fit_cost.share_below(found, 0.8) <= (0.006 if "generic" in name and not thin else 0.005)
 
 
-@pytest.mark.parametrize("path", HELD_OUT, ids=lambda path: path.stem)
-def test_few_blocks_that_no_constant_was_fitted_to_are_slower(path: Path) -> None:
-    observations = fit_cost.read(path)
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_few_blocks_that_no_constant_was_fitted_to_are_slower(name: str) -> None:
+    observations = fit_cost.observations(NOT_FITTED[name])
     assert len(observations) == 150
     assert fit_cost.share_below(observations, 0.9) <= 0.02
     assert fit_cost.share_below(observations, 0.8) == 0
 
 
 def test_there_are_committed_results() -> None:
-    assert len(RANDOM) == 10 and len(RESULTS) > len(RANDOM) and len(HELD_OUT) == 6
+    assert len(RANDOM) == 10 and len(HELD_OUT) == 6 and len(FITTED) == 14 and len(MEASURED) == 18
+    assert sum(map(len, FITTED.values())) == 4260 and sum(map(len, NOT_FITTED.values())) == 1260
+
+
+# ---- the files of times
+
+
+def results_file(path: Path, **times: float) -> Path:
+    """What benchmarks.run would write of one cell."""
+    cell = tucker(40, 32, (1, 16), (12, 18), 2)
+    contenders = {name.replace("_", " "): {"median_us": time} for name, time in times.items()}
+    entry = {**dataclasses.asdict(cell), "dtype": "float32", "plan": "fused 4x18", "contenders": contenders}
+    machine = {**MACHINE, "cpu": "a CPU"}
+    path.write_text(json.dumps({"machine": machine, "layout": "nchw", "cells": [entry, {**entry, "dtype": "float16"}]}))
+    return path
+
+
+def test_results_join_the_file_of_times(tmp_path: Path) -> None:
+    """As a set, which a second file of the same name replaces."""
+    table, run = tmp_path / "times.csv", tmp_path / "run.json"
+    for fused in (10.1, 10.2):
+        results_file(run, fused=fused, chain_nchw=1 / 3, chain_channels_last=0.25)
+        cpu_times.add(table, [run])
+    cpu_times.add(table, [results_file(tmp_path / "other.json", fused=3.0, chain_nchw=2.0)])
+    first, other = cpu_times.read(table)
+    assert (first.set, other.set) == ("run", "other")
+    assert [first] == cpu_times.read(run), "nothing is rounded"
+    assert (first.fused, first.chain, first.library, first.peer) == (10.2, 1 / 3, 1 / 3, 0.25)
+    assert first.isa == "avx512" and first.caches == {"L2": "1024K"} and first.cell.rank == (1, 16)
+    (seen,) = fit_cost.read(run)
+    assert seen.group == ("avx512", "tucker_conv2d", "float32", "nchw", 1) and seen.fused == 10.2e3
 
 
 # ---- the random blocks

@@ -16,9 +16,7 @@ from benchmarks.gpu import choices as gpu_choices
 from benchmarks.studies import fit_gpu_cost
 from lowrank_ops.ops.extension import _C
 from tests.support.gpu_problems import GPUS, KERNELS, OPS, Problem, drawn, former_state, plan, problem_for  # noqa: F401
-from tests.support.paths import REPOSITORY
 
-RESULTS = REPOSITORY / "benchmarks" / "results"
 CHAIN = "chain of torch ops"
 
 
@@ -54,25 +52,25 @@ def test_predictions_stay_above_the_roofline() -> None:
                     assert one["predicted_seconds"] >= one["flops"] / max(peak, gpu["fp32_flops"])
 
 
-# What the constants were fitted to: the present kernels, and three configurations that were dropped.
+# Sets of h200.csv that the constants were fitted to: the present kernels, and three configurations that were dropped.
 MEASURED = (
-    "h200_second_bf16.json",
-    "h200_lean_bf16.json",
-    "h200_lean_fp16.json",
-    "h200_lean_nchw.json",
-    "h200_lean_blocks.json",
-    "h200_second_blocks.json",
-    "h200_sm90a_bf16.json",
-    "h200_sm90a_blocks.json",
+    "second_bf16",
+    "lean_bf16",
+    "lean_fp16",
+    "lean_nchw",
+    "lean_blocks",
+    "second_blocks",
+    "sm90a_bf16",
+    "sm90a_blocks",
 )
 
 
 def test_choices_are_fast_where_they_were_measured() -> None:
     """The planner's choice among the op's ways that were timed takes at most 5 % longer than the fastest, on average:
-    over all files, and over each, one of them with inputs in NCHW."""
+    over all sets, and over each, one of them with inputs in NCHW."""
     observations = {}
     for name in MEASURED:
-        gpu, observations[name] = fit_gpu_cost.read(RESULTS / name)
+        gpu, observations[name] = fit_gpu_cost.read(name)
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), GPUS[gpu]["clock"])
     for found in observations.values():
         assert fit_gpu_cost.regret(found, constants, launch)[0] < 0.05
@@ -81,8 +79,8 @@ def test_choices_are_fast_where_they_were_measured() -> None:
 
 
 def test_choices_are_judged_against_the_chain_in_the_layout_of_the_input() -> None:
-    for name, layout in (("h200_lean_nchw.json", "nchw"), ("h200_lean_fp16.json", "channels_last")):
-        _, found = fit_gpu_cost.read(RESULTS / name)
+    for name, layout in (("lean_nchw", "nchw"), ("lean_fp16", "channels_last")):
+        _, found = fit_gpu_cost.read(name)
         chains = [one for one in found if one.group == "kChainConvolutions"]
         assert {one.way.split(" ")[1] for one in chains} == {"nchw", "channels_last"}
         assert {one.way.split(" ")[1] for one in chains if one.is_ours} == {layout}
@@ -91,7 +89,7 @@ def test_choices_are_judged_against_the_chain_in_the_layout_of_the_input() -> No
 def test_predictions_agree_with_the_measurements() -> None:
     """Of the kernels with their planned cuts and of the chain: none is off by a factor of 2, nine in ten by less than
     1.5."""
-    (_, observations) = fit_gpu_cost.read(RESULTS / MEASURED[0])
+    (_, observations) = fit_gpu_cost.read(MEASURED[0])
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), GPUS["H200"]["clock"])
     ratios = []
     for o in observations:
@@ -131,10 +129,10 @@ def test_a_gpu_that_was_not_measured_needs_a_margin() -> None:
 
 
 def test_the_choices_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu_choices.main([str(RESULTS / "h200_second_bf16.json")])
+    gpu_choices.main(["second_bf16"])
     printed = capsys.readouterr().out
     assert "tucker: 24 cells: " in printed and "cp: 12 cells: " in printed and " chain graph " in printed
-    gpu_choices.main([str(RESULTS / "h200_lean_nchw.json")])
+    gpu_choices.main(["lean_nchw"])
     printed = capsys.readouterr().out
     assert "tucker: 24 cells: " in printed and "cp: 11 cells: " in printed
     assert " chain nchw " in printed and "graph" not in printed and "channels_last" not in printed

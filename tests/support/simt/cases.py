@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,17 +121,30 @@ def tile_of(kernel: Kernel) -> tuple[int, int]:
     return (8, 16) if shape_of(kernel).pixels == 128 else (8, 8)
 
 
-def convolution_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
-    """The convolution with this name, which says what is special about it."""
+SAME: dict[str, Any] = dict(kernel=(3, 3), padding=(1, 1))
+Cases = dict[str, Callable[[], Case]]
+
+
+def _vector(dtype: torch.dtype) -> int:
+    """Values in 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def _few(dtype: torch.dtype) -> dict[str, Any]:
+    """Sizes of one or two vectors."""
+    vector = _vector(dtype)
+    return dict(s=vector, r1=2 * vector, r2=2 * vector, t=vector)
+
+
+def _cases_of_tiles(kernel: Kernel, dtype: torch.dtype) -> Cases:
+    """Outputs and channels about as large as the kernel's tiles, and ways to cut them."""
     shape, (th, tw) = shape_of(kernel), tile_of(kernel)
-    c, vector = shape.columns, 16 // dtype.itemsize
+    c, vector, few = shape.columns, _vector(dtype), _few(dtype)
     chunk = 4 * vector  # 64 bytes of channels
     half = th // 2 if dtype.itemsize >= 4 else th  # two hidden tiles of 128 ranks in fp32 would not fit for 128 pixels
-    same = dict(kernel=(3, 3), padding=(1, 1))
-    few = dict(s=vector, r1=2 * vector, r2=2 * vector, t=vector)
-    case = {
+    return {
         "whole tiles": lambda: convolution(
-            kernel, dtype, (th, 2 * tw), Cut(1, th, tw, 3), n=1, s=2 * chunk, r1=c, r2=c, t=c, **same,
+            kernel, dtype, (th, 2 * tw), Cut(1, th, tw, 3), n=1, s=2 * chunk, r1=c, r2=c, t=c, **SAME,
             layout=CHANNELS_LAST, activation="relu",
         ),
         "one below": lambda: convolution(
@@ -141,6 +155,32 @@ def convolution_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
             kernel, dtype, (half + 1, tw + 1), Cut(1, half, tw), n=1, s=5 * vector, r1=c + 1, r2=c + 8, t=c + 2,
             kernel=(2, 2), padding=(1, 0), layout=CHANNELS_LAST,
         ),
+        "several images": lambda: convolution(
+            kernel, dtype, (4, 4), Cut(shape.pixels // 16, 4, 4), n=shape.pixels // 16 + 1, **few, **SAME,
+            layout=CHANNELS_LAST,
+        ),
+        "splits": lambda: convolution(
+            kernel, dtype, (th - 3, tw), Cut(1, th, tw, splits=3), n=1, s=vector, r1=vector + 1, r2=vector - 1,
+            t=3 * c + 5, kernel=(2, 3), padding=(0, 1),
+        ),
+        "passes of the halo": lambda: convolution(
+            kernel, dtype, (th, tw), Cut(1, th, tw, 4), n=1, **few, kernel=(4, 3), stride=(2, 2), padding=(3, 1),
+            layout=CHANNELS_LAST, activation="gelu",
+        ),
+        "lean edges": lambda: convolution(
+            kernel, dtype, (half + 1, tw + 1), Cut(1, half, tw, 3, splits=2), n=1, s=5 * vector, r1=c + vector,
+            r2=c + 3 * vector, t=2 * c + vector, kernel=(2, 3), padding=(1, 0), layout=CHANNELS_LAST, bias=False,
+            activation="silu",
+        ),
+    }  # fmt: skip
+
+
+def _cases_of_windows(kernel: Kernel, dtype: torch.dtype) -> Cases:
+    """Windows, strides and channels that are not what a tile is made for."""
+    shape, (th, tw) = shape_of(kernel), tile_of(kernel)
+    vector, few = _vector(dtype), _few(dtype)
+    chunk = 4 * vector  # 64 bytes of channels
+    return {
         "stride and dilation": lambda: convolution(
             kernel, dtype, (5, 7), Cut(2, 3, 5), n=3, s=7, r1=9, r2=11, t=5, kernel=(3, 2), stride=(2, 3),
             dilation=(3, 2), padding=(2, 1), activation="silu",
@@ -153,38 +193,26 @@ def convolution_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
             kernel, dtype, (th, tw + 3), Cut(1, th, tw), n=1, s=chunk + 2, r1=6, r2=10, t=9, kernel=(1, 1),
             stride=(2, 1), padding=(0, 1), activation="relu6",
         ),
-        "several images": lambda: convolution(
-            kernel, dtype, (4, 4), Cut(shape.pixels // 16, 4, 4), n=shape.pixels // 16 + 1, **few, **same,
-            layout=CHANNELS_LAST,
-        ),
-        "splits": lambda: convolution(
-            kernel, dtype, (th - 3, tw), Cut(1, th, tw, splits=3), n=1, s=vector, r1=vector + 1, r2=vector - 1,
-            t=3 * c + 5, kernel=(2, 3), padding=(0, 1),
-        ),
-        "passes of the halo": lambda: convolution(
-            kernel, dtype, (th, tw), Cut(1, th, tw, 4), n=1, **few, kernel=(4, 3), stride=(2, 2), padding=(3, 1),
-            layout=CHANNELS_LAST, activation="gelu",
-        ),
         "wide kernel": lambda: convolution(
             kernel, dtype, (3, tw + 1), Cut(1, 3, tw + 1 if 3 * (tw + 1) <= shape.pixels else tw), n=2, s=3, r1=5,
             r2=4, t=6, kernel=(1, 7), padding=(0, 3), bias=False,
         ),
         "narrow copies": lambda: convolution(
             kernel, dtype, (4, 6), Cut(1, 4, 6), n=1, s=3 * vector // 2, r1=5 * vector // 2, r2=vector // 2,
-            t=7 * vector // 2, **same, layout=CHANNELS_LAST, activation="silu",
+            t=7 * vector // 2, **SAME, layout=CHANNELS_LAST, activation="silu",
         ),
         "narrower copies": lambda: convolution(
-            kernel, dtype, (4, 6), Cut(1, 4, 6), n=1, s=6, r1=14, r2=10, t=2, **same, layout=CHANNELS_LAST,
-        ),
-        "lean edges": lambda: convolution(
-            kernel, dtype, (half + 1, tw + 1), Cut(1, half, tw, 3, splits=2), n=1, s=5 * vector, r1=c + vector,
-            r2=c + 3 * vector, t=2 * c + vector, kernel=(2, 3), padding=(1, 0), layout=CHANNELS_LAST, bias=False,
-            activation="silu",
+            kernel, dtype, (4, 6), Cut(1, 4, 6), n=1, s=6, r1=14, r2=10, t=2, **SAME, layout=CHANNELS_LAST,
         ),
         "strided tensors": lambda: convolution(
-            kernel, dtype, (6, 7), Cut(1, 6, 7), n=2, s=11, r1=13, r2=9, t=10, **same,
+            kernel, dtype, (6, 7), Cut(1, 6, 7), n=2, s=11, r1=13, r2=9, t=10, **SAME,
         ),
-    }[name]()  # fmt: skip
+    }  # fmt: skip
+
+
+def convolution_case(name: str, kernel: Kernel, dtype: torch.dtype) -> Case:
+    """By what is special about it."""
+    case = {**_cases_of_tiles(kernel, dtype), **_cases_of_windows(kernel, dtype)}[name]()
     if name == "strided tensors":
         tensors = case.call.tensors
         inside(tensors, "input", (0, 2, 1, 3))
