@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.model.sites import clash, identity_for, keep_attributes, move_hooks
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.nn.plain import activation_name
+from lowrank_ops.runtime.torch_internals import BatchNormBase, ConvBase
 
 VERSION = 1
 
@@ -292,14 +291,14 @@ def _put_identities(model: nn.Module, structure: Structure) -> int:
         layer = _at(model, name)
         if type(layer) is nn.Identity:
             continue
-        if not isinstance(layer, _BatchNorm) and activation_name(layer) not in activations:
+        if not isinstance(layer, BatchNormBase) and activation_name(layer) not in activations:
             raise ValueError(
                 f"{name} is nn.Identity in the file, where a BatchNorm or a block's activation was folded, but {layer} "
                 "in the model"
             )
         if id(layer) not in identities:
             identities[id(layer)] = identity_for(layer)
-            folded += isinstance(layer, _BatchNorm)
+            folded += isinstance(layer, BatchNormBase)
         _put(model, name, identities[id(layer)])
     return folded
 
@@ -319,11 +318,11 @@ def _add_biases(model: nn.Module, names: list[str], folded: int) -> None:
 
 
 def _outputs(layer: Any) -> int:
-    return layer.out_channels if isinstance(layer, (_ConvNd, FactorizedConv)) else layer.out_features
+    return layer.out_channels if isinstance(layer, (ConvBase, FactorizedConv)) else layer.out_features
 
 
 def _may_have_bias(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear, FactorizedModule)) and "bias" in module._parameters
+    return isinstance(module, (ConvBase, nn.Linear, FactorizedModule)) and "bias" in module._parameters
 
 
 def _arguments(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:

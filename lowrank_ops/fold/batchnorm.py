@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
@@ -24,6 +22,7 @@ from lowrank_ops.nn.modules import LowRankLinear
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.runtime.modes import eval_mode
+from lowrank_ops.runtime.torch_internals import BatchNormBase, ConvBase, ConvTransposeBase
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -131,7 +130,7 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+        if isinstance(module, BatchNormBase) and module.track_running_stats and module.running_mean is not None
     }
     if not norms:
         raise ValueError(
@@ -161,11 +160,11 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
 
 
 def _is_norm(module: nn.Module | None) -> bool:
-    return isinstance(module, _BatchNorm)
+    return isinstance(module, BatchNormBase)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (FactorizedModule, _ConvNd, nn.Linear))
+    return isinstance(module, (FactorizedModule, ConvBase, nn.Linear))
 
 
 def _run_and_watch(
@@ -189,9 +188,9 @@ def _run_and_watch(
 
 def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[int]]) -> str | None:
     """Why this BatchNorm cannot be folded into the layer before it; None if it can. What they are comes first."""
-    assert isinstance(norm, _BatchNorm)
+    assert isinstance(norm, BatchNormBase)
     layer = pair.layer
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeBase):
         return "after a transposed convolution, which is not supported"
     plain = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     if plain is None or any(
@@ -228,7 +227,7 @@ def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[i
 def _fold(layer: nn.Module, site: Site, undo: ExitStack) -> str | None:
     """Folds, and notes how to undo it; or returns why that cannot be."""
     norm = site.layer
-    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    assert isinstance(norm, BatchNormBase) and norm.running_mean is not None and norm.running_var is not None
     name = _rows_name(layer)
     rows, bias = getattr(layer, name), layer.bias
     scale = (_exact(norm.running_var) + norm.eps).rsqrt()

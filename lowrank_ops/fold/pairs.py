@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.model.batches import Batches, device_of, outputs_of
 from lowrank_ops.model.calls import model_errors
 from lowrank_ops.model.sites import HOOKS, has_hooks
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.runtime.modes import eval_mode
+from lowrank_ops.runtime.torch_internals import ConvBase, NormBase
 from lowrank_ops.text.notes import grouped, listed
 from lowrank_ops.text.tables import as_html, as_text, new_table
 
@@ -183,7 +182,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # or in-place changes of buffers would really happen
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layer = isinstance(m, (FactorizedModule, _ConvNd, nn.Linear, _NormBase))
+        layer = isinstance(m, (FactorizedModule, ConvBase, nn.Linear, NormBase))
         return layer or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from lowrank_ops.decompose.ranks import VBMF, Energy, Rank
@@ -11,6 +10,7 @@ from lowrank_ops.model.sites import plain_kind
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.ops.extension import ACTIVATIONS, DTYPES
 from lowrank_ops.runtime.computed import remedy
+from lowrank_ops.runtime.torch_internals import ConvBase, ConvTransposeBase
 
 
 def refusal(layer: nn.Module) -> str | None:
@@ -20,9 +20,9 @@ def refusal(layer: nn.Module) -> str | None:
     """
     if isinstance(layer, FactorizedModule):
         return "already factorized; call to_dense() first to factorize it anew"
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeBase):
         return "a transposed convolution: there is no factorized op for it"
-    if isinstance(layer, _ConvNd) and len(layer.kernel_size) > 2:
+    if isinstance(layer, ConvBase) and len(layer.kernel_size) > 2:
         return "a three-dimensional convolution: there is no factorized op for it"
     if "weight" not in layer._parameters or ("bias" not in layer._parameters):
         return f"its weight or bias is computed at each call: {remedy(layer)}"

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.plain import same_padding
 from lowrank_ops.runtime.compiled import uncompiled
+from lowrank_ops.runtime.torch_internals import ConvBase, ConvTransposeBase
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -63,7 +63,7 @@ def count_macs(layer: nn.Module, input_shape: Sequence[int] | None = None) -> in
     """
     if any(map(is_lazy, layer.parameters())):
         return None
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, ConvBase):
         return _dense_conv_macs(layer, input_shape)
     if isinstance(layer, FactorizedConv):
         return _factorized_conv_macs(layer, input_shape)
@@ -75,14 +75,14 @@ def count_macs(layer: nn.Module, input_shape: Sequence[int] | None = None) -> in
     return None
 
 
-def _dense_conv_macs(layer: _ConvNd, input_shape: Sequence[int] | None) -> int | None:
+def _dense_conv_macs(layer: ConvBase, input_shape: Sequence[int] | None) -> int | None:
     per_pixel = math.prod(layer.weight.shape)  # [T, S / groups, *kernel], transposed [S, T / groups, *kernel]
     if input_shape is None:
-        return None if isinstance(layer, _ConvTransposeNd) else per_pixel
+        return None if isinstance(layer, ConvTransposeBase) else per_pixel
     axes = len(layer.kernel_size)
     images = math.prod(input_shape[: -axes - 1])
     sizes = tuple(input_shape[-axes:])
-    pixels = sizes if isinstance(layer, _ConvTransposeNd) else _output_sizes(layer, sizes)
+    pixels = sizes if isinstance(layer, ConvTransposeBase) else _output_sizes(layer, sizes)
     return images * per_pixel * math.prod(pixels)
 
 

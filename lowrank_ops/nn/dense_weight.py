@@ -9,9 +9,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lowrank_ops.runtime.metadata import DEVICE, METADATA
+from lowrank_ops.runtime.torch_internals import (
+    has_storage,
+    is_torch_function_enabled,
+    make_wrapper_subclass,
+    shares_memory,
+    tree_map_only,
+    without_torch_function,
+)
 
 # What gives the address of a tensor that is freed at once, or waits for a gradient that never comes.
 _REFUSED = ("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad")
@@ -40,12 +47,12 @@ class DenseWeight(Tensor):
         errors."""
         # On the meta device: `other.data = weight` asks no __torch_function__, and is an error so.
         device = torch.device("meta")
-        weight = Tensor._make_wrapper_subclass(
+        weight: DenseWeight = make_wrapper_subclass(
             cls, tuple(shape), dtype=like.dtype, device=device, requires_grad=requires_grad
         )
         weight.__dict__.update(_owner=owner, _like=like, _values=values)
         if requires_grad:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 weight.register_hook(lambda gradient: _refuse(owner, "the gradient of a custom function"))
         return weight
 
@@ -57,7 +64,7 @@ class DenseWeight(Tensor):
         first = args[0] if args else None
         if isinstance(first, DenseWeight):
             if func in METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_torch_function():
                     return func(first._like if func in DEVICE else first, *args[1:], **kwargs)
             name = func.__name__
             if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):  # torch's names of what changes
@@ -89,7 +96,7 @@ class DenseWeight(Tensor):
         return iter(self.unbind(0))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if torch._C._is_torch_function_enabled():  # else it is torch itself
+        if is_torch_function_enabled():  # else it is torch itself
             _refuse(self._owner, f"setting its {name}")
         super().__setattr__(name, value)
 
@@ -103,11 +110,11 @@ class DenseWeight(Tensor):
 
 def _kept(weight: DenseWeight, product: Tensor, tensor: Tensor) -> Tensor:
     """A result as it is; read-only if it shares the product's memory."""
-    if isinstance(tensor, DenseWeight) or not (torch._C._has_storage(tensor) and torch._C._has_storage(product)):
+    if isinstance(tensor, DenseWeight) or not (has_storage(tensor) and has_storage(product)):
         return tensor
-    if not torch._C._is_alias_of(tensor, product):  # type: ignore[attr-defined]
+    if not shares_memory(tensor, product):
         return tensor
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         kept = tensor.as_subclass(DenseWeight)
     kept.__dict__.update(_owner=weight._owner, _like=tensor, _values=lambda: tensor)
     return kept
