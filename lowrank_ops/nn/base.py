@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
+from torch.jit import is_tracing
 
 from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.nn.dense_weight import DenseWeight
@@ -74,7 +76,7 @@ class FactorizedModule(nn.Module):
             factors = list(self.factors().values())
         except AttributeError as error:  # nn.Module would report that there is no `weight`
             raise RuntimeError(f"{self._name}.weight: a factor is missing: {error}") from error
-        recorded = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        recorded = is_compiling() or is_exporting() or is_tracing()
         if recorded or isinstance(factors[0], torch.fx.Proxy):
             return self._dense_weight()
         grad = any(factor.requires_grad for factor in factors)
@@ -108,9 +110,9 @@ class FactorizedModule(nn.Module):
         panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
         self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
 
-    def _panels(self, input: Tensor) -> Tensor | None:
-        """What `_pack` has made, for a call with this input; not for a graph that may leave this process."""
-        if self._packing is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    def _packed(self) -> Tensor | None:
+        """The panels that `_pack` has made, for a call; None for a program that may be run by another process."""
+        if self._packing is None or is_exporting() or is_tracing():
             return None
         return self._packing.panels
 

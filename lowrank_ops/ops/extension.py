@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 from torch.overrides import has_torch_function
 
 _REBUILD = (
@@ -39,7 +41,7 @@ def ops_for(*tensors: Tensor | None) -> Any:
     is what torch.compile, torch.export and torch.jit.trace record, and what hands a call to arguments and modes
     that override torch's functions (``__torch_function__``).
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
+    if is_compiling() or is_tracing() or has_torch_function(tensors):
         return torch.ops.lowrank_ops
     return _C
 

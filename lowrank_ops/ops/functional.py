@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 # Loads the extension: torch.ops.lowrank_ops exists from here on.
 from lowrank_ops.ops.extension import ACTIVATIONS as ACTIVATIONS
 from lowrank_ops.ops.extension import ops_for
-from lowrank_ops.runtime.nested import is_nested, on_values, refuse_nested
+from lowrank_ops.runtime.nested import on_values, refuse_nested
 
 Pair = int | tuple[int, int] | list[int]
+
+_PREPARED = {op: f"{op}_prepared" for op in ("tucker_conv2d", "cp_conv2d", "lowrank_linear")}
 
 
 def tucker_conv2d(
@@ -48,7 +52,7 @@ def tucker_conv2d(
     """
     tensors = (input, in_factor, core, out_factor, bias)
     refuse_nested("tucker_conv2d", input)
-    return ops_for(*tensors).tucker_conv2d(*tensors, stride, padding, dilation, activation)
+    return call_op("tucker_conv2d", tensors, (stride, padding, dilation, activation))
 
 
 def cp_conv2d(
@@ -89,7 +93,7 @@ def cp_conv2d(
     """
     tensors = (input, in_factor, height_factor, width_factor, out_factor, bias)
     refuse_nested("cp_conv2d", input)
-    return ops_for(*tensors).cp_conv2d(*tensors, stride, padding, dilation, activation)
+    return call_op("cp_conv2d", tensors, (stride, padding, dilation, activation))
 
 
 def lowrank_linear(
@@ -113,9 +117,25 @@ def lowrank_linear(
             of another layout.
         TypeError: dtypes that differ or are not supported.
     """
-    if is_nested(input):
+    if isinstance(input, Tensor) and input.is_nested:
         return on_values(
             "lowrank_linear", lambda rows: lowrank_linear(rows, in_factor, out_factor, bias, activation), input
         )
-    tensors = (input, in_factor, out_factor, bias)
-    return ops_for(*tensors).lowrank_linear(*tensors, activation)
+    return call_op("lowrank_linear", (input, in_factor, out_factor, bias), (activation,))
+
+
+def call_op(
+    op: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], packed: Tensor | None = None
+) -> Tensor:
+    """Calls an op: the only way from Python to the three of them, for the functions above and for the modules.
+
+    Args:
+        op: tucker_conv2d, cp_conv2d or lowrank_linear.
+        tensors: the op's tensors in the order of its schema: input, factors, bias.
+        options: its other arguments in that order: stride, padding and dilation (not for a linear layer), activation.
+        packed: the factors as the extension's `prepare` has packed them; None packs them in the call.
+    """
+    ops = ops_for(*tensors)
+    if packed is None:
+        return getattr(ops, op)(*tensors, *options)  # type: ignore[no-any-return]
+    return getattr(ops, _PREPARED[op])(*tensors, *options, packed)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ def values_of(tensor: Tensor) -> Tensor:
 
 def refuse_nested(name: str, input: Tensor) -> None:
     """Raises ValueError if the input of a convolution is a nested tensor."""
-    if is_nested(input):
+    if isinstance(input, Tensor) and input.is_nested:  # `is_nested`, without a call: this runs in every convolution
         raise ValueError(
             f"{name}: input must be a dense tensor, got a nested tensor; pad it (torch.nested.to_padded_tensor), or "
             "call this on each tensor of input.unbind()"
