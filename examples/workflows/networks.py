@@ -22,8 +22,8 @@ _VGG19 = (1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0)  # time
 class VGG19(nn.Module):
     """VGG-19 (Simonyan & Zisserman, arXiv:1409.1556): 16 convolutions, 3 linear layers, 143.7 M parameters.
 
-    Random weights are drawn as torchvision draws them. Input `[N, 3, H, W]`, H and W at least 32, output `[N,
-    classes]`.
+    Random weights are drawn as torchvision draws them. Input `[N, 3, H, W]`, H and W at least 32, output
+    `[N, classes]`.
     """
 
     def __init__(self, classes: int = 1000, width: int = 64, hidden: int = 4096) -> None:

@@ -31,7 +31,7 @@ class _ShortProducts(CoreTenalgBackend, backend_name="lowrank_ops"):  # type: ig
 
 
 def unfolding_dot_khatri_rao(tensor: Tensor, cp_tensor: CPTensor, mode: int) -> Tensor:
-    """``[dim(mode), R]``: the tensor contracted with all factors but that of ``mode``, longest mode first.
+    """`[dim(mode), R]`: the tensor contracted with all factors but that of `mode`, longest mode first.
 
     Phan et al., IEEE Trans. Signal Processing 61 (2013), section III: one GEMM that leaves little for the
     rest. Rank columns are taken in blocks, so that the intermediate is never larger than the tensor.
@@ -114,9 +114,9 @@ def store(factor: Tensor, weight: Tensor) -> Tensor:
 
 
 def relative_error(weight: Tensor, out_factor: Tensor, expand: Callable[[Tensor], Tensor], in_factor: Tensor) -> float:
-    """``|W - W'|_F / |W|_F`` in fp64, 64 input channels at a time, where the weight is.
+    """`|W - W'|_F / |W|_F` in fp64, 64 input channels at a time, where the weight is.
 
-    ``expand`` maps those columns of in_factor, ``[., 64]``, to out_factor's operand ``[., 64, KH, KW]``.
+    `expand` maps those columns of in_factor, `[., 64]`, to out_factor's operand `[., 64, KH, KW]`.
     """
     device = computing_device(weight)
     left = out_factor.to(device).double()

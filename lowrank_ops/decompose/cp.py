@@ -36,15 +36,15 @@ RIDGES = (2.0**-52, 1e-5, 1e-4, 1e-3)
 
 @dataclass(frozen=True, eq=False)
 class CPFactors:
-    """Factors of a CP convolution: ``W[t,s,i,j] = sum_r out[t,r] in[r,s] height[r,i] width[r,j]``.
+    """Factors of a CP convolution: `W[t,s,i,j] = sum_r out[t,r] in[r,s] height[r,i] width[r,j]`.
 
     Attributes:
-        in_factor: ``[R, S]``.
-        height_factor: ``[R, KH]``.
-        width_factor: ``[R, KW]``.
-        out_factor: ``[T, R]``. The elements of a term's four factors have the same root mean square, which of all
+        in_factor: `[R, S]`.
+        height_factor: `[R, KH]`.
+        width_factor: `[R, KW]`.
+        out_factor: `[T, R]`. The elements of a term's four factors have the same root mean square, which of all
             scalings of the factors gives the least sensitivity.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
+        relative_error: `|W - W'|_F / |W|_F` of these factors as they are stored; 0 for a zero weight.
         sensitivity: see `sensitivity`, of these factors as they are stored.
         restarts: how many runs of ALS were thrown away (not finite, diverging, or of cancelling terms).
     """
@@ -83,7 +83,7 @@ def cp_decompose(
     regularization (`RIDGES`). Where the last run is still bad, the best one is returned with a warning.
 
     Args:
-        weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
+        weight: `[T, S, KH, KW]`, any floating dtype and device; a 1-D convolution's as `[T, S, 1, K]`.
         rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`. May exceed S and T.
         multiple: what ranks that are no ints are rounded up to.
         iterations: sweeps of ALS in a run at most.
@@ -119,14 +119,14 @@ def cp_decompose(
 
 
 def sensitivity(factors: Sequence[Tensor]) -> float:
-    """How much noise in CP factors changes the weight that they stand for: ``E |W' - W|_F^2 / sigma^2``.
+    """How much noise in CP factors changes the weight that they stand for: `E |W' - W|_F^2 / sigma^2`.
 
     The noise is independent, of mean 0 and variance sigma^2 in every element of every factor, sigma small (Phan et
     al., arXiv:2008.05441, section 3). Terms that cancel each other are long, and make it large: steps of training and
-    rounding do more damage. It scales as ``|W|^1.5``: compare decompositions of one weight.
+    rounding do more damage. It scales as `|W|^1.5`: compare decompositions of one weight.
 
     Args:
-        factors: in the order of `cp_conv2d`: ``[R, S]``, ``[R, KH]``, ``[R, KW]``, ``[T, R]``; one less in one
+        factors: in the order of `cp_conv2d`: `[R, S]`, `[R, KH]`, `[R, KW]`, `[T, R]`; one less in one
             dimension.
     """
     *inner, out_factor = (factor.detach().double().cpu() for factor in factors)

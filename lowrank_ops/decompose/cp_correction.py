@@ -54,7 +54,7 @@ def correct(
 
     Args:
         tensor: of norm 1, fp64.
-        factors: ``[I_n, R]`` in fp64, one for each axis of the tensor.
+        factors: `[I_n, R]` in fp64, one for each axis of the tensor.
         sweeps: over all factors, at most.
         progress: called after each sweep.
     """
@@ -96,26 +96,26 @@ def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def strengths(factors: Sequence[Tensor]) -> Tensor:
-    """The norms of the terms, ``[R]``."""
+    """The norms of the terms, `[R]`."""
     return torch.stack([factor.norm(dim=0) for factor in factors]).prod(0)
 
 
 def expected_change(factors: Sequence[Tensor]) -> float:
-    """S of this module's docstring: ``E |W' - W|^2`` to first order, for noise of variance 1 in the factors."""
+    """S of this module's docstring: `E |W' - W|^2` to first order, for noise of variance 1 in the factors."""
     energies = [factor.square().sum(0) for factor in factors]
     return sum(len(factor) * float(_product(energies, mode).sum()) for mode, factor in enumerate(factors))
 
 
 def approximation_error(weight: Tensor, factors: Sequence[Tensor]) -> float:
-    """``|W - W'|_F / |W|_F`` of factors ``[T, R]``, ``[S, R]``, ``[KH, R]``, ``[KW, R]``, by the definition."""
+    """`|W - W'|_F / |W|_F` of factors `[T, R]`, `[S, R]`, `[KH, R]`, `[KW, R]`, by the definition."""
     out, inner, height, width = factors
     return relative_error(weight, out, lambda columns: torch.einsum("rs,ir,jr->rsij", columns, height, width), inner.T)
 
 
 def _least_sensitive(tensor: Tensor, factors: Sequence[Tensor], mode: int, bound: float) -> Tensor:
-    """The factor of ``mode`` of least S with an error of at most ``bound``; the one there is, if there is none.
+    """The factor of `mode` of least S with an error of at most `bound`; the one there is, if there is none.
 
-    ``factors`` are balanced.
+    `factors` are balanced.
     """
     cost = strengths(factors) ** (2 - 4 / len(factors))
     # A term of norm 0 costs nothing and stays 0.
@@ -132,7 +132,7 @@ def _least_sensitive(tensor: Tensor, factors: Sequence[Tensor], mode: int, bound
 
 
 def _multiplier(values: Tensor, energies: Tensor, total: float, bound: float) -> float | None:
-    """The largest v with ``total - sum energies (values + 2 v) / (values + v)^2 <= bound``, by ever finer grids.
+    """The largest v with `total - sum energies (values + 2 v) / (values + v)^2 <= bound`, by ever finer grids.
 
     The error grows with v. None where it is above the bound from the smallest v on that can be told from 0.
     """

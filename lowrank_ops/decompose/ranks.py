@@ -7,7 +7,7 @@ A rank is written as
   bounds a CP rank; linear: of min(S, T)), rounded to the nearest integer, halves up;
 * `Energy(kept)`: the smallest rank whose singular values keep that share of the unfolding's energy;
 * `VBMF()`: the number of singular values that stand out of the noise in the unfolding;
-* for Tucker also a pair ``(R1, R2)``, input side first, of any of these.
+* for Tucker also a pair `(R1, R2)`, input side first, of any of these.
 
 Every rank lies between 1 and the limit beyond which more columns add nothing: Tucker R1 <= min(S, T KH KW)
 and R2 <= min(T, S KH KW), linear R <= min(S, T), CP R <= T S KH KW / max(T, S, KH, KW) (each weight has a CP
@@ -34,22 +34,22 @@ from lowrank_ops.linalg.singular import computing_device, energies
 
 @dataclass(frozen=True)
 class Energy:
-    """Rank by kept energy: the smallest R whose largest sigma^2 sum to at least ``kept`` of all sigma^2.
+    """Rank by kept energy: the smallest R whose largest sigma^2 sum to at least `kept` of all sigma^2.
 
     The sigma are the singular values of the weight's unfolding along the channel mode (Tucker: each of the
-    two modes by itself, so the squared relative error of the whole is at most ``2 (1 - kept)``, De Lathauwer
+    two modes by itself, so the squared relative error of the whole is at most `2 (1 - kept)`, De Lathauwer
     et al., SIAM J. Matrix Anal. Appl. 21 (2000), property 10; linear: of the weight, squared relative error
-    at most ``1 - kept``; CP has no such spectrum: the larger of the two Tucker ranks, which no CP of the same
+    at most `1 - kept`; CP has no such spectrum: the larger of the two Tucker ranks, which no CP of the same
     error can go below).
 
-    Energy below the rounding of the weight's own dtype counts as kept: ``Energy(1.0)`` is the numerical rank.
+    Energy below the rounding of the weight's own dtype counts as kept: `Energy(1.0)` is the numerical rank.
 
     Args:
         kept: share of the energy, 0 < kept <= 1.
 
     Raises:
-        ValueError: ``kept`` outside (0, 1].
-        TypeError: ``kept`` is no number.
+        ValueError: `kept` outside (0, 1].
+        TypeError: `kept` is no number.
     """
 
     kept: float
@@ -78,11 +78,11 @@ Rank = ScalarRank | tuple[ScalarRank, ScalarRank]
 
 
 def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "weight") -> tuple[int, int]:
-    """The Tucker-2 ranks ``(R1, R2)`` that ``rank`` means for a convolution weight ``[T, S, KH, KW]``.
+    """The Tucker-2 ranks `(R1, R2)` that `rank` means for a convolution weight `[T, S, KH, KW]`.
 
     Args:
         rank: int, fraction, `Energy`, `VBMF` (each for both modes), or a pair of these, input side first.
-        weight: ``[T, S, KH, KW]``; its values are read for `Energy` and `VBMF` only.
+        weight: `[T, S, KH, KW]`; its values are read for `Energy` and `VBMF` only.
         multiple: all but ints are rounded up to it where that costs nothing; 1 switches that off.
         name: the layer, for error messages.
 
@@ -112,13 +112,13 @@ def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "
 
 
 def cp_rank(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "weight") -> int:
-    """The CP rank R that ``rank`` means for a weight ``[T, S, KH, KW]``; arguments as `tucker_ranks`."""
+    """The CP rank R that `rank` means for a weight `[T, S, KH, KW]`; arguments as `tucker_ranks`."""
     limit = weight.numel() // max(weight.shape)
     return _resolve(rank, max(weight.shape[:2]), limit, weight, (0, 1), multiple, f"{name}: CP rank")
 
 
 def linear_rank(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "weight") -> int:
-    """The rank R that ``rank`` means for a matrix ``[T, S]``; arguments as `tucker_ranks`."""
+    """The rank R that `rank` means for a matrix `[T, S]`; arguments as `tucker_ranks`."""
     limit = min(weight.shape)
     return _resolve(rank, limit, limit, weight, (0,), multiple, f"{name}: rank")
 
@@ -153,7 +153,7 @@ def check_multiple(multiple: int, what: str) -> None:
 
 
 def require_finite(weight: Tensor, name: str) -> None:
-    """Raises ValueError, naming the layer, where ``weight`` holds a NaN or an infinity."""
+    """Raises ValueError, naming the layer, where `weight` holds a NaN or an infinity."""
     if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         raise ValueError(
@@ -163,14 +163,14 @@ def require_finite(weight: Tensor, name: str) -> None:
 
 
 def unfolding(weight: Tensor, mode: int) -> Tensor:
-    """The weight as a matrix with axis ``mode`` (0: T, 1: S, ...) as rows; a copy but for mode 0."""
+    """The weight as a matrix with axis `mode` (0: T, 1: S, ...) as rows; a copy but for mode 0."""
     return weight.detach().transpose(0, mode).flatten(1)
 
 
 def _resolve(
     rank: Rank, channels: int, limit: int, weight: Tensor, modes: tuple[int, ...], multiple: int, what: str
 ) -> int:
-    """One rank; ``modes`` are those whose unfoldings an `Energy` or `VBMF` looks at."""
+    """One rank; `modes` are those whose unfoldings an `Energy` or `VBMF` looks at."""
     check_multiple(multiple, what)
     scalar = check_rank(rank, what, limit)
     if isinstance(scalar, int):
@@ -205,7 +205,7 @@ def _measured_rank(matrix: Tensor, rule: Energy | VBMF, what: str) -> int:
 
 
 def _energy_rank(squares: Tensor, kept: float, noise: float) -> int:
-    """The smallest rank that keeps the share ``kept`` of the ascending energies but for ``noise``, at least 1."""
+    """The smallest rank that keeps the share `kept` of the ascending energies but for `noise`, at least 1."""
     # tails[i] is what is lost by dropping the i + 1 smallest.
     tails = squares.cumsum(0)
     dropped = int((tails <= (1 - kept + noise) * tails[-1]).sum())

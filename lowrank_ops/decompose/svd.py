@@ -13,12 +13,12 @@ from lowrank_ops.linalg.singular import leading_svd
 
 @dataclass(frozen=True, eq=False)
 class LinearFactors:
-    """Factors of a linear layer: ``W = out_factor @ in_factor``.
+    """Factors of a linear layer: `W = out_factor @ in_factor`.
 
     Attributes:
-        in_factor: ``[R, S]``.
-        out_factor: ``[T, R]``. Each singular value is split evenly (as its square root) over both.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
+        in_factor: `[R, S]`.
+        out_factor: `[T, R]`. Each singular value is split evenly (as its square root) over both.
+        relative_error: `|W - W'|_F / |W|_F` of these factors as they are stored; 0 for a zero weight.
     """
 
     in_factor: Tensor
@@ -36,7 +36,7 @@ def svd_decompose(
     Halko, Martinsson and Tropp, SIAM Review 53 (2011)).
 
     Args:
-        weight: ``[T, S]``, any floating dtype and device.
+        weight: `[T, S]`, any floating dtype and device.
         rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
         multiple: what ranks that are no ints are rounded up to.
         seed: of the randomized SVD.

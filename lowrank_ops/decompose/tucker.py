@@ -18,13 +18,13 @@ from lowrank_ops.linalg.singular import leading_vectors
 
 @dataclass(frozen=True, eq=False)
 class TuckerFactors:
-    """Factors of a Tucker-2 convolution: ``W[t,s,i,j] = sum_{b,a} out[t,b] core[b,a,i,j] in[a,s]``.
+    """Factors of a Tucker-2 convolution: `W[t,s,i,j] = sum_{b,a} out[t,b] core[b,a,i,j] in[a,s]`.
 
     Attributes:
-        in_factor: ``[R1, S]``, orthonormal rows (up to the rounding of its dtype).
-        core: ``[R2, R1, KH, KW]``, in the channels_last memory format.
-        out_factor: ``[T, R2]``, orthonormal columns.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
+        in_factor: `[R1, S]`, orthonormal rows (up to the rounding of its dtype).
+        core: `[R2, R1, KH, KW]`, in the channels_last memory format.
+        out_factor: `[T, R2]`, orthonormal columns.
+        relative_error: `|W - W'|_F / |W|_F` of these factors as they are stored; 0 for a zero weight.
     """
 
     in_factor: Tensor
@@ -50,8 +50,8 @@ def tucker_decompose(
     arXiv:1511.06530, section 3).
 
     Args:
-        weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
-        rank: int, pair ``(R1, R2)``, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
+        weight: `[T, S, KH, KW]`, any floating dtype and device; a 1-D convolution's as `[T, S, 1, K]`.
+        rank: int, pair `(R1, R2)`, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
         multiple: what ranks that are no ints are rounded up to.
         iterations: sweeps of HOOI at most; 0 gives the HOSVD.
         tolerance: HOOI stops once a sweep improves the relative error by less.
@@ -105,5 +105,5 @@ def _iterate(
 
 
 def _project(tensor: Tensor, basis: Tensor, mode: int) -> Tensor:
-    """The tensor with axis `mode` in the coordinates of an orthonormal basis, ``[dim(mode), R]``."""
+    """The tensor with axis `mode` in the coordinates of an orthonormal basis, `[dim(mode), R]`."""
     return (basis.T @ unfolding(tensor, mode)).unflatten(1, tensor.transpose(0, mode).shape[1:]).transpose(0, mode)

@@ -1,9 +1,9 @@
 """How many singular values stand out of the noise: empirical variational Bayesian matrix factorization (EVBMF).
 
 Nakajima, Sugiyama, Babacan and Tomioka, "Global analytic solution of fully-observed variational Bayesian matrix
-factorization", JMLR 14 (2013): a matrix ``[L, M]``, L <= M, is taken for a product ``B A^T`` plus white noise of
+factorization", JMLR 14 (2013): a matrix `[L, M]`, L <= M, is taken for a product `B A^T` plus white noise of
 variance s. With priors and s estimated from the matrix itself (empirical Bayes), the free energy's global minimum keeps
-the components of singular value above ``sqrt(M s x0)``,
+the components of singular value above `sqrt(M s x0)`,
 
     x0 = (1 + t0) (1 + a / t0),   a = L / M,   t0 the zero of  f(t) + f(t / a),   f(z) = log(z + 1) / z - 1/2,
 
@@ -30,7 +30,7 @@ def components_above_noise(energies: Tensor, columns: int) -> int:
     """The rank of the global solution of EVBMF, possibly 0, with an estimated noise variance.
 
     Args:
-        energies: the squared singular values of a matrix ``[L, M]``, L <= M: ``[L]``, fp64, positive, any order.
+        energies: the squared singular values of a matrix `[L, M]`, L <= M: `[L]`, fp64, positive, any order.
         columns: M.
     """
     rows = len(energies)
@@ -65,7 +65,7 @@ def _terms(ratios: Tensor, ratio: float, threshold: float) -> Tensor:
 
 
 def _threshold(ratio: float) -> float:
-    """x0, with t0 by bisection. It is about ``2.513 sqrt(a)``: f falls, and ``t0 <= 2.513 <= t0 / a`` is its zero."""
+    """x0, with t0 by bisection. It is about `2.513 sqrt(a)`: f falls, and `t0 <= 2.513 <= t0 / a` is its zero."""
 
     def slope(z: float) -> float:
         return math.log1p(z) / z - 0.5

@@ -111,7 +111,7 @@ def computing_device(tensor: Tensor) -> torch.device:
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix^T`` in fp64, ``[M, M]`` from ``[M, K]``, without an fp64 copy of the whole matrix."""
+    """`matrix @ matrix^T` in fp64, `[M, M]` from `[M, K]`, without an fp64 copy of the whole matrix."""
     product = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for columns in matrix.split(COLUMNS, dim=1):
         columns = columns.double()
@@ -195,7 +195,7 @@ def _largest_outside(matrix: Tensor, basis: Tensor, seed: int) -> float:
 
 
 def energy(matrix: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> float:
-    """``|matrix - left right|_F^2``, or of a vector, summed in fp64, `ROWS` at a time: no fp64 copy is made of it."""
+    """`|matrix - left right|_F^2`, or of a vector, summed in fp64, `ROWS` at a time: no fp64 copy is made of it."""
     total = 0.0
     for start in range(0, matrix.shape[0], ROWS):
         part = matrix[start : start + ROWS]

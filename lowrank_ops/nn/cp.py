@@ -31,20 +31,25 @@ class _CPConv(FactorizedConv):
 
     @classmethod
     def from_sequential(cls, seq: nn.Sequential) -> Self:
-        """Fuses a chain (1x1, Kx1 depthwise, 1xK depthwise, 1x1) with an optional activation; 1-D: (1, K
-        depthwise, 1). The depthwise pair may stand in either order, with stride, padding and dilation on
-        either of them. Two pointwise convolutions are a block of one tap, its height and width factors ones.
-        The module holds copies of the weights.
+        """The module that equals a chain of convolutions (1x1, Kx1 depthwise, 1xK depthwise, 1x1), in one dimension
+        (1, K depthwise, 1), with an activation after them or none.
 
-        Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.nn.chains`).
+        The two depthwise convolutions may come in either order, and either may have stride, padding and dilation. Two
+        pointwise convolutions become a block of one tap, whose height and width factors are ones. The module holds
+        copies of the weights.
+
+        Raises:
+            ValueError: the chain is not equal to one op (`NotOneOp`, with the reason; see `lowrank_ops.nn.chains`).
+            TypeError: `seq` is no nn.Sequential.
         """
         return cls._from_chain(chains.read_cp(layers_of(cls.__name__, seq), cls.axes), seq)
 
     def to_sequential(self) -> nn.Sequential:
-        """The plain chain of pointwise and depthwise convolutions and the activation; holds copies.
+        """The chain of plain pointwise and depthwise convolutions, and the activation if there is one, with copies of
+        the values.
 
-        A block of one tap becomes two pointwise convolutions: its height and width factors are multiplied into the
-        first, which takes the window.
+        A block of one tap becomes two pointwise convolutions. The first one's weight includes the height and width
+        factors, and it has the stride and padding.
         """
         pointwise = (slice(None), slice(None), *(None,) * self.axes)
         if max(self.kernel_size) == 1:
@@ -111,7 +116,7 @@ class _CPConv(FactorizedConv):
     def _decompose(
         cls, weight: Tensor, rank: Rank, multiple: int, seed: int, name: str, progress: bool
     ) -> tuple[dict[str, Tensor], float]:
-        if weight.shape[2:] == (1, 1):  # a matrix: its SVD is the best CP decomposition of any rank
+        if weight.shape[2:] == (1, 1):  # a matrix: its truncated SVD is the best CP decomposition of each rank
             matrix = svd_decompose(weight.flatten(1), rank, multiple=multiple, seed=seed, name=name)
             ones = weight.new_ones(matrix.in_factor.shape[0], 1)
             in_factor, out_factor, height, width = matrix.in_factor, matrix.out_factor, ones, ones
@@ -132,8 +137,8 @@ class CPConv2d(_CPConv):
     arXiv:1412.6553). Arguments, input, output and errors as `TuckerConv2d`, with a single `rank`.
 
     Parameters: `in_factor [R, S]`, `height_factor [R, KH]`, `width_factor [R, KW]`, `out_factor [T, R]`,
-    `bias [T]` or None. A 1x1 convolution is a matrix: its best rank-R form is the SVD, with height and width
-    factors of ones.
+    `bias [T]` or None. The weight of a 1x1 convolution is a matrix, whose best approximation of rank R is its truncated
+    SVD; height and width factor are then ones.
     """
 
     @classmethod
@@ -149,17 +154,21 @@ class CPConv2d(_CPConv):
         progress: bool = False,
         exact: bool = False,
     ) -> Self:
-        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`, without a randomized
-        SVD if `exact`. With `progress`, a bar on stderr where that takes more than two seconds."""
+        """As `TuckerConv2d.from_conv2d`, by `cp_decompose`; a 1x1 convolution by `svd_decompose`.
+
+        Args:
+            progress: shows a bar on stderr where the decomposition takes more than two seconds.
+            exact: no randomized SVD of a 1x1 convolution.
+        """
         with exactly(exact):
             return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)
 
 
 class CPConv1d(_CPConv):
-    """`CPConv2d` in one dimension, run as an image of height 1. Arguments as nn.Conv1d plus `rank`.
+    """`CPConv2d` in one dimension, computed as an image of height 1. Arguments as nn.Conv1d plus `rank`.
 
-    Parameters: `in_factor [R, S]`, `width_factor [R, K]`, `out_factor [T, R]`, `bias [T]` or None. Input `[N,
-    S, W]` or `[S, W]`. Errors as `TuckerConv2d`.
+    Parameters: `in_factor [R, S]`, `width_factor [R, K]`, `out_factor [T, R]`, `bias [T]` or None. Input
+    `[N, S, W]` or `[S, W]`. Errors as `TuckerConv2d`.
     """
 
     axes = 1
@@ -177,6 +186,6 @@ class CPConv1d(_CPConv):
         progress: bool = False,
         exact: bool = False,
     ) -> Self:
-        """As `CPConv2d.from_conv2d`, from an nn.Conv1d."""
+        """As `CPConv2d.from_conv2d`, for an nn.Conv1d."""
         with exactly(exact):
             return cls._from_conv(conv, rank, multiple, seed, activation, name, progress)

@@ -28,13 +28,13 @@ class LowRankLinear(FactorizedModule):
     """A linear layer of rank R as one op: `activation((input in_factor^T) out_factor^T + bias)`.
 
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear.
-        rank: an int or a fraction of min(S, T).
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        rank: an int, or a fraction in (0, 1] of min(S, T).
         activation: none, relu, relu6, hardswish, silu or gelu (exact).
-        init: as `TuckerConv2d`.
+        init: as in `TuckerConv2d`.
 
-    Parameters: `in_factor [R, S]`, `out_factor [T, R]`, `bias [T]` or None. Input `[..., S]`, output `[...,
-    T]`; a nested input `[B, ragged, ..., S]` of the layout torch.jagged gives a nested output. Errors as
+    Parameters: `in_factor [R, S]`, `out_factor [T, R]`, `bias [T]` or None. Input `[..., S]`, output
+    `[..., T]`; a nested input `[B, ragged, ..., S]` of the layout torch.jagged gives a nested output. Errors as
     `TuckerConv2d`.
     """
 
@@ -71,10 +71,10 @@ class LowRankLinear(FactorizedModule):
         name: str = "linear",
         exact: bool = False,
     ) -> Self:
-        """Decomposes the weight of `linear` (`svd_decompose`) and keeps everything else of it.
+        """A module that replaces `linear`: its weight decomposed by `svd_decompose`, its bias kept.
 
-        Arguments and errors as `TuckerConv2d.from_conv2d`; `seed` is that of the randomized SVD, for low ranks only,
-        which `exact` excludes.
+        Arguments and errors as `TuckerConv2d.from_conv2d`. `seed` is for the randomized SVD, which is used for low
+        ranks of large weights only, and never if `exact`.
         """
         check_replaceable(cls.__name__, linear, nn.Linear, name)
         check_activation(cls.__name__, activation)
@@ -87,9 +87,13 @@ class LowRankLinear(FactorizedModule):
 
     @classmethod
     def from_sequential(cls, seq: nn.Sequential) -> Self:
-        """Fuses (Linear without bias, Linear) with an optional activation; holds copies of the weights.
+        """The module that equals a chain (Linear without bias, Linear), with an activation after them or none.
 
-        Raises ValueError with the reason if the chain is not equal to one op.
+        It holds copies of the weights.
+
+        Raises:
+            ValueError: the chain is not equal to one op (`NotOneOp`, with the reason).
+            TypeError: `seq` is no nn.Sequential.
         """
         chain = chains.read_linear(layers_of(cls.__name__, seq))
         module = cls._empty(chain.factors, chain.bias is not None, chain.activation)
@@ -107,15 +111,17 @@ class LowRankLinear(FactorizedModule):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """A plain nn.Linear with the product of the factors, formed in float32 at least; with an activation,
-        followed by its module in an nn.Sequential."""
+        """A plain nn.Linear with a copy of the product of the factors, formed in float32 or float64.
+
+        With an activation: an nn.Sequential of that layer and the activation's module.
+        """
         linear = plain.linear_layer(self._dense_weight(), self.bias)
         linear.weight.requires_grad_(self.out_factor.requires_grad)
         dense = linear if self.activation == "none" else plain.with_activation([linear], self.activation)
         return dense.train(self.training)
 
     def to_sequential(self) -> nn.Sequential:
-        """The plain chain of two nn.Linear and the activation, with copies of the values."""
+        """The chain of two plain nn.Linear, and the activation if there is one, with copies of the values."""
         layers = [plain.linear_layer(self.in_factor), plain.linear_layer(self.out_factor, self.bias)]
         return plain.with_activation(layers, self.activation).train(self.training)
 

@@ -28,14 +28,18 @@ class _TuckerConv(FactorizedConv):
 
     @classmethod
     def from_sequential(cls, seq: nn.Sequential) -> Self:
-        """Fuses a chain (1x1, KxK, 1x1) with an optional activation; the module holds copies of the weights.
+        """The module that equals a chain of convolutions (1x1, KxK, 1x1), with an activation after them or none.
 
-        Raises ValueError with the reason if the chain is not equal to one op (see `lowrank_ops.nn.chains`).
+        It holds copies of the weights.
+
+        Raises:
+            ValueError: the chain is not equal to one op (`NotOneOp`, with the reason; see `lowrank_ops.nn.chains`).
+            TypeError: `seq` is no nn.Sequential.
         """
         return cls._from_chain(chains.read_tucker(layers_of(cls.__name__, seq), cls.axes), seq)
 
     def to_sequential(self) -> nn.Sequential:
-        """The plain chain of three convolutions and the activation, with copies of the values."""
+        """The chain of three plain convolutions, and the activation if there is one, with copies of the values."""
         pointwise = (slice(None), slice(None), *(None,) * self.axes)
         core = plain.conv_layer(
             self.core,
@@ -100,23 +104,25 @@ class TuckerConv2d(_TuckerConv):
     arXiv:1511.06530).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode: as nn.Conv2d,
-            the convolution that the factors stand for.
-        rank: an int for both ranks, `(R1, R2)` (input side first), or fractions of the channels.
-        groups: only 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode: as in nn.Conv2d, for the
+            convolution that the factors replace.
+        rank: an int for both ranks, a pair `(R1, R2)` (input side first), or a fraction of the channels instead of an
+            int: see `lowrank_ops.decompose.ranks`.
+        groups: must be 1.
         activation: applied to the output: none, relu, relu6, hardswish, silu or gelu (exact).
         device, dtype: of the parameters.
-        init: what the values are drawn from, as it would be for the dense layer: "default", "spectral", a name of
-            torch.nn.init without the underscore, a callable, `Spectral(...)`; see `reset_parameters`. A callable is
-            kept, and pickled, with the module (a lambda cannot be).
+        init: the initializer that a dense layer would have: "default", "spectral", the name of a function of
+            torch.nn.init without its underscore, a callable, or `Spectral(...)`; see `reset_parameters`. A callable is
+            stored in the module and pickled with it (which a lambda cannot be).
 
-    Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]`, `out_factor [T, R2]`, `bias [T]` or None. Input
-    `[N, S, H, W]` or `[S, H, W]`, output `[N, T, OH, OW]` or `[T, OH, OW]`.
+    Parameters: `in_factor [R1, S]`, `core [R2, R1, KH, KW]`, `out_factor [T, R2]`, `bias [T]` or None; float32,
+    float64, bfloat16 or float16. Input `[N, S, H, W]` or `[S, H, W]` of the same dtype, output `[N, T, OH, OW]` or
+    `[T, OH, OW]`.
 
-    The core's memory format is a matter of speed alone, and is that of the layer or chain that the module came from,
-    contiguous for a new one: `module.to(memory_format=torch.channels_last)` gives what is packed fastest (see
-    `prepare_for_inference_` as well). FSDP2 (`fully_shard`), safetensors' `save_file` and tools of torch.nn.utils that
-    flatten parameters take contiguous parameters only, as for nn.Conv2d.
+    The memory format of the core affects speed only. A module made from a layer or chain takes over its format, a new
+    one is contiguous. `module.to(memory_format=torch.channels_last)` gives the format that is packed fastest; with
+    `prepare_for_inference_` weights are packed only once. FSDP2 (`fully_shard`), safetensors' `save_file` and tools of
+    torch.nn.utils that flatten parameters need contiguous parameters, as for nn.Conv2d.
 
     Raises:
         ValueError: an argument out of range, groups other than 1, a rank of 0 or above the limit, an `init` that
@@ -135,21 +141,29 @@ class TuckerConv2d(_TuckerConv):
         activation: str = "none",
         name: str = "conv",
     ) -> Self:
-        """Decomposes the weight of `conv` (`tucker_decompose`) and keeps everything else of it.
+        """A module that replaces `conv`: its weight decomposed by `tucker_decompose`, its other arguments kept.
 
-        `rank`, `multiple` and `seed` as in `tucker_decompose`; `name` stands for the layer in errors. The
-        module's parameters are copies; requires_grad of the weight goes to every factor. Raises ValueError or
-        TypeError if the convolution cannot be replaced (groups, an overridden forward, a computed weight,
-        non-finite values).
+        The parameters are copies in the weight's dtype and on its device; every factor gets the weight's requires_grad.
+
+        Args:
+            conv: the layer; it is not changed.
+            rank, multiple, seed: as in `tucker_decompose`.
+            activation: of the module.
+            name: the layer's name in error messages.
+
+        Raises:
+            ValueError: the convolution cannot be replaced (groups, an overridden forward, a computed weight, values
+                that are not finite), or its weight does not allow the rank.
+            TypeError: `conv` is no nn.Conv2d; a rank of an unknown type.
         """
         return cls._from_conv(conv, rank, multiple, seed, activation, name)
 
 
 class TuckerConv1d(_TuckerConv):
-    """`TuckerConv2d` in one dimension, run as an image of height 1. Arguments as nn.Conv1d plus `rank`.
+    """`TuckerConv2d` in one dimension, computed as an image of height 1. Arguments as nn.Conv1d plus `rank`.
 
-    Parameters: `in_factor [R1, S]`, `core [R2, R1, K]`, `out_factor [T, R2]`, `bias [T]` or None. Input `[N,
-    S, W]` or `[S, W]`. Errors as `TuckerConv2d`.
+    Parameters: `in_factor [R1, S]`, `core [R2, R1, K]`, `out_factor [T, R2]`, `bias [T]` or None. Input
+    `[N, S, W]` or `[S, W]`. Errors as `TuckerConv2d`.
     """
 
     axes = 1
@@ -165,5 +179,5 @@ class TuckerConv1d(_TuckerConv):
         activation: str = "none",
         name: str = "conv",
     ) -> Self:
-        """As `TuckerConv2d.from_conv2d`, from an nn.Conv1d."""
+        """As `TuckerConv2d.from_conv2d`, for an nn.Conv1d."""
         return cls._from_conv(conv, rank, multiple, seed, activation, name)

@@ -1,4 +1,4 @@
-"""The three ops as functions."""
+"""The three ops as functions, and `call_op`, by which the modules call them too."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-# Loads the extension: torch.ops.lowrank_ops exists from here on.
+# This import loads the extension, which registers torch.ops.lowrank_ops.
 from lowrank_ops.ops.extension import ACTIVATIONS as ACTIVATIONS
 from lowrank_ops.ops.extension import ops_for
 from lowrank_ops.runtime.nested import on_values, refuse_nested
 
-Pair = int | tuple[int, int] | list[int]
+HeightWidth = int | tuple[int, int] | list[int]
+"""An int for both axes, or (height, width)."""
 
 _PREPARED = {op: f"{op}_prepared" for op in ("tucker_conv2d", "cp_conv2d", "lowrank_linear")}
 
@@ -22,28 +23,28 @@ def tucker_conv2d(
     core: Tensor,
     out_factor: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    stride: HeightWidth = 1,
+    padding: HeightWidth = 0,
+    dilation: HeightWidth = 1,
     activation: str = "none",
 ) -> Tensor:
     """Tucker-2 convolution as one op: 1x1 (S to R1), KHxKW (R1 to R2), 1x1 (R2 to T), bias, activation.
 
-    Equals ``F.conv2d(input, W, bias, stride, padding, dilation)`` followed by the activation, with
-    ``W[t, s, i, j] = sum_{a, b} out_factor[t, b] core[b, a, i, j] in_factor[a, s]`` (Kim et al.,
+    Equals `F.conv2d(input, W, bias, stride, padding, dilation)` followed by the activation, with
+    `W[t, s, i, j] = sum_{a, b} out_factor[t, b] core[b, a, i, j] in_factor[a, s]` (Kim et al.,
     arXiv:1511.06530, section 3), up to rounding.
 
     Args:
-        input: ``[N, S, H, W]``, float32, float64, bfloat16 or float16, any strides.
-        in_factor: ``[R1, S]``, same dtype and device as ``input``, as are the following.
-        core: ``[R2, R1, KH, KW]``; stored as ``torch.channels_last`` it is packed fastest.
-        out_factor: ``[T, R2]``.
-        bias: ``[T]`` or None.
+        input: `[N, S, H, W]`, float32, float64, bfloat16 or float16, any strides.
+        in_factor: `[R1, S]`, same dtype and device as `input`, as are the following.
+        core: `[R2, R1, KH, KW]`; stored as `torch.channels_last` it is packed fastest.
+        out_factor: `[T, R2]`.
+        bias: `[T]` or None.
         stride, padding, dilation: of the core convolution, an int or (height, width); zero padding.
         activation: one of none, relu, relu6, hardswish, silu, gelu (exact, erf).
 
     Returns:
-        ``[N, T, OH, OW]`` in ``input.suggest_memory_format()`` (NCHW or channels_last).
+        `[N, T, OH, OW]` in `input.suggest_memory_format()` (NCHW or channels_last).
 
     Raises:
         ValueError: shapes that disagree, a stride or dilation below 1, a negative padding, an unknown activation,
@@ -62,29 +63,29 @@ def cp_conv2d(
     width_factor: Tensor,
     out_factor: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    stride: HeightWidth = 1,
+    padding: HeightWidth = 0,
+    dilation: HeightWidth = 1,
     activation: str = "none",
 ) -> Tensor:
     """CP convolution as one op: 1x1 (S to R), KHx1 depthwise, 1xKW depthwise, 1x1 (R to T), bias, activation.
 
-    Equals ``F.conv2d(input, W, bias, stride, padding, dilation)`` followed by the activation, with
-    ``W[t, s, i, j] = sum_r out_factor[t, r] in_factor[r, s] height_factor[r, i] width_factor[r, j]`` (Lebedev et
+    Equals `F.conv2d(input, W, bias, stride, padding, dilation)` followed by the activation, with
+    `W[t, s, i, j] = sum_r out_factor[t, r] in_factor[r, s] height_factor[r, i] width_factor[r, j]` (Lebedev et
     al., arXiv:1412.6553, section 3), up to rounding.
 
     Args:
-        input: ``[N, S, H, W]``, float32, float64, bfloat16 or float16, any strides.
-        in_factor: ``[R, S]``, same dtype and device as ``input``, as are the following.
-        height_factor: ``[R, KH]``.
-        width_factor: ``[R, KW]``.
-        out_factor: ``[T, R]``.
-        bias: ``[T]`` or None.
+        input: `[N, S, H, W]`, float32, float64, bfloat16 or float16, any strides.
+        in_factor: `[R, S]`, same dtype and device as `input`, as are the following.
+        height_factor: `[R, KH]`.
+        width_factor: `[R, KW]`.
+        out_factor: `[T, R]`.
+        bias: `[T]` or None.
         stride, padding, dilation: an int or (height, width); zero padding.
         activation: one of none, relu, relu6, hardswish, silu, gelu (exact, erf).
 
     Returns:
-        ``[N, T, OH, OW]`` in ``input.suggest_memory_format()`` (NCHW or channels_last).
+        `[N, T, OH, OW]` in `input.suggest_memory_format()` (NCHW or channels_last).
 
     Raises:
         ValueError: shapes that disagree, a stride or dilation below 1, a negative padding, an unknown activation,
@@ -99,18 +100,18 @@ def cp_conv2d(
 def lowrank_linear(
     input: Tensor, in_factor: Tensor, out_factor: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """Low-rank linear layer as one op: ``activation((input in_factor^T) out_factor^T + bias)``.
+    """Low-rank linear layer as one op: `activation((input in_factor^T) out_factor^T + bias)`.
 
     Args:
-        input: ``[..., S]``, float32, float64, bfloat16 or float16, any strides; or a nested tensor ``[B, ragged, ...,
-            S]`` of the layout torch.jagged, contiguous.
-        in_factor: ``[R, S]``, same dtype and device as ``input``, as are the following.
-        out_factor: ``[T, R]``.
-        bias: ``[T]`` or None.
+        input: `[..., S]`, float32, float64, bfloat16 or float16, any strides; or a nested tensor
+            `[B, ragged, ..., S]` of the layout torch.jagged, contiguous.
+        in_factor: `[R, S]`, same dtype and device as `input`, as are the following.
+        out_factor: `[T, R]`.
+        bias: `[T]` or None.
         activation: one of none, relu, relu6, hardswish, silu, gelu (exact, erf).
 
     Returns:
-        ``[..., T]``, contiguous; nested, with the input's offsets, if the input is.
+        `[..., T]`, contiguous; nested, with the input's offsets, if the input is.
 
     Raises:
         ValueError: shapes that disagree, an unknown activation, tensors on different devices, a nested tensor

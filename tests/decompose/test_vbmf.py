@@ -21,7 +21,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def planted(rows: int, columns: int, rank: int, seed: int, strength: float = 2.0) -> Tensor:
-    """White noise of variance 1 plus orthogonal components, ``strength`` times as long as noise ever gets."""
+    """White noise of variance 1 plus orthogonal components, `strength` times as long as noise ever gets."""
     left = torch.linalg.qr(randn(rows, rank, seed=seed + 1000)).Q
     right = torch.linalg.qr(randn(columns, rank, seed=seed + 2000)).Q
     return strength * (rows**0.5 + columns**0.5) * left @ right.T + randn(rows, columns, seed=seed)
@@ -131,7 +131,7 @@ def test_zero_and_the_smallest_weights(shape: tuple[int, int]) -> None:
 
 
 def planted_weight() -> Tensor:
-    """``[24, 30, 3, 5]`` of Tucker ranks (2, 3) plus noise of a tenth of its magnitude."""
+    """`[24, 30, 3, 5]` of Tucker ranks (2, 3) plus noise of a tenth of its magnitude."""
     core, inner, out = randn(3, 2, 3, 5, seed=1), randn(2, 30, seed=2), randn(24, 3, seed=3)
     exact = torch.einsum("tb,baij,as->tsij", out, core, inner)
     return exact + 0.1 * exact.square().mean().sqrt() * randn(24, 30, 3, 5, seed=4)

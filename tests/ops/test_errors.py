@@ -20,7 +20,7 @@ EVERY_FACTOR = [(op, name) for op in OPS for name in FACTORS[op]]
 
 
 def assert_refused(call: Call, error: type[Exception], *words: object, **options: object) -> None:
-    """The call raises ``error`` itself, with the op and all ``words`` in it, and changes no argument."""
+    """The call raises `error` itself, with the op and all `words` in it, and changes no argument."""
     versions = [tensor._version for tensor in call.tensors.values()]
     with pytest.raises(error) as caught:
         getattr(torch.ops.lowrank_ops, call.problem.op)(**call.tensors, **{**call.problem.options(), **options})
