@@ -1,4 +1,4 @@
-"""What version 0.1.0 pickled and saved loads, computes and can be used; the names that its pickles contain exist."""
+"""Files that version 0.1.0 pickled and saved can be loaded and used; the names in its pickles can be imported."""
 
 from __future__ import annotations
 
