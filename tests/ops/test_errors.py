@@ -1,4 +1,4 @@
-"""Bad input: the type of the error, and that it names the op, the argument, what is required, what came."""
+"""Bad input: the type of the error, and that it names the op, the argument, the requirement and the actual value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY_FACTOR = [(op, name) for op in OPS for name in FACTORS[op]]
 
 
 def assert_refused(call: Call, error: type[Exception], *words: object, **options: object) -> None:
-    """The call raises ``error`` itself, with the op and all ``words`` in it, and changes no argument."""
+    """The call raises `error` itself, with the op and all `words` in it, and changes no argument."""
     versions = [tensor._version for tensor in call.tensors.values()]
     with pytest.raises(error) as caught:
         getattr(torch.ops.lowrank_ops, call.problem.op)(**call.tensors, **{**call.problem.options(), **options})
@@ -66,7 +66,7 @@ def test_wrong_number_of_axes(op: str, name: str) -> None:
 
 @pytest.mark.parametrize(("op", "name"), EVERY_FACTOR)
 def test_shapes_that_disagree(op: str, name: str) -> None:
-    """One more on the axis that another argument fixes."""
+    """An axis whose size another argument fixes is larger by one."""
     call = Problem(op, s=5, t=4, r1=3, r2=2).make()
     axis = 0 if name in ("height_factor", "width_factor") else 1
     shape = list(call.tensors[name].shape)
@@ -135,7 +135,7 @@ def test_unknown_activation(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_same_errors_with_gradients(op: str) -> None:
-    """The checks come before anything is saved, and through autograd too."""
+    """Autograd raises the same errors, before anything is saved."""
     call = Problem(op).make()
     call.tensors["bias"] = torch.zeros(9)
     for tensor in call.tensors.values():
