@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+import copy
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +67,18 @@ def find_sites(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Si
     return list(sites.values())
 
 
+@contextmanager
+def put_in(sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Within it `modules` (by the layers' ids) stand where the layers of `sites` do; a layer without one stays."""
+    try:
+        for site in sites:
+            site.put(modules.get(id(site.layer), site.layer))
+        yield
+    finally:
+        for site in sites:
+            site.put(site.layer)
+
+
 class Owners:
     """Which modules of a model own which parameters, and which hold others in plain attributes."""
 
@@ -117,6 +131,14 @@ def _modules_in(value: Any) -> list[nn.Module]:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether forward or backward hooks are registered on the layer itself."""
     return any(getattr(layer, hooks) for hooks in HOOKS)
+
+
+def without_hooks(layer: nn.Module) -> nn.Module:
+    """The layer with the same parameters, but none of its forward and backward hooks."""
+    bare = copy.copy(layer)
+    for hooks in HOOKS:
+        object.__setattr__(bare, hooks, OrderedDict())
+    return bare
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
