@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops.calibrate.calibration import Calibration
-from lowrank_ops.calibrate.fitting import Regression, chunk_rows, refit
+from lowrank_ops.calibrate.fitting import Regression, refit
 from lowrank_ops.calibrate.moment_groups import moment_bytes
 from lowrank_ops.calibrate.moments import (
     HeldOut,
@@ -33,6 +33,7 @@ from lowrank_ops.calibrate.moments import (
     output_rows,
     watch,
 )
+from lowrank_ops.calibrate.normal_equations import chunk_rows
 from lowrank_ops.linalg.roots import Root
 from lowrank_ops.model.batches import Batch
 from lowrank_ops.model.sites import Site
