@@ -52,94 +52,106 @@ def factorize_(
 ) -> Report:
     """Replaces the convolution and linear layers of `model`, in place, by factorized modules.
 
-    nn.Conv2d and nn.Conv1d become Tucker-2 or CP blocks, nn.Linear becomes `LowRankLinear`. A 1x1 convolution
-    is a matrix: with either method it becomes a `CPConv2d` (`CPConv1d`) holding the SVD of its weight and
-    spatial factors of ones. Train/eval mode, requires_grad, forward and backward hooks (their handles too)
-    are kept; a layer that stands in several places is replaced once, everywhere. Parameters are new ones:
-    build the optimizer afterwards.
+    nn.Conv2d and nn.Conv1d become Tucker-2 or CP blocks, nn.Linear becomes `LowRankLinear`. A 1x1 convolution is a
+    matrix: with either method it becomes a `CPConv2d` (`CPConv1d`) that holds the SVD of its weight, and spatial
+    factors of ones. Training flags, requires_grad, forward and backward hooks (their handles too) are kept; a layer
+    that stands in several places is replaced once, everywhere. The parameters are new: build the optimizer afterwards.
 
     Everything is decomposed before anything is replaced: after an error the model is as it was.
 
     Args:
-        model: the network. A model that is itself one layer has no place to put the replacement:
-            `from_conv2d`, `from_linear`.
-        method: "tucker" (Tucker-2), "cp", or "auto": for each layer what gives the least error at the cost; it
+        model: the network. A model that is itself one layer has no place for the replacement: use `from_conv2d` or
+            `from_linear`.
+        method: "tucker" (Tucker-2), "cp", or "auto": the one with the lower error at the cost, for each layer; "auto"
             needs a `Budget`.
-        rank: as in `tucker_decompose` / `cp_decompose`. For 1x1 convolutions it is the rank of the matrix; of
-            a pair `(R1, R2)` the smaller one. Or a `Budget` for the whole network: then each layer gets its own
-            ranks, or stays dense.
-        linear: the rank of linear layers as in `svd_decompose`; None takes `rank` (of a pair the smaller
-            one), False leaves them.
-        include: only these layers; None means all. A glob pattern of qualified names ("features.*"), a module
-            type, a callable `(name, layer) -> bool`, or several of them. A pattern or type also stands for
-            everything inside a module that it matches. A layer's qualified name itself also takes layers of at most 8
-            channels or features on a side: `["*", "stem"]`.
-        exclude: not these, in the same terms.
-        calibration: real inputs, without labels: a tensor, a list or DataLoader of batches (`model.batches`).
-            Factors then keep the layers' outputs on these inputs rather than their weights, and each layer is fitted
-            to the inputs that the already factorized layers before it give it (`calibrate.fit_in_order`). A layer
-            that is fitted gets a bias if it has none. Some hundred images and a few thousand pixels per layer are
-            enough; where rows are fewer than a layer's inputs, its factors lean on its weight (with a warning), and
-            where there are none, they keep the weight alone; both are noted in the report. A quarter of the rows is
-            held out; the report's output errors are those on them of a fit without them, and the layer is then
-            fitted once more to all rows. The model runs in eval mode, twice per
-            layer and batch up to the layer; of more than 16 layers some share their runs. Besides the model and its
-            factorized modules, memory holds the lower triangles of the second moments of as many layers as would take,
-            whole, a seventh of the model, 64 MiB or one layer's (`calibrate.moment_groups`; otherwise the data are
-            run over once for each such group, twice with a `Budget`), that much of rows to which layers are fitted
-            together, one layer's matrices in fp64, and what a backward pass of a batch keeps. With 1,024 fp32 rows on a
-            CPU, a process grew by 2.7 GiB at most
-            for a model of 1.55 GiB in 198 layers (transformer blocks, 1024 wide), by 0.53 GiB for one of 0.13 GiB in
-            two layers, from 2048 features to 8192 and back: there the moments of one layer take as much as the model.
-            Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics afterwards
-            (`reestimate_batchnorm_`).
-        example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it
-            the report has output sizes, MACs of a forward pass and milliseconds before and after, of layers and
-            of the whole model, and it is seen that the factorized model runs. The model is in eval mode for these runs.
-        multiple: ranks that are no ints are rounded up to a multiple of it (see `decompose.ranks`), and those for a
-            budget are multiples of it.
+        rank: as in `tucker_decompose` and `cp_decompose`. For a 1x1 convolution it is the rank of the matrix, the
+            smaller one of a pair `(R1, R2)`. With a `Budget` for the whole network each layer gets its own ranks, or
+            stays dense.
+        linear: the rank of linear layers as in `svd_decompose`. None: `rank` (the smaller one of a pair). False: linear
+            layers are left.
+        include: only these layers; None means all. A glob pattern of qualified names ("features.*"), a module type, a
+            callable `(name, layer) -> bool`, or several of them. A pattern or type also selects everything inside a
+            module that it matches. A layer with at most 8 channels or features on a side must be listed by its own
+            qualified name: `["*", "stem"]`.
+        exclude: not these layers, in the same terms.
+        calibration: real inputs without labels: a tensor, a list or a DataLoader of batches (see
+            `lowrank_ops.model.batches.Batches`). See "Calibration" below.
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model. With it the report
+            has output sizes, MACs of a forward pass, and milliseconds before and after, of layers and of the whole
+            model; and an error in the factorized model shows at once. The model is in eval mode for these runs.
+        multiple: ranks that are not given as ints are rounded up to a multiple of it (see `decompose.ranks`); ranks for
+            a budget are multiples of it.
         seed: of the decompositions.
-        exact: no randomized SVD, which low ranks of large linear layers and 1x1 convolutions get otherwise, where its
-            error is at most 1 % above the least possible (`svd_decompose`).
-        n_jobs: decompose in so many processes of one thread each (joblib; -1: one a core); the same bits for every
-            number. None: one layer after the other, with torch's threads.
-        progress: a progress bar on stderr.
+        exact: use no randomized SVD. Otherwise low ranks of large linear layers and 1x1 convolutions are decomposed by
+            one where its error is at most 1 % above the least possible (`svd_decompose`).
+        n_jobs: decompose in this many processes of one thread each (joblib), -1 in one per core; the result is the same
+            bit for bit for every number. None: one layer after the other, with torch's threads.
+        progress: whether to show progress bars on stderr.
 
-    Layers are left as they are, with the reason in the report, where a block would have no fewer parameters
-    or multiplications, where they have at most 8 channels or features on a side (unless `include` names them, or a
-    `Budget` chooses the ranks), where an integer rank is above the layer's limit, where a budget is better spent on the
-    dense layer, and where a replacement would not be safe: groups, transposed and 3-D convolutions, subclasses with a
-    forward of their own, computed (parametrized) weights, weights shared with another module, layers that a module
-    also holds in a list or another plain attribute, weights that the parent module reads itself
-    (nn.MultiheadAttention.out_proj, the linear layers of nn.TransformerEncoderLayer; with `example_input` or
-    `calibration` whatever a run of the model computes with instead of calling it). Without such data nothing tells that
-    a model computes with a weight: the factorized layer then multiplies its factors each time (its `weight`, which
-    warns of it once).
+    Calibration:
+        With calibration data the factors keep the layers' outputs on these data rather than their weights, and each
+        layer is fitted to the inputs that come from the factorized layers before it (`calibrate.fit_in_order`). A layer
+        that is fitted gets a bias if it has none. Some hundred images, or a few thousand pixels per layer, are enough.
+        If a layer has fewer rows than inputs, its factors lean on its weight, with a warning; if it has none, its
+        factors keep its weight alone. The report notes both. A quarter of the rows is held out. The output errors in
+        the report are measured on these rows, after a fit to the others; then the layer is fitted once more to all
+        rows.
 
-    A model that torch.compile has compiled, as a whole or in parts, runs uncompiled here (milliseconds and a budget of
-    latency are those of the uncompiled model), and names are those of what it wraps, without `_orig_mod`. Afterwards it
-    is compiled anew at its next call. A layer on which `compile()` was called itself is left, with the reason.
+        The model runs in eval mode. For each layer and batch it runs twice up to that layer; if there are more than 16
+        layers, some layers share their runs. Fold BatchNorm before (`fold_batchnorm_`), or re-estimate its statistics
+        afterwards (`reestimate_batchnorm_`).
 
-    Replacements keep what a model reads of a dense layer: `weight`, `bias`, the arguments of nn.Linear and nn.Conv2d,
-    and the attributes that were set on it. Layers with more than that are left: parameters, buffers, submodules,
-    methods or an instance's forward of their own, state_dict hooks, gradient hooks on weight or bias.
+        Memory holds, besides the model and its factorized modules: second moments of a group of layers; rows of layers
+        that are fitted together; one layer's matrices in fp64; and what a backward pass of a batch keeps. A group is as
+        many layers as have moments that would take, as whole squares, a seventh of the model or 64 MiB, whichever is
+        more, but at least one layer; lower triangles of them are kept. The rows are limited in the same way. If there
+        are several groups (`calibrate.moment_groups`), the data are run over once for each group, twice with a
+        `Budget`. With 1,024 fp32 rows on a CPU, a process grew by at most 2.7 GiB for a model of 1.55 GiB in 198 layers
+        (transformer blocks, 1024 wide), and by 0.53 GiB for a model of 0.13 GiB in two layers, from 2048 features to
+        8192 and back: there the moments of one layer take as much as the model.
+
+    Layers that are left:
+        The report gives the reason for each. A layer is left where
+
+        * a block would have no fewer parameters or multiplications;
+        * it has at most 8 channels or features on a side, unless `include` lists it by name or a `Budget` chooses the
+          ranks;
+        * an integer rank is above the layer's limit, or a budget is better spent on the dense layer;
+        * it is a grouped, transposed or 3-D convolution, a subclass with a forward of its own, or has a computed
+          (parametrized) weight;
+        * it shares its weight with another module, or a module also holds it in a list or another plain attribute;
+        * the parent module reads its weight itself (nn.MultiheadAttention.out_proj, the linear layers of
+          nn.TransformerEncoderLayer), or a run of the model on `example_input` or `calibration` computes with its
+          weight instead of calling it;
+        * it has parameters, buffers, submodules, methods or an instance's forward of its own, state_dict hooks, or
+          gradient hooks on weight or bias, which its replacement would lack;
+        * its own `compile()` was called.
+
+        A replacement has the attributes of a dense layer that models read: `weight`, `bias`, the arguments of nn.Linear
+        and nn.Conv2d, and attributes that were set on the layer. Without `example_input` and `calibration` nobody sees
+        that a model computes with a weight: then the factorized layer multiplies its factors each time that the model
+        reads its `weight`, which warns once.
+
+    A model that torch.compile has compiled, as a whole or in parts, runs uncompiled here, so milliseconds and a budget
+    of latency are those of the uncompiled model; names are those without `_orig_mod`. The model is compiled anew at its
+    next call.
+
+    Buffers and other state that the model keeps between calls, and the global random generators, are as before
+    afterwards; data are not changed.
 
     Returns:
-        A `Report` with an entry for each convolution, linear and factorized layer, and a line for each kind of module
-        that holds the other parameters. Where no layer is replaced, a warning says why.
+        A `Report` with an entry per convolution, linear and factorized layer, and a line per kind of module that holds
+        other parameters. If no layer is replaced, a warning says why.
 
     Raises:
-        ValueError: non-finite weights (naming the layer), a model on the meta device that would have to run (with
-            calibration data, an example input or a budget), a rank out of range or above the limit of every layer that
-            could be replaced, an `include` or `exclude` that matches nothing, a model that is one layer or already
-            factorized itself, an unknown method, a budget that cannot be met (saying the closest, or that nothing can
-            be replaced), calibration data that are empty, not finite, or reach none of the layers.
-        TypeError: arguments of the wrong kind.
+        ValueError: non-finite weights (naming the layer); a model on the meta device that would have to run (with
+            calibration data, an example input or a budget); a rank out of range, or above the limit of every layer that
+            could be replaced; an `include` or `exclude` that matches nothing; a model that is one layer, or is already
+            factorized; an unknown method; a budget that cannot be met (saying the closest, or that nothing can be
+            replaced); calibration data that are empty, not finite, or reach none of the layers.
+        TypeError: arguments of the wrong type.
         RuntimeError: the model fails on `example_input`, before or after (then it is as it was), or on the calibration
-            data; the message names the layer in which it does.
-
-    Buffers and other state that the model keeps between calls, and the global random generators, are as they were
-    afterwards; data are not changed.
+            data; the message names the layer in which it fails.
     """
     given = (rank[0], rank[1]) if isinstance(rank, list) and len(rank) == 2 else rank
     settings = Settings(method, given, linear, multiple, seed, exact, n_jobs, progress)
@@ -280,7 +292,7 @@ def _replace(work: Work, example: Example | None) -> tuple[float | None, float |
     if example is not None:
         work.time_layers(example.calls)
         modules = {id(each.layer): each.module for each in replaced if each.module is not None}
-        hint = "It was left as it was. It may ask more of a layer than a factorized one answers: exclude that layer"
+        hint = "It was left as it was. It may use something of a layer that a factorized one lacks: exclude that layer"
         watched = CalledLayers([each.layer for each in replaced])
         with example.errors("factorize_: the factorized model", hint), watched:
             times = example.compare([each.site for each in replaced], modules)

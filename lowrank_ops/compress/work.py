@@ -188,8 +188,8 @@ class Work:
         budget = self.settings.budget
         if uncounted and budget is not None and budget.kind == "macs":
             warn(
-                f"factorize_: the budget of macs is one without those by the weights of "
-                f"{listed([work.name for work in uncounted])}, which the model computes with in a way that "
+                "factorize_: the budget of macs leaves out those with the weights of "
+                f"{listed([work.name for work in uncounted])}: the model computes with these weights in a way that "
                 "torch.utils.flop_counter does not count"
             )
 
