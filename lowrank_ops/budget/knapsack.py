@@ -18,7 +18,7 @@ STEPS = 20_000
 
 @dataclass(frozen=True)
 class Budget:
-    """What the factorized network may cost; give exactly one of the three. Used as `rank=` of `factorize_`.
+    """A limit of what the factorized network costs, used as `rank=` of `factorize_`. Give exactly one of the three.
 
     `factorize_` then chooses each layer's ranks, or to leave the layer dense, so that the sum of the layers' errors is
     least. With calibration data the error is that of the model's output (`calibrate.fitting`), without, that of the
@@ -179,7 +179,8 @@ def _followed_back(taken: Sequence[np.ndarray], shifts: Sequence[Sequence[int]],
     """The index of each layer's option in the best solution for `capacity` steps.
 
     Args:
-        taken: for each layer, and for each number of steps that the layers up to it may use, the index of its option.
+        taken: for each layer, and for each number of steps that it and the layers before it may use, the index of its
+            option.
         shifts: for each layer, the costs of its options in steps.
     """
     chosen: list[int] = []

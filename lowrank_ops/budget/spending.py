@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass
 class Spending:
-    """What the dense model takes of a budget, and the search for the options that keep it.
+    """A budget for one model: the dense model's cost, and the search for the options that keep the budget.
 
     Costs are parameters, multiply-accumulates or, for a latency, seconds.
 

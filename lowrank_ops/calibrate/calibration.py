@@ -25,11 +25,10 @@ class Calibration:
     """A model and the data that it is calibrated with.
 
     Attributes:
-        model, batches: the two.
         count: how many batches there are.
 
     Raises:
-        ValueError: a parameter is not initialized yet, or what is wrong with the data: `Batches`.
+        ValueError: a parameter is not initialized yet; or an error in the data, see `Batches`.
     """
 
     def __init__(self, model: nn.Module, batches: Batches, progress: bool) -> None:
@@ -43,8 +42,8 @@ class Calibration:
 
     @contextmanager
     def runs(self, what: str, passes: int = 1) -> Iterator[tqdm]:
-        """A context for so many passes over the data: shows a progress bar, which the caller advances with each batch;
-        an error in a run of the model names the layer that fails."""
+        """A context for a number of passes over the data: it shows a progress bar, which the caller advances with each
+        batch, and an error in a run of the model names the layer that fails."""
         bar = progress_bar(what, self._progress, total=passes * self.count)
         with bar, model_errors("factorize_: the model", self.model, "the calibration data"):
             yield bar
@@ -52,8 +51,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Reached:
-    """What the calibration data show of a layer: `rows` (output positions) that it computed, held-out ones included,
-    from so many `inputs` (channels or features), in so many `calls` per run of the model."""
+    """How far the calibration data reach a layer.
+
+    Attributes:
+        rows: output positions that it computed on all data, held-out ones included.
+        inputs: its input channels or features.
+        calls: how often one run of the model calls it.
+    """
 
     rows: int
     inputs: int
@@ -67,7 +71,7 @@ class GroupedMoments:
         groups: the sites, in groups whose moments are gathered together. Once a group's are, it is in the order in
             which the model calls its layers.
         reads: which layers the model called, and whose weights it read itself, in all runs so far.
-        reached: what the data show of each layer that they reach, by the layer's id.
+        reached: how far the data reach each layer, by the layer's id; only those that they reach.
     """
 
     def __init__(self, calibration: Calibration, sites: Sequence[Site]) -> None:

@@ -32,8 +32,8 @@ from lowrank_ops.runtime.nested import values_of
 class Moments:
     """Second moments of one layer over the calibration data, shrunk where rows are few (`calibrate.shrinkage`).
 
-    They lie on the CPU, in the dtype of the layer's input and gradient, but fp32 at least. Of a moment wider than
-    `shrinkage.WIDEST` there is only the diagonal.
+    They lie on the CPU, in the dtype of the layer's input and gradient, but fp32 at least. A moment wider than
+    `shrinkage.WIDEST` is kept as its diagonal.
 
     Attributes:
         input: `[S, S]`, the mean of `x x^T` over input pixels (all taps of a window together), without those of

@@ -50,7 +50,7 @@ class Reason:
 
 @unique
 class Note(Enum):
-    """What the report says of a layer that is replaced."""
+    """A remark in the report on a layer that is replaced."""
 
     ALSO_READ_BY_MODEL = "the model also computes with its weight: the factors are multiplied each time"
     STILL_CALLED = "the model goes on calling the dense layer, which it holds elsewhere than in its modules"

@@ -1,4 +1,7 @@
-"""What training does over the processes of torch.distributed's default group; without it there is one process."""
+"""Training over the processes of torch.distributed's default group: equal starts, averages, checks.
+
+Without such a group there is one process.
+"""
 
 from __future__ import annotations
 

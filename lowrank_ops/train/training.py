@@ -167,6 +167,7 @@ class Training:
             bar.set_postfix(loss=f"{self.losses[-1]:.4g}")
             if self._runaway.watch(self.losses[-1]):
                 self.undo()
+                processes.start_equal(self._student)
                 self._optimizer.load_state_dict(copy.deepcopy(self._untrained))
         if not processes.all_finite(self._student):
             raise _not_finite("parameters are not finite", len(self.losses) - 1)
