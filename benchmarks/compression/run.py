@@ -34,10 +34,10 @@ import lowrank_ops
 from benchmarks.compression.subjects import Subject, load
 from benchmarks.core import bench
 from lowrank_ops import Budget
-from lowrank_ops.budget.menu import Choice, empty_module
+from lowrank_ops.budget.menu import Block, empty_module
 from lowrank_ops.compress.selection import is_narrow
 from lowrank_ops.decompose.ranks import linear_rank, tucker_ranks
-from lowrank_ops.model.calls import recorded_calls
+from lowrank_ops.model.example import Example
 from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.plain import is_matrix
 
@@ -173,7 +173,7 @@ class Study:
         """The share of the channels, in all layers but narrow ones, that leaves 1 / `cut` of the multiplications."""
         dense = self.subject.dense
         layers = [layer for layer in dense.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        calls = recorded_calls(dense, self.subject.example_input, layers)
+        calls = Example(dense, self.subject.example_input).record(layers)
 
         def macs(ratio: float) -> float:
             total = 0
@@ -194,8 +194,8 @@ class Study:
 def _block(layer: Any, ratio: float) -> nn.Module:
     """The module that `factorize_(rank=ratio)` replaces a layer by, without values."""
     if is_matrix(layer):
-        return empty_module(layer, Choice("svd", linear_rank(ratio, layer.weight.flatten(1))))
-    return empty_module(layer, Choice("tucker", tucker_ranks(ratio, layer.weight)))
+        return empty_module(layer, Block("svd", linear_rank(ratio, layer.weight.flatten(1))))
+    return empty_module(layer, Block("tucker", tucker_ranks(ratio, layer.weight)))
 
 
 def interval(differences: np.ndarray, weights: np.ndarray, draws: int = 2000) -> tuple[float, float]:
@@ -208,7 +208,7 @@ def interval(differences: np.ndarray, weights: np.ndarray, draws: int = 2000) ->
 def macs_of(model: nn.Module, example_input: torch.Tensor) -> float:
     """Multiply-accumulates of the convolution, linear and factorized layers in a forward pass."""
     layers = [layer for layer in model.modules() if count_macs(layer) is not None]
-    calls = recorded_calls(model, example_input, layers)
+    calls = Example(model, example_input).record(layers)
     total = 0
     for layer in layers:
         total += calls.of(layer).total(lambda shape, layer=layer: count_macs(layer, shape)) or 0  # type: ignore[misc]

@@ -13,7 +13,7 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 import lowrank_ops
-from lowrank_ops.compress.factorize import fuse_
+from lowrank_ops.compress.fuse import fuse_
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 
 S, T, R, R1, R2 = 6, 9, 7, 4, 5
