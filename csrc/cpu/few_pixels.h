@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ops/ops.h"
+#include "ops/call.h"
 #include "plan/cpu/planner.h"
 
 namespace lowrank_ops {

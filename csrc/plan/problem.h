@@ -71,5 +71,12 @@ inline bool packed_covers(const Problem& p) {
 constexpr bool library_bfloat16_fails(int64_t kernel_width, int64_t stride_width, int64_t padding_width) {
   return stride_width > 1 && (kernel_width > 1 || padding_width > 0);
 }
+// Whether a CPU's chain runs a bf16 problem in fp32 for that reason (library_dtype of ops/block.h): it is no candidate
+// then. In a problem that column_as_row() has turned the call's width is the height.
+constexpr bool chain_needs_float32(const Problem& p) {
+  const int width = p.column ? 0 : 1;
+  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 &&
+         library_bfloat16_fails(p.column ? p.kh : p.kw, p.stride[width], p.padding[width]);
+}
 
 }  // namespace lowrank_ops

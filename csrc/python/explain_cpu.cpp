@@ -1,4 +1,4 @@
-// What the CPU's cost model counts and predicts for a problem on any class of CPUs, for tests and
+// The counts and predictions of the CPU's cost model for a problem on any class of CPUs, for tests and
 // benchmarks/studies/fit_cost.py.
 #include "plan/cpu/cost.h"
 #include "python/explain.h"
@@ -10,7 +10,8 @@ namespace {
 py::dict cpu_prediction(const std::string& op, const std::string& dtype, bool channels_last,
                         std::array<int64_t, 9> sizes, std::array<int64_t, 6> window, const std::string& isa,
                         int64_t l2_bytes, int64_t l3_bytes) {
-  const Problem given = described_problem(op, dtype, channels_last, sizes, window, "none");
+  const Problem given =
+      described_problem({.op = op, .dtype = dtype, .channels_last = channels_last, .sizes = sizes, .window = window});
   const Problem p = as_fused(given);
   CpuCaps caps;
   caps.isa = isa;

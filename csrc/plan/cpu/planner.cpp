@@ -55,6 +55,10 @@ const char* name_of(Policy policy) {
   return "";
 }
 
+const char* name_of(Path path) {
+  return path == Path::kFused ? "fused" : "chain";
+}
+
 std::string by_policy(Policy policy) {
   return std::string("the policy is \"") + name_of(policy) + "\"";
 }
@@ -296,14 +300,6 @@ bool tile_is_too_large(const Problem& p, const CpuTile& tile) {
   return p.op != Op::kLinear && tile.scratch_bytes > kMostKeptBytes;
 }
 
-// The chain would run in fp32 (library_dtype of ops.h), and is no candidate.
-bool chain_needs_float32(const Problem& p) {
-  const int width = p.column ? 0 : 1;  // the axis that is the call's width
-  const int64_t kernel_width = p.column ? p.kh : p.kw;
-  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 &&
-         library_bfloat16_fails(kernel_width, p.stride[width], p.padding[width]);
-}
-
 }  // namespace
 
 CpuChoice choose_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
@@ -334,7 +330,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   const CpuChoice choice = choose_cpu(p, caps, policy, prepared);
   Decision decision;
   Plan fused, chain;
-  fused.path = "fused";
+  fused.path = Path::kFused;
   fused.tile = choice.tile;
   fused.kernel = fused_kernel(p, caps, fused.tile);
   fused.flops = fused_flops(p, fused.tile);
@@ -347,7 +343,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   const Features fused_counts = fused_features(p, caps, choice.one_thread_tile), chain_counts = chain_features(p, caps);
   fused.features.assign(fused_counts.begin(), fused_counts.end());
   chain.features.assign(chain_counts.begin(), chain_counts.end());
-  chain.path = "chain";
+  chain.path = Path::kChain;
   chain.kernel = "chain of torch ops";
   chain.flops = block_flops(p);
   chain.bytes = block_bytes(p) + hidden_bytes(p);
@@ -380,7 +376,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
 
 Decision plan_other(const Problem& p, const std::string& why, Policy policy) {
   Decision decision;
-  decision.chosen.path = "chain";
+  decision.chosen.path = Path::kChain;
   decision.chosen.kernel = "chain of torch ops";
   decision.chosen.flops = block_flops(p);
   decision.chosen.bytes = block_bytes(p) + hidden_bytes(p);

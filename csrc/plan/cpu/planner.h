@@ -15,6 +15,7 @@
 namespace lowrank_ops {
 
 enum class Policy { kAuto, kFused, kChain, kMeasure };
+enum class Path { kFused, kChain };  // a kernel of ours, or the chain of torch's ops
 
 // Whether the threads of a call share the stages of a tile.
 enum class Teams { kAuto, kAlways, kNever };
@@ -70,7 +71,7 @@ struct CpuTile {
 };
 
 struct Plan {
-  std::string path;    // "fused" or "chain"
+  Path path = Path::kChain;
   std::string kernel;  // which code runs
   CpuTile tile;
   int gpu_kernel = -1;  // index into gpu_kernels() (gpu.h), for a GPU's fused plans
@@ -140,6 +141,7 @@ constexpr int64_t streamed_stride(int64_t columns) {
 const char* name_of(Op op);
 const char* name_of(DType dtype);
 const char* name_of(Policy policy);
+const char* name_of(Path path);
 std::string by_policy(Policy policy);  // the reason: the policy is "..."
 
 // `prepared`: the weights were packed before the call, so that this costs nothing.
