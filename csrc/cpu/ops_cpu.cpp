@@ -18,7 +18,7 @@ template <typename Fused, typename Chain>
 at::Tensor run(const Problem& problem, bool is_prepared, const Fused& fused, const Chain& chain) {
   const CpuCaps caps = cpu_caps();
   const Policy chosen_policy = policy();
-  const std::shared_ptr<const CpuChoice> choice = cached_choose_cpu(problem, caps, chosen_policy, is_prepared);
+  const std::shared_ptr<const CpuPlan> choice = cached_cpu_plan(problem, caps, chosen_policy, is_prepared);
   const auto run_fused = [&] { return fused(choice->tile); };
   const bool take_chain = chosen_policy == Policy::kMeasure && choice->other_possible
                               ? chain_measures_faster(
