@@ -5,9 +5,7 @@
 
 namespace lowrank_ops {
 
-// CP for up to kMostDotRows pixels of input and of output in all: fills `output`.
-void cp_few_pixels(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-                   const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                   const Problem& problem, at::Tensor& output);
+// Fills `output` by CP, for at most kMostDotRows pixels of input and of output in all images together.
+void cp_few_pixels(const OpCall& call, const Problem& problem, at::Tensor& output);
 
 }  // namespace lowrank_ops

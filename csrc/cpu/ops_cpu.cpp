@@ -58,12 +58,12 @@ at::Tensor run(const OpCall& call, const at::Tensor* packed) {
   const bool is_prepared = prepared && packed_covers(problem);
   const CpuCaps caps = cpu_caps();
   const Policy chosen_policy = policy();
-  const std::shared_ptr<const CpuChoice> choice = cached_choose_cpu(problem, caps, chosen_policy, is_prepared);
-  const auto fused = [&] { return run_fused(call, problem, choice->tile, prepared); };
-  const bool take_chain = chosen_policy == Policy::kMeasure && choice->other_possible
+  const std::shared_ptr<const CpuPlan> plan = cached_cpu_plan(problem, caps, chosen_policy, is_prepared);
+  const auto fused = [&] { return run_fused(call, problem, plan->tile, prepared); };
+  const bool take_chain = chosen_policy == Policy::kMeasure && plan->other_possible
                               ? chain_measures_faster(
                                     problem, measured_caps(caps, is_prepared), [&] { fused(); }, [&] { chain(call); })
-                              : choice->chain;
+                              : plan->chain;
   return take_chain ? chain(call) : fused();
 }
 

@@ -18,7 +18,7 @@ py::dict cpu_prediction(const std::string& op, const std::string& dtype, bool ch
   caps.l2_bytes = l2_bytes;
   caps.l3_bytes = l3_bytes;
   caps.bfloat16_dot = isa == "avx512bf16";
-  const CpuChoice choice = choose_cpu(p, caps, Policy::kAuto);
+  const CpuPlan choice = make_cpu_plan(p, caps, Policy::kAuto);
   py::dict result;
   result["chain"] = choice.chain;
   result["other_possible"] = choice.other_possible;
