@@ -55,8 +55,8 @@ const Plan& measured_plan(const FusedCall& call, const Decision& decision, cudaS
   return *plans[measured_choice(key, candidates)];
 }
 
-// Policy "fused" on a GPU that this build has no code for: nothing else would ever run there, so say how to get it.
-// Where single shapes have no kernel, "fused" runs the chain, and explain() says why.
+// Raises under the policy "fused" on a GPU that this build has no code for: the chain alone would ever run there, and
+// the message has the remedy. Where single shapes have no kernel, "fused" runs the chain, and explain() has the reason.
 void check_architecture(const FusedCall& call, const Decision& decision) {
   const GpuCaps& caps = gpu_caps(call.device());
   for (const Rejection& rejection : decision.rejections) {

@@ -168,8 +168,8 @@ std::vector<Tensor> block_gradients(const Tensor& grad_output, const Tensor& inp
 
 namespace {
 
-// CP's gradients with both depthwise stages as one convolution with their product, in fp32: the gain that
-// merges_depthwise has measured for the forward pass is larger in the backward pass. On an H200 (bfloat16,
+// CP's gradients with both depthwise stages as one convolution with their product, in fp32: the gain of
+// merges_depthwise() in the forward pass is larger in the backward pass. On an H200 (bfloat16,
 // channels_last, 3x3) a step of 32x256-256 56x56 R64 took 1482 us with two stages, the chain with one 380
 // (benchmarks/results/h200_training.jsonl).
 std::vector<Tensor> merged_cp_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {

@@ -15,7 +15,7 @@
 
 namespace lowrank_ops {
 
-// A window's numbers: an int for both axes, or a sequence of them (its length is checked with the other arguments).
+// The numbers of a window: an int for both axes, or a sequence of ints (checks.h checks its length).
 struct Pair {
   c10::SmallVector<int64_t, 2> values;
   operator at::IntArrayRef() const { return values; }

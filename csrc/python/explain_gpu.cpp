@@ -26,7 +26,7 @@ const GpuKernel& kernel_named(const char* caller, const std::string& name) {
   return gpu_kernels()[size_t(index)];
 }
 
-// A cut as numbers: images, height and width of a tile, and what may follow (stages, splits).
+// A cut as numbers: images, height and width of a tile, then in some functions stages and splits.
 template <size_t count>
 void check_cut(const char* caller, const std::array<int, count>& cut) {
   TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
@@ -129,7 +129,7 @@ std::vector<double> chain_gpu_features(const Described& described, const std::st
   return {found.begin(), found.end()};
 }
 
-// How a tile of this size lies on an axis: for each tile the outputs, and for each halo position the input coordinate.
+// Where tiles of this size lie on an axis: the outputs of each tile, and the input coordinate of each halo position.
 py::dict axis_tiles(const TileAxis& axis) {
   py::list outputs, inputs;
   for (int tile = 0; tile < axis.tiles(); ++tile) {
