@@ -47,5 +47,5 @@ def ops_for(*tensors: Tensor | None) -> Any:
     return _C
 
 
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
+ACTIVATIONS: tuple[str, ...] = tuple(_C.activations())
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

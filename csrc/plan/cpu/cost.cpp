@@ -15,7 +15,7 @@ Stages multiply_adds(const Problem& p, double in_pixels) {
   return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
 }
 
-// An image's patches by Winograd.
+// The number of Winograd's patches per image.
 double winograd_patches(const Problem& p, Winograd winograd) {
   const Patch patch = patch_of(winograd);
   return double(ceil_div(p.oh, patch.rows)) * double(ceil_div(p.ow, patch.columns));
@@ -61,7 +61,8 @@ double fused_flops(const Problem& p, const CpuTile& tile) {
   return 2.0 * p.n * (stages.in + stages.middle + stages.out);
 }
 
-// For one channel in and one out: kernels/winograd.h.
+// Additions of the transforms (cpu/kernels/winograd.h), per patch: about as many for the input transform of one channel
+// of R1 as for the output transform of one channel of R2.
 double winograd_sums(const Problem& p, Winograd winograd) {
   if (winograd == Winograd::kNone) return 0;
   const double sums = winograd == Winograd::k2x2 ? 24 : winograd == Winograd::k4x4 ? 140 : 10;

@@ -101,7 +101,7 @@ ChainFeatures chain_features(const Problem& p, const GpuCaps& caps) {
 
 Plan chain_plan(const Problem& p, const GpuCaps& caps) {
   Plan plan;
-  plan.path = "chain";
+  plan.path = Path::kChain;
   plan.kernel = "chain of torch ops";
   plan.flops = block_flops(p);
   plan.bytes = block_bytes(p) + hidden_bytes(p);

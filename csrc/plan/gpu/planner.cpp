@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <climits>
 #include <cstdio>
-#include <cstring>
 #include <numeric>
 
 #include "plan/cpu/cost.h"
@@ -128,7 +127,7 @@ const std::vector<GpuKernel>& gpu_kernels() {
 #define GPU_KERNEL(op, family, config, shape, verified_on)       \
   {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,                 \
    kOp_##op,                                                     \
-   #family,                                                      \
+   kFamily_##family,                                             \
    config,                                                       \
    config_of(kFamily_##family, config, kOp_##op != Op::kLinear), \
    kFirst_##family,                                              \
@@ -180,8 +179,12 @@ Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int s
   return g;
 }
 
+const char* name_of(Family family) {
+  return family == Family::kSimt ? "simt" : family == Family::kSm80 ? "sm80" : "sm90a";
+}
+
 bool is_simt(const GpuKernel& kernel) {
-  return std::strcmp(kernel.family, "simt") == 0;
+  return kernel.family == Family::kSimt;
 }
 
 int threads_of(const GpuKernel& kernel) {
@@ -276,7 +279,7 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
     return candidate;
   }
   Plan& plan = candidate.plan;
-  plan.path = "fused";
+  plan.path = Path::kFused;
   plan.kernel = kernel.name;
   plan.gpu_kernel = gpu_kernel_index(kernel.name);
   plan.geometry = found.geometry;
@@ -343,7 +346,7 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
   if (!take_chain)
     decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);
   for (const Plan& plan : decision.others) {
-    const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == "chain");
+    const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == Path::kChain);
     decision.rejections.push_back({plan.kernel, forced ? std::string("a kernel is forced (force_gpu_kernel)")
                                                 : told ? by_policy(policy)
                                                        : why_not(plan, decision.chosen, margin)});

@@ -51,8 +51,8 @@ void fill_rates(GpuCaps& caps, double clock);
 struct GpuKernel {
   const char* name;  // tucker_conv2d_sm80_128x64: op, family, pixels x columns
   Op op;
-  const char* family;  // simt, sm80, sm90a
-  int config;          // index into the family's configurations (geometry.h)
+  Family family;
+  int config;  // index into the family's configurations (geometry.h)
   Config shape;
   int first_architecture;   // oldest architecture that runs it; sm90a kernels run on this one alone
   const char* verified_on;  // the GPUs on which all of its tests have run, separated by ", "; or ""
@@ -90,6 +90,7 @@ GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const 
 std::string size_reason(const Problem& problem);
 // The cut with the given tile (images, height, width), slots of the ring buffer (`stages`) and splits.
 Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
+const char* name_of(Family family);
 bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
 int threads_of(const GpuKernel& kernel);
 // Whether the launcher takes the kernel's lean variant (cuda/kernels/common_case.h): 16-byte vectors everywhere.

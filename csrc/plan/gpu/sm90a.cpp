@@ -1,7 +1,6 @@
 #include "plan/gpu/sm90a.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace lowrank_ops {
 namespace {
@@ -61,7 +60,7 @@ std::string cp_reason(const Problem& p) {
 }  // namespace
 
 bool is_sm90a(const GpuKernel& kernel) {
-  return std::strcmp(kernel.family, "sm90a") == 0;
+  return kernel.family == Family::kSm90a;
 }
 
 bool is_wide_sm90a(const GpuKernel& kernel) {

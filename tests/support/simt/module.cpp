@@ -104,12 +104,10 @@ LOWRANK_OPS_EXPORT int simulator_is_common_case(const BlockCall* call) {
 LOWRANK_OPS_EXPORT const char* simulator_plan(const BlockCall* call, const char* gpu, int64_t* cut) {
   static std::string reason;
   const GpuCaps* const caps = find_gpu(gpu);
-  static constexpr const char* families[] = {"simt", "sm80", "sm90a"};
-  const std::string family = families[call->family];
   reason = caps == nullptr ? "no GPU of that name" : "no kernel of that number";
   if (caps == nullptr) return reason.c_str();
   for (const GpuKernel& kernel : gpu_kernels()) {
-    if (kernel.op != Op(call->op) || kernel.family != family || kernel.config != call->config) continue;
+    if (kernel.op != Op(call->op) || kernel.family != Family(call->family) || kernel.config != call->config) continue;
     const GpuCandidate candidate = plan_kernel(problem_of(*call), kernel, *caps);
     const Geometry& g = candidate.plan.geometry;
     const int64_t numbers[6] = {g.tile_n, g.rows.tile, g.columns.tile, g.stages, g.splits, caps->shared_bytes_cta};
