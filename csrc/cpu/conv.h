@@ -8,7 +8,7 @@
 // The ring buffer holds the hidden rows that the taps of one step can see, zero-padded at the image's edges: each
 // hidden row is computed once per strip. Ring and tile fit L2; no intermediate is ever a whole tensor. Where images are
 // large, a step prefetches the output rows that it will write and the input rows that the next step will read
-// (prefetcher.h). Rows and columns are those of the lattice that some tap reads (plan/cpu/planner.h, Axis): a 1x1 core
+// (prefetcher.h). Rows and columns are those of the lattice that some tap reads (plan/axis.h): a 1x1 core
 // with stride 2 reads every other row only.
 //
 // conv_block.h holds what a call consists of, hidden_rows.h stage (1), direct_core.h, winograd.h and cp.cpp stage (2),

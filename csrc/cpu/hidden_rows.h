@@ -7,7 +7,7 @@
 
 namespace lowrank_ops {
 
-// The hidden rows of one task. Rows are numbered as on the lattice (plan/cpu/planner.h, Axis): row z of the lattice
+// The hidden rows of one task. Rows are numbered as on the lattice (plan/axis.h): row z of the lattice
 // lies in row z % ring_rows of the ring buffer.
 class HiddenRows {
  public:

@@ -34,7 +34,7 @@ inline CpuCaps measured_caps(CpuCaps caps, bool prepared) {
 void set_cpu_isa(const std::string& isa);
 
 // Sets where Winograd's transforms are used (Tucker's cores of stride 1): "auto" where they are predicted to be faster,
-// "never", or one of "2x2", "4x4" and "line" (plan/cpu/patches.h) wherever it is possible. The environment variable
+// "never", or one of "2x2", "4x4" and "line" (plan/patches.h) wherever it is possible. The environment variable
 // LOWRANK_OPS_CPU_WINOGRAD does the same at start. Not to be called while an op runs.
 void set_cpu_winograd(const std::string& setting);
 

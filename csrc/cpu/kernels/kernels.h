@@ -154,7 +154,7 @@ using SpreadFunction = void (*)(const SpreadCall&);
 // vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
 
-// Winograd's input transform (cpu/kernels/winograd.h, plan/cpu/patches.h): rows [columns, channels] of hidden
+// Winograd's input transform (cpu/kernels/winograd.h, plan/patches.h): rows [columns, channels] of hidden
 // accumulators -> the first `patches` of out [places, out_patches, channels], elements. Channels fill whole vectors.
 constexpr int kMostPatchRows = 4;
 struct WinogradInputCall {

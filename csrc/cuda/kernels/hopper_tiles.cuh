@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/hopper.cuh"
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops::hopper {
 

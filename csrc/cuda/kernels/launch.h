@@ -7,7 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 #include "plan/problem.h"
 
 namespace lowrank_ops {

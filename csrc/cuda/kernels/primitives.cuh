@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/launch.h"
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

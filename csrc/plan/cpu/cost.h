@@ -1,4 +1,4 @@
-// The cost model: FLOPs, bytes and predicted seconds of a block, fused and as a chain. Plain C++17.
+// The CPU's cost model: FLOPs and predicted seconds of a block, fused and as a chain. Plain C++17.
 //
 // A prediction is a sum of features (counts that follow from a problem, features.cpp) times constants in nanoseconds.
 // benchmarks/studies/fit_cost.py fits the constants to measured times of the networks' layers and of random blocks, per
@@ -10,20 +10,14 @@
 
 #include <array>
 
+#include "plan/counts.h"
 #include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 
-double block_flops(const Problem& problem);                       // of the chain, which computes every stage once
 double fused_flops(const Problem& problem, const CpuTile& tile);  // with the halo that strips and columns recompute
 // Multiply-adds of one task: output rows [first, last) of a tile's columns of one image, halo included.
 double strip_multiply_adds(const Problem& problem, const CpuTile& tile, int64_t first, int64_t last);
-double packed_elements(const Problem& problem);  // of the factors that are packed: all but CP's taps
-double weight_elements(const Problem& problem);  // of all factors
-double image_elements(const Problem& problem);   // of input and output
-double depthwise_sums(const Problem& problem);   // multiply-adds of an image; CP only
-double block_bytes(const Problem& problem);      // input + output + weights, once
-double hidden_bytes(const Problem& problem);     // intermediates of the chain, written and read
 
 double fused_products(const Problem& problem, const CpuTile& tile);  // fused multiply-adds without the next two counts
 

@@ -10,59 +10,6 @@
 
 namespace lowrank_ops {
 
-Axis::Axis(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
-    : in(in),
-      out(output_size(in, kernel, stride, padding, dilation)),
-      kernel(kernel),
-      step(kernel == 1 ? stride : std::gcd(stride, dilation)),
-      stride(stride / step),
-      dilation(kernel == 1 ? 1 : dilation / step),
-      padding(padding) {}
-
-int64_t element_bytes(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-
-const char* name_of(Op op) {
-  return op == Op::kTucker ? "tucker_conv2d" : op == Op::kCP ? "cp_conv2d" : "lowrank_linear";
-}
-
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat:
-      return "float32";
-    case DType::kDouble:
-      return "float64";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kHalf:
-      return "float16";
-  }
-  return "";
-}
-
-const char* name_of(Policy policy) {
-  switch (policy) {
-    case Policy::kAuto:
-      return "auto";
-    case Policy::kFused:
-      return "fused";
-    case Policy::kChain:
-      return "chain";
-    case Policy::kMeasure:
-      return "measure";
-  }
-  return "";
-}
-
-const char* name_of(Path path) {
-  return path == Path::kFused ? "fused" : "chain";
-}
-
-std::string by_policy(Policy policy) {
-  return std::string("the policy is \"") + name_of(policy) + "\"";
-}
-
 namespace {
 
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
@@ -375,20 +322,6 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   else
     reason = "predicted to be slower";
   decision.rejections.push_back({other.kernel, reason});
-  return decision;
-}
-
-Decision plan_other(const Problem& p, const std::string& why, Policy policy) {
-  Decision decision;
-  decision.chosen.path = Path::kChain;
-  decision.chosen.kernel = "chain of torch ops";
-  decision.chosen.flops = block_flops(p);
-  decision.chosen.bytes = block_bytes(p) + hidden_bytes(p);
-  std::string reason = why;
-  if (policy == Policy::kChain) reason = by_policy(policy) + ", and " + why;
-  if (policy == Policy::kFused) reason += ": the chain runs although " + by_policy(policy);
-  if (policy == Policy::kMeasure) reason += ": there is nothing to measure";
-  decision.rejections.push_back({"fused", reason});
   return decision;
 }
 

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "plan/cpu/cost.h"
+#include "plan/counts.h"
 #include "plan/gpu/cost.h"
 
 namespace lowrank_ops {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-#include "plan/cpu/cost.h"
+#include "plan/counts.h"
 #include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {

@@ -2,7 +2,7 @@
 // C++17.
 #pragma once
 
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops {
 

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <numeric>
 
-#include "plan/cpu/cost.h"
+#include "plan/counts.h"
 #include "plan/gpu/cost.h"
 #include "plan/gpu/search.h"
 #include "plan/gpu/sm90a.h"

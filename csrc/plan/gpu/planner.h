@@ -15,8 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "plan/cpu/planner.h"
-#include "plan/gpu/geometry.h"
+#include "plan/plan.h"
 
 namespace lowrank_ops {
 

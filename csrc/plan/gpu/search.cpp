@@ -4,6 +4,7 @@
 #include <climits>
 #include <vector>
 
+#include "plan/counts.h"
 #include "plan/gpu/cost.h"
 #include "plan/gpu/sm90a.h"
 

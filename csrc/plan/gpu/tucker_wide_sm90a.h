@@ -2,7 +2,7 @@
 // not fit into shared memory: for the planner, the launcher and the kernel. Plain C++17.
 #pragma once
 
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops {
 
