@@ -52,7 +52,7 @@ class Spending:
 
     Args:
         budget: for the whole model.
-        example: of the model, with recorded calls of the layers; None for a budget of parameters.
+        example: of the model, with recorded calls of the layers; only a budget of parameters can do without (None).
         calibrated: whether the blocks will be fitted to data: then each gets a bias.
         progress: whether to show a progress bar.
 

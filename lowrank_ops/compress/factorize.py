@@ -161,7 +161,8 @@ def factorize_(
     _check_model(model, layers, runs=calibration is not None or example_input is not None or budget is not None)
     before, others = count_parameters(model), other_modules(model, layers)
 
-    # Which layers may be replaced. Two runs of the model show which it does not call: the example's, and calibration.
+    # Selection: layers are left that the user or their own kind rules out. The runs of the model on the example and on
+    # the calibration data show which layers it computes with instead of calling them.
     work.select(include, exclude)
     batches = None if calibration is None else Batches(calibration, "factorize_: calibration", device_of(model))
     example = _recorded_example(model, layers, example_input, budget, batches)
@@ -176,13 +177,13 @@ def factorize_(
             work.leave_all(Left.BUDGET_IS_MET)
     work.calibrate(batches)
 
-    # Their modules.
+    # Ranks within a budget; modules, decomposed and fitted.
     if spending is not None:
         work.spend(spending)
     work.decompose_and_fit()
     work.note_data()
 
-    # The model with them.
+    # Replacement and report.
     times = _replace(work, example)
     report = Report(
         type(model).__name__,

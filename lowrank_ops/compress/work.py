@@ -189,7 +189,7 @@ class Work:
         if uncounted and budget is not None and budget.kind == "macs":
             warn(
                 "factorize_: the budget of macs leaves out those with the weights of "
-                f"{listed([work.name for work in uncounted])}: the model computes with these weights in a way that "
+                f"{listed([work.name for work in uncounted])}, which the model computes with in a way that "
                 "torch.utils.flop_counter does not count"
             )
 

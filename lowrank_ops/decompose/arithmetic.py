@@ -1,4 +1,4 @@
-"""What all decompositions share: TensorLy's settings, copies of weights to compute with, the relative error.
+"""Shared by all decompositions: TensorLy's settings, copies of weights to compute with, the relative error.
 
 TensorLy runs on torch during a call and in its thread only; the global random state and TensorLy's backend elsewhere do
 not change. Its products of an unfolded tensor with a Khatri-Rao matrix are replaced, see `_ShortProducts`. Singular

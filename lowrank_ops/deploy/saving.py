@@ -9,7 +9,7 @@ The file's metadata entry "lowrank_ops" is a JSON object:
     children      qualified name of an nn.Sequential with a block in it -> the keys of its children
     biases        plain convolutions and linear layers with a bias (folding a BatchNorm gives one)
     same          name of a tensor -> the name that the same tensor is stored under
-    strides       of tensors that are not contiguous (channels_last, say)
+    strides       of tensors that are not contiguous (channels_last, for instance)
 
 `structure.py` checks this object and gives a model that structure.
 """

@@ -94,9 +94,9 @@ class FactorizedModule(nn.Module):
             self._read_is_known = True
             warn(
                 f"{self}: something computes with the weight of this module instead of calling it, so its factors are "
-                "multiplied out and nothing is gained from them; a layer that is built from it (by a model's own "
-                "fuse(), say) is dense again. Do so before factorize_; weight.shape, dtype and device cost nothing. "
-                "This is said once for each module"
+                "multiplied at each such operation, and nothing is gained from them. A layer that is built from the "
+                "weight (by a model's own fuse(), for instance) is dense again: build it before factorize_. Reading "
+                "weight.shape, dtype and device costs nothing. This warning appears once per module"
             )
         return self._dense_weight()
 
@@ -104,8 +104,8 @@ class FactorizedModule(nn.Module):
         if name == "weight":
             raise AttributeError(
                 f"{self._name}: weight cannot be set, it is the product of the factors; set the weight of to_dense() "
-                "and put that layer in the module's place. What folds or fuses layers (BatchNorm: fold_batchnorm_) "
-                "and ties weights must run before factorize_"
+                "and put that layer in the module's place. Code that folds or fuses layers (for BatchNorm: "
+                "fold_batchnorm_) or ties weights must run before factorize_"
             )
         super().__setattr__(name, value)
 

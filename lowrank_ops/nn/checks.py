@@ -19,7 +19,7 @@ def refusal(layer: nn.Module) -> str | None:
     Where there is something to do about it, the reason says what.
     """
     if isinstance(layer, FactorizedModule):
-        return "already factorized; call to_dense() first to factorize it anew"
+        return "already factorized; call to_dense() first to factorize it again"
     if isinstance(layer, ConvTransposeBase):
         return "a transposed convolution: there is no factorized op for it"
     if isinstance(layer, ConvBase) and len(layer.kernel_size) > 2:

@@ -125,8 +125,8 @@ def _kept(weight: DenseWeight, product: Tensor, tensor: Tensor) -> Tensor:
 
 def _refuse(owner: str, what: str) -> NoReturn:
     raise RuntimeError(
-        f"{owner}.weight is read-only, a product of the factors that is formed anew for each operation: {what} would "
-        "go to a tensor that is dropped. To change the layer, change the weight of module.to_dense(), put that in the "
-        "module's place and factorize it again, or change module.factors(); module.requires_grad_(False) freezes it; "
-        "weight.clone() is an ordinary tensor"
+        f"{owner}.weight is read-only: each operation on it multiplies the factors again, so {what} would go to a "
+        "tensor that is dropped. To change the layer, change module.factors(), or change the weight of "
+        "module.to_dense(), put that in the module's place and factorize it again. module.requires_grad_(False) "
+        "freezes the layer; weight.clone() is an ordinary tensor"
     )

@@ -3,11 +3,11 @@ torch breaks something. No other file of the package names them (`tests/repo/tes
 
 Besides the names below, the package relies on attributes of torch's objects that torch does not document as public:
 
-* `nn.Module`: the dicts `_parameters`, `_buffers`, `_modules` and `_non_persistent_buffers_set`, which say what a
-  module holds itself (the public `named_parameters()` and the like leave out None and what occurs twice); the dicts of
-  hooks (`_forward_hooks`, `_forward_pre_hooks`, ... in `lowrank_ops.model.sites`), which torch lets nobody move; the
-  methods `_apply` and `_load_from_state_dict`, which are overridden to notice new values; `_conv_forward` of
-  convolutions, to notice that a subclass overrides it.
+* `nn.Module`: the dicts `_parameters`, `_buffers`, `_modules` and `_non_persistent_buffers_set`, which contain what is
+  registered in the module itself (the public `named_parameters()` and the like leave out None and what occurs twice);
+  the dicts of hooks (`_forward_hooks`, `_forward_pre_hooks`, ... in `lowrank_ops.model.sites`), because torch has no
+  public way to move hooks to another module; the methods `_apply` and `_load_from_state_dict`, which are overridden to
+  notice new values; `_conv_forward` of convolutions, to notice that a subclass overrides it.
 * `Tensor`: `_version`, which counts changes in place; `_backward_hooks` and `_post_accumulate_grad_hooks`.
 * Storages: `_cdata`, the identity of the memory (`data_ptr()` is 0 for every empty and every meta tensor).
 * Operators (`torch._ops.OpOverload`): `_schema` and `_overloadpacket`.
@@ -56,7 +56,7 @@ tree_leaves = torch.utils._pytree.tree_leaves
 tree_map_only = torch.utils._pytree.tree_map_only
 """`tree_map_only(kind, function, tree)`: the tree with `function` applied to the leaves of that class."""
 
-# Checks of fake kernels: unlike `if ...: raise`, they hold for symbolic sizes, as guards of the traced program.
+# Checks in fake kernels: unlike `if ...: raise`, they work with symbolic sizes.
 
 check_value = torch._check_value
 """`check_value(condition, message)` raises ValueError; the message is a function that returns it."""

@@ -39,7 +39,7 @@ def terminal_width() -> int:
 def fits(table: Table, width: int) -> bool:
     """Whether the table fits `width` characters without breaking a word, or a cell of a column that must not wrap."""
     console = _console(10_000)
-    needed = -2  # a column is followed by two spaces, but for the last one
+    needed = -2  # every column except the last is followed by two spaces
     for column in table.columns:
         sizes = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
         needed += 2 + max(size.maximum if column.no_wrap else size.minimum for size in sizes)
