@@ -80,11 +80,10 @@ stub: .venv/built .venv/stubgen
 	$(VENV)/ruff check -q --fix lowrank_ops/_C.pyi
 
 wheel: .venv/packages
-	rm -rf dist && $(PIP) wheel --no-build-isolation --no-deps -w dist .
-	rm -rf build/installed && $(PIP) install -q --no-deps --target build/installed dist/*.whl
-	cd build/installed && ../../$(VENV)/python -c "import lowrank_ops, torch; \
-	  assert 'installed' in lowrank_ops.__file__; \
-	  print(lowrank_ops.build_info(), lowrank_ops.TuckerConv2d(8, 8, 3, 4)(torch.randn(1, 8, 9, 9)).shape)"
+	rm -rf dist build/installed
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	$(PIP) install -q --no-deps --target build/installed dist/*.whl
+	$(VENV)/python -m tests.repo.check_wheel dist/*.whl build/installed
 
 kernel-report: .venv/packages
 	$(VENV)/python -m benchmarks.studies.kernel_report --output docs/kernel_report.md
