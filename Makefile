@@ -1,7 +1,7 @@
 # make demo    set everything up and run the main job on real input (DEMO=text|craft|digits)
 # make test    set everything up and run the tests
-# make test-avx2, make test-generic    the tests as on a CPU with AVX2, or SSE4.1, alone (our kernels, torch, oneDNN, MKL
-#                 capped): before a release
+# make test-avx2, make test-generic    the tests as on a CPU with AVX2 only, or SSE4.1 only (our kernels, torch, oneDNN
+#                 and MKL are capped): before a release
 # make lint    ruff, clang-format, mypy
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make docs    the API reference, from the docstrings, into build/docs/ (pdoc)
@@ -9,8 +9,8 @@
 # make stub    lowrank_ops/_C.pyi, the types of the extension: after a change of what csrc/python binds
 # make wheel   build a wheel into dist/ and try it in a folder of its own
 #
-# make kernel-report     what nvcc makes of the CUDA kernels: docs/kernel_report.md (no GPU needed)
-# make check-cuda        build with CUDA kernels against .venv's torch (its CPU build will do), import and test that
+# make kernel-report     registers, spills and instructions of the CUDA kernels: docs/kernel_report.md (no GPU needed)
+# make check-cuda        build with CUDA kernels against .venv's torch (its CPU build suffices), import and test that
 # make check-cuda-build  the same against a CUDA build of torch, in an environment of its own under build/ (5 GB)
 # make sanitize          every CUDA kernel under compute-sanitizer, on a machine with a GPU
 #
@@ -33,19 +33,19 @@ CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
-# One thread for each process and one process for each core: torch's threads spin while they wait, so that any other
-# process on the machine makes the tests of several threads many times slower.
+# One process per core with one thread each: torch's threads spin while they wait, so that any other process on the
+# machine would make tests with several threads many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n auto --dist worksteal
 
 test: .venv/built
 	$(PYTEST) $(ARGS)
 
-# Compiled graphs have a cache of their own: torch.compile would run code that it has compiled for a wider machine.
+# A cache of its own for compiled graphs: torch.compile would run code that it had compiled for the uncapped machine.
 test-avx2: .venv/built
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 LOWRANK_OPS_CPU_ISA=avx2 \
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_avx2 $(PYTEST) $(ARGS)
 
-# MKL_CBWR: on CPUs of AMD MKL runs AVX2 code whatever MKL_ENABLE_INSTRUCTIONS says.
+# MKL_CBWR: on AMD CPUs MKL runs AVX2 code whatever MKL_ENABLE_INSTRUCTIONS says.
 test-generic: .venv/built
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE LOWRANK_OPS_CPU_ISA=generic \
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_generic $(PYTEST) $(ARGS)
@@ -88,7 +88,7 @@ wheel: .venv/packages
 kernel-report: .venv/packages
 	$(VENV)/python -m benchmarks.studies.kernel_report --output docs/kernel_report.md
 
-# Not into the source tree: the extension that lies there stays as it is.
+# Does not build into the source tree: the extension there stays as it is.
 check-cuda: .venv/packages
 	LOWRANK_OPS_CUDA=1 $(VENV)/python setup.py -q build --build-lib build/with_cuda/lib --build-temp build/with_cuda/temp
 	cd build && PYTHONPATH=with_cuda/lib ../$(VENV)/python -c "import lowrank_ops; \
@@ -105,14 +105,14 @@ check-cuda-build:
 	  print(lowrank_ops.build_info()['cuda'] or exit('built without CUDA'))"
 	cd build/cuda_torch/src && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n auto $(CUDA_BUILD_TESTS)
 
-# initcheck looks at every kernel, torch's too: it has to see who wrote what ours read.
+# initcheck watches torch's kernels, too: they wrote the memory that ours read.
 OURS := --kernel-name kernel_substring=lowrank_ops
 sanitize: .venv/built
 	for tool in "memcheck $(OURS)" "racecheck $(OURS)" "synccheck $(OURS)" initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $$tool \
 	    $(VENV)/python -m pytest tests/cuda/test_cuda_kernels.py -k test_sanitized -p no:cacheprovider || exit 1; done
 
-# torch first and alone: a plain `pip install torch` would fetch the newest build with gigabytes of CUDA packages.
+# torch is installed first and alone: a plain `pip install torch` would fetch gigabytes of CUDA packages.
 .venv/packages: pyproject.toml Makefile
 	@echo "installing $(TORCH) and tools into .venv: some minutes, by the network"
 	$(PYTHON) -m venv .venv
@@ -122,7 +122,7 @@ sanitize: .venv/built
 	  "nvidia-cuda-cuobjdump==13.5.*; sys_platform=='linux'" "nvidia-cuda-nvdisasm==13.5.*; sys_platform=='linux'"
 	touch $@
 
-# Compiled by setup.py, which shows how far it is, in lines without the compiler's arguments; pip finds it done.
+# setup.py compiles; sed shortens the compiler's command lines to a progress display. pip then finds the work done.
 .venv/built: SHELL := bash
 .venv/built: .venv/packages setup.py $(SOURCES)
 	@set -o pipefail; $(VENV)/python setup.py -q build_ext --inplace | sed -u -E 's|^(\[[0-9/]+\]) .* -c [^ ]*(csrc/[^ ]+) .*|\1 \2|'

@@ -4,28 +4,29 @@
 #   benchmarks/gpu.sh OUTDIR                      all of them
 #   benchmarks/gpu.sh OUTDIR info build kernels   these
 #
-# Each stage leaves OUTDIR/STAGE.log and its line in OUTDIR/stages.json; the benchmarks their own JSON too. A stage that
-# fails does not stop the next. Exit status: how many failed.
+# Each stage writes OUTDIR/STAGE.log and its entry of OUTDIR/stages.json; the benchmarks also write their own JSON. A
+# stage that fails does not stop the next one. The exit status is the number of failed stages.
 #
 #   info         the GPU, its driver, torch
 #   build        the extension, in place, for this GPU's architecture
-#   primitives   tests: what the kernels use of the hardware, against the simulator of tests/support/simt
+#   primitives   tests: the instructions that the kernels use, against the simulator of tests/support/simt
 #   kernels      tests: every kernel at the edges of its tiles, the check before first use
 #   ops          tests: the ops under every kernel, streams, graphs, memory, torch.compile
 #   suite        tests: the parts of the ordinary suite that run on every device
 #   memcheck, racecheck, synccheck, initcheck     every kernel once under that tool of compute-sanitizer
-#   bf16, fp16, tf32                              the quick list of benchmarks in that dtype; again: goes on
+#   bf16, fp16, tf32                              the quick list in that dtype; another run resumes it
 #
-# or, where a GPU is to be had for a quarter of an hour, ten minutes of it (`brief` builds nothing: run `build` before,
-# on any machine with that torch; a build/simt that tests on that kind of machine have left saves the first minute):
+# or, where a GPU is available for a quarter of an hour only, a choice of ten minutes. `brief` does not build: run
+# `build` before, on any machine with the same torch. A folder build/simt from a test run on the same kind of machine
+# saves the first minute.
 #
 #   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile
 #
 #   checks       the tests of `primitives`, `kernels`, `ops`, `suite` and two sanitizers, all at the same time
 #   blocks       every kernel with several cuts on the three blocks of docs/kernels.md, against chain and dense layer
 #   list         the quick list in bf16, every kernel, without torch.compile
-#   hopper       what the hardware does that a kernel for sm_90 would rest on (hopper.cu)
-#   profile      Nsight Compute of one kernel an op
+#   hopper       properties of the hardware that Hopper's kernels rest on (benchmarks/gpu/hopper)
+#   profile      Nsight Compute of five kernels
 #
 # PYTHON (python3) must have torch with CUDA, pytest and what pyproject.toml lists; nvcc comes from CUDA_HOME or PATH.
 set -uo pipefail
@@ -43,7 +44,7 @@ shift
 [ "$1" != brief ] || set -- "${BRIEF[@]}"
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-LIMIT=590 # seconds of a stage, where nothing else is said
+LIMIT=590 # seconds per stage, unless LIMITS has another number
 declare -A LIMITS=([info]=60 [checks]=240 [blocks]=60 [list]=120 [hopper]=45 [profile]=75)
 export PYTHONUNBUFFERED=1
 
@@ -66,7 +67,7 @@ run_build() {
   "$PYTHON" -c 'import lowrank_ops; print(lowrank_ops.build_info())'
 }
 
-# Tests skip where there is nothing to run them on; here that is a failure.
+# Without a GPU the tests would be skipped; here that counts as a failure.
 ready() {
   "$PYTHON" - <<'PY'
 import torch, lowrank_ops
@@ -77,8 +78,8 @@ PY
 
 tests() { ready && "$PYTHON" -m pytest -p no:cacheprovider -rfE --tb=short "$@"; }
 
-sanitizer() { # $1 the tool, then its options, last which tests
-  # The allocator's cache would hide accesses beyond a tensor; pytest's capture would hide what the tool says.
+sanitizer() { # $1: the tool; then its options; last: pytest's -k expression
+  # The allocator's cache would hide accesses beyond a tensor; pytest's capture would hide the tool's messages.
   ready && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "${@:1:$#-1}" --error-exitcode 1 \
     --print-limit 20 "$PYTHON" -m pytest -p no:cacheprovider --tb=short -s tests/cuda/test_cuda_kernels.py -k "${*: -1}"
 }
@@ -86,13 +87,13 @@ OURS=(--kernel-name kernel_substring=lowrank_ops)
 
 benchmark() { ready && "$PYTHON" -m benchmarks.run --device cuda --dtype "$1" --minutes 9 --resume --json "$OUT/$1.json"; }
 
-# All at once: nothing is timed. Their output comes one after the other.
+# All at the same time, as nothing is timed. Their logs are printed one after the other.
 run_checks() {
   local failed=0 job
   declare -A jobs
   ready || return
-  # The simulator once, or every worker would compile it; and one thread each, or they would wait for each other.
-  (cd tests && "$PYTHON" -c "from simt import building; building.build()") || return
+  # Builds the simulator once, or every worker would compile it. One thread per worker, or they would slow each other.
+  "$PYTHON" -c "from tests.support.simt import building; building.build()" || return
   export OMP_NUM_THREADS=1
   tests -n "${WORKERS:-8}" tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda.py tests/ops/test_ops.py tests/ops/test_autograd.py \
     -k "cuda and not sanitized" >"$OUT/check_tests.log" 2>&1 &
@@ -137,7 +138,7 @@ run_stage() {
     kernels) tests tests/cuda/test_cuda_kernels.py -k "not (multiply_add or load_matrices or copies or conversions)" ;;
     ops) tests tests/cuda/test_cuda.py ;;
     suite) tests tests/ops/test_ops.py tests/ops/test_autograd.py -k cuda ;;
-    # initcheck has to see every kernel, torch's too: who wrote what ours read?
+    # initcheck has to watch torch's kernels, too: they wrote the memory that ours read.
     initcheck) sanitizer initcheck test_sanitized ;;
     memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" test_sanitized ;;
     checks) run_checks ;;
@@ -158,7 +159,7 @@ run_stage() {
   esac
 }
 
-# One line a stage, the latest run of each.
+# Keeps one entry per stage: that of its latest run.
 record() {
   "$PYTHON" - "$OUT" "$@" <<'PY'
 import json, pathlib, sys
@@ -171,7 +172,7 @@ file.write_text(json.dumps(stages, indent=1) + "\n")
 PY
 }
 
-if [ "${1:-}" = --stage ]; then # one stage in a process of its own, so that `timeout` can end all of it
+if [ "${1:-}" = --stage ]; then # one stage in a process of its own, so that `timeout` can end all of its processes
   run_stage "$2"
   exit
 fi

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.plots RESULTS.json ...`: the two plots of committed results of `benchmarks.run`, as PNG.
+"""`python -m benchmarks.plots RESULTS.json ...`: draws two plots of results of `benchmarks.run`, as PNG.
 
-NAME_speed.png: how much faster the fused op is than each of the others, by the size of the layer; below the line it is
-slower. NAME_roofline.png: times of the fused op and of its fastest peer against what the machine needs at least, by the
-limits measured in the same run; on the line nothing is left to win. A panel for each dtype and number of threads; NAME
-is the first file's, and the plots lie beside it unless `--output` says otherwise.
+NAME_speed.png: how many times as fast the fused op is as each of the others, by the size of the layer; below the line
+it is slower. NAME_roofline.png: times of the fused op and of its fastest peer against the least possible time, by the
+limits measured in the same run; on the line nothing is left to gain. Each plot has one panel per dtype and number of
+threads. NAME is that of the first file, and the plots lie beside it unless `--output` says otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Groups = dict[str, list[CpuResult]]
 
 
 def read(paths: Sequence[str | Path]) -> tuple[Groups, str]:
-    """The cells of some files by "dtype, threads", and a line that says where they were measured.
+    """The cells of the files by "dtype, threads", and a line that names the machine.
 
     Raises:
         ValueError: a file without the machine's limits, or of another machine than the first.
@@ -49,7 +49,7 @@ def read(paths: Sequence[str | Path]) -> tuple[Groups, str]:
 
 
 def speeds(results: Sequence[CpuResult]) -> dict[str, list[tuple[int, float, str]]]:
-    """For each family of contenders (FLOPs of the block, how many times as fast the fused op is, op), by FLOPs."""
+    """Per family of contenders: (FLOPs of the block, how many times as fast the fused op is, op), sorted by FLOPs."""
     found: dict[str, list[tuple[int, float, str]]] = {}
     for result in sorted(results, key=lambda result: result.cell.flops):
         for of in result.families():
@@ -60,12 +60,12 @@ def speeds(results: Sequence[CpuResult]) -> dict[str, list[tuple[int, float, str
 
 
 class Point(NamedTuple):
-    """A cell's microseconds."""
+    """A cell's times in microseconds."""
 
     least: float
     fused: float
     peer: float | None
-    """The fastest one's, where there is any."""
+    """The time of the fastest peer, if there is any."""
     op: str
 
 
@@ -119,7 +119,7 @@ def draw_roofline(groups: Groups, title: str, path: Path) -> None:
 
 
 def _scatter(axis: Any, points: list[tuple[str, float, float]], colour: str, label: str, alpha: float = 1.0) -> None:
-    """Points (op, x, y), each op with its marker; one entry in the legend for all of them."""
+    """Draws points (op, x, y), each op with its own marker, with one entry in the legend for all."""
     entry: str | None = label
     for op, marker in MARKERS.items():
         chosen = [(x, y) for made, x, y in points if made == op]

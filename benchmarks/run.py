@@ -1,14 +1,14 @@
 """`python -m benchmarks.run`: the fused ops against every other way to run the same block.
 
-Every cell runs the fused op under policy "auto", the chain of library layers in NCHW and in channels_last, for CP
-the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), all
-these in ONNX Runtime and OpenVINO where they are installed (`pip install '.[bench]'`), and the dense layer in both
-formats and in the engines; `--peers` leaves some out, or adds both paths of the op, forced. Outputs are checked
-before anything is timed (`peers.check`): a contender that is wrong is reported and left out; with a wrong fused op
-the run goes on and ends with exit status 1.
+In every cell run: the fused op under policy "auto", the chain of library layers in NCHW and in channels_last, for CP
+also the chain with the two depthwise stages merged into one, the chain under torch.compile (max-autotune, frozen), all
+of these in the inference engines ONNX Runtime and OpenVINO where they are installed (`pip install '.[bench]'`), and the
+dense layer in both formats and in the engines. `--peers` leaves some out, or adds both paths of the op, forced. Outputs
+are checked before anything is timed (`peers.check`): a contender with a wrong output is reported and left out; after a
+wrong output of the fused op the run continues and ends with exit status 1.
 
-`--device cuda` does the same on a GPU (gpu_run.py), with CUDA graphs besides and other cells; `--dry-run` only lists
-them, on any machine.
+`--device cuda` does the same on a GPU (benchmarks/gpu/run.py), with other cells and with CUDA graphs as further
+contenders; `--dry-run` only lists both, on any machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.gpu import run as gpu_run
 def measure(
     cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], seconds: float, limits: Limits
 ) -> CpuResult:
-    """Check and time all contenders of a cell on torch's number of threads; the fused op's output must be right.
+    """Checks and times all contenders of a cell with torch's present number of threads.
 
     Raises:
         RuntimeError: the fused op's output is outside the error budget.
@@ -83,12 +83,12 @@ def select(
     drawn: int | None = None,
     seed: int = 0,
 ) -> list[Cell]:
-    """The quick or the full list, `sample` cells of the full one, `drawn` random ones, or those that match a pattern.
+    """The quick list, the full list, `sample` cells of the full list, `drawn` random ones, or those matching a pattern.
 
-    `part` is a slice of that: "a:b".
+    `part`, "a:b", selects a slice of these.
 
     Raises:
-        ValueError: a pattern that matches nothing, a slice that is none or is empty.
+        ValueError: the pattern matches nothing, or `part` is no slice or an empty one.
     """
     quick, full = (layers.quick, layers.full) if device == "cpu" else (layers.quick_gpu, layers.full_gpu)
     if drawn is not None:
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"threads: {torch.get_num_threads()}; peers: {', '.join(options.peers)}\n"
         f"the fused op's input is {options.layout}; the others run in both layouts, the faster counts\n"
-        f"{len(options.cells)} cells, medians over {options.seconds} s a contender, interleaved\n"
+        f"{len(options.cells)} cells, medians over {options.seconds} s per contender, interleaved\n"
         f"outputs lie on {options.memory} memory\n{LEGEND}"
     )
     for name, why in options.left_out.items():
@@ -254,15 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def copies(limits: Limits) -> str:
-    """The rates of the copies in words, the largest last."""
+    """The rates of the copies in words, the largest copy last."""
     return ", ".join(f"{rate / 1e9:.0f} GB/s of {moved / 2**20:g} MiB" for moved, rate in limits.copies.items())
 
 
-LIMIT_SIZES: dict[str, Any] = {}  # for `measure_limits`; the tests take smaller ones
+LIMIT_SIZES: dict[str, Any] = {}  # arguments of `measure_limits`; tests set smaller sizes
 
 
 class Record:
-    """The results file: written after every cell, so that a run that is killed leaves what it has."""
+    """The results file. It is written after every cell, so that a run that is killed leaves its results so far."""
 
     def __init__(self, options: argparse.Namespace, machine: dict[str, Any], versions: dict[str, str]) -> None:
         self.options = options
@@ -280,7 +280,7 @@ class Record:
         self.results: list[CpuResult] = []
 
     def absences(self, dtype: str) -> dict[str, str]:
-        """Which of the peers asked for do not run in a dtype, and why."""
+        """The selected peers that do not run in a dtype, and why."""
         asked = [name for name in self.options.peers if name in engines.ENGINES]
         return {name: why for name in asked if (why := engines.unsupported(name, DTYPES[dtype]))}
 

@@ -1,12 +1,13 @@
 """`python -m examples.demo`: a trained network, dense against factorized, as `make demo` runs it.
 
-The environment variable DEMO picks the network: text (default, the recogniser english_g2), craft (the
-detector) or digits (a CNN trained here in seconds; also taken where the trained weights are not installed).
-Prints the metric dense and factorized, the table of layers, and the latency of the dense network, of the
-factorized one as a chain of library layers and of the factorized one on the fused ops, all with the same
-factors, interleaved in one run. Writes the tables and a bar chart to `demo_output/`.
+The environment variable DEMO chooses the network: text (default: the recogniser english_g2), craft (the detector) or
+digits (a CNN that is trained here in seconds, used also if the trained weights are not installed).
 
-Where torch sees a GPU the networks run there: as they are called from Python, and replayed from a CUDA graph.
+The demo prints the metric of the dense and of the factorized network, the table of layers, and latencies, measured in
+turns in one run: of the dense network, of the factorized one as a chain of library layers, and of the factorized one on
+the fused ops, the last two with the same factors. It writes the tables and a bar chart to `demo_output/`.
+
+If torch finds a GPU, the networks run there, both called from Python and replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Latency:
     network: str
     """dense, chain or fused."""
     layout: str
-    """NCHW or channels_last; with "graph" behind it: replayed from a CUDA graph."""
+    """NCHW or channels_last; followed by "graph" if it was replayed from a CUDA graph."""
     dtype: str
     timing: Timing
 
@@ -63,9 +64,9 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 def measure_latency(dense: nn.Module, factorized: nn.Module, input: Tensor, seconds: float = 0.5) -> list[Latency]:
-    """Dense and chain in both layouts, fused in channels_last; interleaved, in fp32 and then in bf16.
+    """Times dense and chain in both layouts and fused in channels_last, in turns, in fp32 and then in bf16.
 
-    On a GPU: seconds per call on an idle GPU, launches included; and in channels_last as CUDA graphs too.
+    On a GPU, the time of a call on an idle GPU, launches included; in channels_last also the time as a CUDA graph.
     """
     lines = []
     for dtype_name, dtype in DTYPES.items():
@@ -92,7 +93,7 @@ def measure_latency(dense: nn.Module, factorized: nn.Module, input: Tensor, seco
 
 
 def time_calls(runs: dict[str, Callable[[], Tensor]], seconds: float, device: torch.device) -> dict[str, Timing]:
-    """Seconds per call of each, interleaved: `seconds` for each of them on a CPU, for each two of them on a GPU."""
+    """Times the calls in turns, for `seconds` per call on a CPU and half of that on a GPU."""
     if device.type == "cpu":
         return time_interleaved(runs, seconds=seconds)
     found = gpu.time_on(gpu.CudaDevice(), runs, seconds=seconds * len(runs) / 2)
@@ -106,13 +107,13 @@ def fastest(lines: Sequence[Latency], network: str, dtype: str) -> Latency:
 
 
 def verdict(lines: Sequence[Latency], other: str, dtype: str) -> str:
-    """What to say of the fused network beside another one, whichever wins."""
+    """The speed of the fused network relative to another one, as a phrase."""
     ratio = fastest(lines, other, dtype).milliseconds / fastest(lines, "fused", dtype).milliseconds
     return f"{ratio:.2f} times as fast as the {other}" + (" (slower)" if ratio < 1 else "")
 
 
 def latency_rows(lines: Sequence[Latency]) -> list[list[str]]:
-    """The latency table's rows, under `LATENCY_TITLES`; the ratios compare lines of the same dtype."""
+    """The rows of the latency table, under `LATENCY_TITLES`; ratios are between lines of the same dtype."""
     rows = []
     for line in lines:
         over = [fastest(lines, other, line.dtype).milliseconds / line.milliseconds for other in ("dense", "chain")]
@@ -134,7 +135,7 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def draw_chart(path: Path, task: Task, report: lowrank_ops.Report, lines: Sequence[Latency], threads: int) -> None:
-    """Bars: latency of the whole network on the left, milliseconds layer by layer on the right."""
+    """Draws bars: the latency of the whole network on the left, milliseconds per layer on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,11 +172,11 @@ def draw_chart(path: Path, task: Task, report: lowrank_ops.Report, lines: Sequen
 
 
 def run(task: Task, output: Path, seconds: float = 0.5) -> dict[str, float]:
-    """Run the whole demo on a task, print it, and write `layers.md`, `layers.csv`, `latency.md`,
-    `latency.csv` and `chart.png` to `output`.
+    """Runs the whole demo on a task, prints it, and writes `layers.md`, `layers.csv`, `latency.md`, `latency.csv` and
+    `chart.png` to `output`.
 
     Returns:
-        The metric of the dense network, of the factorized one in fp32 and in bf16, by name.
+        By name, the metric of the dense network and of the factorized one in fp32 and in bf16.
     """
     threads = torch.get_num_threads()
     on_gpu = task.example_input.is_cuda

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def load_digits_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Four fifths to train on and a held-out fifth, always the same ones.
+    """Four fifths of the digits for training and a held-out fifth; the split is always the same.
 
     Returns:
-        `(images, labels)` of each: images `[N, 1, 8, 8]`, float32 in [-1, 1], and labels `[N]`, int64.
+        `(images, labels)` of each part: images `[N, 1, 8, 8]`, float32 in [-1, 1], and labels `[N]`, int64.
     """
     from sklearn.datasets import load_digits
 

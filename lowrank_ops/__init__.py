@@ -4,7 +4,8 @@ import lowrank_ops.ops.fakes
 import lowrank_ops.ops.flops  # noqa: F401, gives FlopCounterMode its formulas
 from lowrank_ops import former_names
 from lowrank_ops.budget.knapsack import Budget
-from lowrank_ops.compress.factorize import factorize_, fuse_
+from lowrank_ops.compress.factorize import factorize_
+from lowrank_ops.compress.fuse import fuse_
 from lowrank_ops.compress.report import LayerReport, Report
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.decompose.ranks import VBMF, Energy

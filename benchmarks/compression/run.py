@@ -1,14 +1,14 @@
-"""`python -m benchmarks.compression.run`: what is left of trained networks after factorization, and how fast they are.
+"""`python -m benchmarks.compression.run`: the accuracy and the speed of trained networks after factorization.
 
-Two questions for each network, answered on data that no fit has seen:
+Two questions per network, answered on data that no fit has seen:
 
-* at a given number of times fewer multiplications: the weights alone and one ratio everywhere; ranks for a `Budget`;
-  the same calibrated; the same distilled, for what calibration left of the minutes given. With the minutes that each
-  took and the 95 % interval (paired bootstrap over samples) of the difference to the dense network.
-* at equal latency, as measured: `Budget(latency=...)` against one ratio everywhere and against VBMF's ranks, all
+* "cut", at a given number of times fewer multiplications: one ratio everywhere from the weights alone; ranks for a
+  `Budget`; the same calibrated; the same also distilled, in those of the given minutes that calibration left. Each row
+  has its minutes and the 95 % interval (paired bootstrap over samples) of the difference to the dense network.
+* "latency", at equal measured latency: `Budget(latency=...)` against one ratio everywhere and against VBMF's ranks, all
   calibrated on the same data.
 
-Latency: dense and compressed networks interleaved, medians, at the number of threads given.
+Latencies are medians, of dense and compressed networks interleaved in one run, with the given number of threads.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ import lowrank_ops
 from benchmarks.compression.subjects import Subject, load
 from benchmarks.core import bench
 from lowrank_ops import Budget
-from lowrank_ops.budget.menu import Choice, empty_module
+from lowrank_ops.budget.menu import Block, empty_module
 from lowrank_ops.compress.selection import is_narrow
 from lowrank_ops.decompose.ranks import linear_rank, tucker_ranks
-from lowrank_ops.model.calls import recorded_calls
+from lowrank_ops.model.example import Example
 from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.plain import is_matrix
 
@@ -54,11 +54,11 @@ class Row:
 
     Attributes:
         network, question, method: names.
-        metric, dense: of the judged data, of this network and the dense one; low is good.
+        metric, dense: the metric on the judged data, of this network and of the dense one; low is good.
         low, high: 95 % interval of `metric - dense`.
-        macs, parameters: how many times fewer.
+        macs, parameters: how many times fewer than the dense network's.
         speedup: dense latency over this one's.
-        minutes: that factorization and distillation took.
+        minutes: time that factorization and distillation took.
     """
 
     network: str
@@ -83,7 +83,7 @@ class Study:
         self.errors, self.weights = subject.score(subject.dense)
 
     def at_equal_multiplications(self, minutes: float) -> None:
-        """The first question, with so many minutes for calibration and distillation together."""
+        """Answers the first question, with `minutes` for calibration and distillation together."""
         subject = self.subject
         ratio = self._ratio_for(subject.cut)
         budget = Budget(macs=1 / subject.cut, example_input=subject.example_input)
@@ -105,7 +105,7 @@ class Study:
         self._judge("cut", "calibrated, budget, distilled", student.requires_grad_(False), spent)
 
     def at_equal_latency(self, ratios: Sequence[float]) -> None:
-        """The second question. A rival and the budget that is to be as fast are timed in one run."""
+        """Answers the second question. A rival and the budget that must be as fast are timed in one run."""
         subject = self.subject
         rivals = {"VBMF": lowrank_ops.VBMF(), **{f"ratio {ratio}": ratio for ratio in ratios}}
         for name, rank in rivals.items():
@@ -119,14 +119,14 @@ class Study:
                     made[f"budget, as fast as {name}"] = self._compressed(
                         rank=budget, method="auto", calibration=subject.calibration
                     )
-                except ValueError as error:  # not with the layers that may be replaced; the message says how far
+                except ValueError as error:  # the replaceable layers do not suffice; the message says by how much
                     print(f"{subject.name}: as fast as {name}: {error}", flush=True)
             speedups = self._speedups({method: model for method, (model, _) in made.items()})
             for method, (model, minutes) in made.items():
                 self._judge("latency", method, model, minutes, speedups[method])
 
     def _speedups(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Latency of the dense network over each one's, all interleaved in one run."""
+        """The dense network's latency over each model's, all interleaved in one run."""
         example = self.subject.example_input
         functions = {name: functools.partial(model, example) for name, model in models.items()}
         with torch.inference_mode():
@@ -170,10 +170,10 @@ class Study:
         )
 
     def _ratio_for(self, cut: float) -> float:
-        """The fraction of the channels that cuts multiplications so many times in all layers but narrow ones."""
+        """The share of the channels, in all layers but narrow ones, that leaves 1 / `cut` of the multiplications."""
         dense = self.subject.dense
         layers = [layer for layer in dense.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        calls = recorded_calls(dense, self.subject.example_input, layers)
+        calls = Example(dense, self.subject.example_input).record(layers)
 
         def macs(ratio: float) -> float:
             total = 0
@@ -192,14 +192,14 @@ class Study:
 
 
 def _block(layer: Any, ratio: float) -> nn.Module:
-    """What `factorize_(rank=ratio)` makes of a layer, without values."""
+    """The module that `factorize_(rank=ratio)` replaces a layer by, without values."""
     if is_matrix(layer):
-        return empty_module(layer, Choice("svd", linear_rank(ratio, layer.weight.flatten(1))))
-    return empty_module(layer, Choice("tucker", tucker_ranks(ratio, layer.weight)))
+        return empty_module(layer, Block("svd", linear_rank(ratio, layer.weight.flatten(1))))
+    return empty_module(layer, Block("tucker", tucker_ranks(ratio, layer.weight)))
 
 
 def interval(differences: np.ndarray, weights: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the sum of differences over the sum of weights: bootstrap over samples."""
+    """95 % interval of (sum of differences / sum of weights), by bootstrap over samples."""
     picks = np.random.default_rng(0).integers(0, len(differences), (draws, len(differences)))
     low, high = np.quantile(differences[picks].sum(1) / weights[picks].sum(1), (0.025, 0.975))
     return float(low), float(high)
@@ -208,7 +208,7 @@ def interval(differences: np.ndarray, weights: np.ndarray, draws: int = 2000) ->
 def macs_of(model: nn.Module, example_input: torch.Tensor) -> float:
     """Multiply-accumulates of the convolution, linear and factorized layers in a forward pass."""
     layers = [layer for layer in model.modules() if count_macs(layer) is not None]
-    calls = recorded_calls(model, example_input, layers)
+    calls = Example(model, example_input).record(layers)
     total = 0
     for layer in layers:
         total += calls.of(layer).total(lambda shape, layer=layer: count_macs(layer, shape)) or 0  # type: ignore[misc]
@@ -240,7 +240,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 def kept(
     path: Path | None, networks: Sequence[str], asked: Sequence[str], threads: int
 ) -> tuple[list[Row], dict[str, str]]:
-    """What a results file holds of other networks than these, or in answer to other questions.
+    """The rows of a results file about other networks or in answer to other questions, and its samples.
 
     Raises:
         ValueError: it was measured on another machine or with another number of threads.
@@ -256,7 +256,7 @@ def kept(
 
 
 def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path) -> None:
-    """Metric against measured speed-up of the rows at equal latency: a panel for each network."""
+    """Draws the metric against the measured speed-up of the rows at equal latency, one panel per network."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -264,7 +264,7 @@ def draw(rows: Sequence[Row], samples: Mapping[str, str], title: str, path: Path
 
     shown = [row for row in rows if row.question == "latency"]
     networks = list(dict.fromkeys(row.network for row in shown))
-    # 8 inches at three networks: a README shows it 800 pixels wide, and its letters must then be legible.
+    # 8 inches for three networks: the letters must be legible where a README shows it 800 pixels wide.
     figure, axes = pyplot.subplots(
         1, len(networks), figsize=(8 / 3 * len(networks), 3.3), layout="constrained", squeeze=False
     )

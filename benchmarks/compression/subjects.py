@@ -1,4 +1,4 @@
-"""The trained networks that `benchmarks.compression.run` compresses, with data to fit and other data to judge them."""
+"""The trained networks that `benchmarks.compression.run` compresses, with data to fit and other data to judge by."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Subject:
 
     Attributes:
         calibration: batches of inputs, never scored.
-        training: more of them, for distillation.
-        example_input: what latency is measured on.
-        metric: what `summary` gives.
-        score: per sample of the judged data `(errors, weights)`: the metric is the sum of the ones over the others'.
-        cut: how many times fewer multiplications are asked for.
-        samples: what is judged, in words.
-        ratios: of the channels, that are tried at equal latency.
-        distillation: options of `distill_`, where its defaults are not best.
+        training: more batches of inputs, for distillation.
+        example_input: the input on which latency is measured.
+        metric: the name of the metric.
+        score: `(errors, weights)` per sample of the judged data; the metric is sum(errors) / sum(weights).
+        cut: how many times fewer multiplications the compressed network must have.
+        samples: the judged data, in words.
+        ratios: shares of the channels that are tried at equal latency.
+        distillation: options of `distill_` where its defaults are not the best.
     """
 
     name: str
@@ -72,7 +72,7 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def text_subject(characters: int = 10_000, noise: float = 25.0, hard_noise: float = 150.0) -> Subject:
-    """english_g2 on rendered lines, half of them with so much noise that the dense network errs too."""
+    """english_g2 on rendered lines of text; half of them have so much noise that the dense network errs, too."""
     dense = _folded(load_recogniser())
     lines = text.lines_of_text(characters, seed=1)
     half = len(lines) // 2
@@ -134,7 +134,7 @@ def craft_subject(height: int = 256, width: int = 384, pages: int = 4) -> Subjec
 
 
 def fashion_subject(data: Path | None, epochs: int = 6) -> Subject:
-    """A CNN trained here on Fashion-MNIST: its accuracy on the 10,000 test images, as an error rate."""
+    """A CNN that is trained here on Fashion-MNIST, judged by its error rate on the 10,000 test images."""
     images, labels = (read_idx(data, f"train-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
     test_images, test_labels = (read_idx(data, f"t10k-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
     inputs, targets = _normalized(images), torch.from_numpy(labels.astype(np.int64))

@@ -1,1 +1,1 @@
-"""How a block is timed: layers, the ways to run one, the machine's limits, results."""
+"""Shared by all benchmarks: the layers, the ways to run a block, timing, the machine's limits, results."""

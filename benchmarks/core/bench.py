@@ -1,10 +1,9 @@
 """Timing core, machine description, table and JSON of the benchmarks.
 
-How a figure is taken: all contenders of a cell in one run, in turns. A turn of a contender is one call that
-is not timed, unless the call is longer than the turn (it brings the contender's own weights back into the
-caches, for everyone alike) and then timed calls for some milliseconds; the order rotates from round to
-round. With several threads a turn begins when the former contender's have come to rest (`settle`). The
-figure is the median of all timed calls.
+How a time is measured: all contenders of a cell take turns in one run. A turn begins with one call that is not timed
+(it brings the contender's own weights back into the caches; left out where a call is longer than a turn). Then calls
+are timed for some milliseconds. The order rotates from round to round. With several threads a turn begins when the
+threads of the contender before have come to rest (`settle`). The result is the median of all timed calls.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-# Long enough for many calls of a small op, short enough that slow drifts of the clock hit all alike.
+# Long enough for many calls of a small op, short enough that slow changes of the clock rate affect all alike.
 TURN_SECONDS = 0.01
 
 
@@ -57,14 +56,14 @@ def time_interleaved(
     min_calls: int = 3,
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Time functions in turns, so that a change of the machine's speed meets all of them.
+    """Times functions in turns, so that a change of the machine's speed affects all of them.
 
     Args:
         functions: what to call, by name.
         seconds: time measured per function (more where `min_calls` take longer).
         warmup: each function is called for this long first, and at least once.
-        min_calls: timed calls of each function at least.
-        before: called with the name in front of each turn, outside the timed part.
+        min_calls: the least number of timed calls per function.
+        before: called with the function's name before each turn, outside of the timed part.
 
     Raises:
         ValueError: `functions` is empty, or `seconds`, `warmup` or `min_calls` is below its range.
@@ -78,7 +77,7 @@ def time_interleaved(
     for name, function in functions.items():
         before(name)
         duration[name] = _call_for(function, warmup)[-1]
-    # Beside slow functions the fast ones get longer turns, or the slow ones would be called too often.
+    # Where some functions are slow, the fast ones get longer turns: otherwise the slow ones would be called too often.
     turn = max(TURN_SECONDS, max(duration.values()) / 4)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
@@ -93,7 +92,7 @@ def time_interleaved(
 
 
 def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
-    """Call at least once, until `seconds` have passed; the seconds of each call."""
+    """Calls the function until `seconds` have passed, at least once. Returns the seconds of each call."""
     taken: list[float] = []
     now = start = time.perf_counter()
     while not taken or now - start < seconds:
@@ -105,9 +104,9 @@ def _call_for(function: Callable[[], object], seconds: float) -> list[float]:
 
 
 def settle(limit: float = 0.2) -> bool:
-    """Waits until no other thread of this process computes, at most `limit` seconds; whether that was reached.
+    """Waits until no other thread of this process computes, at most `limit` seconds. False: some still did then.
 
-    Threads of a pool go on spinning for a while after their work (libgomp's some 8 ms, ONNX Runtime's 30), on the cores
+    Threads of a pool go on spinning after their work (libgomp's for some 8 ms, ONNX Runtime's for 30), on the cores
     that the next contender's threads need.
     """
     start = time.perf_counter()
@@ -120,7 +119,7 @@ def settle(limit: float = 0.2) -> bool:
 
 
 def summarize(samples: Sequence[float]) -> Timing:
-    """Median and percentiles of the seconds of some calls."""
+    """Median and percentiles of the seconds per call."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
@@ -133,13 +132,13 @@ MEMORY = {
 
 
 def set_memory(memory: str) -> None:
-    """Starts this process again with glibc told what to do with memory that is given back, on Linux.
+    """Restarts this process with glibc's settings for freed memory, on Linux.
 
     Args:
         memory: "kept": outputs lie where those of the call before lay. "fresh": every tensor of 64 KB and more lies on
-            pages that the system maps as they are touched, as after allocations of other sizes. That is what glibc does
-            with outputs above 32 MB, and with smaller ones depending on what else is allocated; it costs page faults in
-            every call (18 ms for 40 MB on the machine of the committed results), a chain's hidden tensors included.
+            pages that the system maps as they are touched, as after allocations of other sizes. glibc does that with
+            outputs above 32 MB, and with smaller ones depending on other allocations. It costs page faults in every
+            call (18 ms for 40 MB on the machine of the committed results), also for a chain's hidden tensors.
     """
     settings = MEMORY[memory]
     if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in settings.items()):
@@ -147,13 +146,13 @@ def set_memory(memory: str) -> None:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean; NaN of nothing."""
+    """The geometric mean; NaN if there are no values."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: CPU model, cores, caches, instruction sets."""
+    """The machine that the results depend on: CPU model, cores, caches, instruction sets."""
     cpuinfo = _read("/proc/cpuinfo")
     fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
@@ -239,7 +238,7 @@ class Column:
 
 
 class Table:
-    """Rows of fixed width, printed as they come: a run of an hour shows what it has."""
+    """Rows of fixed width, printed as they come, so that a long run shows its results so far."""
 
     def __init__(self, columns: Sequence[Column], write: Callable[[str], None] = print) -> None:
         self.columns = columns
@@ -263,7 +262,7 @@ class Table:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a file whole or not at all: a run that is killed leaves what it wrote before."""
+    """Writes a file whole or not at all: a run that is killed leaves the file as it was written before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")

@@ -1,4 +1,4 @@
-"""A CPU's figures of a cell, as a row, as JSON and back; what all cells together say of the targets."""
+"""The results of one cell on a CPU, as a row of the table, as JSON and back, and the summary over all cells."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ COLUMNS = [
 ]
 LEGEND = (
     "x fastest peer: time of the fastest other way to run the same block / time of the fused op\n"
-    "(above 1: fused is faster). prepared: the same for the op with weights packed before, as engines have them (with\n"
-    "--peers ... prepared). x dense: the same for the dense layer, the fastest way to run that.\n"
+    "(above 1: fused is faster). prepared: the same for the op with weights packed before the calls, as engines pack\n"
+    "theirs (with --peers ... prepared). x dense: the same for the dense layer, run in the fastest way.\n"
     "saving: share of the FLOP saving realised, x dense / (dense FLOPs / factorized FLOPs).\n"
     "% gemm: of the FLOP/s of a large matrix product; % copy: of the bytes/s of a copy that moves as much (so that it\n"
     "is in the same cache); both measured in this run. KiB: memory of a call besides input, output and weights, tiles\n"
-    "x threads; chain's: the intermediates of the chain. 'ran f32': an engine multiplied in another precision than\n"
-    "it was asked for."
+    "x threads; chain's: the intermediates of the chain. 'ran f32': an inference engine multiplied in another\n"
+    "precision than its setting."
 )
-LARGE = 28  # output pixels a side from which on the target for the FLOP saving holds
+LARGE = 28  # the target for the FLOP saving holds from so many output pixels per side on
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
 class CpuResult(Result):
-    """A cell's medians beside what the machine reaches. `precisions` and `kernels` are what engines tell."""
+    """A cell's medians and the machine's limits. `precisions` and `kernels` are those that the engines report."""
 
     limits: Limits
     precisions: dict[str, str]
     kernels: dict[str, tuple[str, ...]]
     scratch_bytes: int
-    """Memory of a call of the fused op besides input, output and weights."""
+    """Memory that a call of the fused op takes besides input, output and weights."""
     chain_bytes: int
     """Bytes of the chain's intermediates."""
 
@@ -71,7 +71,7 @@ class CpuResult(Result):
 
     @property
     def bound(self) -> float:
-        """Seconds on the roofline of this run."""
+        """The least possible seconds by the limits of this run."""
         return self.limits.bound(self.cell, DTYPES[self.dtype].itemsize)
 
     def families(self) -> list[str]:
@@ -89,7 +89,7 @@ class CpuResult(Result):
         return None if own is None or peer is None else peer / own
 
     def named(self, name: str | None) -> str:
-        """A contender's name for the table, with the precision that it took where that is not what was asked."""
+        """A contender's name for the table, with the precision that it ran in where that is not the cell's dtype."""
         ran = self.precisions.get(name or "", "")
         return (name or "-") + (f" (ran {ran})" if ran not in ("", PRECISIONS.get(self.dtype)) else "")
 
@@ -123,7 +123,7 @@ class CpuResult(Result):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], limits: Limits) -> CpuResult:
-        """The inverse of `as_json`: what follows from the figures is computed again."""
+        """The inverse of `as_json`. Ratios are computed again."""
         contenders = content["contenders"]
         told = {name: made for name, made in contenders.items() if "precision" in made}
         return cls(
@@ -143,7 +143,7 @@ class CpuResult(Result):
 
 
 def family(name: str, kind: str) -> str:
-    """What a contender counts as where its variants are taken together: chain, compile, an engine, dense, ..."""
+    """The family that a contender belongs to: chain (with merged), compile, an engine, dense, ..."""
     if kind != "peer":
         return kind
     first = name.split()[0]

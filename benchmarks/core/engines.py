@@ -1,16 +1,16 @@
-"""ONNX Runtime and OpenVINO as contenders on the CPU: the same layers as graphs of their own.
+"""The inference engines ONNX Runtime and OpenVINO as contenders on the CPU, each with the same layers as its graph.
 
-Both get what a careful user gives them: the model built for the very shape, weights as constants (they prepack them
-when they compile), one stream in latency mode, as many threads as torch has, input and output where our tensors lie
-(no copies), the quickest way through their Python bindings. OpenVINO runs in NCHW and, through transpositions that it
-folds into the layouts of its kernels, in channels_last; a bf16 graph is bf16 from input to output. ONNX's convolutions
-are NCHW, and ONNX Runtime has no bfloat16 kernels on CPUs: there it is no peer.
+Both are set up as a careful user would: the model built for the exact shape, weights as constants (which they pack when
+they compile), one stream in latency mode, as many threads as torch has, input and output in the memory of our tensors
+(no copies), the quickest call of their Python bindings. OpenVINO runs in NCHW and also in channels_last, by
+transpositions that it folds into the layouts of its kernels; a bf16 graph is bf16 from input to output. ONNX's
+convolutions are NCHW, and ONNX Runtime has no bfloat16 kernels on CPUs: in bfloat16 it is no peer.
 
-At one thread neither engine starts any. At more, the workers of ONNX Runtime and of torch (libgomp) go on spinning for
-milliseconds after a call, on the cores that the next contender needs. Spinning makes each of them faster by itself, so
-it stays on (`session.intra_op.allow_spinning=0` would cost ONNX Runtime a wake-up in every layer); `bench.settle` waits
-between turns until it is over. OpenVINO's pinning is off: it would tie this thread, which also runs the other
-contenders, to a core.
+With one thread neither engine starts any. With more, the workers of ONNX Runtime and of torch (libgomp) go on spinning
+for milliseconds after a call, on the cores that the next contender needs. Spinning makes each contender by itself
+faster, so it stays on (`session.intra_op.allow_spinning=0` would cost ONNX Runtime a wake-up in every layer), and
+`bench.settle` waits between turns until it is over. OpenVINO's pinning is off: it would tie this thread, which also
+runs the other contenders, to one core.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch import Tensor, nn
 ENGINES = ("onnxruntime", "openvino")
 NEEDED = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Of OpenVINO's compiled graph, the nodes whose precision is that of the arithmetic.
+# Nodes of OpenVINO's compiled graph that multiply: their precision is that of the arithmetic.
 HEAVY_NODES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Gemm", "RNNSeq", "LSTMSequence")
 ONNX_OPSET, ONNX_IR = 17, 8
 
 
 def missing(engine: str) -> str:
-    """Why an engine cannot be a contender here, empty where it can."""
+    """Why an engine cannot be a contender here; empty: it can."""
     absent = [name for name in NEEDED[engine] if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed (pip install '.[bench]')" if absent else ""
 
 
 def unsupported(engine: str, dtype: torch.dtype) -> str:
-    """Why an engine is no peer in a dtype, empty where it is one."""
+    """Why an engine is no peer in a dtype; empty: it is one."""
     if engine == "onnxruntime" and dtype is not torch.float32:
         return f"ONNX Runtime has no {str(dtype).removeprefix('torch.')} kernels for CPUs: a peer in float32 only"
     return "" if dtype in HINTS else f"{engine} runs as a peer in float32 and bfloat16 only"
@@ -143,8 +143,8 @@ class OpenVinoRun:
     ) -> None:
         """`model` is an ov.Model, or the path or content of an ONNX file, whose input is `input`.
 
-        `dtype` is the precision to infer in; `view` makes of the model's output what a call returns; `kept` is what
-        the model's constants lie in.
+        `dtype` is the precision to infer in. `view` turns the model's output into the tensor that a call returns.
+        `kept` holds the memory of the model's constants.
         """
         compiled = compile_openvino(model, threads, HINTS[dtype])
         self.precision, self.kernels = ran_as(compiled)
@@ -158,7 +158,7 @@ class OpenVinoRun:
         self._request.set_output_tensor(shared(output, self._kept))
 
     def __call__(self) -> Tensor:
-        # start_async and wait would skip a dictionary of outputs but pass the call to another thread.
+        # start_async and wait would save building a dictionary of outputs, but hand the call to another thread.
         self._request.infer(share_outputs=True)
         return self.output
 
@@ -171,7 +171,7 @@ def _core() -> Any:
 
 
 def compile_openvino(model: Any, threads: int, precision: str) -> Any:
-    """An ov.Model, or the path or content of an ONNX file, compiled for latency in a precision ("f32" or "bf16")."""
+    """Compiles an ov.Model, or the path or content of an ONNX file, for latency in a precision ("f32" or "bf16")."""
     options: Mapping[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -183,9 +183,9 @@ def compile_openvino(model: Any, threads: int, precision: str) -> Any:
 
 
 def ran_as(compiled: Any) -> tuple[str, tuple[str, ...]]:
-    """The precision in which a compiled model really multiplies, several joined by "+", and its kernels' names.
+    """The precision in which a compiled model really multiplies (several are joined by "+"), and its kernels' names.
 
-    A hint is no promise: on a CPU without the instructions OpenVINO takes another precision.
+    The precision that was set is only a hint: on a CPU without the instructions OpenVINO takes another one.
     """
     nodes = []
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -198,7 +198,7 @@ def ran_as(compiled: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def shared(tensor: Tensor, kept: list[Any]) -> Any:
-    """An OpenVINO tensor on the memory of a contiguous torch tensor; `kept` must live as long."""
+    """An OpenVINO tensor in the memory of a contiguous torch tensor. `kept`, which holds it, must live as long."""
     import openvino
 
     if not tensor.is_contiguous():

@@ -1,4 +1,4 @@
-"""A function as a CUDA graph."""
+"""Calls of a function as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Captured:
     """Replays a function of fixed tensors as a CUDA graph, captured at the first call.
 
-    Calls before the capture let cuDNN search its algorithms and the op check its kernels, which a capture forbids.
-    Every call returns the same tensor, overwritten.
+    Some calls precede the capture: in them cuDNN searches its algorithms and the op checks its kernels, which a capture
+    forbids. Every call overwrites and returns the same tensor.
     """
 
     def __init__(self, function: Callable[[], Tensor]) -> None:

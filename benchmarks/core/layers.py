@@ -1,6 +1,6 @@
-"""The layers that the benchmark runs: a fixed `quick` list of some 40 cells, spread over the `full` grid.
+"""The layers that the benchmark runs: the fixed `quick` list (50 cells), spread over the `full` grid.
 
-GPUs have lists of their own, with more of the large batches that it takes to fill them.
+GPUs have their own quick list (42 cells), with more of the large batches that it takes to fill them.
 
 The networks: VGG-16 (Simonyan and Zisserman, arXiv:1409.1556), the 3x3 layers of ResNet-18 and ResNet-50 (He
 et al., arXiv:1512.03385) at 224x224, the text recogniser english_g2 at 64x600 and the text detector CRAFT
@@ -36,7 +36,7 @@ class Cell:
     kernel: Pair = (3, 3)
     stride: int = 1
     padding: int = 1
-    """Of each axis that has more than one tap."""
+    """Padding of each axis that has more than one tap."""
     dilation: int = 1
 
     @property
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def paddings(self) -> Pair:
-        """Pixels of padding on either side, by axis."""
+        """Pixels of padding on either side, per axis."""
         return self.padding if self.kernel[0] > 1 else 0, self.padding if self.kernel[1] > 1 else 0
 
     @property
@@ -75,13 +75,13 @@ class Cell:
 
     @property
     def dense_flops(self) -> int:
-        """Floating-point operations of the dense layer, two a multiply-add, zero padding counted as data."""
+        """Floating-point operations of the dense layer: two per multiply-add, zero padding counted as data."""
         OH, OW = self.output_size
         return 2 * self.batch * OH * OW * self.dense_weights
 
     @property
     def flops(self) -> int:
-        """As `dense_flops`, of the factorized block (CP: the two depthwise stages one after the other)."""
+        """The same of the factorized block (CP: the two depthwise stages one after the other)."""
         (H, W), (OH, OW), (KH, KW) = self.size, self.output_size, self.kernel
         if isinstance(self.rank, tuple):
             R1, R2 = self.rank
@@ -93,7 +93,7 @@ class Cell:
         return 2 * self.batch * values
 
     def bytes(self, element_size: int) -> int:
-        """Bytes that have to move: input, factors and output, each once."""
+        """Bytes that have to move: input, factors, bias and output, each once."""
         (H, W), (OH, OW) = self.size, self.output_size
         return element_size * (self.batch * (H * W * self.S + OH * OW * self.T) + self.weights + self.T)
 
@@ -115,7 +115,7 @@ class Cell:
 
 
 def cell_from_json(content: Mapping[str, Any]) -> Cell:
-    """A cell whose fields JSON has made lists of."""
+    """A cell from JSON, in which its tuples have become lists."""
     values: dict[str, Any] = {}
     for name in (field.name for field in fields(Cell)):
         values[name] = tuple(content[name]) if isinstance(content[name], list) else content[name]
@@ -124,7 +124,7 @@ def cell_from_json(content: Mapping[str, Any]) -> Cell:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of a network; `cell` puts a decomposition of it into the grid."""
+    """A convolution of a network; `cell` makes a benchmark cell of it with given ranks."""
 
     name: str
     S: int
@@ -191,14 +191,14 @@ CRAFT = [
     Layer("craft head1", 32, 32, (240, 320)),
     Layer("craft head3", 32, 16, (240, 320)),
 ]
-# Long one-dimensional kernels, as images of one row: what a window costs where it is nearly as long as the signal.
+# Long one-dimensional kernels, as images of one row: windows nearly as long as the signal.
 CONV1D = [
     Layer("conv1d 128", 128, 128, (1, 64), kernel=(1, 64), padding=32),
     Layer("conv1d 1024", 1024, 128, (1, 128), kernel=(1, 64), padding=32),
 ]
 LAYERS = {layer.name: layer for layer in VGG16 + RESNET + ENGLISH_G2 + CRAFT + CONV1D}
 
-# The convolutions with a 1x1 kernel of the same networks run as matrices: a row a pixel.
+# Linear layers: name -> (S, T, ranks, rows). 1x1 convolutions of the networks are among them, with one row per pixel.
 LINEAR = {
     "mlp": (4096, 4096, (16, 64, 256), (1, 16, 64, 256)),
     "vgg16 fc6": (25088, 4096, (16, 64, 256), (1, 8, 64, 256)),
@@ -261,7 +261,7 @@ _QUICK_GPU_CP = [
 _QUICK_GPU_LINEAR = [
     ("mlp", 64, 1), ("mlp", 256, 64), ("mlp", 256, 4096), ("vgg16 fc6", 256, 8), ("craft upconv4 1x1", 16, 76800),
 ]  # fmt: skip
-GPU_ROWS = 4096  # of the linear layers "mlp" and "vgg16 fc6", besides the rows in LINEAR
+GPU_ROWS = 4096  # further rows of the linear layers "mlp" and "vgg16 fc6", besides those in LINEAR
 
 QuickConvs = list[tuple[str, int, int]]
 
@@ -285,12 +285,13 @@ def _quick(tucker: QuickConvs, cp: QuickConvs, linears: QuickConvs) -> list[Cell
 
 
 def full() -> list[Cell]:
-    """Every layer, Tucker at S/8, S/4, S/2 and CP at S/4, S/2, S, batch 1, 8, 32 (CRAFT: 1); linears."""
+    """Every layer, as Tucker with ranks S/8, S/4, S/2 and as CP with rank S/4, S/2, S, at batch 1, 8, 32 (CRAFT: 1),
+    and the linear layers."""
     return list(_full())
 
 
 def full_gpu() -> list[Cell]:
-    """`full`, and the large linear layers with a GPU's number of rows."""
+    """`full`, and the large linear layers with as many rows as fill a GPU."""
     return [*_full(), *(linear(name, rank, GPU_ROWS) for name in ("mlp", "vgg16 fc6") for rank in LINEAR[name][2])]
 
 

@@ -1,10 +1,10 @@
-"""What the machine itself can do in this run, and the memory that a call takes: what the figures are held against.
+"""The machine's own limits in this run, which the results are compared with, and the memory that a call takes.
 
 Arithmetic: the best rate of some square matrix products through torch, in the dtype and on the number of threads of the
-run, by torch.mm and, as a frozen model has it, by oneDNN with one factor packed before (Zen 4: 10 % faster in fp32).
-Memory: copies through torch of several sizes, since a block whose tensors stay in a cache is not bound by DRAM; a
-cell is held against the copy that moves at least as many bytes (the calls of a turn find their tensors in the caches if
-those are large enough, like the copies). The largest is the stream copy.
+run, by torch.mm and, as in a frozen model, by oneDNN with one factor packed before (Zen 4: 10 % faster in fp32).
+Memory: copies through torch of several sizes, since a block whose tensors stay in a cache is not bound by DRAM. A cell
+is compared with the smallest copy that moves at least as many bytes (like the copies, the calls of a turn find their
+tensors in the caches if those are large enough). The largest copy is the stream copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.core import bench
 from benchmarks.core.layers import Cell
 
 MATRIX_SIZES = (768, 1536, 2304)
-COPY_BYTES = (1 << 19, 1 << 22, 1 << 25, 1 << 28)  # read and written ones together
+COPY_BYTES = (1 << 19, 1 << 22, 1 << 25, 1 << 28)  # bytes read plus bytes written
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Limits:
     """Rates measured at the start of a run, for one dtype and number of threads."""
 
     gemm: float
-    """Floating-point operations a second of the best large matrix product."""
+    """Floating-point operations per second of the best large matrix product."""
     copies: Mapping[int, float]
-    """Bytes moved by a copy, read and written ones both counted -> bytes a second. Ascending."""
+    """Bytes that a copy moves, read plus written -> bytes per second. In ascending order."""
 
     @property
     def stream(self) -> float:
-        """Bytes a second of the largest copy."""
+        """Bytes per second of the largest copy."""
         return self.copies[max(self.copies)]
 
     def copy_of(self, moved: int) -> float:
-        """Bytes a second of the smallest copy of at least `moved` bytes, else of the largest."""
+        """Bytes per second of the smallest copy of at least `moved` bytes, or else of the largest."""
         return self.copies[min((size for size in self.copies if size >= moved), default=max(self.copies))]
 
     def bound(self, cell: Cell, element_size: int) -> float:
-        """Seconds that the block needs at least: its FLOPs at the product's rate or its bytes at the copy's."""
+        """The least seconds that the block needs: its FLOPs at the product's rate or its bytes at the copy's rate."""
         moved = cell.bytes(element_size)
         return max(cell.flops / self.gemm, moved / self.copy_of(moved))
 
@@ -85,7 +85,7 @@ def measure_limits(
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight in oneDNN's own layout, by a private op of torch; None where that has none for the dtype and CPU."""
+    """The weight in oneDNN's own layout, by a private op of torch; None where it does not support the dtype here."""
     if not torch.backends.mkldnn.is_available():
         return None
     ops = torch.ops.mkldnn
@@ -104,7 +104,7 @@ def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
 def intermediate_bytes(cell: Cell, element_size: int, merged: bool = False) -> int:
     """Bytes that a chain of layers needs besides input and output: the intermediates that live at the same time.
 
-    `merged`: CP as three layers. What the layers themselves take (other layouts, workspace) is not counted.
+    `merged`: CP as three layers. Memory that the layers take inside (other layouts, workspace) is not counted.
     """
     (H, W), (OH, OW) = cell.size, cell.output_size
     if cell.is_linear:
@@ -121,9 +121,9 @@ def intermediate_bytes(cell: Cell, element_size: int, merged: bool = False) -> i
 
 
 def scratch_bytes(explanation: lowrank_ops.Explanation, cell: Cell, element_size: int, threads: int) -> int:
-    """The same of our op: its tiles, one set a thread; where the planner takes the chain, the chain's intermediates.
+    """The same of our op: one set of tiles per thread, or the chain's intermediates where the planner takes the chain.
 
-    Packed weights, at most as large as the factors, are not counted, as the engines' are not.
+    Packed weights, which are at most as large as the factors, are not counted; nor are those of the engines.
     """
     if explanation.path != "fused":
         return intermediate_bytes(cell, element_size)

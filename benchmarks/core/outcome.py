@@ -1,4 +1,4 @@
-"""What is known of a cell after its run: the figures and their ratios, the plan, what was wrong."""
+"""The results of a cell, on CPUs and GPUs: the times and their ratios, the plan, complaints about wrong outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def number(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """A cell's medians and what follows from them; a ratio is None where there is nothing to compare with."""
+    """A cell's medians and their ratios; a ratio is None where there is nothing to compare with."""
 
     cell: Cell
     dtype: str
@@ -37,9 +37,9 @@ class Result:
     timings: dict[str, Timing]
     kinds: dict[str, str]
     wrong: dict[str, str]
-    """Contenders left out, with what was wrong."""
+    """The contenders that were left out, each with the complaint about it."""
     features: dict[str, list[float]]
-    """What the planner's cost model counts, for the fused kernel and for the chain (see fit_cost.py)."""
+    """The features of the planner's cost model, of the fused kernel and of the chain (fit_cost.py)."""
 
     @property
     def seconds(self) -> float:
@@ -56,7 +56,7 @@ class Result:
 
     @property
     def saving(self) -> float | None:
-        """Share of the FLOP saving that became time."""
+        """The share of the FLOP saving that was saved in time."""
         over_dense = self.ratio("dense")
         return None if over_dense is None else over_dense * self.cell.flops / self.cell.dense_flops
 
@@ -88,7 +88,7 @@ def use_policy(name: str) -> None:
 def check_all(
     problem: peers.Problem, contenders: Iterable[peers.Contender], fatal: Collection[str], calls: int = 1
 ) -> dict[str, str]:
-    """What is wrong with each contender that is to be left out, by name.
+    """The complaint about each contender that has to be left out, by name.
 
     Raises:
         RuntimeError: a contender of a `fatal` kind is wrong.
@@ -104,9 +104,9 @@ def check_all(
 
 
 def complaint(problem: peers.Problem, contender: peers.Contender, calls: int = 1) -> str:
-    """What is wrong with a contender's output, empty where it is right; it may also be unable to run.
+    """The complaint about a contender: its output is wrong, or it cannot run. Empty: it is right.
 
-    The output of the last of `calls` calls is judged: compiled contenders record their graph in an earlier one.
+    The output of the last of `calls` calls counts: compiled contenders record their graph in an earlier one.
     """
     use_policy(contender.policy)
     try:
@@ -118,7 +118,7 @@ def complaint(problem: peers.Problem, contender: peers.Contender, calls: int = 1
 
 
 def explain(problem: peers.Problem, device: str | None = None) -> lowrank_ops.Explanation:
-    """What the planner decides for a problem under the policy in force, on its own or a named device."""
+    """The planner's decision for a problem under the present policy, on the problem's device or on a named one."""
     op = getattr(functional, problem.cell.op)
     tensors = [problem.input, *problem.factors, problem.bias]
     (explanation,) = lowrank_ops.explain(op, tensors, device=device, verbose=False, **problem.options)
@@ -126,6 +126,6 @@ def explain(problem: peers.Problem, device: str | None = None) -> lowrank_ops.Ex
 
 
 def plan(explanation: lowrank_ops.Explanation) -> str:
-    """The path that is taken, and the tile of a fused one."""
+    """The path that is taken, and the tile if it is the fused path."""
     sizes = [str(explanation.chosen[key]) for key in ("tile_rows", "tile_columns") if key in explanation.chosen]
     return " ".join([explanation.path, "x".join(sizes)]).strip()

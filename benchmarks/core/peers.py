@@ -1,9 +1,9 @@
 """The ways to run a cell's factorized block, and the dense layer, on one set of tensors.
 
-"Peer" means another way to run the same factorized block; the dense layer is a contender of its own. Weights
-and inputs stand in the memory format of their contender before anything is timed, which is as far as eager
-PyTorch lets its user prepare them; torch.compile runs frozen, so that inductor may prepack the weights, as ONNX Runtime
-and OpenVINO (engines.py) do when they compile their graph of the same factors.
+A "peer" is another way to run the same factorized block; the dense layer is a contender of another kind. Weights and
+inputs are brought into their contender's memory format before anything is timed: eager PyTorch lets its user prepare
+no more. torch.compile runs frozen, so that inductor may pack the weights, as ONNX Runtime and OpenVINO (engines.py) do
+when they compile their graph of the same factors.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 class Contender:
     """One way to run a cell. `policy` is set before its turns.
 
-    `kind` is fused (the op under "auto"), ours (the same, captured in a CUDA graph), forced, prepared (with weights
-    packed before, as engines have them), kernel (one CUDA kernel, cuts.py), peer or dense.
+    `kind` is fused (the op under "auto"), ours (the same, captured in a CUDA graph), forced (the op under another
+    policy), prepared (the op with weights packed before, as engines have them), kernel (one CUDA kernel, cuts.py), peer
+    or dense.
     """
 
     name: str
@@ -51,12 +52,12 @@ class Contender:
 
     @property
     def precision(self) -> str:
-        """What an engine says that it multiplies in, "f32" or "bf16"; empty where nobody tells."""
+        """The precision in which an engine reports to multiply, "f32" or "bf16"; empty for other contenders."""
         return str(getattr(self.run, "precision", ""))
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kernels that an engine says it runs."""
+        """The kernels that an engine reports to run."""
         return tuple(getattr(self.run, "kernels", ()))
 
 
@@ -69,11 +70,11 @@ class Problem:
     factors: tuple[Tensor, ...]
     bias: Tensor
     layout: str
-    """Memory format of the fused op's input, nchw or channels_last; of no meaning for a linear layer."""
+    """Memory format of the fused op's input, nchw or channels_last; without meaning for a linear layer."""
     options: dict[str, Any] = field(default_factory=dict)
     """stride, padding and dilation; empty for a linear layer."""
     tf32: bool = False
-    """Whether products of a float32 problem may round to tf32; torch's own switches are the caller's to set."""
+    """Whether products of a float32 problem may round to tf32. The caller sets torch's own switches."""
 
     @property
     def dtype(self) -> str:
@@ -98,7 +99,7 @@ def make_problem(
     device: str = "cpu",
     tf32: bool = False,
 ) -> Problem:
-    """Random tensors for a cell; the same for the same arguments. On "meta" they have no values.
+    """Random tensors for a cell, the same for the same arguments. On device "meta" they have no values.
 
     Raises:
         ValueError: an unknown layout.
@@ -130,7 +131,7 @@ def make_problem(
 
 
 def contenders(problem: Problem, peers: Iterable[str] = DEFAULT_PEERS) -> list[Contender]:
-    """The fused op under policy "auto", then what `peers` (out of `ALL_PEERS`) asks for and cell and dtype allow.
+    """The fused op under policy "auto", then those of `peers` (a selection of `ALL_PEERS`) that cell and dtype allow.
 
     Raises:
         ValueError: an unknown name in `peers`.
@@ -225,7 +226,7 @@ def _fused(problem: Problem) -> Callable[[], Tensor]:
 
 
 def _prepared(problem: Problem) -> Callable[[], Tensor]:
-    """The op as a module of `prepare_for_inference_` calls it, without nn.Module's own share of the call."""
+    """The op as a module of `prepare_for_inference_` calls it, without the overhead of nn.Module's call."""
     cell, (first, *middle, last) = problem.cell, problem.factors
     core = middle[0] if cell.op == "tucker_conv2d" else None
     packed = _C.prepare(first, core, last, cell.stride == cell.dilation == 1)
@@ -236,9 +237,9 @@ def _prepared(problem: Problem) -> Callable[[], Tensor]:
 
 
 def stages(problem: Problem, merged: bool = False) -> list[nn.Module]:
-    """The block as library layers: 1x1, core or depthwise, 1x1 (as a user of a decomposition script has it).
+    """The block as library layers: 1x1, core or depthwise, 1x1 (as decomposition scripts usually build it).
 
-    `merged` multiplies the two depthwise stages of CP out into one KHxKW depthwise convolution.
+    `merged` replaces the two depthwise stages of CP by one KHxKW depthwise convolution with their product.
     """
     cell, factors = problem.cell, problem.factors
     if cell.is_linear:
@@ -283,7 +284,7 @@ def _conv(
 
 
 def _with_parameters(layer: LayerT, weight: Tensor, bias: Tensor | None) -> LayerT:
-    # A clone: contiguous() leaves the strides of a weight of one channel as they are, and torch would go by them.
+    # A clone: contiguous() would keep the odd strides of a one-channel weight, from which torch infers a memory format.
     layer.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
     if bias is not None:
         layer.register_parameter("bias", nn.Parameter(bias.clone(), requires_grad=False))
@@ -303,7 +304,7 @@ def _dense(memory_format: torch.memory_format, problem: Problem) -> Callable[[],
 
 
 def _eager(layers: Sequence[nn.Module], input: Tensor, memory_format: torch.memory_format) -> Callable[[], Tensor]:
-    """The layers as plain function calls: nn.Module's own call would cost a peer some microseconds."""
+    """The layers as plain function calls: calls of nn.Module would cost a peer some microseconds."""
     input = _formatted(input, memory_format)
     calls = [_call(layer, memory_format) for layer in layers]
 
@@ -334,7 +335,7 @@ def _compiled(problem: Problem) -> Callable[[], Tensor]:
     from torch._inductor import select_algorithm
 
     inductor.freezing = True
-    # max-autotune tells of every candidate on stderr, in the middle of the table.
+    # max-autotune would print every candidate to stderr, in the middle of the table.
     select_algorithm.PRINT_AUTOTUNE = False
     torch._dynamo.reset()
     model = nn.Sequential(*stages(problem))
@@ -343,20 +344,21 @@ def _compiled(problem: Problem) -> Callable[[], Tensor]:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         input = _formatted(input, torch.channels_last)
     if input.is_cuda:
-        # max-autotune replays a CUDA graph; without this each call would first copy the input to where the graph reads.
+        # max-autotune replays a CUDA graph; without this mark each call first copies the input to the graph's memory.
         torch._dynamo.mark_static_address(input)
     compiled = torch.compile(model, mode="max-autotune", dynamic=False)
     return lambda: compiled(input)
 
 
 def check(problem: Problem, output: Tensor, lenient: bool = False) -> str:
-    """Empty where `output` is right, else a sentence with the figures.
+    """Empty if `output` is right, otherwise a sentence with its error and the allowed one.
 
-    Judged against the chain in fp64 on the first and last image (or all rows), Frobenius norm, u = eps / 2:
-    fp32 and fp64 by ``2 u ||A||``, A the same chain on absolute values; bf16 and fp16 by twice the error of
-    PyTorch's chain in that dtype, PyTorch's share capped at 2 eps, plus one rounding of the output; tf32 by twice the
-    error of the chain with operands rounded to tf32, plus one rounding. `lenient` allows a tf32 product to cut its
-    operands off instead of rounding them, as some libraries do: up to six times the error of rounding (bf16: eight).
+    The output is compared with the chain in fp64, on the first and the last image (linear: all rows), in the Frobenius
+    norm. The allowed error, with u = eps / 2: in fp32 and fp64 ``2 u ||A||``, where A is the same chain on absolute
+    values; in bf16 and fp16 twice the error of PyTorch's chain in that dtype, PyTorch's error capped at 2 eps, plus one
+    rounding of the output; in tf32 twice the error of the chain with operands rounded to tf32, plus one rounding.
+    `lenient` allows a tf32 product to cut its operands off instead of rounding them, as some libraries do: then six
+    times the error of rounding is allowed.
     """
     cell, input = problem.cell, problem.input
     op = getattr(reference, cell.op)
@@ -390,7 +392,7 @@ def round_to_tf32(values: Tensor) -> Tensor:
 
 
 def _tf32_chain(problem: Problem, input: Tensor) -> Tensor:
-    """The chain in fp64 on operands rounded to tf32, in every stage."""
+    """The chain in fp64, with the operands of every stage rounded to tf32."""
     hidden = input
     for layer in stages(problem):
         assert isinstance(layer, (nn.Conv2d, nn.Linear))

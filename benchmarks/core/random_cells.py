@@ -1,8 +1,8 @@
-"""Random blocks: what `benchmarks.run --random N` times, to see what no list of networks shows.
+"""Random blocks, for `benchmarks.run --random N`: they show problems that no list of networks has.
 
-The lists of layers.py are layers of networks. Users bring other shapes: odd channels, long and large windows, tiny
-images, ranks next to the channels. Cells drawn here are bounded in work, so that hundreds of them take minutes. The
-planner's constants are fitted to some of both (fit_cost.py).
+The lists of layers.py are layers of networks. Users have other shapes: odd channels, long and large windows, tiny
+images, ranks close to the channels. The cells drawn here are bounded in work, so that hundreds of them take minutes.
+The planner's constants are fitted to some of both kinds (fit_cost.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.core.layers import Cell, Pair
 
 MOST_FLOPS = 1.2e9
 FEWEST_FLOPS = 5e4
-MOST_VALUES = 12_000_000  # of input and output
+MOST_VALUES = 12_000_000  # of input and output together
 
 _CHANNELS = [1, 3, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024]
 _FEATURES = [10, 64, 128, 192, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096]
@@ -35,9 +35,9 @@ def random_cells(count: int, seed: int = 0) -> list[Cell]:
 
 
 def _rank(source: random.Random, most: int) -> int:
-    """Between a sixteenth and half of `most`, often a multiple of 16.
+    """A rank between a sixteenth and half of `most`, often a multiple of 16.
 
-    Of ranks below 16 more than half become 1, and with them more than half of all Tucker blocks have a rank of one:
+    More than half of the ranks below 16 become 1, so that more than half of all Tucker blocks have a rank of one:
     libraries run such blocks in many different ways, which a planner foresees least.
     """
     rank = max(1, round(most * source.uniform(1 / 16, 1 / 2)))

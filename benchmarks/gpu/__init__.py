@@ -1,1 +1,1 @@
-"""The same on a GPU: timing, results, every kernel by itself."""
+"""Benchmarks on a GPU: timing, results, every kernel by itself."""

@@ -28,7 +28,7 @@ GPU = "H200"
 
 @dataclass(frozen=True)
 class Choice:
-    """A cell: the way that the planner takes, and the others. Microseconds; dense: None where it was not timed."""
+    """A cell with the planner's choice and the fastest peer. Times in microseconds; dense: None if not timed."""
 
     cell: Cell
     way: str
@@ -105,7 +105,7 @@ def call_time(way: Way) -> float:
 
 
 def takes_channels_last(peer: str) -> bool:
-    """Whether a contender that is no way of ours reads its input in channels_last, whatever that of the run."""
+    """Whether a peer reads a channels_last input even in a run with NCHW inputs."""
     return peer.endswith((" channels_last", "chain graph", "merged graph"))
 
 

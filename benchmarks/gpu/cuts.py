@@ -1,7 +1,7 @@
-"""Every CUDA kernel that can run a problem, with the planner's cut of it or with another one.
+"""Every CUDA kernel that can run a problem, with the planner's cut or with another one.
 
-A cut is what the planner chooses for a kernel: images x rows x columns of a tile, stages of the ring buffer, splits of
-the output channels.
+A cut is the way in which a kernel divides a problem (csrc/plan/gpu/planner.h): images x rows x columns of a tile, slots
+of the ring buffer ("stages" in JSON and in `explain`), splits of the output channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.core import peers
 from benchmarks.core.outcome import explain
 from lowrank_ops.ops.extension import _C
 
-HOPELESS = 5  # times the best prediction: kernels beyond it are not timed, as under the policy "measure"
+HOPELESS = 5  # kernels predicted to be this many times slower than the best are not timed, as under policy "measure"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cut:
     stages: int
     splits: int
     predicted_seconds: float | None = None
-    """None: not the planner's cut."""
+    """The planner's prediction; None: the cut is not the planner's."""
 
     @property
     def name(self) -> str:
@@ -43,14 +43,14 @@ class Cut:
 
 
 def parse_cut(name: str) -> tuple[str, list[int]]:
-    """The inverse of `Cut.name`: the kernel, and images, rows, columns, stages and splits."""
+    """The inverse of `Cut.name`: the kernel; images, rows, columns, slots and splits."""
     kernel, numbers = name.split(" ")
     tile, stages, splits = numbers.split("/")
     return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
 
 
 def planned_cuts(problem: peers.Problem, device: str | None = None) -> list[Cut]:
-    """The planner's cut for every kernel that can run the problem, the lowest prediction first."""
+    """The planner's cut of every kernel that can run the problem, the lowest prediction first."""
     with lowrank_ops.set_policy("fused"):
         found = explain(problem, device)
     plans = [plan for plan in (found.chosen, *found.others) if plan["path"] == "fused"]
@@ -61,26 +61,26 @@ def planned_cuts(problem: peers.Problem, device: str | None = None) -> list[Cut]
 
 
 def hopeful(cuts: Sequence[Cut]) -> list[Cut]:
-    """The cuts that are not predicted to be hopelessly slow."""
+    """The cuts that are not predicted to be much slower than the best (HOPELESS)."""
     seconds = [cut.predicted_seconds or 0 for cut in cuts]
     return [cut for cut, taken in zip(cuts, seconds, strict=True) if taken <= HOPELESS * min(seconds)]
 
 
 def other_cuts(cut: Cut) -> Iterator[Cut]:
-    """Cuts around a planned one: other numbers of stages, half of the tile along each axis, the tile turned, splits."""
-    if "_sm90a_" in cut.kernel:  # it has the one cut
+    """Cuts around a planned one: other numbers of slots, a tile halved along an axis or turned, twice the splits."""
+    if "_sm90a_" in cut.kernel:  # such a kernel has only one cut
         return
     images, rows, columns = cut.tile
     for stages in (2, 3, 4):
         yield Cut(cut.kernel, cut.tile, stages, cut.splits)
-    turned = [(images, columns, rows)] if rows > 1 else []  # a linear layer has one line of rows
+    turned = [(images, columns, rows)] if rows > 1 else []  # a linear layer's tile is one line
     for tile in ((images, max(1, rows // 2), columns), (images, rows, max(1, columns // 2)), *turned):
         yield Cut(cut.kernel, tile, cut.stages, cut.splits)
     yield Cut(cut.kernel, cut.tile, cut.stages, 2 * cut.splits)
 
 
 def runner(problem: peers.Problem, cut: Cut) -> Callable[[], Tensor]:
-    """Launches that kernel with that cut, whatever the planner would choose."""
+    """A function that launches the cut's kernel with this cut, whatever the planner would choose."""
     cell, (first, *middle, last) = problem.cell, problem.factors
     core = middle[0] if cell.op == "tucker_conv2d" else None
     height, width = middle if cell.op == "cp_conv2d" else (None, None)

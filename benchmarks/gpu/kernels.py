@@ -1,9 +1,9 @@
-"""`python -m benchmarks.gpu.kernels`: every CUDA kernel by itself, with the planner's cut and with others around it.
+"""`python -m benchmarks.gpu.kernels`: every CUDA kernel by itself, with the planner's cut and with similar ones.
 
     python -m benchmarks.gpu.kernels --json FILE            the three blocks of docs/kernels.md
     python -m benchmarks.gpu.kernels --profile KERNEL ...   launches each kernel once on its block: for ncu
 
-The figures are GPU times with a cold L2 (gpu.py), the planner's prediction stands beside each planned cut (cuts.py).
+Times are GPU times with a cold L2 (timing.py). Beside each planned cut stands the planner's prediction (cuts.py).
 `python -m benchmarks.run --device cuda --peers ... kernels` times the planned cuts alone, on any list of cells.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import timing as gpu
 from benchmarks.gpu.cuts import hopeful, other_cuts, planned_cuts, runner
 
-# What the design of the kernels is judged by: both kinds of block at 256 channels and 56x56, and a linear layer.
+# The blocks by which the design of the kernels is judged: Tucker and CP with 256 channels at 56x56, and a linear layer.
 BLOCKS = {
     "tucker": layers.LAYERS["vgg16 conv3_2"].cell("tucker", 4, 32),
     "cp": layers.LAYERS["vgg16 conv3_2"].cell("cp", 1, 32),
@@ -33,7 +33,7 @@ BLOCKS = {
 
 
 def measure(cell: Cell, dtype: str, device: gpu.Device, seconds: float, where: str = "cuda") -> dict[str, Any]:
-    """A cell's entry of the JSON: planned cuts and those around them, checked and timed in turns, beside the peers."""
+    """A cell's entry of the JSON: planned and similar cuts and the peers, checked and timed in turns."""
     problem = peers.make_problem(cell, DTYPES[dtype], device=where, tf32=dtype == "tf32")
     planned = hopeful(planned_cuts(problem))
     cuts = {cut.name: cut for cut in planned}
@@ -65,7 +65,7 @@ def print_entry(entry: dict[str, Any]) -> None:
         cuts = [cut for cut in entry["cuts"] if cut["kernel"] == kernel]
         fastest = min(cuts, key=lambda cut: float(cut["median_us"]))
         for cut in [cut for cut in cuts if cut["predicted_us"] is not None] + [fastest]:
-            words = f"{'x'.join(map(str, cut['tile']))}, {cut['stages']} stages, {cut['splits']} splits"
+            words = f"{'x'.join(map(str, cut['tile']))}, {cut['stages']} slots, {cut['splits']} splits"
             note = "fastest of " + str(len(cuts)) if cut is fastest else f"planned, {cut['predicted_us']:.1f} predicted"
             print(f"  {cut['median_us']:8.1f} us  {kernel} {words} ({note})")
     for name, figures in entry["peers"].items():
@@ -75,7 +75,7 @@ def print_entry(entry: dict[str, Any]) -> None:
 
 
 def profile(kernels: Sequence[str], dtype: str) -> None:
-    """Launches each kernel once with the planner's cut of its block, and nothing else of ours."""
+    """Launches each kernel once with the planner's cut of its block, and no other kernel of ours."""
     for kernel in kernels:
         (name,) = [name for name, cell in BLOCKS.items() if kernel.startswith(cell.op)]
         problem = peers.make_problem(BLOCKS[name], DTYPES[dtype], device="cuda", tf32=dtype == "tf32")

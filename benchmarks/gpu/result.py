@@ -1,4 +1,4 @@
-"""A GPU's figures of a cell, as a row, as JSON and back; what all cells together say of the targets."""
+"""The results of one cell on a GPU, as a row of the table, as JSON and back, and the summary over all cells."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from benchmarks.core.layers import cell_from_json
 from benchmarks.core.outcome import DTYPES, SHORT_OPS, Result, number
 from benchmarks.gpu.timing import GpuTiming, Peaks
 
-RIDGE = 160  # FLOP a byte: from here on the targets ask for less of the bound
-BOUND_TARGETS = {"below": 0.75, "above": 0.45}  # share of the kernel's own bound, on either side of RIDGE
-SPEED_TARGETS = {"tucker_conv2d": (1.3, 1.5), "cp_conv2d": (1.8, 2.5)}  # x fastest peer: to reach, to aim at
+RIDGE = 160  # FLOP per byte; from here on the target is a smaller share of the bound
+BOUND_TARGETS = {"below": 0.75, "above": 0.45}  # target: share of the bound (`Peaks.bound`), on either side of RIDGE
+SPEED_TARGETS = {
+    "tucker_conv2d": (1.3, 1.5),
+    "cp_conv2d": (1.8, 2.5),
+}  # x fastest peer: the target, and the aim beyond it
 LOSING = 0.95
-TILE_PIXELS = 128  # a problem fills the GPU if there is a tile of so many output pixels for each multiprocessor
+TILE_PIXELS = 128  # a problem with one such tile per multiprocessor fills the GPU
 
 COLUMNS = [
     Column("op", 6, left=True),
@@ -49,15 +52,15 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class GpuResult(Result):
-    """`timings` are GPU times; `calls` the same contenders on an idle GPU. Seconds."""
+    """`timings`: GPU times; `calls`: times of the same contenders on an idle GPU. In seconds."""
 
     calls: dict[str, Timing]
     launches: dict[str, float]
-    """Seconds until a call returns."""
+    """Seconds until a call returns to Python."""
     peaks: Peaks
     multiprocessors: int
     predicted: dict[str, float]
-    """The planner's seconds for the best fused kernel and for the chain, where it has any."""
+    """The planner's predictions for the best fused kernel and for the chain, where it has any, in seconds."""
 
     @classmethod
     def of(cls, timings: Mapping[str, GpuTiming], **rest: Any) -> GpuResult:
@@ -70,18 +73,18 @@ class GpuResult(Result):
 
     @property
     def intensity(self) -> float:
-        """FLOPs for each byte that must move."""
+        """FLOPs per byte that must move."""
         return self.cell.flops / self.cell.bytes(DTYPES[self.dtype].itemsize)
 
     @property
     def fills(self) -> bool:
-        """Whether every multiprocessor gets a tile."""
+        """Whether there is at least one tile per multiprocessor."""
         height, width = self.cell.output_size
         return self.cell.batch * height * width >= TILE_PIXELS * self.multiprocessors
 
     @property
     def bound(self) -> float:
-        """Seconds at least, by the roofline of this run."""
+        """The least possible seconds, by the rates measured in this run."""
         return self.peaks.bound(self.cell, DTYPES[self.dtype].itemsize)
 
     @property
@@ -89,7 +92,7 @@ class GpuResult(Result):
         return self.bound / self.seconds
 
     def call_ratio(self, ours: str) -> float | None:
-        """Call of the quickest peer / call of `ours`; None without either."""
+        """Time of the quickest peer's call / time of a call of `ours`; None where one of them is missing."""
         peers = [timing.median for name, timing in self.calls.items() if self.kinds[name] == "peer"]
         return min(peers) / self.calls[ours].median if peers and ours in self.calls else None
 
@@ -126,7 +129,7 @@ class GpuResult(Result):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> GpuResult:
-        """The inverse of `as_json`: what follows from the figures is computed again."""
+        """The inverse of `as_json`. Ratios are computed again."""
         contenders = content["contenders"]
         return cls(
             cell=cell_from_json(content),
@@ -145,7 +148,7 @@ class GpuResult(Result):
 
 
 def summary(results: Sequence[GpuResult]) -> dict[str, Any]:
-    """Geometric means for each op, shares of the bound, losing cells; of one dtype."""
+    """The summary of one dtype: geometric means per op, shares of the bound, losing cells."""
     ops = [*dict.fromkeys(result.cell.op for result in results), "all"]
     below = [result for result in results if result.fills and result.intensity < RIDGE]
     above = [result for result in results if result.fills and result.intensity >= RIDGE]
@@ -187,13 +190,13 @@ def _summary_of(op: str, results: Sequence[GpuResult]) -> dict[str, Any]:
 
 
 def _losing(results: Sequence[GpuResult], figure: Callable[[GpuResult], float | None]) -> dict[str, float]:
-    """The cells below LOSING, the worst first."""
+    """The cells whose ratio is below LOSING, the worst first."""
     found = {str(result.cell): ratio for result in results if (ratio := figure(result)) is not None and ratio < LOSING}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _left_out(results: Sequence[GpuResult]) -> dict[str, int]:
-    """In how many cells each contender was wrong or could not run: a peer that is missing flatters us."""
+    """In how many cells each contender was left out (wrong, or unable to run): a missing peer flatters the fused op."""
     counts: dict[str, int] = {}
     for result in results:
         for name in result.wrong:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run --device cuda`: the cells of a GPU list, measured, or only listed (`--dry-run`)."""
+"""`python -m benchmarks.run --device cuda`: measures the cells of a GPU list, or only lists them (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from benchmarks.gpu import timing as gpu
 from benchmarks.gpu.result import COLUMNS, LEGEND, GpuResult, print_summary, summary
 from benchmarks.gpu.timing import Device, Peaks
 
-SAME = ("device", "dtype", "layout", "peers", "torch", "git_sha")  # in two runs that may share a file
+SAME = ("device", "dtype", "layout", "peers", "torch", "git_sha")  # these must agree in two runs that share a file
 CHECKED_CALLS = 3  # torch.compile records its CUDA graph in the second call and replays it from the third on
 
 
 @contextmanager
 def settings(dtype: str) -> Iterator[None]:
-    """torch's switches for a dtype: cuDNN searches its algorithms, float32 products are tf32 where that is asked."""
+    """Sets torch's switches for a dtype: cuDNN searches its algorithms; products are tf32 for dtype "tf32" alone."""
     backends = torch.backends
     cudnn, matmul = backends.cudnn, backends.cuda.matmul
     former = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, cudnn.fp32_precision
     cudnn.benchmark = True
     cudnn.allow_tf32 = matmul.allow_tf32 = dtype == "tf32"
     if dtype == "tf32":
-        cudnn.fp32_precision = "tf32"  # inductor's convolution templates look here
+        cudnn.fp32_precision = "tf32"  # inductor's convolution templates read this one
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def settings(dtype: str) -> Iterator[None]:
 
 
 class Bench:
-    """A device with what was measured of it once for a dtype. `where` is torch's name of it."""
+    """A device with its peaks in one dtype, which are measured once. `where` is torch's name of the device."""
 
     def __init__(self, device: Device, where: str, multiprocessors: int, peaks: Peaks) -> None:
         self.device = device
@@ -57,11 +57,11 @@ class Bench:
         self.peaks = peaks
 
     def measure(self, cell: Cell, dtype: str, layout: str, chosen_peers: Sequence[str], seconds: float) -> GpuResult:
-        """Check and time all contenders of a cell for `seconds` in all.
+        """Checks all contenders of a cell and times them for `seconds` altogether.
 
         Raises:
-            RuntimeError: the fused op's output is outside the error budget. Elsewhere a wrong output, ours in a CUDA
-                graph or forced included, is left out and noted in `wrong`.
+            RuntimeError: the fused op's output is outside the error budget. Another contender with a wrong output, the
+            op in a CUDA graph or forced included, is left out and noted in `wrong`.
         """
         problem = peers.make_problem(cell, DTYPES[dtype], layout, device=self.where, tf32=dtype == "tf32")
         contenders = {contender.name: contender for contender in peers.contenders(problem, chosen_peers)}
@@ -106,7 +106,7 @@ def plan_name(explanation: lowrank_ops.Explanation) -> str:
 
 
 def predictions(explanation: lowrank_ops.Explanation) -> dict[str, float]:
-    """The planner's seconds for the best plan of each path; none where its cost model has no figures."""
+    """The planner's seconds for the best plan of each path; empty where its cost model has no constants."""
     found: dict[str, float] = {}
     for plan in (explanation.chosen, *explanation.others):
         seconds = plan["predicted_seconds"]
@@ -116,7 +116,7 @@ def predictions(explanation: lowrank_ops.Explanation) -> dict[str, float]:
 
 
 def file_for(path: str, device: str, dtype: str) -> Path:
-    """`path` itself where it names a .json, else <device>_<dtype>.json in that folder."""
+    """`path` itself if it names a .json file, otherwise <device>_<dtype>.json in the folder `path`."""
     if path.endswith(".json"):
         return Path(path)
     plain = re.sub(r"^(nvidia|amd)_", "", re.sub(r"[^a-z0-9]+", "_", device.lower())).strip("_")
@@ -124,10 +124,10 @@ def file_for(path: str, device: str, dtype: str) -> Path:
 
 
 class Record:
-    """The JSON of a device and dtype: written after every cell, taken up again by a later run."""
+    """The JSON of a device and dtype. It is written after every cell, and a later run can resume it."""
 
     def __init__(self, path: Path | None, head: dict[str, Any], resume: bool) -> None:
-        """Raises ValueError where the file that is to be taken up is of another device, commit or setting."""
+        """Raises ValueError if the file to resume is of another device, commit or setting."""
         self.path = path
         self.head = head
         self.runs = [dict(head["run"])]
@@ -147,7 +147,7 @@ class Record:
         return {result.cell for result in self.results}
 
     def write(self, missing: int, **of_this_run: Any) -> None:
-        """Writes what there is. `missing`: cells asked for and not measured; a later run tries failed ones again."""
+        """Writes the results so far. `missing`: cells without a result; a later run tries failed ones again."""
         self.runs[-1].update(of_this_run)
         if self.path is not None:
             bench.write_json(self.path, {
@@ -167,12 +167,12 @@ def _value(head: dict[str, Any], key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A commit without "-dirty": the results file itself may be what is changed."""
+    """A commit without "-dirty": the results file itself may be the local change."""
     return value.removesuffix("-dirty") if isinstance(value, str) else value
 
 
 class Clock:
-    """Stops a run before a cell that would probably pass its limit."""
+    """Stops a run before a cell that would probably exceed the time limit."""
 
     def __init__(self, minutes: float | None) -> None:
         self.start = time.monotonic()
@@ -246,7 +246,7 @@ def _now() -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    """What `benchmarks.run` does for `--device cuda`; the exit status."""
+    """Runs `benchmarks.run --device cuda`; returns the exit status."""
     if options.dry_run:
         return dry_run(options)
     if not torch.cuda.is_available():
@@ -314,8 +314,8 @@ DRY_COLUMNS = [
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """Lists cells, contenders and what the planner predicts for a named GPU. Nothing is computed; needs no GPU."""
-    print(f"dry run: nothing is measured; times are what the planner predicts for {options.gpu}, no more than that")
+    """Lists cells, contenders and the planner's predictions for a named GPU. Computes nothing and needs no GPU."""
+    print(f"dry run: nothing is measured; the times are those that the planner predicts for {options.gpu}")
     without: dict[str, None] = {}
     over_chain: dict[tuple[str, str], list[float]] = {}
     for dtype in options.dtype:

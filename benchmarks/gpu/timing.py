@@ -1,14 +1,14 @@
-"""Timing on a GPU: one small class that knows CUDA, and the timer, which runs on any class like it.
+"""Timing on a GPU: one small class that knows CUDA, and the timer, which works with any class of the same methods.
 
-How a figure is taken. All contenders of a cell are timed in turns, rotating, until the cell's time is spent. Before
+How a time is measured. All contenders of a cell take turns, in rotating order, until the cell's time is spent. Before
 every timed call the L2 cache is flushed, outside of the timed part: a buffer of twice its size is written, then read
-(after the writing alone L2 would be full of lines that the timed kernel has to write back for us). A call is timed by
-two events around it, in two situations:
+(after writing alone the timed kernel would have to write the buffer's lines back to memory). Two events around a call
+time it, in two situations:
 
 - GPU time: the call is queued behind flushes that last longer than the CPU needs to launch it, so that the GPU goes
-  straight from the flush into the call's kernels, as in the middle of a large network. Launches cost nothing here.
-- call: the GPU is idle when the CPU starts the call, so that the way through Python, dispatcher and driver counts, as
-  in a network whose kernels are shorter than their launches. Here CUDA graphs shine.
+  straight from the flush to the call's kernels, as in the middle of a large network. Launches cost nothing here.
+- call: the GPU is idle when the CPU starts the call, so that the time in Python, dispatcher and driver counts, as in a
+  network whose kernels are shorter than their launches. Here CUDA graphs are at their best.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from benchmarks.core import bench
 from benchmarks.core.bench import Timing
 from benchmarks.core.layers import Cell
 
-QUEUED = 4  # timed calls that a turn queues up before it waits for them
-MOST_FLUSHES = 50  # before one call: the launch queue holds about a thousand kernels
-SPARE_SECONDS = 60e-6  # by which the flushes outlast the launch, beside as much again and again: hosts are shared
+QUEUED = 4  # timed calls that a turn queues before it waits for them
+MOST_FLUSHES = 50  # at most, before one call: the launch queue holds about a thousand kernels
+SPARE_SECONDS = 60e-6  # flushes last three times the launch and this much longer, as other work may delay the host
 
 
 class Device(Protocol):
-    """What the timer needs of a GPU. Slots are events 0 to QUEUED * 2 - 1, used again in every turn."""
+    """The methods of a GPU that the timer needs. `slot` is an event, 0 to QUEUED * 2 - 1, used again in every turn."""
 
     def now(self) -> float:
         """The CPU's clock, seconds."""
@@ -44,7 +44,7 @@ class Device(Protocol):
         """Queues an event."""
 
     def synchronize(self) -> None:
-        """Waits for all that is queued."""
+        """Waits for all queued work."""
 
     def seconds(self, first: int, last: int) -> float:
         """Seconds between two events that have happened, on the GPU's clock."""
@@ -60,7 +60,7 @@ class CudaDevice:
         self._sum = torch.zeros((), device="cuda")
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * QUEUED)]
         for event in self._events:
-            event.record()  # the driver makes an event when it is first recorded
+            event.record()  # the driver creates an event when it is first recorded
         self.synchronize()
 
     def now(self) -> float:
@@ -83,7 +83,7 @@ class CudaDevice:
 
 @dataclass(frozen=True)
 class GpuTiming:
-    """Both figures of a contender (see the head of this file), and the seconds the CPU needs to launch a call."""
+    """Both times of a contender (top of this file), and the seconds that the CPU needs to launch a call."""
 
     gpu: Timing
     call: Timing
@@ -99,16 +99,16 @@ def time_on(
     min_rounds: int = 5,
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, GpuTiming]:
-    """Time functions that launch work on a device, in turns.
+    """Times functions that launch work on a device, in turns.
 
     Args:
         device: where they run.
         functions: what to call, by name.
-        seconds: of the CPU's clock, for all functions together, warm-up not counted (more where `min_rounds` take
+        seconds: time by the CPU's clock for all functions together, without the warm-up (more where `min_rounds` take
             longer).
         warmup: each function is called for this long first, and at least five times.
-        min_rounds: turns of each function at least; a turn gives `QUEUED` samples of GPU time and one of a call.
-        before: called with the name in front of each turn, outside the timed part.
+        min_rounds: the least number of turns per function; a turn gives `QUEUED` samples of GPU time and one of a call.
+        before: called with the function's name before each turn, outside of the timed part.
 
     Raises:
         ValueError: `functions` is empty, or `seconds`, `warmup` or `min_rounds` is below its range.
@@ -140,7 +140,7 @@ def time_on(
 
 
 def _warm(device: Device, function: Callable[[], object], seconds: float) -> float:
-    """Calls a function for some time; the median of the seconds after which a call returns."""
+    """Calls a function for `seconds`. Returns the median of the seconds until a call returns."""
     taken: list[float] = []
     start = device.now()
     while len(taken) < 5 or device.now() - start < seconds:
@@ -153,7 +153,7 @@ def _warm(device: Device, function: Callable[[], object], seconds: float) -> flo
 
 
 def _flush_seconds(device: Device) -> float:
-    """What one flush takes on the GPU. The first two are not timed: they cover the launch of the others."""
+    """Seconds of one flush on the GPU. The first two are not timed: they cover the launch of the others."""
     device.flush(2)
     device.record(0)
     device.flush(4)
@@ -185,15 +185,15 @@ def _idle(device: Device, function: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device reaches in this run: the roofline."""
+    """The rates that the device reaches in this run: the roofline."""
 
     copy: float
-    """Bytes a second, read and written ones both counted, of a large copy."""
+    """Bytes per second of a large copy, read plus written."""
     matmul: float
-    """Floating-point operations a second of a large torch.matmul in the dtype."""
+    """Floating-point operations per second of a large torch.matmul in the dtype."""
 
     def bound(self, cell: Cell, element_size: int) -> float:
-        """Seconds that the block needs at least: its bytes at the rate of the copy or its FLOPs at the product's."""
+        """The least seconds that the block needs: its bytes at the copy's rate or its FLOPs at the product's rate."""
         return max(cell.bytes(element_size) / self.copy, cell.flops / self.matmul)
 
 
@@ -212,7 +212,7 @@ def measure_peaks(
 
 
 def empty_call(device: Device) -> float:
-    """Seconds between two events with nothing in between: part of every figure, subtracted from none."""
+    """Seconds between two events with nothing in between. Every time contains them; they are not subtracted."""
     return time_on(device, {"": lambda: None}, seconds=0.05, warmup=0.0)[""].gpu.median
 
 
@@ -237,7 +237,7 @@ QUERIES = (
 
 
 def query_driver(uuid: str | None = None) -> dict[str, str]:
-    """What nvidia-smi says of a GPU (clocks in MHz, power in W, temperature in C); nothing where it does not answer."""
+    """nvidia-smi's report of a GPU (clocks in MHz, power in W, temperature in C); empty where it does not answer."""
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader,nounits"]
     command += [] if uuid is None else [f"--id=GPU-{uuid}"]
     try:
@@ -250,7 +250,7 @@ def query_driver(uuid: str | None = None) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """As `bench.versions`, with CUDA's and cuDNN's."""
+    """`bench.versions`, and the versions of CUDA and cuDNN."""
     return {
         **bench.versions(),
         "cuda": str(torch.version.cuda),

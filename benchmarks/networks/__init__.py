@@ -1,1 +1,1 @@
-"""Whole networks against the engines: `python -m benchmarks.networks.run`."""
+"""Whole networks, also in inference engines: `python -m benchmarks.networks.run`."""

@@ -1,8 +1,8 @@
 """The whole networks of `benchmarks.networks.run`: dense, and factorized with our modules.
 
 CRAFT and english_g2 have their trained weights and the ranks of the demo (examples/tasks.py). VGG-16 (Simonyan and
-Zisserman, arXiv:1409.1556) and ResNet-50 (He et al., arXiv:1512.03385) have random ones: only their times count here.
-BatchNorm is folded into the convolutions before anything else, for everyone, as the engines would do it themselves.
+Zisserman, arXiv:1409.1556) and ResNet-50 (He et al., arXiv:1512.03385) have random weights: only their times count
+here. For all contenders BatchNorm is first folded into the convolutions, as the inference engines would do themselves.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from examples.networks import load_detector, load_recogniser
 
 VGG16_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: max pooling
 RESNET50_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
-RANDOM_RATIO = 0.25  # ranks of the random networks, of the channels
+RANDOM_RATIO = 0.25  # ranks of the networks with random weights, as a share of the channels
 VGG16_LINEAR_RANK = 256
 
 
 @dataclass(frozen=True)
 class Network:
-    """A dense network, the same factorized with our modules, and an input in NCHW; fp32."""
+    """A dense network, the same network factorized with our modules, and an input in NCHW; all in fp32."""
 
     dense: nn.Module
     factorized: nn.Module
@@ -62,7 +62,7 @@ def vgg16() -> nn.Sequential:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 and the way around them."""
+    """1x1, 3x3 (with the stride), 1x1, and the shortcut around them."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.body(input)
-        output += self.around(input)  # in place, as torchvision has it
+        output += self.around(input)  # in place, as in torchvision
         return output.relu_()
 
 
@@ -106,7 +106,7 @@ def _random(model: nn.Sequential) -> nn.Sequential:
 
 
 def network(dense: nn.Module, input: Tensor, what: str, **options: Any) -> Network:
-    """Folds, factorizes with `factorize_`'s options, and merges activations into our modules."""
+    """Folds BatchNorm, factorizes with `options` of `factorize_`, and merges activations into our modules."""
     dense = fold_batch_norm(dense).eval().requires_grad_(False)
     factorized = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lowrank_ops.factorize_(factorized, progress=False, **options)
@@ -127,7 +127,7 @@ def _english_g2() -> Network:
 
 def _vgg16() -> Network:
     found = network(vgg16(), _image(3, 224, 224), "VGG-16, random weights", rank=RANDOM_RATIO, linear=False)
-    # An SVD of 25088x4096 would take minutes, for weights that mean nothing.
+    # An SVD of 25088x4096 would take minutes, and the weights are random anyway.
     for name, layer in list(found.factorized.named_children()):
         if isinstance(layer, nn.Linear):
             low = lowrank_ops.LowRankLinear(layer.in_features, layer.out_features, VGG16_LINEAR_RANK)

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.networks.run`: whole networks: dense, a chain of layers, fused, and the chain in the engines.
+"""`python -m benchmarks.networks.run`: whole networks: dense, a chain of layers, fused, and in inference engines.
 
-Latency: medians, all contenders of a network and dtype interleaved in one run, outputs checked before (against the same
-network in fp64). Peak memory: each contender in a process of its own, the most that is resident while it is called,
-minus what is resident once the libraries are loaded: weights (in every form the contender keeps them), activations,
-workspaces. "prepared" is the fused network after `prepare_for_inference_`; "compile" is torch.compile with frozen
-weights, of the fused network prepared too. OpenVINO and ONNX Runtime get the chain as one ONNX graph; both fuse what
-they can in it.
+Latency: medians; all contenders of a network and dtype are interleaved in one run, their outputs checked before against
+the same network in fp64. Peak memory: each contender runs in a process of its own; the peak of resident memory while it
+is called, minus the resident memory once the libraries are loaded: weights (in all forms that the contender keeps),
+activations, workspaces. "prepared" is the fused network after `prepare_for_inference_`. "compile" is torch.compile with
+frozen weights; its fused network is prepared, too. OpenVINO and ONNX Runtime get the chain as one ONNX graph, in which
+both fuse what they can.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Run = Callable[[], Tensor]
 
 
 def save(network: Network, folder: Path) -> None:
-    """Writes what `load` reads: the three modules, the input and, for the engines, ONNX graphs."""
+    """Writes the files that `load` reads: the three modules, the input and, for the engines, ONNX graphs."""
     chain = unfused(network.factorized)
     for name, model in (("dense", network.dense), ("chain", chain), ("fused", network.factorized)):
         torch.save(model, folder / f"{name}.pt")
@@ -64,14 +64,14 @@ def save(network: Network, folder: Path) -> None:
         for name, model in (("dense", network.dense), ("chain", chain)):
             plain = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             with warnings.catch_warnings():
-                # The exporter that needs no further package, and that keeps an LSTM one node, is deprecated.
+                # This exporter needs no further package and keeps an LSTM as one node, but it is deprecated.
                 warnings.simplefilter("ignore")
                 file = str(folder / f"{name}.onnx")
                 torch.onnx.export(plain, (network.input,), file, dynamo=False, opset_version=engines.ONNX_OPSET)
 
 
 def load(folder: Path, contender: str, dtype: torch.dtype, threads: int) -> Run:
-    """A contender, from its files, ready to be called under inference_mode."""
+    """Loads a contender from its files, ready to be called under inference_mode."""
     kind, how = contender.split()
     input: Tensor = torch.load(folder / "input.pt", weights_only=True)
     if kind == "onnxruntime":
@@ -90,7 +90,7 @@ def load(folder: Path, contender: str, dtype: torch.dtype, threads: int) -> Run:
 
 
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
-    """torch.compile for one shape, its weights constants that inductor may lay out anew, as the engines do."""
+    """torch.compile for one shape, with weights as constants that inductor may lay out anew, as the engines do."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
@@ -98,7 +98,7 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def chosen(dtype: str) -> list[str]:
-    """The contenders of a dtype, of those that are installed; both engines read the graph that onnx writes."""
+    """The installed contenders of a dtype. Both engines read the graph that the package onnx writes."""
     left_out = {e for e in ENGINES if engines.missing(e) or engines.unsupported(e, DTYPES[dtype])}
     if engines.missing("onnxruntime"):
         left_out.add("openvino")
@@ -112,7 +112,7 @@ def exact(folder: Path, kind: str) -> Tensor:
 
 
 def allowed_error(library: float, dtype: torch.dtype) -> float:
-    """Relative error that a contender may have: twice that of PyTorch's layers in the dtype, and some roundings."""
+    """The allowed relative error of a contender: twice that of PyTorch's layers in the dtype, plus some roundings."""
     return 2 * library + 16 * torch.finfo(dtype).eps
 
 
@@ -121,9 +121,9 @@ def relative(output: Tensor, expected: Tensor) -> float:
 
 
 def measure(folder: Path, dtype: str, seconds: float, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict]:
-    """Checks, times and weighs the contenders; their figures by name, and what was wrong with those left out."""
+    """Checks the contenders, measures time and memory. Returns their results by name, and why others were left out."""
     threads = torch.get_num_threads()
-    torch._dynamo.reset()  # dynamo stops compiling a function (nn.Sequential.forward) after some networks
+    torch._dynamo.reset()  # otherwise dynamo stops compiling a function (nn.Sequential.forward) after some networks
     expected = {kind: exact(folder, kind) for kind in ("dense", "chain")}
     runs: dict[str, Run] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -159,7 +159,7 @@ def _settle(threads: int) -> None:
 
 
 def peak_memory(folder: Path, contender: str, dtype: str, threads: int) -> int:
-    """Bytes, measured in a process of its own."""
+    """A contender's peak memory in bytes, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.networks.run", "--weigh", str(folder), contender, dtype, str(threads)]
     root = Path(__file__).parents[2]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
@@ -167,9 +167,9 @@ def peak_memory(folder: Path, contender: str, dtype: str, threads: int) -> int:
 
 
 def weigh(folder: str, contender: str, dtype: str, threads: str) -> int:
-    """What the process of `peak_memory` does: the peak of resident bytes above those of the libraries.
+    """Runs in the process of `peak_memory`: the peak of resident bytes above those of the libraries.
 
-    Linux alone tells the peak and lets it start anew, after loading, whose copies are not meant.
+    Works on Linux alone, which reports the peak and can reset it: done after loading, whose copies do not count.
     """
     torch.set_num_threads(int(threads))
     kind = contender.split()[0]
@@ -265,6 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if "--weigh" not in sys.argv:  # memory is to be given back there
+    if "--weigh" not in sys.argv:  # that process must give freed memory back
         bench.set_memory("kept")
     sys.exit(main())

@@ -1,1 +1,1 @@
-"""Single questions: rounding errors, the cost of small calls, machine code, the planners' constants."""
+"""Studies of one question each: rounding errors, the cost of small calls, machine code, the planners' constants."""

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.studies.errors`: rounding errors of Tucker's core, direct and by Winograd, beside the chain's.
+"""`python -m benchmarks.studies.errors`: rounding errors of Tucker blocks, their core direct and by Winograd.
 
-Relative to the fp64 result, in the Frobenius norm; medians over seeds. Normal factors; inputs normal, after a ReLU, or
-all values positive, where nothing cancels and the budget of float32 is tightest (`tests/conftest.py` has the budgets).
+Errors are relative to the fp64 result, in the Frobenius norm, beside those of the chain; medians over seeds. Factors
+are normal; inputs are normal, normal after a ReLU, or all values are positive: then nothing cancels and the budget of
+float32 is tightest (`tests/support/budgets.py` has the budgets).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lowrank_ops import reference
 from lowrank_ops.ops.extension import _C
 
 SEEDS = 9
-VALUES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # of the input, of the factors
+VALUES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # distribution of the input, of the factors
     "normal": (torch.randn, torch.randn),
     "relu": (lambda *shape: torch.randn(*shape).relu(), torch.randn),
     "positive": (torch.rand, torch.rand),
@@ -26,7 +27,7 @@ WINDOWS = {(3, 3): ("never", "2x2", "4x4"), (1, 64): ("never", "line")}
 
 
 def errors(dtype: torch.dtype, values: str, kernel: tuple[int, int], rank: int, seed: int) -> dict[str, float]:
-    """Of the chain and of each way to run the core; `u |A|`, the unit of the fp32 budget, in the same measure."""
+    """The relative errors of the chain and of each way to run the core, and `u |A|`, the unit of the fp32 budget."""
     torch.manual_seed(seed)
     of_input, of_factors = VALUES[values]
     channels, size = 2 * rank, (24, 24) if kernel == (3, 3) else (1, 96)
@@ -63,7 +64,7 @@ def main() -> None:
                     medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
                     if dtype == torch.bfloat16:
                         del medians["u |A|"]
-                        medians.pop("4x4", None)  # fp32 only: it is the direct core here
+                        medians.pop("4x4", None)  # exists in fp32 only: bf16 runs the direct core instead
                     print(
                         f"{kernel[0]}x{kernel[1]}, {str(dtype).removeprefix('torch.')}, {values}, rank {rank}: "
                         + ", ".join(f"{name} {value:.2g}" for name, value in medians.items())

@@ -40,8 +40,8 @@ class Observation:
     """One way to run a cell: its features and the seconds that it took on the GPU.
 
     Attributes:
-        beside: seconds that the op takes beside them, where this is a library's way that stands for its chain.
-        is_ours: whether the op has this way for the input of that run; not so the chain in the other layout.
+        beside: seconds that the op takes besides, where the library's chain was timed instead of the op's own.
+        is_ours: whether the op could run the input of that run in this way (not the chain in the other layout).
     """
 
     cell: str
@@ -91,10 +91,11 @@ def fused(cell: Cell, dtype: str, way: str, seconds: float, gpu: str, layout: st
 
 
 def chain(cell: Cell, dtype: str, name: str, seconds: float, gpu: str, layout: str) -> Observation | None:
-    """The chain as the op runs it: with CP's depthwise stages merged where the planner says so.
+    """The chain as the op runs it, with CP's depthwise stages merged where the planner says so. None: another chain.
 
-    A library's way in the input's layout stands for it. For Tucker in NCHW the op took 0.8 to 1.1 times as long where
-    it keeps the core in channels_last (library_core of chain.cpp); elsewhere its copy of the core is not in the times.
+    The library's chain in the input's layout was timed in its place. For Tucker in NCHW the op took 0.8 to 1.1 times as
+    long where it keeps the core in channels_last (library_core of chain.cpp); elsewhere the op's copy of the core is
+    missing in these times.
     """
     whole = described(cell, dtype, "nchw" not in name)
     if not name.startswith(chain_kind(whole)) or name.endswith("graph"):
@@ -141,7 +142,7 @@ def observations(times: GpuTimes, gpu: str, general: bool) -> Iterator[Observati
 
 
 def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
-    """Of an sm90a kernel that was timed with several numbers of slots the fastest: the model has no term for them."""
+    """Keeps the fastest number of slots of every sm90a kernel: the cost model has no term for the slots."""
     kept: dict[tuple[str, str], Observation] = {}
     for one in observations:
         way = one.way.split(" ")[0] if one.group.startswith("kSm90a") else one.way
@@ -152,13 +153,13 @@ def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
 
 
 def predict(observation: Observation, constants: Mapping[str, Vector], launch: float) -> float:
-    """Seconds on the GPU, as the planner predicts them where neither memory nor the peak is the limit."""
+    """The planner's predicted seconds on the GPU, where neither memory nor the peak rate is the limit."""
     seconds = float(observation.features @ constants[observation.group])
     return seconds + (launch if observation.group in FUSED_GROUPS else 0)
 
 
 def regret(observations: Iterable[Observation], found: Mapping[str, Vector], launch: float) -> tuple[float, int]:
-    """What the predictions' choice among the op's ways that were measured costs, on the GPU, beyond the fastest one.
+    """How much longer the ways chosen by prediction take on the GPU than the fastest of the op's measured ways.
 
     Returns:
         The geometric mean over the cells, minus 1, and the number of cells that have both a kernel and the chain.
@@ -172,9 +173,10 @@ def regret(observations: Iterable[Observation], found: Mapping[str, Vector], lau
 
 
 def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]:
-    """Constants by group: of fused kernels with `launch` taken off, of the op's chains as they are.
+    """Constants by group, in seconds. `launch` is subtracted from the times of fused kernels, not from those of chains.
 
-    A feature that no observation of a fused group has (element-wise copies, say) costs what it does in the others.
+    A feature that no observation of a fused group has (element-wise copies, for example) gets the largest constant that
+    it has in the other groups.
     """
     groups = defaultdict(list)
     for o in filter(lambda o: o.is_ours, observations):
@@ -197,7 +199,7 @@ def fit(observations: Iterable[Observation], launch: float) -> dict[str, Vector]
 
 
 def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
-    """The launch and the constants of gpu_cost_constants.inc, as `fit` gives them: seconds."""
+    """The launch and the constants of csrc/plan/gpu/cost_constants.inc, in seconds as `fit` returns them."""
     found = {}
     for kind, group, values in re.findall(r"(Fused|Chain)Constants (\w+) = \{\{([^}]*)\}\};", text):
         found[group] = np.array([float(value) for value in values.split(",")]) / (clock if kind == "Fused" else 1)
@@ -208,7 +210,7 @@ def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
 def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> None:
     lines = [f"// Written by benchmarks/studies/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
              f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
-    for group in FUSED_GROUPS:  # each must have figures, or nothing is written
+    for group in FUSED_GROUPS:  # a group without observations raises KeyError, before anything is written
         values = ", ".join(f"{value * clock:.4g}" for value in found[group])
         lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
     for group in CHAIN_GROUPS:

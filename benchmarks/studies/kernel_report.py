@@ -1,9 +1,9 @@
-"""What nvcc made of the CUDA kernels: registers, spills and the counts of the instructions that matter.
+"""The CUDA kernels as nvcc compiled them: registers, spills, and counts of the instructions that matter.
 
 python -m benchmarks.studies.kernel_report [FOLDER] [--output docs/kernel_report.md]
 
-Compiles csrc/cuda/kernels where it must, reads the assembler's report and disassembles the objects; no GPU and no
-torch are needed. cuobjdump and nvdisasm come from PATH or from the PyPI packages nvidia-cuda-cuobjdump and
+Compiles csrc/cuda/kernels unless that is up to date, reads the assembler's report and disassembles the objects. Needs
+neither a GPU nor torch. cuobjdump and nvdisasm come from PATH or from the PyPI packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm.
 """
 
@@ -27,7 +27,7 @@ TABLE = ROOT / "csrc/plan/gpu/kernel_table.inc"
 OPS = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
 HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2}  # by the kernel's name
 ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64", "float": "fp32"}
-# Tensor cores by warp and by warpgroup; ldmatrix; asynchronous copies, the copy engine's loads; shared, global and
+# Tensor cores by warp (HMMA) and by warpgroup (HGMMA); ldmatrix; asynchronous copies, TMA's loads; shared, global and
 # local memory; barriers.
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
 
@@ -46,14 +46,14 @@ class Instantiation:
 
     kernel: str  # the name in kernel_table.inc
     dtype: str
-    case: str  # common (csrc/cuda/kernels/common_case.h) or general; of sm90a: what else it is compiled for
+    case: str  # common (csrc/cuda/kernels/common_case.h) or general; sm90a: its other template arguments
     architecture: int
     registers: int
-    stack: int  # bytes of local memory a thread, spills included
+    stack: int  # bytes of local memory per thread, spills included
     spill_stores: int
     spill_loads: int
     static_shared: int
-    counts: Counter[str] = field(default_factory=Counter)  # of INSTRUCTIONS, and all of them as "all"
+    counts: Counter[str] = field(default_factory=Counter)  # counts of INSTRUCTIONS; "all": of all instructions
 
     @property
     def family(self) -> str:
@@ -69,7 +69,7 @@ def table() -> dict[tuple[str, str, int], str]:
 
 
 def tool(name: str) -> str | None:
-    """cuobjdump or nvdisasm, None where there is none."""
+    """The path of cuobjdump or nvdisasm; None if it is not installed."""
     found = shutil.which(name)
     if found:
         return found
@@ -104,7 +104,7 @@ def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -
 
 
 def _disassemble(path: Path) -> dict[tuple[str, str], Counter[str]]:
-    """(architecture, mangled name) -> instructions, of one object file."""
+    """(architecture, mangled name) -> counts of instructions, of one object file."""
     program = tool("cuobjdump")
     if program is None or tool("nvdisasm") is None:
         raise RuntimeError(
@@ -168,15 +168,15 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
 
 
 def markdown(report: list[Instantiation], version: str) -> str:
-    """A table with a line for each kernel and dtype."""
+    """The report as a table with one line per kernel, dtype and case."""
     architectures = sorted({one.architecture for one in report})
     first = architectures[0]
     lines = [
-        "# What nvcc makes of the CUDA kernels",
+        "# The CUDA kernels as nvcc compiles them",
         "",
         f"Written by `make kernel-report` with nvcc {version}; nothing here was measured on a GPU. A number for each "
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
-        "Shared memory is dynamic (`shared_layout` of csrc/plan/gpu/geometry.h). Kernels of sm90a are compiled for "
+        "Shared memory is dynamic (`shared_layout` of csrc/plan/geometry.h). Kernels of sm90a are compiled for "
         "sm_90a alone, once per case: padded ranks and rows of a slice (Tucker 64x64), parts of "
         "64 of R1 and R2 (Tucker 64x128), padded output channels and input slices (CP).",
         "",

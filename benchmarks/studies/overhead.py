@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.overhead`: the cost of the smallest calls, and of packing weights in larger ones."""
+"""`python -m benchmarks.studies.overhead`: the time of the smallest calls, and of packing weights in larger ones."""
 
 from __future__ import annotations
 

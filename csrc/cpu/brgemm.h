@@ -17,7 +17,7 @@ inline bool has_amx_brgemm() {
   return at::native::cpublas::could_pack(at::kBFloat16);
 }
 
-// The sums of the current call of a thread: from its first GEMM to brgemm_release().
+// Memory for the sums of a thread's current call, from its first GEMM to brgemm_release(). A count of 0 frees it.
 inline float* brgemm_sums(int64_t count) {
   thread_local AlignedMemory sums;
   const int64_t bytes = count * int64_t(sizeof(float));
@@ -28,8 +28,8 @@ inline float* brgemm_sums(int64_t count) {
   return reinterpret_cast<float*>(sums.get());
 }
 
-// A GemmCall through brgemm: sums of all taps in fp32, then the epilogue of `finish`. Weight panels have the layout of
-// our own kernels: [depth][width] in fp32, [depth / 2][width][2] (VNNI) in bf16.
+// Runs a GemmCall through brgemm: sums of all taps in fp32, then bias, activation and conversion by `finish`. Weight
+// panels have the layout of our own kernels: [depth][width] in fp32, [depth / 2][width][2] (VNNI) in bf16.
 template <typename Element>
 void brgemm_call(const GemmCall& call, FinishFunction finish) {
   constexpr int64_t kLanes = 16;
@@ -51,7 +51,8 @@ void brgemm_call(const GemmCall& call, FinishFunction finish) {
   finish(sums, width, call);
 }
 
-// Gives the AMX tiles back to the system, and the sums to the thread's scratch memory; once at the end of its work.
+// Gives the AMX tiles back to the system, and the sums to the thread's scratch memory. Called once, at the end of a
+// thread's work.
 inline void brgemm_release() {
   brgemm_sums(0);
   at::native::cpublas::brgemm_release(true);

@@ -1,5 +1,5 @@
-// The first stage of a block (of a linear layer, whose rows are its pixels) with a hidden rank of one: there are no
-// output channels to fill vectors with. How it is run instead (plan.h, FirstStage):
+// The first stage of a block with a hidden rank of one (in a linear layer, rows take the place of pixels). One output
+// channel fills no vector, so that it runs in one of two other ways (plan/cpu/planner.h, FirstStage):
 //
 //   kDots    a hidden value is a dot product, vectors along the channels of its pixel (kernels/dot.h)
 //
@@ -22,10 +22,10 @@ namespace lowrank_ops {
 
 class ChannelSum {
  public:
-  // `planes`: pixels lie next to each other, and the stage is run as kPlanes says. `far`: the image comes from memory.
+  // `planes`: pixels lie next to each other, and the stage runs as kPlanes. `far`: the image comes from memory.
   ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, bool far, const Problem& problem,
              const Engine& engine);
-  // Whether it reads the image where it lies; otherwise staged pixels: elements, channels next to each other.
+  // Whether it reads the image where it lies; otherwise a copy of it as elements, channels next to each other.
   bool reads_directly() const { return planes_ || direct_; }
   // sums[p] = sum over channels of pixel p, accumulators. Pixels lie `pixel_stride` elements apart.
   void operator()(const char* source, int64_t pixel_stride, int64_t pixels, void* sums) const;
@@ -41,14 +41,14 @@ class ChannelSum {
   AlignedMemory factor_;  // [S]: accumulators for planes, elements for dot products
 };
 
-// Nothing where the plan has the stage run by panels.
+// Nothing where the first stage is a product with panels.
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem,
                                          const CpuTile& tile, const Engine& engine);
 
 // Accumulators of one channel -> out[pixel * out_stride]. Sums are readable up to a vector's bytes beyond the last.
 void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,
                    DType out_type);
-// Such sums of up to kMostPixels pixels.
+// Memory for such sums of at most kMostPixels pixels.
 struct ChannelSums {
   static constexpr int64_t kMostPixels = 512;
   alignas(64) char memory[kMostPixels * sizeof(double) + 64];

@@ -7,7 +7,7 @@
 namespace lowrank_ops {
 namespace {
 
-// Columns of a weight that a task takes at least: enough bytes to be worth a thread.
+// The least columns of a weight per task: enough bytes to be worth a thread.
 int64_t column_grain(int64_t depth, int64_t bytes) {
   return std::max<int64_t>(1, (64 << 10) / (depth * bytes));
 }
@@ -37,7 +37,7 @@ void Dots::multiply(const void* input, int64_t input_stride, const at::Tensor& w
                     int64_t sums_stride) const {
   const int64_t columns = weight.size(0), depth = weight.size(1), bytes = element_bytes(dtype_);
   const int64_t sum = element_bytes(kernels_.accumulator);
-  // Tasks of four columns: their sums do not depend on who computes them.
+  // Tasks are multiples of four columns. No sum depends on the task that computes it.
   const int64_t grain = ceil_div(column_grain(depth, bytes), int64_t(4));
   at::parallel_for(0, ceil_div(columns, int64_t(4)), grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * 4, count = std::min(end * 4, columns) - first;

@@ -1,4 +1,4 @@
-// Products of few rows with a factor where it lies: packing it would touch every weight twice (kernels/dot.h).
+// Products of few rows with an unpacked factor: packing would touch every weight twice (kernels/dot.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,10 +9,10 @@ namespace lowrank_ops {
 
 class Dots {
  public:
-  // For `rows` rows, up to kMostDotRows, and factors of this dtype.
+  // For `rows` rows (at most kMostDotRows) and factors of this dtype.
   Dots(int64_t rows, DType dtype, const Engine& engine) : kernels_(*engine.kernels), dtype_(dtype), rows_(rows) {}
 
-  // Rows that are deeper than a block lie block after block; others, and a single one, may lie anywhere.
+  // Whether the rows have to lie block after block: several rows that are deeper than a block.
   bool needs_blocks(int64_t depth) const { return rows_ > 1 && depth > kernels_.dot_depth; }
   int64_t block_bytes(int64_t depth) const;
   int64_t block_stride() const { return kernels_.dot_depth; }

@@ -13,15 +13,16 @@
 namespace lowrank_ops {
 namespace {
 
-struct Choice {
+// An instruction set's kernels, and whether oneDNN's GEMM takes their place.
+struct InstructionSet {
   std::string isa;
   const KernelTable* table;
   bool brgemm_bfloat16 = false, brgemm_float = false;
 };
 
-// From the plainest to the best; those that this CPU can run.
-std::vector<Choice> choices() {
-  std::vector<Choice> found = {{"generic", &kernels_generic()}};
+// Those that this CPU can run, from the plainest to the best.
+std::vector<InstructionSet> available() {
+  std::vector<InstructionSet> found = {{"generic", &kernels_generic()}};
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -36,20 +37,20 @@ std::vector<Choice> choices() {
   return found;
 }
 
-Choice choose(const std::string& isa) {
-  const std::vector<Choice> found = choices();
+InstructionSet named(const std::string& isa) {
+  const std::vector<InstructionSet> found = available();
   if (isa.empty()) return found.back();
   if (isa == "brgemm") {
-    Choice choice = found.back();
-    TORCH_CHECK_VALUE(choice.table->compute_float->lanes == 16, "set_cpu_isa: brgemm needs a CPU with AVX-512");
-    choice.isa = "brgemm";
-    choice.brgemm_float = true;
-    return choice;
+    InstructionSet best = found.back();
+    TORCH_CHECK_VALUE(best.table->compute_float->lanes == 16, "set_cpu_isa: brgemm needs a CPU with AVX-512");
+    best.isa = "brgemm";
+    best.brgemm_float = true;
+    return best;
   }
   std::string known;
-  for (const Choice& choice : found) {
-    if (choice.isa == isa) return choice;
-    known += (known.empty() ? "" : ", ") + choice.isa;
+  for (const InstructionSet& one : found) {
+    if (one.isa == isa) return one;
+    known += (known.empty() ? "" : ", ") + one.isa;
   }
   TORCH_CHECK_VALUE(false, "lowrank_ops: the CPU instruction set must be one of ", known,
                     " on this machine (LOWRANK_OPS_CPU_ISA or set_cpu_isa), got '", isa, "'");
@@ -60,47 +61,47 @@ std::string environment(const char* name, const char* otherwise) {
   return wanted ? wanted : otherwise;
 }
 
-// What the environment asks for, or "": the widest that runs here.
-Choice from_environment() {
-  return choose(environment("LOWRANK_OPS_CPU_ISA", ""));
+// The one that the environment names, or the widest that runs here.
+InstructionSet from_environment() {
+  return named(environment("LOWRANK_OPS_CPU_ISA", ""));
 }
-Choice& current() {
-  static Choice choice = from_environment();
-  return choice;
+InstructionSet& current() {
+  static InstructionSet instance = from_environment();
+  return instance;
 }
 
-struct WinogradChoice {
+struct WinogradSetting {
   bool automatic;
   Winograd winograd;
 };
 
-WinogradChoice parse_winograd(const std::string& choice) {
-  if (choice == "auto") return {true, Winograd::kNone};
+WinogradSetting parse_winograd(const std::string& setting) {
+  if (setting == "auto") return {true, Winograd::kNone};
   std::string known = "auto";
   for (const Winograd winograd : {Winograd::kNone, Winograd::k2x2, Winograd::k4x4, Winograd::kLine}) {
-    if (choice == patch_of(winograd).name) return {false, winograd};
+    if (setting == patch_of(winograd).name) return {false, winograd};
     known += std::string(", ") + patch_of(winograd).name;
   }
   TORCH_CHECK_VALUE(false, "lowrank_ops: Winograd must be one of ", known,
-                    " (LOWRANK_OPS_CPU_WINOGRAD or set_cpu_winograd), got '", choice, "'");
+                    " (LOWRANK_OPS_CPU_WINOGRAD or set_cpu_winograd), got '", setting, "'");
 }
 
-WinogradChoice& current_winograd() {
-  static WinogradChoice choice = parse_winograd(environment("LOWRANK_OPS_CPU_WINOGRAD", "auto"));
-  return choice;
+WinogradSetting& current_winograd() {
+  static WinogradSetting setting = parse_winograd(environment("LOWRANK_OPS_CPU_WINOGRAD", "auto"));
+  return setting;
 }
 
-Teams parse_teams(const std::string& choice) {
-  if (choice == "auto") return Teams::kAuto;
-  if (choice == "always") return Teams::kAlways;
-  if (choice == "never") return Teams::kNever;
+Teams parse_teams(const std::string& setting) {
+  if (setting == "auto") return Teams::kAuto;
+  if (setting == "always") return Teams::kAlways;
+  if (setting == "never") return Teams::kNever;
   TORCH_CHECK_VALUE(false, "lowrank_ops: teams must be one of auto, always, never (LOWRANK_OPS_CPU_TEAMS or ",
-                    "set_cpu_teams), got '", choice, "'");
+                    "set_cpu_teams), got '", setting, "'");
 }
 
 Teams& current_teams() {
-  static Teams choice = parse_teams(environment("LOWRANK_OPS_CPU_TEAMS", "auto"));
-  return choice;
+  static Teams setting = parse_teams(environment("LOWRANK_OPS_CPU_TEAMS", "auto"));
+  return setting;
 }
 
 std::string cpu_name() {
@@ -129,44 +130,44 @@ void gemm_brgemm_float(const GemmCall& call) {
 }  // namespace
 
 Engine engine_for(DType dtype) {
-  const Choice& choice = current();
-  const KernelTable& table = *choice.table;
+  const InstructionSet& isa = current();
+  const KernelTable& table = *isa.table;
   const ComputeKernels* sums = dtype == DType::kDouble ? table.compute_double : table.compute_float;
-  if (dtype == DType::kBFloat16 && choice.brgemm_bfloat16) return {table.compute_bfloat16, &gemm_brgemm_bfloat16, sums};
+  if (dtype == DType::kBFloat16 && isa.brgemm_bfloat16) return {table.compute_bfloat16, &gemm_brgemm_bfloat16, sums};
   if (dtype == DType::kBFloat16 && table.compute_bfloat16->gemm)
     return {table.compute_bfloat16, table.compute_bfloat16->gemm, sums};
-  if (dtype != DType::kDouble && choice.brgemm_float) return {sums, &gemm_brgemm_float, sums};
+  if (dtype != DType::kDouble && isa.brgemm_float) return {sums, &gemm_brgemm_float, sums};
   return {sums, sums->gemm, sums};
 }
 
 CpuCaps cpu_caps() {
   static const std::string name = cpu_name();
   static const int64_t l2 = cache_bytes(2, 1 << 20), l3 = cache_bytes(3, 0);
-  const Choice& choice = current();
+  const InstructionSet& isa = current();
   CpuCaps caps;
-  caps.isa = choice.isa;
+  caps.isa = isa.isa;
   caps.name = name;
   caps.l2_bytes = l2;
   caps.l3_bytes = l3;
   caps.threads = at::get_num_threads();
-  caps.amx = choice.brgemm_bfloat16;
-  caps.bfloat16_dot = choice.brgemm_bfloat16 || choice.table->compute_bfloat16->gemm != nullptr;
+  caps.amx = isa.brgemm_bfloat16;
+  caps.bfloat16_dot = isa.brgemm_bfloat16 || isa.table->compute_bfloat16->gemm != nullptr;
   caps.winograd_auto = current_winograd().automatic;
   caps.winograd = current_winograd().winograd;
   caps.teams = current_teams();
   return caps;
 }
 
-void set_cpu_winograd(const std::string& choice) {
-  current_winograd() = parse_winograd(choice);
+void set_cpu_winograd(const std::string& setting) {
+  current_winograd() = parse_winograd(setting);
 }
 
-void set_cpu_teams(const std::string& choice) {
-  current_teams() = parse_teams(choice);
+void set_cpu_teams(const std::string& setting) {
+  current_teams() = parse_teams(setting);
 }
 
 void set_cpu_isa(const std::string& isa) {
-  current() = isa.empty() ? from_environment() : choose(isa);
+  current() = isa.empty() ? from_environment() : named(isa);
 }
 
 }  // namespace lowrank_ops

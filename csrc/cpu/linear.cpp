@@ -1,4 +1,5 @@
 // Low-rank linear layers on the CPU: blocks of input rows go through both factors while their hidden rows are in L2.
+// Few rows take dot products instead, and some hundred rows stream through the weights (linear_streamed.h).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
@@ -11,6 +12,7 @@
 #include "cpu/channel_sum.h"
 #include "cpu/cpu.h"
 #include "cpu/dots.h"
+#include "cpu/linear_streamed.h"
 #include "cpu/pages.h"
 #include "cpu/weights.h"
 
@@ -18,11 +20,11 @@ namespace lowrank_ops {
 
 namespace {
 
-constexpr int64_t kNearBytes = 16 << 10;  // half of an L1
+constexpr int64_t kNearBytes = 16 << 10;  // of a weight that stays in L1: half of it
 constexpr int64_t kRowsAtOnce = 12;       // whole register blocks
-constexpr int64_t kStagedRows = 112;      // that are staged together at most
+constexpr int64_t kCopiedRows = 112;      // that are copied together at most
 
-// Few rows: both products as dot products with the factors where they lie, in parallel over their columns.
+// Few rows: both products are dot products with the unpacked factors, in parallel over their columns.
 void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor,
                      const SumRows& bias, const Problem& p, at::Tensor& output) {
   const Engine engine = engine_for(p.dtype);
@@ -58,191 +60,7 @@ void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const 
   dots.finish(out_sums, out_stride, p.t, output.data_ptr(), p.t, p.dtype, bias.data(), p.activation);
 }
 
-// Some columns of a panel, whole vectors.
-struct Slice {
-  int64_t panel, first, padded_width, width;
-};
-
-// The panels of a factor [columns, depth], some of the depth at a time: packed here into `buffer`, or before. Where
-// there are fewer than threads, each is cut into slices; not where they are packed and rows are many, to be shared out.
-class StreamedWeight {
- public:
-  StreamedWeight(const at::Tensor& factor, int64_t rows, DType dtype, const Engine& engine, const char* prepared)
-      : kernels_(*engine.kernels),
-        dtype_(dtype),
-        factor_(prepared ? factor : factor.contiguous()),
-        depth_(factor.size(1)),
-        panels_(factor.size(0), kernels_),
-        prepared_(prepared) {
-    const int64_t threads = at::get_num_threads();
-    if (!prepared || rows < kManyRows * threads) cuts_ = std::min(ceil_div(threads, panels_.count), panels_.base);
-  }
-
-  const Panels& panels() const { return panels_; }
-  int64_t slices() const { return panels_.count * cuts_; }
-  Slice slice(int64_t index) const {
-    const int64_t panel = index / cuts_, cut = index % cuts_, vectors = panels_.padded_width(panel) / panels_.lanes;
-    const int64_t begin = vectors * cut / cuts_ * panels_.lanes, end = vectors * (cut + 1) / cuts_ * panels_.lanes;
-    const int64_t first = panels_.first(panel) + begin;
-    return {panel, first, end - begin, std::min(end - begin, panels_.columns - first)};
-  }
-  // Lets the call multiply by `count` of the slice's depth from `k`, which is a multiple of 16.
-  void multiply_by(GemmCall& gemm, const Slice& slice, int64_t k, int64_t count, void* buffer) const {
-    if (prepared_) {
-      const int64_t columns = panels_.padded_width(slice.panel), first = panels_.first(slice.panel);
-      const int64_t element = element_bytes(kernels_.element);
-      gemm.weight_columns = columns;
-      gemm.weight =
-          prepared_ +
-          (first * round_up(depth_, kernels_.group) + k * columns + (slice.first - first) * kernels_.group) * element;
-      return;
-    }
-    PackCall call;
-    call.weight =
-        static_cast<const char*>(factor_.const_data_ptr()) + (slice.first * depth_ + k) * element_bytes(dtype_);
-    call.row_stride = depth_;
-    call.num_taps = 1;
-    call.depth = count;
-    call.padded_depth = round_up(count, kernels_.group);
-    call.width = slice.width;
-    call.padded_width = call.panel_stride = slice.padded_width;
-    call.panel = buffer;
-    kernels_.pack[int(dtype_)](call);
-    gemm.weight = buffer;
-  }
-
- private:
-  static constexpr int64_t kManyRows = 16;  // of a thread
-  const ComputeKernels& kernels_;
-  DType dtype_;
-  at::Tensor factor_;
-  int64_t depth_;
-  Panels panels_;
-  int64_t cuts_ = 1;
-  const char* prepared_;
-};
-
-// Some hundred rows: all of them meet a block of packed weights while it is in L2, so that the packed weight is never
-// written to memory. In parallel over slices of panels, and over rows where there are fewer of them than threads.
-void linear_streamed(const at::Tensor& rows, const StreamedWeight& in_weight, const StreamedWeight& out_weight,
-                     const SumRows& bias, const Problem& p, const CpuTile& tile, const Engine& engine,
-                     at::Tensor& output) {
-  const ComputeKernels& kernels = *engine.kernels;
-  const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
-  const Panels& in_panels = in_weight.panels();
-  const int64_t hidden_stride = streamed_stride(in_panels.padded_columns());
-  const int64_t staged_stride = streamed_stride(tile.depth);
-  const int64_t in_width = in_panels.padded_columns(), out_width = kernels.panel_width;
-  const int64_t staged_bytes = Scratch::padded(p.n * staged_stride * element);
-  const int64_t buffer_bytes = Scratch::padded(tile.depth * kernels.panel_width * element);
-  const int64_t sums_bytes =
-      Scratch::padded(p.n * std::max(p.s > tile.depth ? in_width : 0, p.r1 > tile.depth ? out_width : 0) * sum);
-  const int64_t thread_bytes = staged_bytes + buffer_bytes + sums_bytes;
-  const int64_t hidden_bytes = Scratch::padded(p.n * hidden_stride * element);
-  const int64_t threads = at::get_num_threads();
-  Scratch scratch(hidden_bytes + threads * thread_bytes);
-  char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
-  char* own = static_cast<char*>(scratch.take(threads * thread_bytes));
-  if (p.r1 % kernels.group != 0) std::memset(hidden, 0, size_t(hidden_bytes));  // the odd rank's partner
-  // Rows whole pages apart would meet in the same few lines of L1: they are copied, as are those of other types.
-  const bool direct = p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels.group == 0 &&
-                      rows.stride(0) * element % kPageBytes != 0;
-
-  // Runs `stage(first row, end row, first slice, end slice, memory)` for all of them.
-  const auto for_all = [&](const StreamedWeight& weight, const auto& stage) {
-    const int64_t slices = weight.slices();
-    const int64_t parts = std::min(ceil_div(threads, slices), p.n), part_rows = ceil_div(p.n, parts);
-    at::parallel_for(0, parts * slices, 1, [&](int64_t begin, int64_t end) {
-      const BrgemmScope products;
-      char* memory = own + at::get_thread_num() * thread_bytes;
-      while (begin < end) {
-        const int64_t part = begin / slices, slice = begin % slices;
-        const int64_t last_slice = std::min(slices, slice + end - begin);
-        const int64_t row = std::min(part * part_rows, p.n), last_row = std::min(row + part_rows, p.n);
-        if (row < last_row) stage(row, last_row, slice, last_slice, memory);
-        begin += last_slice - slice;
-      }
-    });
-  };
-
-  for_all(in_weight, [&](int64_t row, int64_t last_row, int64_t first_slice, int64_t last_slice, char* memory) {
-    char* staged = memory;
-    char* buffer = staged + staged_bytes;
-    char* sums = buffer + buffer_bytes;
-    const void* source;
-    GemmCall call;
-    call.taps = &source;
-    call.num_taps = 1;
-    call.rows = last_row - row;
-    call.row_stride = direct ? rows.stride(0) : staged_stride;
-    call.bias = nullptr;
-    call.activation = Activation::kNone;
-    call.initial_stride = in_width;
-    for (int64_t k = 0; k < p.s; k += tile.depth) {
-      const int64_t count = std::min(tile.depth, p.s - k);
-      source = static_cast<const char*>(rows.const_data_ptr()) +
-               (row * rows.stride(0) + k * rows.stride(1)) * element_bytes(p.dtype);
-      if (!direct) {
-        LoadCall load;
-        load.in = source;
-        load.pixel_stride = rows.stride(0);
-        load.channel_stride = p.s == 1 ? 1 : rows.stride(1);
-        load.pixels = call.rows;
-        load.channels = count;
-        load.tile = staged;
-        load.tile_stride = staged_stride;
-        kernels.load[int(p.dtype)](load);
-        source = staged;
-      }
-      const bool last = k + count == p.s;
-      call.depth = round_up(count, kernels.group);
-      for (int64_t i = first_slice; i < last_slice; ++i) {
-        const Slice slice = in_weight.slice(i);
-        char* own_sums = sums + slice.first * sum;
-        in_weight.multiply_by(call, slice, k, count, buffer);
-        call.initial = k > 0 ? own_sums : nullptr;
-        call.width = last ? slice.width : slice.padded_width;
-        call.out = last ? hidden + (row * hidden_stride + slice.first) * element : own_sums;
-        call.out_stride = last ? hidden_stride : in_width;
-        call.out_type = last ? kernels.element : kernels.accumulator;
-        engine.gemm(call);
-      }
-    }
-  });
-  for_all(out_weight, [&](int64_t row, int64_t last_row, int64_t first_slice, int64_t last_slice, char* memory) {
-    char* buffer = memory + staged_bytes;
-    char* sums = buffer + buffer_bytes;
-    const void* source;
-    GemmCall call;
-    call.taps = &source;
-    call.num_taps = 1;
-    call.rows = last_row - row;
-    call.row_stride = hidden_stride;
-    call.initial_stride = out_width;
-    for (int64_t i = first_slice; i < last_slice; ++i) {
-      const Slice slice = out_weight.slice(i);
-      const int64_t column = slice.first;
-      for (int64_t k = 0; k < p.r1; k += tile.depth) {
-        const int64_t count = std::min(tile.depth, p.r1 - k);
-        const bool last = k + count == p.r1;
-        source = hidden + (row * hidden_stride + k) * element;
-        call.depth = round_up(count, kernels.group);
-        out_weight.multiply_by(call, slice, k, count, buffer);
-        call.initial = k > 0 ? sums : nullptr;
-        call.width = last ? slice.width : slice.padded_width;
-        call.out = last ? static_cast<char*>(output.data_ptr()) + (row * p.t + column) * element_bytes(p.dtype) : sums;
-        call.out_stride = last ? p.t : out_width;
-        call.out_type = last ? p.dtype : kernels.accumulator;
-        call.bias = last ? bias.data(column) : nullptr;
-        call.activation = last ? p.activation : Activation::kNone;
-        call.far_output = last;  // the first slice of a page maps it: few prefetches are in vain (pages.h)
-        engine.gemm(call);
-      }
-    }
-  });
-}
-
-// Rows of any number, blocks of them in parallel: a block's hidden rows stay in cache between the two products.
+// Any number of rows, in parallel blocks: a block's hidden rows stay in cache between the two products.
 class PackedLinear {
  public:
   PackedLinear(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor, const SumRows& bias,
@@ -261,10 +79,10 @@ class PackedLinear {
       sum_.emplace(in_factor, rows.stride(1), /*planes=*/false, tile.far, p, engine);
     direct_ = sum_ ? sum_->reads_directly() : p.dtype == kernels_.element && contiguous && p.s % kernels_.group == 0;
     hidden_columns_ = sum_ ? kernels_.group : in_weight_.panels().padded_columns();
-    staged_stride_ = round_up(p.s, 16);
-    step_ = direct_ ? tile.rows : std::min(tile.rows, kStagedRows);
-    // Rows of the output that are written at once. Where they lie whole pages apart, their parts meet in the same few
-    // lines of L1: so few of them, while the second weight stays in L1, that they are written from end to end.
+    copy_stride_ = round_up(p.s, 16);
+    step_ = direct_ ? tile.rows : std::min(tile.rows, kCopiedRows);
+    // Rows of the output whole pages apart meet in the same few lines of L1. Where the second weight stays in L1, so
+    // few rows are computed together that each is written from end to end before its lines are evicted.
     const int64_t out_bytes = out_weight_.padded_depth() * out_weight_.panels().padded_columns() * element_;
     const bool rows_meet = p.t * element_bytes(p.dtype) % kPageBytes == 0;
     together_ = rows_meet && out_bytes <= kNearBytes ? kRowsAtOnce : step_;
@@ -273,29 +91,29 @@ class PackedLinear {
   void run() {
     const int64_t blocks = ceil_div(p_.n, tile_.rows);
     const int64_t hidden_bytes = step_ * hidden_columns_ * element_;
-    const int64_t staging_bytes = direct_ ? 0 : step_ * staged_stride_ * element_;
+    const int64_t copy_bytes = direct_ ? 0 : step_ * copy_stride_ * element_;
     const std::array<PackedWeight*, 2> weights{sum_ ? nullptr : &in_weight_, &out_weight_};
     const bool each_packs = pack_for_tasks(weights, blocks);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       if (each_packs) pack_own(weights);
-      Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(staging_bytes));
+      Scratch scratch(Scratch::padded(hidden_bytes) + Scratch::padded(copy_bytes));
       const BrgemmScope products;
       char* hidden = static_cast<char*>(scratch.take(hidden_bytes));
-      void* staging = scratch.take(staging_bytes);
+      void* copy = scratch.take(copy_bytes);
       if (p_.r1 != hidden_columns_) std::memset(hidden, 0, size_t(hidden_bytes));
       const int64_t last = std::min(end * tile_.rows, p_.n);
       for (int64_t first = begin * tile_.rows; first < last; first += step_) {
         const int64_t count = std::min(step_, last - first);
-        first_stage_of(first, count, staging, hidden);
+        run_first_stage(first, count, copy, hidden);
         for (int64_t row = 0; row < count; row += together_)
-          second_stage_of(first + row, std::min(together_, count - row), hidden + row * hidden_columns_ * element_);
+          run_second_stage(first + row, std::min(together_, count - row), hidden + row * hidden_columns_ * element_);
       }
     });
   }
 
  private:
   // `count` rows of the input from `first` times in_factor -> hidden.
-  void first_stage_of(int64_t first, int64_t count, void* staging, char* hidden) const {
+  void run_first_stage(int64_t first, int64_t count, void* copy, char* hidden) const {
     const void* source =
         static_cast<const char*>(rows_.const_data_ptr()) + first * rows_.stride(0) * element_bytes(p_.dtype);
     int64_t row_stride = rows_.stride(0);
@@ -306,10 +124,10 @@ class PackedLinear {
       load.channel_stride = rows_.stride(1);
       load.pixels = count;
       load.channels = p_.s;
-      load.tile = staging;
-      load.tile_stride = row_stride = staged_stride_;
+      load.tile = copy;
+      load.tile_stride = row_stride = copy_stride_;
       kernels_.load[int(p_.dtype)](load);
-      source = staging;
+      source = copy;
     }
     if (sum_)
       return sum_->write(static_cast<const char*>(source), row_stride, count, hidden, hidden_columns_,
@@ -324,7 +142,7 @@ class PackedLinear {
   }
 
   // `count` hidden rows times out_factor, bias and activation -> rows of the output from `first`.
-  void second_stage_of(int64_t first, int64_t count, const void* hidden) const {
+  void run_second_stage(int64_t first, int64_t count, const void* hidden) const {
     GemmCall call;
     call.rows = count;
     call.row_stride = hidden_columns_;
@@ -361,28 +179,26 @@ class PackedLinear {
   const int64_t element_ = element_bytes(kernels_.element);
   PackedWeight in_weight_, out_weight_;
   std::optional<ChannelSum> sum_;  // the first stage for a rank of one; otherwise a product with in_weight_
-  bool direct_;                    // the kernel reads the rows where they lie; otherwise they are staged
-  int64_t hidden_columns_, staged_stride_;
-  int64_t step_, together_;  // rows of the first stage, of the second
+  bool direct_;                    // the kernel reads the rows where they lie; otherwise they are copied
+  int64_t hidden_columns_, copy_stride_;
+  int64_t step_, together_;  // rows that go through the first stage together, and through the second
 };
 
 }  // namespace
 
-at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                      const OptionalTensor& bias, const Problem& p, const CpuTile& tile, const Prepared& prepared) {
+at::Tensor linear_cpu(const OpCall& call, const Problem& p, const CpuTile& tile, const Prepared& prepared) {
+  const at::Tensor &input = call.input, &in_factor = call.in_factor, &out_factor = call.out_factor;
   c10::SmallVector<int64_t, 8> sizes(input.sizes());
   sizes.back() = p.t;
   at::Tensor output = at::empty(sizes, input.options());
   if (output.numel() == 0) return output;
   const Engine engine = engine_for(p.dtype);
   const at::Tensor rows = input.reshape({p.n, p.s});  // a view unless the leading axes do not collapse
-  const SumRows bias_sums(bias, p.dtype, engine);
+  const SumRows bias_sums(call.bias, p.dtype, engine);
   if (tile.unpacked) {
     linear_unpacked(rows, in_factor.contiguous(), out_factor.contiguous(), bias_sums, p, output);
   } else if (tile.depth > 0) {
-    const StreamedWeight in_weight(in_factor, p.n, p.dtype, engine, prepared.in_factor);
-    const StreamedWeight out_weight(out_factor, p.n, p.dtype, engine, prepared.out_factor);
-    linear_streamed(rows, in_weight, out_weight, bias_sums, p, tile, engine, output);
+    linear_streamed(rows, in_factor, out_factor, bias_sums, p, tile, engine, prepared, output);
   } else {
     PackedLinear(rows, in_factor, out_factor, bias_sums, p, tile, engine, prepared, output).run();
   }

@@ -19,14 +19,14 @@ struct Block {
   int64_t bytes;
 };
 
-// The blocks that one thread gave back, oldest first. Its mutex is free but for release_memory() and kept_memory(),
-// which other threads may call.
+// The freed blocks of one thread, oldest first. Only release_memory() and kept_memory(), which other threads may call,
+// ever make the thread wait for the mutex.
 class Kept {
  public:
   Kept();
   ~Kept();
 
-  // The smallest block that is large enough, and at most twice that; nullptr: there is none.
+  // The smallest block of at least `wanted` and at most twice as many bytes; nullptr: there is none.
   char* take(int64_t wanted, int64_t& found) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = blocks_.end();
@@ -80,7 +80,7 @@ Threads& threads() {
   return *instance;
 }
 
-thread_local bool ended = false;  // this thread's Kept is gone; another thread_local object gives memory back
+thread_local bool ended = false;  // this thread's Kept is gone, but another thread_local object still frees memory
 thread_local Kept kept;
 
 Kept::Kept() {

@@ -1,6 +1,6 @@
-// Scratch memory of the CPU kernels. Each thread keeps what it gave back for its next call, because fresh pages cost
-// more than what most blocks write to them: kMostKeptBytes (plan/cpu/planner.h) at most, until the thread ends or
-// release_memory() is called.
+// Scratch memory of the CPU kernels. Each thread keeps freed memory for its next call, because getting fresh pages
+// takes longer than computing most blocks' values in them. It keeps kMostKeptBytes (plan/cpu/planner.h) at most, until
+// it ends or release_memory() is called.
 #pragma once
 
 #include <cstdint>
@@ -20,16 +20,16 @@ struct GiveBack {
 using AlignedMemory = std::unique_ptr<char, GiveBack>;
 AlignedMemory allocate(int64_t bytes);
 
-// Bytes that the threads of this process keep at the moment, without what running calls use.
+// Bytes that the threads of this process keep at the moment; memory of running calls does not count.
 int64_t kept_memory();
-// Frees them and returns how many there were. Safe while ops run in other threads.
+// Frees that memory and returns its bytes. Safe while ops run in other threads.
 int64_t release_memory();
 
-// One allocation for all the tiles of a thread.
+// One allocation for all tiles of a thread.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
-  // The next `bytes` of it, aligned to 64.
+  // The next `bytes` of the allocation, aligned to 64.
   void* take(int64_t bytes);
   static int64_t padded(int64_t bytes) { return round_up(bytes, int64_t(64)); }
 

@@ -3,29 +3,14 @@
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "ops/chain.h"
 #include "ops/checks.h"
+#include "ops/dispatch.h"
 #include "ops/policy.h"
 #include "ops/problem_of.h"
 
 namespace lowrank_ops {
 namespace {
-
-using c10::IntArrayRef;
-using c10::string_view;
-
-// Runs the fused kernel or the chain, as the plan says. `is_prepared`: all that the fused kernel needs is packed.
-template <typename Fused, typename Chain>
-at::Tensor run(const Problem& problem, bool is_prepared, const Fused& fused, const Chain& chain) {
-  const CpuCaps caps = cpu_caps();
-  const Policy chosen_policy = policy();
-  const std::shared_ptr<const CpuChoice> choice = cached_choose_cpu(problem, caps, chosen_policy, is_prepared);
-  const auto run_fused = [&] { return fused(choice->tile); };
-  const bool take_chain = chosen_policy == Policy::kMeasure && choice->other_possible
-                              ? chain_measures_faster(
-                                    problem, measured_caps(caps, is_prepared), [&] { run_fused(); }, [&] { chain(); })
-                              : choice->chain;
-  return take_chain ? chain() : run_fused();
-}
 
 // An image (core) of one column seen as one of one row (column_as_row), and an image of one row as one of one column,
 // with the strides of a dense tensor of its format.
@@ -44,104 +29,65 @@ at::Tensor as_column(const at::Tensor& image) {
                           {image.stride(0), image.stride(1), step, step});
 }
 
-at::Tensor tucker(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                  const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                  IntArrayRef dilation, string_view activation_name, const at::Tensor* packed) {
-  const Window window{stride, padding, dilation};
-  check_tucker(input, in_factor, core, out_factor, bias, window);
-  const Activation activation = parse_activation("tucker_conv2d", activation_name);
-  const Problem problem = as_fused(tucker_problem(input, core, out_factor, window, activation));
-  Prepared prepared = packed ? prepared_for(*packed, in_factor, &core, out_factor) : Prepared{};
-  if (problem.column && core.size(3) > 1) prepared.forget_core();
-  return run(
-      problem, prepared && packed_covers(problem),
-      [&](const CpuTile& tile) {
-        return problem.column ? as_column(tucker_cpu(as_row(input), in_factor, core_as_row(core), out_factor, bias,
-                                                     problem, tile, prepared))
-                              : tucker_cpu(input, in_factor, core, out_factor, bias, problem, tile, prepared);
-      },
-      [&] { return tucker_chain(input, in_factor, core, out_factor, bias, window, activation); });
+// The fused kernel. Images of one column are turned into images of one row, and back (Problem::column): the two axes of
+// the window are exchanged.
+at::Tensor run_fused(const OpCall& call, const Problem& problem, const CpuTile& tile, const Prepared& prepared) {
+  if (call.op == Op::kLinear) return linear_cpu(call, problem, tile, prepared);
+  const auto kernel = call.op == Op::kTucker ? tucker_cpu : cp_cpu;
+  if (!problem.column) return kernel(call, problem, tile, prepared);
+  const at::Tensor row = as_row(call.input), core = call.core.defined() ? core_as_row(call.core) : call.core;
+  const OpCall turned{.op = call.op,
+                      .input = row,
+                      .in_factor = call.in_factor,
+                      .core = core,
+                      .height_factor = call.width_factor,
+                      .width_factor = call.height_factor,
+                      .out_factor = call.out_factor,
+                      .bias = call.bias,
+                      .window = {},  // `problem` has it
+                      .activation = call.activation};
+  return as_column(kernel(turned, problem, tile, prepared));
 }
 
-at::Tensor cp(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-              const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation_name,
-              const at::Tensor* packed) {
-  const Window window{stride, padding, dilation};
-  check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-  const Activation activation = parse_activation("cp_conv2d", activation_name);
-  const Problem problem = as_fused(cp_problem(input, height_factor, width_factor, out_factor, window, activation));
-  const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
-  return run(
-      problem, bool(prepared),
-      [&](const CpuTile& tile) {
-        return problem.column
-                   ? as_column(cp_cpu(as_row(input), in_factor, width_factor, height_factor, out_factor, bias, problem,
-                                      tile, prepared))
-                   : cp_cpu(input, in_factor, height_factor, width_factor, out_factor, bias, problem, tile, prepared);
-      },
-      [&] { return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window, activation); });
+// Runs the fused kernel or the chain, as the plan says. `packed`: weights packed before (prepared.h), or nullptr.
+at::Tensor run(const OpCall& call, const at::Tensor* packed) {
+  check(call);
+  const Problem problem = as_fused(problem_of(call));
+  Prepared prepared = packed ? prepared_for(*packed, call) : Prepared{};
+  if (call.op == Op::kTucker && problem.column && call.core.size(3) > 1) prepared.forget_core();
+  const bool is_prepared = prepared && packed_covers(problem);
+  const CpuCaps caps = cpu_caps();
+  const Policy chosen_policy = policy();
+  const std::shared_ptr<const CpuPlan> plan = cached_cpu_plan(problem, caps, chosen_policy, is_prepared);
+  const auto fused = [&] { return run_fused(call, problem, plan->tile, prepared); };
+  const bool take_chain = chosen_policy == Policy::kMeasure && plan->other_possible
+                              ? chain_measures_faster(
+                                    problem, measured_caps(caps, is_prepared), [&] { fused(); }, [&] { chain(call); })
+                              : plan->chain;
+  return take_chain ? chain(call) : fused();
 }
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                  const OptionalTensor& bias, string_view activation_name, const at::Tensor* packed) {
-  check_linear(input, in_factor, out_factor, bias);
-  const Activation activation = parse_activation("lowrank_linear", activation_name);
-  const Problem problem = linear_problem(input, out_factor, activation);
-  const Prepared prepared = packed ? prepared_for(*packed, in_factor, nullptr, out_factor) : Prepared{};
-  return run(
-      problem, bool(prepared),
-      [&](const CpuTile& tile) { return linear_cpu(input, in_factor, out_factor, bias, problem, tile, prepared); },
-      [&] { return linear_chain(input, in_factor, out_factor, bias, activation); });
+at::Tensor run_plain(const OpCall& call) {
+  return run(call, nullptr);
 }
 
-at::Tensor tucker_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                         const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                         IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  return tucker(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation, nullptr);
-}
-
-at::Tensor tucker_conv2d_prepared(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                                  const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                                  IntArrayRef padding, IntArrayRef dilation, string_view activation,
-                                  const at::Tensor& packed) {
-  return tucker(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation, &packed);
-}
-
-at::Tensor cp_conv2d(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  return cp(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation, activation,
-            nullptr);
-}
-
-at::Tensor cp_conv2d_prepared(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-                              const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation,
-                              const at::Tensor& packed) {
-  return cp(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation, activation,
-            &packed);
-}
-
-at::Tensor lowrank_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                          const OptionalTensor& bias, string_view activation) {
-  return linear(input, in_factor, out_factor, bias, activation, nullptr);
-}
-
-at::Tensor lowrank_linear_prepared(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                                   const OptionalTensor& bias, string_view activation, const at::Tensor& packed) {
-  return linear(input, in_factor, out_factor, bias, activation, &packed);
-}
+template <typename O, typename Forward = typename O::Forward>
+struct PreparedKernel;
+template <typename O, typename... Arguments>
+struct PreparedKernel<O, at::Tensor(Arguments...)> {
+  static at::Tensor call(Arguments... arguments, const at::Tensor& packed) {
+    return run(call_of(arguments...), &packed);
+  }
+};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lowrank_ops, CPU, m) {
-  m.impl("tucker_conv2d", &tucker_conv2d);
-  m.impl("cp_conv2d", &cp_conv2d);
-  m.impl("lowrank_linear", &lowrank_linear);
-  m.impl("tucker_conv2d_prepared", &tucker_conv2d_prepared);
-  m.impl("cp_conv2d_prepared", &cp_conv2d_prepared);
-  m.impl("lowrank_linear_prepared", &lowrank_linear_prepared);
+  for_each_op([&m](auto op) {
+    using O = decltype(op);
+    m.impl(O::name, &ForwardKernel<run_plain, O>::call);
+    m.impl(O::prepared_name, &PreparedKernel<O>::call);
+  });
 }
 
 }  // namespace lowrank_ops

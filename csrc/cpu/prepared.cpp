@@ -14,7 +14,7 @@
 namespace lowrank_ops {
 namespace {
 
-// What panels depend on. Words that do not apply are zero.
+// All that the packed panels depend on. Numbers that do not apply are zero.
 struct Record {
   static constexpr int kFactors = 3, kAxes = 4;
   struct Factor {
@@ -25,7 +25,7 @@ struct Record {
   std::array<Factor, kFactors> factors;
 };
 
-// At the start of the tensor; offsets in bytes, 0 where there is no such part.
+// The start of the tensor. Offsets are in bytes, 0 where there is no such part.
 struct Header {
   Record record;
   int64_t bytes;  // of the whole tensor
@@ -109,7 +109,7 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
     p.kw = core->size(3);
     const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
     add(pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, dtype, engine), header.core);
-    for (const Winograd winograd : kPatches)  // those that some image size might take
+    for (const Winograd winograd : kPatches)  // the transforms that the planner may choose for some image size
       if (unit_window && winograd_fits(p, cpu_caps(), winograd))
         add(pack_winograd(winograd, core_rows, p, engine), header.winograd[int(winograd)]);
   }
@@ -133,16 +133,17 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
   return packed;
 }
 
-Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, const at::Tensor* core,
-                      const at::Tensor& out_factor) {
+Prepared prepared_for(const at::Tensor& packed, const OpCall& call) {
+  const at::Tensor* core = call.op == Op::kTucker ? &call.core : nullptr;
   if (!packed.is_cpu() || packed.scalar_type() != at::kByte || !packed.is_contiguous() ||
-      packed.numel() < int64_t(sizeof(Header)) || in_factor.is_inference() || out_factor.is_inference() ||
+      packed.numel() < int64_t(sizeof(Header)) || call.in_factor.is_inference() || call.out_factor.is_inference() ||
       (core && core->is_inference()))
     return {};
   const char* memory = static_cast<const char*>(packed.const_data_ptr());
   Header header;
   std::memcpy(&header, memory, sizeof(header));
-  const Record record = record_of(in_factor, core, out_factor, engine_for(dtype_of(in_factor.scalar_type())));
+  const Record record =
+      record_of(call.in_factor, core, call.out_factor, engine_for(dtype_of(call.in_factor.scalar_type())));
   if (header.bytes != packed.numel() || std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
   const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
   Prepared found;

@@ -2,15 +2,15 @@
 //
 // The panels of all factors of a block lie one behind the other in one uint8 tensor, behind a record of what they were
 // made from: each factor's memory, version counter, sizes and strides, and the layout that the kernels want. A call
-// whose factors and kernels are not those of the record packs anew, as any other call does. What the record cannot tell
-// are changes that leave memory and version as they are (`.data` edits): that is why it is the user's step.
+// whose factors and kernels are not those of the record packs anew, as any other call does. Changes that leave memory
+// and version as they are (`.data` edits) do not show in the record: packing is the user's own step for that reason.
 #pragma once
 
 #include <algorithm>
 #include <iterator>
 
 #include "cpu/weights.h"
-#include "ops/ops.h"
+#include "ops/call.h"
 
 namespace lowrank_ops {
 
@@ -35,8 +35,7 @@ struct Prepared {
 at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, const at::Tensor& out_factor,
                    bool unit_window);
 
-// What of `packed` can be used for these factors now: all of it or nothing.
-Prepared prepared_for(const at::Tensor& packed, const at::Tensor& in_factor, const at::Tensor* core,
-                      const at::Tensor& out_factor);
+// The panels in `packed`, if they were packed from the factors of this call as they are now; otherwise none.
+Prepared prepared_for(const at::Tensor& packed, const OpCall& call);
 
 }  // namespace lowrank_ops

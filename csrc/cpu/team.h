@@ -1,6 +1,6 @@
 // How the threads of a call divide one stage of a tile. Where tiles are few, the tiles run one after the other and each
-// stage is cut into shares: a thread takes some panels of the stage's output channels, and some of its pixels where
-// panels alone do not divide evenly. Each output is one sum, in one thread: the cuts change no bit of a result.
+// stage is divided into shares: a thread takes some panels of the stage's output channels, and some of its pixels where
+// panels alone do not divide evenly. Each output is one sum, in one thread: the division changes no bit of a result.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,17 +15,18 @@
 
 namespace lowrank_ops {
 
-constexpr int64_t kFewestPixels = 6;  // of a cut row: the rows of a register block, for fewer a panel is read in vain
+constexpr int64_t kFewestPixels =
+    6;  // per piece of a divided row: one register block; smaller pieces waste a panel read
 
-// What one of `count` threads does of a stage.
+// The part of a stage that one of `count` threads computes.
 struct Share {
   int64_t index = 0, count = 1;
 
   // Calls body(panel, row, first, pixels) for this share of `panels` x `rows` rows of `pixels` pixels, panel by panel.
-  // Rows are cut, into pieces of at least `fewest` pixels, only where whole ones do not divide evenly.
+  // Rows are divided, into pieces of at least `fewest` pixels, only where whole rows do not divide evenly.
   template <typename Body>
   void pieces(int64_t panels, int64_t rows, int64_t pixels, int64_t fewest, const Body& body) const {
-    int64_t parts = 1;  // of a row
+    int64_t parts = 1;  // per row
     if (panels * rows % count != 0) {
       parts = std::max<int64_t>(1, pixels / fewest);
       if (parts > count) parts -= parts % count;
@@ -40,9 +41,9 @@ struct Share {
   }
 };
 
-// One thread leads: it walks through the tasks and hands out stages; the others serve it. All of a call is one parallel
-// region, because one for each stage costs more than a small stage. Shares are claimed, so the leader waits only for
-// what another thread has begun: a call is right, and goes on, with any number of threads that really come.
+// One thread leads: it walks through the tasks and hands out stages; the others serve it. A call is one parallel
+// region, because one region per stage would cost more than a small stage. Threads claim shares, so the leader waits
+// only for shares that another thread has begun: a call ends, and is right, however many threads OpenMP really starts.
 class Team {
  public:
   explicit Team(int64_t threads) : threads_(threads) {}
@@ -61,8 +62,8 @@ class Team {
     });
   }
 
-  // Calls stage(share) for all shares and waits for them. Called by the leader. When its own share throws, the shares
-  // that no thread has begun are left out, and those begun are waited for: they use `stage`.
+  // Calls stage(share) for all shares and waits for them. Called by the leader. When the leader's own share throws, it
+  // drops the shares that no thread has begun and waits for the others, because they use `stage`.
   template <typename Stage>
   void run(const Stage& stage) {
     if (threads_ == 1) return stage(Share{});
@@ -89,7 +90,7 @@ class Team {
     });
   }
 
-  // A claimed share keeps the leader from handing out the next stage: `stage_` is that of the claim.
+  // The leader cannot hand out the next stage before a claimed share is finished: `stage_` stays that of the claim.
   void work() {
     for (int64_t index; (index = next_.fetch_add(1, std::memory_order_acq_rel)) < threads_;) {
       struct Finish {  // also when the stage throws
@@ -102,7 +103,7 @@ class Team {
 
   template <typename Condition>
   static void wait_until(const Condition& condition) {
-    constexpr int kSpins = 2000;  // some ten microseconds; then other processes may need the core
+    constexpr int kSpins = 2000;  // some ten microseconds; after that other processes may use the core
     for (int i = 0; !condition(); ++i) {
       if (i < kSpins)
         pause();
@@ -121,8 +122,8 @@ class Team {
   const int64_t threads_;
   const void* stage_ = nullptr;
   void (*run_share_)(const void* stage, const Share& share) = nullptr;
-  // On cache lines of their own: waiting threads read them.
-  alignas(64) std::atomic<int64_t> next_{kNoStage};  // share to be claimed; beyond the last: none
+  // Each on its own cache line, because waiting threads read them all the time.
+  alignas(64) std::atomic<int64_t> next_{kNoStage};  // the share to claim next; beyond the last: none
   alignas(64) std::atomic<int64_t> finished_{0};
   alignas(64) std::atomic<bool> over_{false};
 };

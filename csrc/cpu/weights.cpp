@@ -90,14 +90,14 @@ void pack(Weights weights) {
 bool pack_for_tasks(Weights weights, int64_t tasks) {
   if (!needs_packing(weights)) return false;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  if (threads == 1) {  // one thread reads all of it
+  if (threads == 1) {  // the thread that packs is the one that reads
     pack_own(weights);
     return false;
   }
   int64_t bytes = 0;
   for (const PackedWeight* weight : weights)
     if (weight && weight->unpacked() > 0) bytes += weight->bytes();
-  if (bytes * at::get_num_threads() > kMostKeptBytes) {  // more would be fresh pages at every call
+  if (bytes * at::get_num_threads() > kMostKeptBytes) {  // the copies would be fresh pages at every call
     pack(weights);
     return false;
   }

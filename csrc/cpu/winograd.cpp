@@ -2,6 +2,8 @@
 
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
+
 namespace lowrank_ops {
 
 PackedWeight pack_winograd(Winograd winograd, c10::function_ref<at::Tensor()> core, const Problem& p,
@@ -11,109 +13,167 @@ PackedWeight pack_winograd(Winograd winograd, c10::function_ref<at::Tensor()> co
                       engine, prepared);
 }
 
-WinogradCore::WinogradCore(const PackedWeight& weight, const Problem& p, const CpuTile& tile, const Engine& engine)
-    : engine_(engine),
-      kernels_(engine.kernels->winograd[int(tile.winograd)]),
-      weight_(weight),
-      patch_(patch_of(tile.winograd)),
-      groups_(tap_groups(tile.winograd, p.kw)),
-      channels_(round_up(p.r1, engine.kernels->lanes)) {
-  const int64_t patch_rows = ceil_div(tile.rows, patch_.rows), row_patches = ceil_div(tile.columns, patch_.columns);
+// The patches of `rows` output rows from `row`, and where they are kept.
+struct WinogradCore::Step {
+  const HiddenRows& hidden;
+  int64_t row, rows, columns;
+  int64_t patch_rows, row_patches;  // rows of patches; patches in a row
+  int64_t row_inputs;               // patches in a row of the input: a line's last ones are read by earlier ones only
+  char* tile;
+  char* inputs;  // transformed: [places, input_patches(), channels_] of elements
+  char* sums;    // of all threads
+
+  int64_t input_patches() const { return patch_rows * row_inputs; }
+};
+
+WinogradCore::WinogradCore(const ConvBlock& block)
+    : block_(block),
+      weight_(*block.core_weight),
+      kernels_(block.engine.kernels->winograd[int(block.tile.winograd)]),
+      patch_(patch_of(block.tile.winograd)),
+      groups_(tap_groups(block.tile.winograd, block.problem.kw)),
+      channels_(round_up(block.problem.r1, block.engine.kernels->lanes)),
+      element_bytes_(element_bytes(block.engine.kernels->element)),
+      sum_bytes_(element_bytes(block.engine.kernels->accumulator)) {
+  const int64_t patch_rows = ceil_div(block.tile.rows, patch_.rows);
+  const int64_t row_patches = ceil_div(block.tile.columns, patch_.columns);
   most_patches_ = patch_rows * row_patches;
   most_inputs_ = patch_rows * (row_patches + groups_ - 1);
 }
 
+int64_t WinogradCore::inputs_bytes() const {
+  return Scratch::padded(patch_.places * most_inputs_ * channels_ * element_bytes_);
+}
+
 int64_t WinogradCore::sums_bytes() const {
-  const ComputeKernels& kernels = *engine_.kernels;
-  return Scratch::padded(patch_.places * most_patches_ * kernels.panel_width * element_bytes(kernels.accumulator));
+  return Scratch::padded(patch_.places * most_patches_ * block_.engine.kernels->panel_width * sum_bytes_);
 }
 
 int64_t WinogradCore::scratch_bytes(int64_t threads) const {
-  return Scratch::padded(patch_.places * most_inputs_ * channels_ * element_bytes(engine_.kernels->element)) +
-         threads * sums_bytes();
+  return inputs_bytes() + threads * sums_bytes();
 }
 
-void WinogradCore::run(const ConvBlock& block, Team& team, const HiddenRows& hidden, int64_t row, int64_t rows,
-                       int64_t columns, void* tile, void* scratch) const {
-  const ComputeKernels& kernels = *engine_.kernels;
-  const int64_t element = element_bytes(kernels.element), accumulator = element_bytes(kernels.accumulator);
-  const int64_t patch_rows = ceil_div(rows, patch_.rows), row_patches = ceil_div(columns, patch_.columns);
-  const int64_t patches = patch_rows * row_patches;
-  const int64_t row_inputs = row_patches + groups_ - 1, input_patches = patch_rows * row_inputs;
-  char* inputs = static_cast<char*>(scratch);
-  char* all_sums = inputs + Scratch::padded(patch_.places * most_inputs_ * channels_ * element);
-
-  team.run([&](const Share& share) {
-    WinogradInputCall input;
-    input.channels = channels_;
-    input.out_patches = input_patches;
-    // Below the last row that an output needs nothing is wanted: any finite values do.
-    const int64_t last_row = block.rows.span(rows) - 1;
-    share.pieces(1, patch_rows, row_inputs, 1, [&](int64_t, int64_t patch_row, int64_t first, int64_t count) {
-      input.columns = hidden.columns().span - patch_.columns * first;
-      input.patches = count;
-      for (int64_t i = 0; i < kernels_.input_rows; ++i)
-        input.rows[i] = hidden.row(row + std::min(patch_.rows * patch_row + i, last_row)) +
-                        patch_.columns * first * hidden.pixel_bytes();
-      input.out = inputs + (patch_row * row_inputs + first) * channels_ * element;
-      kernels_.input(input);
-    });
+void WinogradCore::transform_inputs(const Step& step, const Share& share) const {
+  WinogradInputCall call;
+  call.channels = channels_;
+  call.out_patches = step.input_patches();
+  // No output reads what lies below this row: a patch may find any finite values there.
+  const int64_t last_row = block_.rows.span(step.rows) - 1;
+  share.pieces(1, step.patch_rows, step.row_inputs, 1, [&](int64_t, int64_t patch_row, int64_t first, int64_t count) {
+    call.columns = step.hidden.columns().span - patch_.columns * first;
+    call.patches = count;
+    for (int64_t i = 0; i < kernels_.input_rows; ++i)
+      call.rows[i] = step.hidden.row(step.row + std::min(patch_.rows * patch_row + i, last_row)) +
+                     patch_.columns * first * step.hidden.pixel_bytes();
+    call.out = step.inputs + (patch_row * step.row_inputs + first) * channels_ * element_bytes_;
+    kernels_.input(call);
   });
+}
 
-  const Panels& panels = weight_.panels();
+// One thread's products, a GEMM per place, and their way back to output pixels.
+class WinogradCore::Products {
+ public:
+  Products(const WinogradCore& core, const Step& step, char* sums)
+      : core_(core),
+        weight_(core.weight_),
+        step_(step),
+        sums_(sums),
+        // Channels that fill their vectors make one run of all groups.
+        joined_(weight_.padded_depth() == core.channels_),
+        taps_(joined_ ? 1 : core.groups_) {
+    call_.row_stride = core.channels_;
+    call_.out_type = core.block_.engine.kernels->accumulator;
+    call_.bias = nullptr;
+    call_.activation = Activation::kNone;
+    call_.taps = taps_.data();
+    call_.num_taps = int64_t(taps_.size());
+    call_.depth = weight_.padded_depth() * (joined_ ? core.groups_ : 1);
+  }
+
+  // `count` patches from number `first` of a row of patches -> `sums_` [places, count, padded width of the panel].
+  void multiply(int64_t panel, int64_t patch_row, int64_t first, int64_t count) {
+    const int64_t width = weight_.panels().padded_width(panel);  // whole vectors: the output transform reads them
+    call_.rows = count;
+    call_.width = call_.out_stride = width;
+    const char* weight = static_cast<const char*>(weight_.panel(panel));
+    const int64_t places = core_.patch_.places, pixel_bytes = core_.channels_ * core_.element_bytes_;
+    const int64_t place_bytes = core_.groups_ * weight_.padded_depth() * width * core_.element_bytes_;
+    Prefetcher& prefetcher = step_.hidden.prefetcher();
+    for (int64_t place = 0; place < places; ++place) {
+      const char* source =
+          step_.inputs + (place * step_.input_patches() + patch_row * step_.row_inputs + first) * pixel_bytes;
+      for (int64_t tap = 0; tap < call_.num_taps; ++tap) taps_[tap] = source + tap * pixel_bytes;
+      call_.weight = weight + place * place_bytes;
+      call_.out = sums_ + place * count * width * core_.sum_bytes_;
+      prefetcher.attach(call_);
+      if (place + 1 < places)
+        prefetcher.attach_weight(call_, static_cast<const char*>(call_.weight) + place_bytes, place_bytes, 0, 1);
+      else
+        prefetcher.attach_next_panel(call_, weight_, &core_.block_.out_weight, panel, 0, 1);
+      core_.block_.engine.gemm(call_);
+    }
+  }
+
+  // The sums of multiply() -> tile. One row of patches at a time; a team divides the first and the last of its share.
+  void transform_outputs(int64_t panel, int64_t patch_row, int64_t first, int64_t count) const {
+    const Patch& patch = core_.patch_;
+    const Panels& panels = weight_.panels();
+    WinogradOutputCall call;
+    call.out_stride = core_.block_.tile_columns();
+    call.width = call.sums_stride = panels.padded_width(panel);
+    call.sums_patches = count;
+    const int64_t begin = patch_row * step_.row_patches + first, end = begin + count;
+    for (int64_t index = begin; index < end; index += call.patches) {
+      const int64_t line = index / step_.row_patches;
+      const int64_t top = patch.rows * line, column = patch.columns * (index % step_.row_patches);
+      call.patches = std::min(end, (line + 1) * step_.row_patches) - index;
+      call.columns = std::min(patch.columns * call.patches, step_.columns - column);
+      call.sums = sums_ + (index - begin) * call.width * core_.sum_bytes_;
+      for (int64_t i = 0; i < patch.rows; ++i) {
+        const int64_t pixel = (top + i) * step_.columns + column;
+        call.out[i] = top + i < step_.rows
+                          ? step_.tile + (pixel * call.out_stride + panels.first(panel)) * core_.element_bytes_
+                          : nullptr;
+      }
+      core_.kernels_.output(call);
+    }
+  }
+
+ private:
+  const WinogradCore& core_;
+  const PackedWeight& weight_;
+  const Step& step_;
+  char* const sums_;
+  const bool joined_;
+  c10::SmallVector<const void*, 32> taps_;
+  GemmCall call_;
+};
+
+void WinogradCore::run(Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns, void* tile,
+                       void* scratch) const {
+  const int64_t row_patches = ceil_div(columns, patch_.columns);
+  char* inputs = static_cast<char*>(scratch);
+  const Step step{hidden,
+                  row,
+                  rows,
+                  columns,
+                  ceil_div(rows, patch_.rows),
+                  row_patches,
+                  row_patches + groups_ - 1,
+                  static_cast<char*>(tile),
+                  inputs,
+                  inputs + inputs_bytes()};
+  team.run([&](const Share& share) { transform_inputs(step, share); });
+  // All rows of patches are one run, unless a row's inputs are more than its patches.
+  const bool one_run = step.row_inputs == row_patches;
   team.run([&](const Share& share) {
-    char* sums = all_sums + share.index * sums_bytes();
-    GemmCall call;
-    call.row_stride = channels_;
-    call.out_type = kernels.accumulator;
-    call.bias = nullptr;
-    call.activation = Activation::kNone;
-    WinogradOutputCall output;
-    output.out_stride = block.tile_columns();
-    // Channels that fill their vectors make one run of all groups.
-    const bool joined = weight_.padded_depth() == channels_;
-    c10::SmallVector<const void*, 32> taps(joined ? 1 : groups_);
-    call.taps = taps.data();
-    call.num_taps = int64_t(taps.size());
-    call.depth = weight_.padded_depth() * (joined ? groups_ : 1);
-    const auto multiply = [&](int64_t panel, int64_t patch_row, int64_t begin, int64_t count) {
-      const int64_t width = panels.padded_width(panel);  // whole vectors: the output transform reads them
-      call.rows = count;
-      call.width = call.out_stride = width;
-      const char* weight = static_cast<const char*>(weight_.panel(panel));
-      const int64_t place_bytes = groups_ * weight_.padded_depth() * width * element;
-      for (int64_t place = 0; place < patch_.places; ++place) {
-        const char* source = inputs + (place * input_patches + patch_row * row_inputs + begin) * channels_ * element;
-        for (int64_t tap = 0; tap < call.num_taps; ++tap) taps[tap] = source + tap * channels_ * element;
-        call.weight = weight + place * place_bytes;
-        call.out = sums + place * count * width * accumulator;
-        hidden.ahead().attach(call);
-        if (place + 1 < patch_.places)
-          hidden.ahead().attach_weight(call, static_cast<const char*>(call.weight) + place_bytes, place_bytes, 0, 1);
-        else
-          hidden.ahead().attach_next_panel(call, weight_, &block.out_weight, panel, 0, 1);
-        engine_.gemm(call);
-      }
-      output.width = output.sums_stride = width;
-      output.sums_patches = count;
-      // The sums patch row by patch row; a team cuts the first and the last of its share.
-      const int64_t first = patch_row * row_patches + begin;
-      for (int64_t patch = first; patch < first + count; patch += output.patches) {
-        const int64_t top = patch_.rows * (patch / row_patches), column = patch_.columns * (patch % row_patches);
-        output.patches = std::min(first + count, (patch / row_patches + 1) * row_patches) - patch;
-        output.columns = std::min(patch_.columns * output.patches, columns - column);
-        output.sums = sums + (patch - first) * width * accumulator;
-        for (int64_t i = 0; i < patch_.rows; ++i)
-          output.out[i] = top + i < rows
-                              ? static_cast<char*>(tile) +
-                                    (((top + i) * columns + column) * output.out_stride + panels.first(panel)) * element
-                              : nullptr;
-        kernels_.output(output);
-      }
-    };
-    // All rows of patches are one run, unless a row's inputs are more than its patches.
-    const bool one_run = row_inputs == row_patches;
-    share.pieces(panels.count, one_run ? 1 : patch_rows, one_run ? patches : row_patches, kFewestPixels, multiply);
+    Products products(*this, step, step.sums + share.index * sums_bytes());
+    share.pieces(weight_.panels().count, one_run ? 1 : step.patch_rows,
+                 one_run ? step.patch_rows * row_patches : row_patches, kFewestPixels,
+                 [&](int64_t panel, int64_t patch_row, int64_t first, int64_t count) {
+                   products.multiply(panel, patch_row, first, count);
+                   products.transform_outputs(panel, patch_row, first, count);
+                 });
   });
 }
 

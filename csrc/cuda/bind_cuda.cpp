@@ -3,83 +3,98 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include "cuda/fused_call.h"
 #include "cuda/verify.h"
 #include "ops/checks.h"
-#include "ops/problem_of.h"
 #include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {
 
 using Windows = std::array<std::vector<int64_t>, 3>;  // stride, padding, dilation
+using Cut = std::array<int, 5>;                       // tile_n, tile_h, tile_w, stages, splits
 
-// A call and one kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), whatever the planner would take.
+// A call and one kernel with a given cut, whatever the planner would take.
 struct Chosen {
   FusedCall call;
   Plan plan;
 };
 
-Chosen choose(const char* op, const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
-              const at::Tensor& in_factor, const OptionalTensor& core, const OptionalTensor& height_factor,
-              const OptionalTensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-              const Windows& windows, const std::string& activation_name) {
-  Plan plan;
-  plan.path = "fused";
-  plan.kernel = name;
-  plan.gpu_kernel = gpu_kernel_index(name);
-  TORCH_CHECK_VALUE(plan.gpu_kernel >= 0, op, ": no kernel is called '", name, "'");
-  TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, op,
+const GpuKernel& kernel_named(const char* caller, const std::string& name) {
+  const int index = gpu_kernel_index(name);
+  TORCH_CHECK_VALUE(index >= 0, caller, ": no kernel is called '", name, "'");
+  return gpu_kernels()[size_t(index)];
+}
+
+// The kernels of sm90a take the planner's cut, with fewer stages at most.
+void check_sm90a(const char* caller, const GpuKernel& kernel, const Cut& cut, const Problem& problem) {
+  const std::string reason = sm90a_reason(problem, kernel);
+  TORCH_CHECK_VALUE(reason.empty(), caller, ": ", kernel.name, " ", reason);
+  const Geometry planned = sm90a_cut(problem, kernel);
+  TORCH_CHECK_VALUE(cut[0] == planned.tile_n && cut[1] == planned.rows.tile && cut[2] == planned.columns.tile &&
+                        cut[3] >= 2 && cut[3] <= planned.stages && cut[4] == 1,
+                    caller, ": ", kernel.name, " takes tiles of 1x", planned.rows.tile, "x", planned.columns.tile,
+                    ", 2 to ", planned.stages, " stages and 1 split here, got ", cut[0], "x", cut[1], "x", cut[2], ", ",
+                    cut[3], ", ", cut[4]);
+}
+
+Chosen choose(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& arguments) {
+  TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
                     ": each number of the cut must be at least 1, got ", c10::ArrayRef<int>(cut));
-  const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
-  const Window window{windows[0], windows[1], windows[2]};
-  const Activation activation = parse_activation(op, activation_name);
-  const at::Tensor rows = kernel.op == Op::kLinear ? input.flatten(0, -2) : input;
-  TORCH_CHECK_VALUE(
-      kernel.op == Op::kTucker ? core.has_value() : kernel.op != Op::kCP || (height_factor && width_factor), op, ": ",
-      name, " needs the factors of its op");
-  Problem problem;
-  if (kernel.op == Op::kTucker) {
-    check_tucker(input, in_factor, *core, out_factor, bias, window);
-    problem = tucker_problem(input, *core, out_factor, window, activation);
-  } else if (kernel.op == Op::kCP) {
-    check_cp(input, in_factor, *height_factor, *width_factor, out_factor, bias, window);
-    problem = cp_problem(input, *height_factor, *width_factor, out_factor, window, activation);
-  } else {
-    check_linear(input, in_factor, out_factor, bias);
-    problem = linear_problem(rows, out_factor, activation);
-  }
-  const auto given = [](const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); };
-  FusedCall call(op, {rows, in_factor, given(core), given(height_factor), given(width_factor), out_factor, bias},
-                 problem);
-  plan.geometry = geometry_of(call.problem(), cut[0], cut[1], cut[2], cut[3], cut[4]);
-  if (is_sm90a(kernel)) {  // these rely on the planner
-    const std::string reason = sm90a_reason(call.problem(), kernel);
-    TORCH_CHECK_VALUE(reason.empty(), op, ": ", name, " ", reason);
-    const Geometry planned = sm90a_cut(call.problem(), kernel);
-    TORCH_CHECK_VALUE(cut[0] == planned.tile_n && cut[1] == planned.rows.tile && cut[2] == planned.columns.tile &&
-                          cut[3] >= 2 && cut[3] <= planned.stages && cut[4] == 1,
-                      op, ": ", name, " takes tiles of 1x", planned.rows.tile, "x", planned.columns.tile, ", 2 to ",
-                      planned.stages, " stages and 1 split here, got ", cut[0], "x", cut[1], "x", cut[2], ", ", cut[3],
-                      ", ", cut[4]);
-  }
+  check(arguments);
+  FusedCall call(caller, arguments);
+  const Problem& problem = call.problem();
+  if (is_sm90a(kernel)) check_sm90a(caller, kernel, cut, problem);
+  Plan plan;
+  plan.path = Path::kFused;
+  plan.kernel = kernel.name;
+  plan.gpu_kernel = gpu_kernel_index(kernel.name);
+  plan.geometry = geometry_of(problem, cut[0], cut[1], cut[2], cut[3], cut[4]);
   plan.threads = threads_of(kernel);
   plan.ctas = plan.geometry.ctas();
-  plan.shared_bytes = layout_of(call.problem(), kernel, plan.geometry).bytes;
+  plan.shared_bytes = layout_of(problem, kernel, plan.geometry).bytes;
   return {std::move(call), std::move(plan)};
 }
 
-// Launches it on the input's GPU, into an output that is full of NaN before (for tests) or not (for timing).
-template <bool poison, typename... Arguments>
-at::Tensor launch_gpu_kernel(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
-                             const Arguments&... arguments) {
-  constexpr const char* op = "launch_gpu_kernel";
-  TORCH_CHECK_VALUE(input.is_cuda(), op, ": input must be on a GPU, got ", input.device());
-  const c10::DeviceGuard guard(input.device());
-  const Chosen chosen = choose(op, name, cut, input, arguments...);
+// `run`, a function of a Chosen, as a function of Python: a kernel's name, its cut, and a call whose factors are None
+// where its op has none of that name.
+template <typename Run>
+void bind_with_call(py::module_& m, const char* caller, const Run& run) {
+  m.def(caller, [caller, run](const std::string& name, const Cut& cut, const at::Tensor& input,
+                              const at::Tensor& in_factor, const OptionalTensor& core,
+                              const OptionalTensor& height_factor, const OptionalTensor& width_factor,
+                              const at::Tensor& out_factor, const OptionalTensor& bias, const Windows& windows,
+                              const std::string& activation) {
+    const GpuKernel& kernel = kernel_named(caller, name);
+    const bool needs_core = kernel.op == Op::kTucker, needs_axes = kernel.op == Op::kCP;
+    TORCH_CHECK_VALUE((core || !needs_core) && ((height_factor && width_factor) || !needs_axes), caller, ": ", name,
+                      " needs the factors of its op");
+    const auto given = [](const OptionalTensor& tensor) -> const at::Tensor& { return tensor ? *tensor : no_tensor(); };
+    const at::Tensor rows = kernel.op == Op::kLinear ? input.flatten(0, -2) : input;
+    const OpCall call{.op = kernel.op,
+                      .input = rows,
+                      .in_factor = in_factor,
+                      .core = given(core),
+                      .height_factor = given(height_factor),
+                      .width_factor = given(width_factor),
+                      .out_factor = out_factor,
+                      .bias = bias,
+                      .window = {windows[0], windows[1], windows[2]},
+                      .activation = parse_activation(caller, activation)};
+    return run(kernel, cut, call);
+  });
+}
+
+// Launches the kernel on the input's GPU, into an output that is full of NaN before (for tests) or not (for timing).
+at::Tensor launch(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& call, bool poison) {
+  TORCH_CHECK_VALUE(call.input.is_cuda(), caller, ": input must be on a GPU, got ", call.input.device());
+  const c10::DeviceGuard guard(call.input.device());
+  const Chosen chosen = choose(caller, kernel, cut, call);
   const at::Tensor output = chosen.call.empty_output();
   if (poison) output.fill_(std::numeric_limits<double>::quiet_NaN());
   chosen.call.run(chosen.plan, output);
@@ -96,11 +111,9 @@ py::dict describe(const Factor& factor) {
   return result;
 }
 
-// What the kernel would be told, on any device: for the simulator.
-template <typename... Arguments>
-py::dict describe_launch(const std::string& name, std::array<int, 5> cut, const at::Tensor& input,
-                         const Arguments&... arguments) {
-  const Chosen chosen = choose("describe_launch", name, cut, input, arguments...);
+// The parameters that the kernel would get, on any device: for the simulator.
+py::dict describe_launch(const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
+  const Chosen chosen = choose("describe_launch", kernel, cut, call);
   const Launch launch = chosen.call.prepare(chosen.plan.geometry, chosen.call.empty_output());
   const BlockParams& p = launch.params;
   const auto strides = [](const int64_t (&values)[4]) { return std::vector<int64_t>(values, values + 4); };
@@ -119,34 +132,32 @@ py::dict describe_launch(const std::string& name, std::array<int, 5> cut, const 
   const Problem& problem = chosen.call.problem();
   result["planned_vectors"] = std::vector<int64_t>{problem.input_vector, problem.factor_vector, problem.output_vector};
   result["output_tensor"] = launch.output;
-  // What the pointers point into has to live on.
-  result["kept"] =
-      py::make_tuple(chosen.call.input(), launch.core.defined() ? py::cast(launch.core) : py::none(), launch.bias);
+  // The tensors that the pointers point into.
+  result["kept"] = py::make_tuple(call.input, launch.core.defined() ? py::cast(launch.core) : py::none(), launch.bias);
   return result;
 }
 
-// The check before first use, on a result that is wrong in one channel when `damaged`: what it finds.
+// The error that the check before first use finds, on a result that is wrong in one channel when `damaged`.
 std::string check_gpu_kernel(const std::string& name, const std::string& dtype, bool tf32, int device, bool damaged) {
-  const int kernel = gpu_kernel_index(name);
-  TORCH_CHECK_VALUE(kernel >= 0, "check_gpu_kernel: no kernel is called '", name, "'");
+  kernel_named("check_gpu_kernel", name);
   TORCH_CHECK_VALUE(present_gpu(device), "check_gpu_kernel: device must be the index of a GPU, got ", device);
   for (const DType known : {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf})
     if (dtype == name_of(known))
-      return find_error({c10::DeviceType::CUDA, c10::DeviceIndex(device)}, kernel, known, tf32, damaged);
+      return find_error({c10::DeviceType::CUDA, c10::DeviceIndex(device)}, gpu_kernel_index(name), known, tf32,
+                        damaged);
   TORCH_CHECK_VALUE(false, "check_gpu_kernel: unknown dtype '", dtype, "'");
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  using Optional = OptionalTensor;
-  m.def("launch_gpu_kernel",
-        &launch_gpu_kernel<true, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
-  m.def(
-      "run_gpu_kernel",
-      &launch_gpu_kernel<false, at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
-  m.def("describe_launch",
-        &describe_launch<at::Tensor, Optional, Optional, Optional, at::Tensor, Optional, Windows, std::string>);
+  bind_with_call(m, "launch_gpu_kernel", [](const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
+    return launch("launch_gpu_kernel", kernel, cut, call, /*poison=*/true);
+  });
+  bind_with_call(m, "run_gpu_kernel", [](const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
+    return launch("run_gpu_kernel", kernel, cut, call, /*poison=*/false);
+  });
+  bind_with_call(m, "describe_launch", &describe_launch);
   m.def("check_gpu_kernel", &check_gpu_kernel);
 }
 

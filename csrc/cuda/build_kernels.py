@@ -1,9 +1,9 @@
 """Compiles csrc/cuda/kernels/*.cu with nvcc, without torch: for setup.py, and as a script.
 
-python -m csrc.cuda.build_kernels      compiles all of them into build/cuda/ and prints what took how long
+python -m csrc.cuda.build_kernels      compiles all of them into build/cuda/ and prints the seconds of each
 
-LOWRANK_OPS_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS as setup.py says. The assembler's report (registers,
-spills) lies beside each object (.messages).
+CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are read as setup.py describes. The assembler's report (registers, spills)
+lies beside each object (.messages).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from csrc.compile import compile_source, jobs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc/cuda/kernels"
-# Without a "+PTX" newer GPUs could not run the build at all; that of the oldest architecture serves every newer one.
+# Newer GPUs can run the build only because of a "+PTX"; the PTX of the oldest architecture serves every newer one.
 DEFAULT_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
 OLDEST_NVCC = 12
 # torch.utils.cpp_extension takes these names too.
@@ -43,7 +43,7 @@ FLAGS = [
     "-Xptxas=-v",
     f"-I{ROOT / 'csrc'}",
 ]
-SMALLER = "--compress-mode=size"  # a seventh; nvcc 13's, which wants a driver that can read it anyway
+SMALLER = "--compress-mode=size"  # a seventh of the size; needs nvcc 13, whose code needs a driver that can read it
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Architecture:
         return f"{self.number}{self.suffix}"
 
     def flags(self, front_end: str = "") -> list[str]:
-        """Of nvcc: machine code, by way of the PTX of `front_end` (an older architecture), and PTX if wanted."""
+        """nvcc's flags for machine code, by the PTX of `front_end` (an older architecture), and for PTX if `ptx`."""
         flags = ["-gencode", f"arch=compute_{front_end or self.name},code=sm_{self.name}"]
         return flags + (["-gencode", f"arch=compute_{self.name},code=compute_{self.name}"] if self.ptx else [])
 
@@ -92,10 +92,10 @@ def architectures(text: str) -> list[Architecture]:
 
 
 def toolkit() -> Toolkit | None:
-    """The toolkit of CUDA_HOME or of PATH, None where there is none.
+    """The toolkit of CUDA_HOME or of PATH; None if there is none.
 
     Raises:
-        RuntimeError: it is too old.
+        RuntimeError: it is too old, or files of it are missing.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     compiler = shutil.which(str(pathlib.Path(home, "bin", "nvcc")) if home else "nvcc")
@@ -110,7 +110,7 @@ def toolkit() -> Toolkit | None:
             f"lowrank_ops: {compiler} must be nvcc {OLDEST_NVCC}.0 or newer, got {version[0] if version else told!r}; "
             "set CUDA_HOME to a newer toolkit, or LOWRANK_OPS_CUDA=0 to build without CUDA kernels"
         )
-    # The compiler may be a wrapper script somewhere else: it knows itself where its headers and libraries are.
+    # The compiler may be a wrapper script somewhere else, so it is asked itself where its headers and libraries are.
     dry = subprocess.run([compiler, "--dryrun", "-E", "-x", "cu", os.devnull], text=True, capture_output=True).stderr
     folders = {name: re.findall(r'"-[IL]([^"]+)"', line) for name, line in re.findall(r"#\$ (\w+)=(.*)", dry)}
     libraries = [
@@ -126,7 +126,7 @@ def toolkit() -> Toolkit | None:
 
 
 def wanted_architectures(tools: Toolkit) -> list[Architecture]:
-    """Those of TORCH_CUDA_ARCH_LIST; where it is not set the default ones, as far as this nvcc knows them."""
+    """The architectures of TORCH_CUDA_ARCH_LIST; if it is not set, the default ones that this nvcc supports."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return architectures(listed)
@@ -135,36 +135,36 @@ def wanted_architectures(tools: Toolkit) -> list[Architecture]:
 
 
 def architecture_flags(source: pathlib.Path, wanted: list[Architecture]) -> list[str]:
-    """nvcc's -gencode flags: all architectures, or from its suffix on (`tucker_sm90a.cu`: that one alone)."""
+    """nvcc's -gencode flags of a file: all architectures; `*_sm80.cu`: those from 8.0 on; `*_sm90a.cu`: 9.0a alone."""
     suffix = re.search(r"_sm(\d+)([a-z]?)$", source.stem)
     if suffix and suffix[2]:
         return Architecture(int(suffix[1]), suffix[2]).flags()
     fitting = [entry for entry in wanted if not suffix or entry.number >= int(suffix[1])]
-    if not fitting:  # the launchers must exist all the same: PTX is the least to compile
+    if not fitting:  # the launchers must exist nevertheless, and PTX takes the least time
         return ["-gencode", f"arch=compute_{suffix[1]},code=compute_{suffix[1]}"] if suffix else []
-    # One front end for all: the kernels use no instruction that the oldest of them lacks, and it is half of the time.
+    # One front end for all takes half of the time; the kernels use only instructions that the oldest architecture has.
     front_end = min((entry.name for entry in fitting if not entry.suffix), key=int, default="")
     return [flag for entry in fitting for flag in entry.flags("" if entry.suffix else front_end)]
 
 
 def folder_for(wanted: list[Architecture]) -> pathlib.Path:
-    """Where the objects for these architectures lie, so that builds for different ones keep their own."""
+    """The folder of the objects for these architectures; builds for other architectures have another folder."""
     names = [f"{entry.name}{'p' if entry.ptx else ''}" for entry in wanted]
     return ROOT / "build" / "cuda" / "-".join(names)
 
 
 def compile_one(source: pathlib.Path, tools: Toolkit, wanted: list[Architecture], folder: pathlib.Path) -> float:
-    """Compiles one source file unless its object is up to date (csrc/compile.py); the seconds that took."""
+    """Compiles one source file unless its object is up to date (csrc/compile.py). Returns the seconds."""
     command = [tools.compiler, *FLAGS, *architecture_flags(source, wanted)]
     command += [SMALLER] if int(tools.version.split(".")[0]) >= 13 else []
     return compile_source(command, tools.version, source, folder / f"{source.stem}.o")
 
 
 def compile_kernels(tools: Toolkit, wanted: list[Architecture]) -> dict[pathlib.Path, float]:
-    """Compiles csrc/cuda/kernels/*.cu, MAX_JOBS at a time: object -> seconds (0: was up to date)."""
+    """Compiles csrc/cuda/kernels/*.cu, MAX_JOBS at a time. Returns object -> seconds (0: it was up to date)."""
     folder = folder_for(wanted)
     folder.mkdir(parents=True, exist_ok=True)
-    # The larger ones first: those with a tensor-core kernel.
+    # The larger files first: those of kernels for tensor cores.
     sources = sorted(KERNELS.glob("*.cu"), key=lambda path: ("simt" in path.stem, path.name))
     with ThreadPoolExecutor(jobs()) as pool:
         seconds = list(pool.map(lambda source: compile_one(source, tools, wanted, folder), sources))

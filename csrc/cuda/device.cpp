@@ -18,7 +18,7 @@ namespace {
 int64_t attribute(int index, cudaDeviceAttr name) {
   int value = -1;
   if (cudaDeviceGetAttribute(&value, name, index) == cudaSuccess) return value;
-  cudaGetLastError();  // or it would be found after the next launch
+  cudaGetLastError();  // clears the error, which the check after the next launch would find
   return -1;
 }
 
@@ -35,7 +35,7 @@ GpuCaps read_caps(int index) {
   caps.shared_bytes_cta = attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   caps.shared_bytes_multiprocessor = attribute(index, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   caps.l2_bytes = attribute(index, cudaDevAttrL2CacheSize);
-  // kHz; two transfers a clock. Of MIG slices and virtual GPUs the driver tells the whole board's.
+  // kHz; two transfers per clock. For MIG slices and virtual GPUs the driver reports the bandwidth of the whole board.
   const double memory_clock = double(attribute(index, cudaDevAttrMemoryClockRate)) * 1e3;
   caps.memory_bytes_per_second = 2 * memory_clock * double(attribute(index, cudaDevAttrGlobalMemoryBusWidth)) / 8;
   fill_rates(caps, double(attribute(index, cudaDevAttrClockRate)) * 1e3);
@@ -72,7 +72,7 @@ const GpuCaps& gpu_caps(c10::Device device) {
               " that this build was linked with does not see ", device,
               ", which torch uses: the driver may be older than that runtime. Reinstall lowrank_ops with the CUDA "
               "toolkit of this torch, or use policy 'chain'");
-  caps = new GpuCaps(*read);  // for the life of the process; of two made at once one is lost
+  caps = new GpuCaps(*read);  // for the life of the process; where two threads make one at once, one is lost
   cache[size_t(index)].store(caps, std::memory_order_release);
   return *caps;
 }
@@ -85,7 +85,7 @@ cudaStream_t current_stream(c10::Device device) {
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
-  cudaGetLastError();  // asked of the default stream while another one captures
+  cudaGetLastError();  // the default stream cannot be queried while another one captures
   return true;
 }
 

@@ -1,4 +1,4 @@
-// The GPU that a call runs on: what the planner knows of it, its current stream, CUDA's errors in words.
+// The GPU that a call runs on: its properties for the planner, its current stream, CUDA's errors in words.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -18,7 +18,7 @@ const GpuCaps& gpu_caps(c10::Device device);
 // Torch's current stream of a device. Through c10's virtual interface, so that this code needs no CUDA build of torch.
 cudaStream_t current_stream(c10::Device device);
 
-// Whether work put onto the stream is recorded into a CUDA graph, where nothing may be waited for.
+// Whether the stream records its work into a CUDA graph: nobody may wait for the stream then.
 bool is_capturing(cudaStream_t stream);
 
 // "cudaErrorInvalidValue (invalid argument)"

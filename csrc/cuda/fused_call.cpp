@@ -3,15 +3,17 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <utility>
+
+#include "ops/problem_of.h"
 
 namespace lowrank_ops {
 namespace {
 
 using at::Tensor;
 
-// The widest copies, in bytes, of neighbouring elements along `axis` of a tensor: where they lie side by side, every
-// row of them starts at a multiple of that width and has a multiple of it. An element, where there is nothing wider.
+// The widest copies, in bytes, of neighbouring elements along `axis` of a tensor. The elements have to lie side by
+// side, and each row of them has to start at a multiple of that width and have a multiple of it. Otherwise one
+// element's width.
 int64_t copy_width(const Tensor& tensor, int64_t axis) {
   const int64_t element = tensor.element_size();
   if (tensor.size(axis) > 1 && tensor.stride(axis) != 1) return element;
@@ -26,8 +28,9 @@ int64_t copy_width(const Tensor& tensor, int64_t axis) {
   return element;
 }
 
-// The kernels copy runs of R1 along a tap. Where they lie apart, as in a contiguous core, one small copy in front of
-// the kernel puts them side by side: gathering single elements in every CTA would take longer than all the rest.
+// The kernels copy the R1 values of a tap together. Where these lie apart, as in a contiguous core, one small copy in
+// front of the kernel puts them side by side: if each CTA gathered single elements, that would take longer than the
+// rest.
 bool needs_packing(const Tensor& core) {
   return core.size(1) > 1 && core.stride(1) != 1;
 }
@@ -40,7 +43,7 @@ int64_t core_width(const Tensor& core) {
   return core.element_size();
 }
 
-// Of a tensor whose channels (axis 1) lie side by side: whether their rows overlap, or an axis has a stride of 0.
+// Whether an axis of a tensor has a stride of 0, or rows of channels (axis 1) that lie side by side overlap.
 bool repeats_elements(const Tensor& tensor) {
   const bool side_by_side = tensor.size(1) > 1 && tensor.stride(1) == 1;
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
@@ -84,11 +87,9 @@ using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
 
 // Null: this build has no launcher of that family.
 Launcher launcher_of(const GpuKernel& kernel) {
-  const std::string family = kernel.family;
-  const bool sm80 = family == "sm80";
-  if (family == "sm90a")
+  const bool sm80 = kernel.family == Family::kSm80;
+  if (kernel.family == Family::kSm90a)
     return kernel.op == Op::kTucker ? launch_tucker_sm90a : kernel.op == Op::kCP ? launch_cp_sm90a : nullptr;
-  if (!sm80 && family != "simt") return nullptr;
   switch (kernel.op) {
     case Op::kTucker:
       return sm80 ? launch_tucker_sm80 : launch_tucker_simt;
@@ -102,16 +103,16 @@ Launcher launcher_of(const GpuKernel& kernel) {
 
 }  // namespace
 
-FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
-    : op_(op), tensors_(std::move(tensors)), problem_(std::move(problem)) {
-  const BlockTensors& t = tensors_;
+FusedCall::FusedCall(const char* caller, const OpCall& call)
+    : caller_(caller), call_(call), problem_(problem_of(call)) {
+  const OpCall& t = call_;
   problem_.tf32 = problem_.dtype == DType::kFloat && tf32_allowed(problem_.op);
   problem_.input_vector = copy_width(t.input, 1);
   problem_.factor_vector = std::min(copy_width(t.in_factor, 1), copy_width(t.out_factor, 1));
   if (t.core.defined()) problem_.factor_vector = std::min(problem_.factor_vector, core_width(t.core));
   problem_.repeats = repeats_elements(t.input) || repeats_elements(t.in_factor) || repeats_elements(t.out_factor) ||
                      (t.core.defined() && !needs_packing(t.core) && repeats_elements(t.core));
-  // Of a new tensor: dense, aligned beyond any vector.
+  // The output is a new tensor: dense, aligned to any vector.
   const bool by_pixel = problem_.op == Op::kLinear || problem_.layout == Layout::kChannelsLast;
   const bool side_by_side = by_pixel || problem_.oh * problem_.ow == 1;
   const int64_t bytes = problem_.t * t.input.element_size();
@@ -119,14 +120,14 @@ FusedCall::FusedCall(const char* op, BlockTensors tensors, Problem problem)
 }
 
 Tensor FusedCall::empty_output() const {
-  const Tensor& input = tensors_.input;
+  const Tensor& input = call_.input;
   if (problem_.op == Op::kLinear) return at::empty({problem_.n, problem_.t}, input.options());
   return at::empty({problem_.n, problem_.t, problem_.oh, problem_.ow},
                    input.options().memory_format(input.suggest_memory_format()));
 }
 
 Launch FusedCall::prepare(const Geometry& geometry, const Tensor& output) const {
-  const BlockTensors& t = tensors_;
+  const OpCall& t = call_;
   Launch result;
   result.output = output;
   result.core = t.core.defined() && needs_packing(t.core) ? t.core.contiguous(at::MemoryFormat::ChannelsLast) : t.core;
@@ -184,13 +185,12 @@ void FusedCall::run(const Plan& plan, const Tensor& output) const {
   const cudaError_t error = launch(plan, output, current_stream(device()));
   if (error == cudaSuccess) return;
   const Geometry& g = plan.geometry;
-  TORCH_CHECK(false, op_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (",
-              gpu_caps(device()).name, "): ", describe(error), ". input ", tensors_.input.sizes(), " of ",
-              tensors_.input.scalar_type(), ", strides ", tensors_.input.strides(), "; in_factor ",
-              tensors_.in_factor.sizes(), ", out_factor ", tensors_.out_factor.sizes(), ", kernel ", problem_.kh, "x",
-              problem_.kw, ". Plan: ", g.tile_n, " images x ", g.rows.tile, "x", g.columns.tile, " pixels a tile, ",
-              g.stages, " stages, ", g.splits, " splits, ", plan.ctas, " CTAs of ", plan.threads, " threads, ",
-              plan.shared_bytes,
+  TORCH_CHECK(false, caller_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (",
+              gpu_caps(device()).name, "): ", describe(error), ". input ", call_.input.sizes(), " of ",
+              call_.input.scalar_type(), ", strides ", call_.input.strides(), "; in_factor ", call_.in_factor.sizes(),
+              ", out_factor ", call_.out_factor.sizes(), ", kernel ", problem_.kh, "x", problem_.kw,
+              ". Plan: ", g.tile_n, " images x ", g.rows.tile, "x", g.columns.tile, " pixels a tile, ", g.stages,
+              " stages, ", g.splits, " splits, ", plan.ctas, " CTAs of ", plan.threads, " threads, ", plan.shared_bytes,
               " bytes of shared memory. An error of earlier work on this GPU can show here: CUDA_LAUNCH_BLOCKING=1 "
               "finds where. set_policy('chain') runs without this kernel");
 }

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cuda/fused_call.h"
-#include "ops/problem_of.h"
+#include "ops/chain.h"
 #include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
@@ -24,7 +24,8 @@ using at::Tensor;
 enum class Check : int { kNone, kPassed, kFailed };
 std::mutex mutex;  // held during a check: a second thread waits for its result
 
-// What is known of a kernel on a GPU in a dtype (float32 and tf32 count as two): read at every call, without a lock.
+// The state of a kernel's check on a GPU in a dtype (float32 and tf32 count as two): read at every call, without a
+// lock.
 std::atomic<Check>& check_of(c10::Device device, int kernel, DType dtype, bool tf32) {
   constexpr size_t kDtypes = 5, kTf32 = 4;
   static std::vector<std::atomic<Check>> known(kMostDevices * gpu_kernels().size() * kDtypes);
@@ -48,8 +49,8 @@ at::ScalarType scalar_type(DType dtype) {
 }
 
 // How far the kernel's result may be from the fp64 one, in the Frobenius norm: `magnitude` is the same computed from
-// absolute values. Of the simulated kernels (tests/support/simt) none needs more than a fifth of it on the problems
-// below; one channel of 144 that is missing is five times too much in bf16, the coarsest.
+// absolute values. No simulated kernel (tests/support/simt) needs more than a fifth of it on the problems below; one
+// channel of 144 that is missing is five times too much in bf16, the coarsest.
 double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
   switch (dtype) {
     case DType::kDouble:
@@ -64,11 +65,31 @@ double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
   return tf32 ? 4 * 0x1p-10 * norm : double(std::numeric_limits<float>::epsilon()) * magnitude;
 }
 
+struct TrialTensors {
+  Tensor input, in_factor, core, height_factor, width_factor, out_factor;
+  OptionalTensor bias;
+
+  // The same with `change` made to each tensor.
+  template <typename Change>
+  TrialTensors with(const Change& change) const {
+    const auto changed = [&](const Tensor& tensor) { return tensor.defined() ? change(tensor) : tensor; };
+    return {.input = changed(input),
+            .in_factor = changed(in_factor),
+            .core = changed(core),
+            .height_factor = changed(height_factor),
+            .width_factor = changed(width_factor),
+            .out_factor = changed(out_factor),
+            .bias = changed(*bias)};
+  }
+};
+
 // A small call with more than one tile, pass and chunk of everything, sizes that are no multiples of a tile, and
 // borders.
 struct Trial {
-  BlockTensors tensors;  // on the CPU, fp64, rounded to the dtype
-  Problem problem;
+  TrialTensors tensors;  // on the CPU, fp64, rounded to the dtype
+  Op op;
+  DType dtype;
+  Activation activation;
 
   static constexpr int64_t kPadding[2] = {1, 0};
   static Window window() {
@@ -76,8 +97,8 @@ struct Trial {
     return {kOnes, kPadding, kOnes};
   }
 
-  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation) {
-    const Op op = kernel.op;
+  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation)
+      : op(kernel.op), dtype(dtype), activation(activation) {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
     // third part of CP's ranks. CP takes windows of 3x3 and T in multiples of 32, the wide kernel ranks above 64.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
@@ -100,36 +121,38 @@ struct Trial {
       tensors.height_factor = draw({r2, kh}, kh);
       tensors.width_factor = draw({r2, kw}, kw);
     }
-    problem = op == Op::kTucker ? tucker_problem(tensors.input, tensors.core, tensors.out_factor, window(), activation)
-              : op == Op::kCP   ? cp_problem(tensors.input, tensors.height_factor, tensors.width_factor,
-                                             tensors.out_factor, window(), activation)
-                                : linear_problem(tensors.input, tensors.out_factor, activation);
-    problem.dtype = dtype;
   }
 
-  Tensor reference(bool absolute) const {
-    const auto value = [&](const Tensor& tensor) { return absolute ? tensor.abs() : tensor; };
-    const Activation activation = absolute ? Activation::kNone : problem.activation;
-    const Tensor input = value(tensors.input), in = value(tensors.in_factor), out = value(tensors.out_factor);
-    const OptionalTensor bias = value(*tensors.bias);
-    if (problem.op == Op::kTucker) return tucker_chain(input, in, value(tensors.core), out, bias, window(), activation);
-    if (problem.op == Op::kCP)
-      return cp_chain(input, in, value(tensors.height_factor), value(tensors.width_factor), out, bias, window(),
-                      activation);
-    return linear_chain(input, in, out, bias, activation);
+  // The call with `given`, which are this trial's tensors or made from them.
+  OpCall call(const TrialTensors& given, Activation function) const {
+    return {.op = op,
+            .input = given.input,
+            .in_factor = given.in_factor,
+            .core = given.core,
+            .height_factor = given.height_factor,
+            .width_factor = given.width_factor,
+            .out_factor = given.out_factor,
+            .bias = given.bias,
+            .window = window(),
+            .activation = function};
   }
 
-  BlockTensors on(c10::Device device) const {
-    const auto move = [&](const Tensor& tensor) {
-      return tensor.defined() ? tensor.to(tensor.options().device(device).dtype(scalar_type(problem.dtype))) : tensor;
-    };
-    return {move(tensors.input),        move(tensors.in_factor),  move(tensors.core), move(tensors.height_factor),
-            move(tensors.width_factor), move(tensors.out_factor), move(*tensors.bias)};
+  Tensor reference() const { return chain(call(tensors, activation)); }
+  // The same from absolute values, without the activation.
+  Tensor magnitude() const {
+    const TrialTensors absolute = tensors.with([](const Tensor& tensor) { return tensor.abs(); });
+    return chain(call(absolute, Activation::kNone));
+  }
+
+  TrialTensors on(c10::Device device) const {
+    return tensors.with(
+        [&](const Tensor& tensor) { return tensor.to(tensor.options().device(device).dtype(scalar_type(dtype))); });
   }
 };
 
 std::string error_of(c10::Device device, const GpuKernel& kernel, const Trial& trial, bool tf32, bool damaged) {
-  FusedCall call("verify", trial.on(device), trial.problem);
+  const TrialTensors tensors = trial.on(device);
+  const FusedCall call("verify", trial.call(tensors, trial.activation));
   Problem problem = call.problem();
   problem.tf32 = tf32;
   const GpuCandidate candidate = plan_kernel(problem, kernel, gpu_caps(device));
@@ -139,9 +162,9 @@ std::string error_of(c10::Device device, const GpuKernel& kernel, const Trial& t
   if (error != cudaSuccess) return "its launch failed: " + describe(error);
 
   if (damaged) output.select(1, 0).zero_();
-  const Tensor exact = trial.reference(/*absolute=*/false), found = output.cpu().to(at::kDouble);
+  const Tensor exact = trial.reference(), found = output.cpu().to(at::kDouble);
   const double norm = exact.norm().item<double>(), difference = (found - exact).norm().item<double>();
-  const double magnitude = trial.reference(/*absolute=*/true).norm().item<double>();
+  const double magnitude = trial.magnitude().norm().item<double>();
   const double allowed = allowed_error(problem.dtype, tf32, norm, magnitude);
   if (difference <= allowed) return "";  // false for NaN
   std::ostringstream message;

@@ -8,11 +8,11 @@
 
 namespace lowrank_ops {
 
-// What is wrong with a kernel's results on small problems of random numbers, compared with an fp64 chain on the CPU; ""
-// when nothing is. `damaged`, for tests: with a result made wrong. Waits for the GPU.
+// Runs a kernel on small problems of random numbers and compares with an fp64 chain on the CPU. Returns the error in
+// words, "" when there is none. `damaged`, for tests: the result is made wrong first. Waits for the GPU.
 std::string find_error(c10::Device device, int kernel, DType dtype, bool tf32, bool damaged = false);
 
-// Whether a kernel may run on this GPU in this dtype as far as is known: it needs no check, or has passed it.
+// Whether a kernel may run on this GPU in this dtype now: it needs no check, or has passed it.
 bool is_verified(c10::Device device, int kernel, DType dtype, bool tf32);
 
 // find_error() once. A kernel that is wrong is left out of later plans for this GPU (refuse_gpu_kernel) and the user is

@@ -7,6 +7,8 @@
 // Where gradients are to be differentiated again (create_graph=True, or a `*_backward` op called on tensors
 // that require grad), they are computed for the whole batch at once by differentiable library calls.
 // Forward-mode derivatives and all derivatives and vmaps of torch.func run the chain of library convolutions.
+//
+// The kernels are templates over the ops (dispatch.h), whose parameter packs are the arguments of the ops' schemas.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -14,15 +16,15 @@
 #include <vector>
 
 #include "ops/backward.h"
+#include "ops/chain.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 namespace {
 
-using at::IntArrayRef;
 using at::Tensor;
-using std::string_view;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -59,25 +61,24 @@ bool needs_chain(const Tensors&... tensors) {
   return (has_tangent(tensors) || ...) || (needs_graph(tensors...) && under_transform());
 }
 
-// ---- Saving for backward
-// -------------------------------------------------------------------------------------------
-
-void save_window(AutogradContext* ctx, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
-  ctx->saved_data["stride"] = stride;
-  ctx->saved_data["padding"] = padding;
-  ctx->saved_data["dilation"] = dilation;
-}
-
-// The bias is needed only to recompute what the activation was applied to.
-void save(AutogradContext* ctx, variable_list tensors, const OptionalTensor& bias, string_view activation) {
-  ctx->saved_data["activation"] = std::string(activation);
-  ctx->saved_data["has_bias"] = bias.has_value();
-  tensors.push_back(bias && activation != "none" ? *bias : Tensor());
-  ctx->save_for_backward(std::move(tensors));
-}
+// ---- Forward, with a graph
 
 OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// The bias is needed only to recompute what the activation was applied to.
+void save(AutogradContext* ctx, const OpCall& call, std::string_view activation) {
+  variable_list tensors{call.input};
+  for (Tensor& factor : call.factors()) tensors.push_back(std::move(factor));
+  tensors.push_back(call.bias && call.activation != Activation::kNone ? *call.bias : Tensor());
+  ctx->save_for_backward(std::move(tensors));
+  ctx->saved_data["has_bias"] = call.bias.has_value();
+  ctx->saved_data["activation"] = std::string(activation);
+  if (call.op == Op::kLinear) return;
+  ctx->saved_data["stride"] = call.window.stride;
+  ctx->saved_data["padding"] = call.window.padding;
+  ctx->saved_data["dilation"] = call.window.dilation;
 }
 
 // Which gradients the engine asks for: of `count - 1` tensors and the bias.
@@ -89,345 +90,185 @@ std::array<bool, count> wanted_gradients(AutogradContext* ctx) {
   return mask;
 }
 
-// The gradients, then an undefined one for each argument that is no tensor.
-template <typename Gradients>
-variable_list for_engine(Gradients gradients, size_t arguments) {
-  variable_list list = std::apply([](auto&... gradient) { return variable_list{gradient...}; }, gradients);
-  list.resize(arguments);
-  return list;
+// The backward op with what save() has saved: the tensors at `index` before the bias.
+template <typename O, size_t... index>
+Gradients<O::gradients> call_backward(AutogradContext* ctx, const Tensor& grad_output, std::index_sequence<index...>) {
+  const variable_list saved = ctx->get_saved_variables();
+  auto& data = ctx->saved_data;
+  const OptionalTensor bias = optional(saved.back());
+  const std::string& activation = data["activation"].toStringRef();
+  const auto mask = wanted_gradients<O::gradients>(ctx);
+  if constexpr (O::op == Op::kLinear)
+    return backward_op<O>().call(grad_output, saved[index]..., bias, activation, mask);
+  else
+    return backward_op<O>().call(grad_output, saved[index]..., bias, data["stride"].toIntVector(),
+                                 data["padding"].toIntVector(), data["dilation"].toIntVector(), activation, mask);
 }
 
-struct TuckerFunction : torch::autograd::Function<TuckerFunction> {
+template <typename Self, typename O, typename Forward = typename O::Forward>
+struct OpFunction;
+template <typename Self, typename O, typename... Arguments>
+struct OpFunction<Self, O, Tensor(Arguments...)> : torch::autograd::Function<Self> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& core,
-                        const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                        IntArrayRef dilation, string_view activation) {
+  static Tensor forward(AutogradContext* ctx, Arguments... arguments) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output =
-        tucker_conv2d_op().call(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
-    save_window(ctx, stride, padding, dilation);
-    save(ctx, {input, in_factor, core, out_factor}, bias, activation);
+    Tensor output = forward_op<O>().call(arguments...);
+    save(ctx, call_of(arguments...), std::get<sizeof...(Arguments) - 1>(std::tie(arguments...)));
     return output;
   }
 
+  // The gradients, then an undefined one for each argument that is no tensor.
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    auto& data = ctx->saved_data;
-    return for_engine(tucker_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
-                                                       optional(saved[4]), data["stride"].toIntVector(),
-                                                       data["padding"].toIntVector(), data["dilation"].toIntVector(),
-                                                       data["activation"].toStringRef(), wanted_gradients<5>(ctx)),
-                      9);
+    auto gradients = call_backward<O>(ctx, grad_outputs[0], std::make_index_sequence<O::gradients - 1>());
+    variable_list list = std::apply([](auto&... gradient) { return variable_list{gradient...}; }, gradients);
+    list.resize(sizeof...(Arguments));
+    return list;
   }
 };
 
-struct CPFunction : torch::autograd::Function<CPFunction> {
-  static constexpr bool is_traceable = true;
+// Named after the ops: users see these names in graphs.
+struct TuckerFunction : OpFunction<TuckerFunction, TuckerOp> {};
+struct CPFunction : OpFunction<CPFunction, CPOp> {};
+struct LinearFunction : OpFunction<LinearFunction, LinearOp> {};
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
-                        const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
+template <typename O>
+using FunctionOf = std::conditional_t<O::op == Op::kTucker, TuckerFunction,
+                                      std::conditional_t<O::op == Op::kCP, CPFunction, LinearFunction>>;
+
+// ---- Autograd kernels of the ops, and of those with packed weights: where these cannot be used, the ordinary op runs
+
+template <typename O, typename Forward = typename O::Forward>
+struct AutogradKernel;
+template <typename O, typename... Arguments>
+struct AutogradKernel<O, Tensor(Arguments...)> {
+  static Tensor call(c10::DispatchKeySet keys, Arguments... arguments) {
+    if (needs_chain(arguments...)) return checked_chain(call_of(arguments...));
+    if (needs_graph(arguments...)) return FunctionOf<O>::apply(arguments...);
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output = cp_conv2d_op().call(input, in_factor, height_factor, width_factor, out_factor, bias, stride,
-                                        padding, dilation, activation);
-    save_window(ctx, stride, padding, dilation);
-    save(ctx, {input, in_factor, height_factor, width_factor, out_factor}, bias, activation);
-    return output;
+    return forward_op<O>().redispatch(keys & c10::after_ADInplaceOrView_keyset, arguments...);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    auto& data = ctx->saved_data;
-    return for_engine(cp_conv2d_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                                   optional(saved[5]), data["stride"].toIntVector(),
-                                                   data["padding"].toIntVector(), data["dilation"].toIntVector(),
-                                                   data["activation"].toStringRef(), wanted_gradients<6>(ctx)),
-                      10);
-  }
-};
-
-struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
-                        const OptionalTensor& bias, string_view activation) {
+  static Tensor prepared(c10::DispatchKeySet keys, Arguments... arguments, const Tensor& packed) {
+    if (needs_chain(arguments...) || needs_graph(arguments...)) return forward_op<O>().call(arguments...);
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor output = lowrank_linear_op().call(input, in_factor, out_factor, bias, activation);
-    save(ctx, {input, in_factor, out_factor}, bias, activation);
-    return output;
+    return prepared_op<O>().redispatch(keys & c10::after_ADInplaceOrView_keyset, arguments..., packed);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    return for_engine(
-        lowrank_linear_backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
-                                          ctx->saved_data["activation"].toStringRef(), wanted_gradients<4>(ctx)),
-        5);
-  }
-};
-
-// ---- Autograd kernels of the ops
-
-Tensor tucker_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& core,
-                       const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                       IntArrayRef dilation, string_view activation) {
-  if (needs_chain(input, in_factor, core, out_factor, bias))
-    return tucker_by_chain(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
-  if (needs_graph(input, in_factor, core, out_factor, bias))
-    return TuckerFunction::apply(input, in_factor, core, out_factor, bias, stride, padding, dilation, activation);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return tucker_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, core, out_factor,
-                                       bias, stride, padding, dilation, activation);
-}
-
-Tensor cp_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
-                   const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                   IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  if (needs_chain(input, in_factor, height_factor, width_factor, out_factor, bias))
-    return cp_by_chain(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
-                       activation);
-  if (needs_graph(input, in_factor, height_factor, width_factor, out_factor, bias))
-    return CPFunction::apply(input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding, dilation,
-                             activation);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return cp_conv2d_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, height_factor,
-                                   width_factor, out_factor, bias, stride, padding, dilation, activation);
-}
-
-Tensor linear_autograd(c10::DispatchKeySet keys, const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
-                       const OptionalTensor& bias, string_view activation) {
-  if (needs_chain(input, in_factor, out_factor, bias))
-    return linear_by_chain(input, in_factor, out_factor, bias, activation);
-  if (needs_graph(input, in_factor, out_factor, bias))
-    return LinearFunction::apply(input, in_factor, out_factor, bias, activation);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return lowrank_linear_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, in_factor, out_factor, bias,
-                                        activation);
-}
-
-// ---- Ops with packed weights: where these cannot be used, the ordinary op runs
-
-template <auto plain, auto prepared, typename Signature>
-struct PreparedOp;
-template <auto plain, auto prepared, typename... Arguments>
-struct PreparedOp<plain, prepared, Tensor(Arguments...)> {
   // Under autocast the factors are cast to other ones; devices other than the CPU have no packed weights.
-  static Tensor ordinary(Arguments... arguments, const Tensor&) { return plain().call(arguments...); }
-
-  static Tensor autograd(c10::DispatchKeySet keys, Arguments... arguments, const Tensor& packed) {
-    if (needs_chain(arguments...) || needs_graph(arguments...)) return plain().call(arguments...);
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return prepared().redispatch(keys & c10::after_ADInplaceOrView_keyset, arguments..., packed);
-  }
+  static Tensor without_packed(Arguments... arguments, const Tensor&) { return forward_op<O>().call(arguments...); }
 };
-using PreparedTucker = PreparedOp<&tucker_conv2d_op, &tucker_conv2d_prepared_op, TuckerForward>;
-using PreparedCP = PreparedOp<&cp_conv2d_op, &cp_conv2d_prepared_op, CPForward>;
-using PreparedLinear = PreparedOp<&lowrank_linear_op, &lowrank_linear_prepared_op, LinearForward>;
 
-void register_ordinary(torch::Library& m) {
-  m.impl("tucker_conv2d_prepared", &PreparedTucker::ordinary);
-  m.impl("cp_conv2d_prepared", &PreparedCP::ordinary);
-  m.impl("lowrank_linear_prepared", &PreparedLinear::ordinary);
+void register_without_packed(torch::Library& m) {
+  for_each_op([&m](auto op) { m.impl(op.prepared_name, &AutogradKernel<decltype(op)>::without_packed); });
 }
 
 // ---- Autograd kernels of the backward ops: the gradients themselves, differentiable
-// --------------------------------
 
-// The gradients of the whole batch at once, in the dtype and shape of the arguments.
-template <size_t count>
-auto differentiable_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
-                              const std::array<Tensor, count - 2>& factors, const std::array<bool, count>& mask) {
+// The gradients of the whole batch at once, in the dtype and shape of the arguments. Also what torch.vmap runs, over
+// grad_output or over anything else.
+std::vector<Tensor> differentiable_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  const bool linear = call.op == Op::kLinear;
+  if (!linear) check_pairs(name_of(call.op), call.window);  // torch's own ops check the shapes
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::ScalarType dtype = block.stages[0].weight.scalar_type();
-  const std::vector<Tensor> found = block_gradients(grad_output.to(dtype), input.to(dtype), block, mask);
-  std::array<Tensor, count> gradients;
-  for (size_t i = 0; i < count; ++i) {
-    if (!mask[i]) continue;
-    gradients[i] = found[i].to(input.scalar_type());
-    if (i > 0 && i + 1 < count) gradients[i] = gradients[i].reshape_symint(factors[i - 1].sym_sizes());
+  const Block block = block_of(call);
+  const auto rows = [&](const Tensor& tensor, const Tensor& factor, int64_t axis) {
+    return (linear ? tensor.reshape_symint({-1, factor.sym_size(axis)}) : tensor).to(block.dtype());
+  };
+  std::vector<Tensor> gradients =
+      block_gradients(rows(grad_output, call.out_factor, 0), rows(call.input, call.in_factor, 1), block, mask);
+  const auto factors = call.factors();
+  for (size_t i = 0; i < mask.size(); ++i) {
+    if (!mask[i]) {
+      gradients[i] = Tensor();
+      continue;
+    }
+    gradients[i] = gradients[i].to(call.input.scalar_type());
+    if (i > 0 && i <= factors.size()) gradients[i] = gradients[i].reshape_symint(factors[i - 1].sym_sizes());
   }
+  if (linear && mask[0]) gradients[0] = gradients[0].view_symint(call.input.sym_sizes());
   return gradients;
 }
 
-template <size_t count>
-auto as_tuple(const std::array<Tensor, count>& gradients) {
-  return std::apply([](const auto&... gradient) { return std::make_tuple(gradient...); }, gradients);
-}
+template <typename O>
+using DifferentiableBackward = BackwardKernel<differentiable_gradients, O>;
 
-// The same for a whole op: also what torch.vmap runs, over grad_output or over anything else.
-Gradients5 tucker_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor, const Tensor& core,
-                            const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                            IntArrayRef padding, IntArrayRef dilation, string_view activation,
-                            std::array<bool, 5> output_mask) {
-  constexpr const char* op = "tucker_conv2d_backward";
-  const Window window{stride, padding, dilation};
-  check_pairs(op, window);  // torch's own ops check the shapes
-  const Block block = tucker_block(input, in_factor, core, out_factor, bias, window, parse_activation(op, activation));
-  return as_tuple(differentiable_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
-}
-
-Gradients6 cp_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                        const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                        const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                        string_view activation, std::array<bool, 6> output_mask) {
-  constexpr const char* op = "cp_conv2d_backward";
-  const Window window{stride, padding, dilation};
-  check_pairs(op, window);  // torch's own ops check the shapes
-  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                               parse_activation(op, activation));
-  return as_tuple(differentiable_gradients<6>(grad_output, input, block,
-                                              {in_factor, height_factor, width_factor, out_factor}, output_mask));
-}
-
-Gradients4 linear_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                            const Tensor& out_factor, const OptionalTensor& bias, string_view activation,
-                            std::array<bool, 4> output_mask) {
-  const Block block =
-      linear_block(input, in_factor, out_factor, bias, parse_activation("lowrank_linear_backward", activation));
-  auto gradients = differentiable_gradients<4>(grad_output.reshape_symint({-1, out_factor.sym_size(0)}),
-                                               input.reshape_symint({-1, in_factor.sym_size(1)}), block,
-                                               {in_factor, out_factor}, output_mask);
-  if (output_mask[0]) gradients[0] = gradients[0].view_symint(input.sym_sizes());
-  return as_tuple(gradients);
-}
-
-Gradients5 tucker_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
-                                    const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
-                                    IntArrayRef dilation, string_view activation, std::array<bool, 5> output_mask) {
-  if (needs_graph(grad_output, input, in_factor, core, out_factor, bias))
-    return tucker_gradients(grad_output, input, in_factor, core, out_factor, bias, stride, padding, dilation,
-                            activation, output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return tucker_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
-                                                core, out_factor, bias, stride, padding, dilation, activation,
-                                                output_mask);
-}
-
-Gradients6 cp_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
-                                const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                                IntArrayRef padding, IntArrayRef dilation, string_view activation,
-                                std::array<bool, 6> output_mask) {
-  if (needs_graph(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias))
-    return cp_gradients(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias, stride, padding,
-                        dilation, activation, output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return cp_conv2d_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input, in_factor,
-                                            height_factor, width_factor, out_factor, bias, stride, padding, dilation,
-                                            activation, output_mask);
-}
-
-Gradients4 linear_backward_autograd(c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                                    string_view activation, std::array<bool, 4> output_mask) {
-  if (needs_graph(grad_output, input, in_factor, out_factor, bias))
-    return linear_gradients(grad_output, input, in_factor, out_factor, bias, activation, output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return lowrank_linear_backward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, input,
-                                                 in_factor, out_factor, bias, activation, output_mask);
-}
+template <typename O, typename Forward = typename O::Forward>
+struct BackwardAutogradKernel;
+template <typename O, typename... Arguments>
+struct BackwardAutogradKernel<O, Tensor(Arguments...)> {
+  static Gradients<O::gradients> call(c10::DispatchKeySet keys, const Tensor& grad_output, Arguments... arguments,
+                                      std::array<bool, O::gradients> output_mask) {
+    if (needs_graph(grad_output, arguments...))
+      return DifferentiableBackward<O>::call(grad_output, arguments..., output_mask);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return backward_op<O>().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, arguments...,
+                                       output_mask);
+  }
+};
 
 // ---- Autocast: every tensor to the region's dtype, as for torch's own convolutions
-// ---------------------------------
 
-// Casts the tensors of a call; everything else passes as it is.
-template <at::DeviceType device>
-struct Autocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-  at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-
-  template <typename T>
-  auto operator()(const T& tensor) const {
-    return at::autocast::cached_cast(dtype, tensor, device);
+template <at::DeviceType device, typename O, typename Forward = typename O::Forward>
+struct AutocastKernel;
+template <at::DeviceType device, typename O, typename... Arguments>
+struct AutocastKernel<device, O, Tensor(Arguments...)> {
+  static Tensor call(Arguments... arguments) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+    const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+    // An argument that is no tensor passes as it is.
+    return forward_op<O>().call(at::autocast::cached_cast(dtype, arguments, device)...);
   }
 };
 
 template <at::DeviceType device>
-Tensor tucker_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
-                       const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                       string_view activation) {
-  const Autocast<device> cast;
-  return tucker_conv2d_op().call(cast(input), cast(in_factor), cast(core), cast(out_factor), cast(bias), stride,
-                                 padding, dilation, activation);
-}
-
-template <at::DeviceType device>
-Tensor cp_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor,
-                   const Tensor& width_factor, const Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                   IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  const Autocast<device> cast;
-  return cp_conv2d_op().call(cast(input), cast(in_factor), cast(height_factor), cast(width_factor), cast(out_factor),
-                             cast(bias), stride, padding, dilation, activation);
-}
-
-template <at::DeviceType device>
-Tensor linear_autocast(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor,
-                       const OptionalTensor& bias, string_view activation) {
-  const Autocast<device> cast;
-  return lowrank_linear_op().call(cast(input), cast(in_factor), cast(out_factor), cast(bias), activation);
-}
-
-template <at::DeviceType device>
 void register_autocast(torch::Library& m) {
-  m.impl("tucker_conv2d", &tucker_autocast<device>);
-  m.impl("cp_conv2d", &cp_autocast<device>);
-  m.impl("lowrank_linear", &linear_autocast<device>);
+  for_each_op([&m](auto op) { m.impl(op.name, &AutocastKernel<device, decltype(op)>::call); });
+  register_without_packed(m);
 }
 
 // ---- torch.vmap: the chain's ops know what to do with a batch of images or of factors
 
-// torch asks for the rule of vmap before that of autocast.
-template <auto chain, auto on_cpu, auto on_cuda, typename Signature>
-struct BatchedOp;
-template <auto chain, auto on_cpu, auto on_cuda, typename... Arguments>
-struct BatchedOp<chain, on_cpu, on_cuda, Tensor(const Tensor&, Arguments...)> {
+template <typename O, typename Forward = typename O::Forward>
+struct BatchedKernel;
+template <typename O, typename... Arguments>
+struct BatchedKernel<O, Tensor(const Tensor&, Arguments...)> {
   static Tensor call(const Tensor& input, Arguments... arguments) {
-    if (input.is_cpu() && at::autocast::is_autocast_enabled(at::kCPU)) return on_cpu(input, arguments...);
-    if (input.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA)) return on_cuda(input, arguments...);
-    return chain(input, arguments...);
+    // torch asks for the rule of vmap before that of autocast.
+    if (input.is_cpu() && at::autocast::is_autocast_enabled(at::kCPU))
+      return AutocastKernel<at::kCPU, O>::call(input, arguments...);
+    if (input.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA))
+      return AutocastKernel<at::kCUDA, O>::call(input, arguments...);
+    return checked_chain(call_of(input, arguments...));
   }
 };
-using BatchedTucker =
-    BatchedOp<&tucker_by_chain, &tucker_autocast<at::kCPU>, &tucker_autocast<at::kCUDA>, TuckerForward>;
-using BatchedCP = BatchedOp<&cp_by_chain, &cp_autocast<at::kCPU>, &cp_autocast<at::kCUDA>, CPForward>;
-using BatchedLinear =
-    BatchedOp<&linear_by_chain, &linear_autocast<at::kCPU>, &linear_autocast<at::kCUDA>, LinearForward>;
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lowrank_ops, Autograd, m) {
-  m.impl("tucker_conv2d", &tucker_autograd);
-  m.impl("cp_conv2d", &cp_autograd);
-  m.impl("lowrank_linear", &linear_autograd);
-  m.impl("tucker_conv2d_prepared", &PreparedTucker::autograd);
-  m.impl("cp_conv2d_prepared", &PreparedCP::autograd);
-  m.impl("lowrank_linear_prepared", &PreparedLinear::autograd);
-  m.impl("tucker_conv2d_backward", &tucker_backward_autograd);
-  m.impl("cp_conv2d_backward", &cp_backward_autograd);
-  m.impl("lowrank_linear_backward", &linear_backward_autograd);
+  for_each_op([&m](auto op) {
+    using O = decltype(op);
+    m.impl(O::name, &AutogradKernel<O>::call);
+    m.impl(O::prepared_name, &AutogradKernel<O>::prepared);
+    m.impl(O::backward_name, &BackwardAutogradKernel<O>::call);
+  });
 }
-
 TORCH_LIBRARY_IMPL(lowrank_ops, FuncTorchBatched, m) {
-  m.impl("tucker_conv2d", &BatchedTucker::call);
-  m.impl("cp_conv2d", &BatchedCP::call);
-  m.impl("lowrank_linear", &BatchedLinear::call);
-  register_ordinary(m);
-  m.impl("tucker_conv2d_backward", &tucker_gradients);
-  m.impl("cp_conv2d_backward", &cp_gradients);
-  m.impl("lowrank_linear_backward", &linear_gradients);
+  for_each_op([&m](auto op) {
+    using O = decltype(op);
+    m.impl(O::name, &BatchedKernel<O>::call);
+    m.impl(O::backward_name, &DifferentiableBackward<O>::call);
+  });
+  register_without_packed(m);
 }
 TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCPU, m) {
   register_autocast<at::kCPU>(m);
-  register_ordinary(m);
 }
 TORCH_LIBRARY_IMPL(lowrank_ops, AutocastCUDA, m) {
   register_autocast<at::kCUDA>(m);
-  register_ordinary(m);
 }
 TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
-  register_ordinary(m);
+  register_without_packed(m);
 }
 
 }  // namespace lowrank_ops

@@ -8,32 +8,22 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
+#include <string>
 
 #include "ops/checks.h"
+#include "ops/dispatch.h"
 #include "ops/problem_of.h"
 #include "plan/gpu/planner.h"
 
 namespace lowrank_ops {
 namespace {
 
-using at::IntArrayRef;
 using at::Tensor;
 
-// What the recomputed intermediates of one chunk may take. On a CPU near the size of a last-level cache;
+// Bytes that the recomputed intermediates of one chunk may take: on a CPU near the size of a last-level cache,
 // elsewhere large enough that launches do not dominate.
 constexpr int64_t kCpuChunkBytes = int64_t{32} << 20;
 constexpr int64_t kDeviceChunkBytes = int64_t{256} << 20;
-
-bool is_linear(const Stage& stage) {
-  return stage.weight.dim() == 2;
-}
-
-Tensor forward(const Stage& stage, const Tensor& x, const OptionalTensor& bias) {
-  if (is_linear(stage)) return at::linear(x, stage.weight, bias);
-  return at::conv2d(library_image(x, stage.stride[1]), stage.weight, bias, stage.stride, stage.padding, stage.dilation,
-                    stage.groups);
-}
 
 // A tensor of the shape of forward(stage, x), its values never to be read.
 Tensor unset_output(const Stage& stage, const Tensor& x) {
@@ -80,39 +70,29 @@ Tensor sum_for_bias(const Tensor& grad) {
   return grad.dim() == 4 ? grad.sum({0, 2, 3}, /*keepdim=*/false, dtype) : grad.sum(0, /*keepdim=*/false, dtype);
 }
 
-Stage pointwise(const Tensor& factor) {
-  return {factor.unsqueeze(-1).unsqueeze(-1)};
-}
-
-OptionalTensor to(const OptionalTensor& tensor, at::ScalarType dtype) {
-  return tensor ? OptionalTensor(tensor->to(dtype)) : std::nullopt;
-}
-
 // How many images (rows) a chunk holds: the stage inputs and their gradients within the budget.
-int64_t chunk_size(const std::vector<Stage>& stages, const Tensor& input, const Tensor& grad_output) {
+int64_t chunk_size(const Block& block, const Tensor& input, const Tensor& grad_output) {
   const auto pixels = [](const Tensor& tensor) { return tensor.dim() == 4 ? tensor.size(2) * tensor.size(3) : 1; };
   const int64_t most_pixels = std::max(pixels(input), pixels(grad_output));
   int64_t channels = input.size(1);
-  for (const Stage& stage : stages) channels += stage.weight.size(0);
-  const int64_t bytes = 2 * channels * most_pixels * stages[0].weight.element_size();
+  for (const Stage& stage : block.stages) channels += stage.weight.size(0);
+  const int64_t bytes = 2 * channels * most_pixels * block.stages[0].weight.element_size();
   return std::max<int64_t>(1, (input.is_cpu() ? kCpuChunkBytes : kDeviceChunkBytes) / bytes);
 }
 
 // `block_gradients` chunk by chunk along axis 0: the weights' gradients added up in fp32 at least, then in
 // the dtype, shape and memory format of `factors`, so that an optimizer meets the strides it expects.
-template <size_t count>
-std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
-                                            const std::array<Tensor, count - 2>& factors,
-                                            const std::array<bool, count>& mask) {
-  const at::ScalarType dtype = block.stages[0].weight.scalar_type();
+std::vector<Tensor> chunked_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
+                                      const c10::SmallVector<Tensor, 4>& factors, c10::ArrayRef<bool> mask) {
+  const at::ScalarType dtype = block.dtype();
   const auto format = input.suggest_memory_format();
   // On GPUs the library's convolutions are fastest in channels_last, whatever the caller's format is.
   const auto computed = input.is_cuda() && input.dim() == 4 ? at::MemoryFormat::ChannelsLast : format;
   const auto any = std::find(mask.begin(), mask.end(), true) != mask.end();
-  std::array<Tensor, count> total;
+  std::vector<Tensor> total(mask.size());
   if (mask[0]) total[0] = at::empty(input.sizes(), input.options().memory_format(format));
 
-  const int64_t end = any ? input.size(0) : 0, step = chunk_size(block.stages, input, grad_output);
+  const int64_t end = any ? input.size(0) : 0, step = chunk_size(block, input, grad_output);
   for (int64_t first = 0; first < end; first += step) {
     const int64_t size = std::min(step, end - first);
     const auto chunk = [&](const Tensor& tensor) {
@@ -120,7 +100,7 @@ std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Ten
     };
     const std::vector<Tensor> parts = block_gradients(chunk(grad_output), chunk(input), block, mask);
     if (mask[0]) total[0].narrow(0, first, size).copy_(parts[0]);
-    for (size_t i = 1; i < count; ++i) {
+    for (size_t i = 1; i < total.size(); ++i) {
       if (!mask[i]) continue;
       if (total[i].defined()) {
         total[i].add_(parts[i]);
@@ -130,20 +110,15 @@ std::array<Tensor, count> chunked_gradients(const Tensor& grad_output, const Ten
     }
   }
 
-  for (size_t i = 1; i < count; ++i) {
+  for (size_t i = 1; i < total.size(); ++i) {
     if (!mask[i]) continue;
     // A column of the last factor has the shape of a bias.
-    const Tensor argument = i + 1 < count ? factors[i - 1] : factors.back().select(1, 0);
+    const Tensor argument = i + 1 < total.size() ? factors[i - 1] : factors.back().select(1, 0);
     total[i] =
         total[i].defined() ? total[i].to(argument.scalar_type()).reshape(argument.sizes()) : at::zeros_like(argument);
     total[i] = total[i].contiguous(argument.suggest_memory_format());
   }
   return total;
-}
-
-template <typename Array>
-auto as_tuple(const Array& gradients) {
-  return std::apply([](const auto&... gradient) { return std::make_tuple(gradient...); }, gradients);
 }
 
 // Backward may be called inside an autocast region; the dtypes are the forward pass's, not the region's.
@@ -152,38 +127,6 @@ struct NoAutocast {
 };
 
 }  // namespace
-
-Block tucker_block(const Tensor& input, const Tensor& in_factor, const Tensor& core, const Tensor& out_factor,
-                   const OptionalTensor& bias, const Window& window, Activation activation) {
-  const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, window, kernel_width(core));
-  return {{pointwise(in_factor.to(dtype)),
-           {core.to(dtype), {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}},
-           pointwise(out_factor.to(dtype))},
-          to(bias, dtype),
-          activation};
-}
-
-Block cp_block(const Tensor& input, const Tensor& in_factor, const Tensor& height_factor, const Tensor& width_factor,
-               const Tensor& out_factor, const OptionalTensor& bias, const Window& window, Activation activation) {
-  const auto& [stride, padding, dilation] = window;
-  const auto dtype = library_dtype(input, window, kernel_width(width_factor));
-  const int64_t rank = in_factor.sym_size(0).guard_int(__FILE__, __LINE__);
-  const Tensor height = height_factor.to(dtype).unsqueeze(1).unsqueeze(-1);  // [R, 1, KH, 1]
-  const Tensor width = width_factor.to(dtype).unsqueeze(1).unsqueeze(1);     // [R, 1, 1, KW]
-  return {{pointwise(in_factor.to(dtype)),
-           {height, {stride[0], 1}, {padding[0], 0}, {dilation[0], 1}, rank},
-           {width, {1, stride[1]}, {0, padding[1]}, {1, dilation[1]}, rank},
-           pointwise(out_factor.to(dtype))},
-          to(bias, dtype),
-          activation};
-}
-
-Block linear_block(const Tensor& input, const Tensor& in_factor, const Tensor& out_factor, const OptionalTensor& bias,
-                   Activation activation) {
-  const auto dtype = library_dtype(input);
-  return {{{in_factor.to(dtype)}, {out_factor.to(dtype)}}, to(bias, dtype), activation};
-}
 
 std::vector<Tensor> block_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
                                     c10::ArrayRef<bool> mask) {
@@ -223,85 +166,62 @@ std::vector<Tensor> block_gradients(const Tensor& grad_output, const Tensor& inp
   return gradients;
 }
 
-Gradients5 tucker_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                                  const Tensor& core, const Tensor& out_factor, const OptionalTensor& bias,
-                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                  std::string_view activation, std::array<bool, 5> output_mask) {
-  constexpr const char* op = "tucker_conv2d_backward";
-  const Window window{stride, padding, dilation};
-  const Activation function = parse_activation(op, activation);
-  check_tucker(input, in_factor, core, out_factor, bias, window);
-  check_grad_output(op, grad_output, input, out_factor.size(0), core.size(2), core.size(3), window);
-  const NoAutocast no_autocast;
-  const Block block = tucker_block(input, in_factor, core, out_factor, bias, window, function);
-  return as_tuple(chunked_gradients<5>(grad_output, input, block, {in_factor, core, out_factor}, output_mask));
-}
+namespace {
 
-// With both depthwise stages as one convolution with their product, in fp32: what merges_depthwise says of the forward
-// pass holds all the more of the backward one. On an H200 (bfloat16, channels_last, 3x3) a step of 32x256-256 56x56 R64
-// took 1482 us with two stages, the chain with one 380 (benchmarks/results/h200_training.jsonl).
-Gradients6 merged_cp_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                              const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                              const OptionalTensor& bias, const Window& window, Activation activation,
-                              const std::array<bool, 6>& mask) {
-  const auto wide = at::toOpMathType(height_factor.scalar_type());
-  const Tensor height = height_factor.to(wide).unsqueeze(2), width = width_factor.to(wide).unsqueeze(1);
-  const Tensor product = (height * width).unsqueeze(1);  // [R, 1, KH, KW]
-  Block block = tucker_block(input, in_factor, product, out_factor, bias, window, activation);
-  block.stages[1].groups = in_factor.size(0);
-  const auto found = chunked_gradients<5>(grad_output, input, block, {in_factor, product, out_factor},
-                                          {mask[0], mask[1], mask[2] || mask[3], mask[4], mask[5]});
+// CP's gradients with both depthwise stages as one convolution with their product, in fp32: the gain of
+// merges_depthwise() in the forward pass is larger in the backward pass. On an H200 (bfloat16,
+// channels_last, 3x3) a step of 32x256-256 56x56 R64 took 1482 us with two stages, the chain with one 380
+// (benchmarks/results/h200_training.jsonl).
+std::vector<Tensor> merged_cp_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  const auto rank_dtype = call.height_factor.scalar_type(), wide = at::toOpMathType(rank_dtype);
+  const Tensor height = call.height_factor.to(wide).unsqueeze(2), width = call.width_factor.to(wide).unsqueeze(1);
+  const Tensor taps = (height * width).unsqueeze(1);  // [R, 1, KH, KW]
+  const auto found =
+      chunked_gradients(grad_output, call.input, merged_cp_block(call, taps), {call.in_factor, taps, call.out_factor},
+                        std::array<bool, 5>{mask[0], mask[1], mask[2] || mask[3], mask[4], mask[5]});
   Tensor grad_height, grad_width;
-  if (mask[2]) grad_height = (found[2].squeeze(1) * width).sum(2).to(height_factor.scalar_type());
-  if (mask[3]) grad_width = (found[2].squeeze(1) * height).sum(1).to(width_factor.scalar_type());
+  if (mask[2]) grad_height = (found[2].squeeze(1) * width).sum(2).to(rank_dtype);
+  if (mask[3]) grad_width = (found[2].squeeze(1) * height).sum(1).to(rank_dtype);
   return {found[0], found[1], grad_height, grad_width, found[3], found[4]};
 }
 
-Gradients6 cp_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                              const Tensor& height_factor, const Tensor& width_factor, const Tensor& out_factor,
-                              const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                              std::string_view activation, std::array<bool, 6> output_mask) {
-  constexpr const char* op = "cp_conv2d_backward";
-  const Window window{stride, padding, dilation};
-  const Activation function = parse_activation(op, activation);
-  check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-  check_grad_output(op, grad_output, input, out_factor.size(0), height_factor.size(1), width_factor.size(1), window);
-  const NoAutocast no_autocast;
-  const auto merges = [&] {
-    Problem problem = cp_problem(input, height_factor, width_factor, out_factor, window, function);
-    problem.layout = Layout::kChannelsLast;  // what chunks are computed in
-    return merges_depthwise(problem);
-  };
-  if (input.is_cuda() && merges())
-    return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                              function, output_mask);
-  const Block block = cp_block(input, in_factor, height_factor, width_factor, out_factor, bias, window, function);
-  return as_tuple(chunked_gradients<6>(grad_output, input, block, {in_factor, height_factor, width_factor, out_factor},
-                                       output_mask));
+// Of a linear layer as a matrix of rows.
+std::vector<Tensor> linear_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  auto gradients =
+      chunked_gradients(grad_output.reshape({-1, call.out_factor.size(0)}),
+                        call.input.reshape({-1, call.in_factor.size(1)}), block_of(call), call.factors(), mask);
+  if (mask[0]) gradients[0] = gradients[0].view(call.input.sizes());
+  return gradients;
 }
 
-Gradients4 lowrank_linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& in_factor,
-                                   const Tensor& out_factor, const OptionalTensor& bias, std::string_view activation,
-                                   std::array<bool, 4> output_mask) {
-  constexpr const char* op = "lowrank_linear_backward";
-  const Activation function = parse_activation(op, activation);
-  check_linear(input, in_factor, out_factor, bias);
-  std::vector<int64_t> output_sizes = input.sizes().vec();
-  output_sizes.back() = out_factor.size(0);
-  check_grad_output(op, grad_output, input, output_sizes);
+// Whether both depthwise stages are to be one convolution.
+bool merges(const OpCall& call) {
+  if (call.op != Op::kCP || !call.input.is_cuda()) return false;
+  Problem problem = problem_of(call);
+  problem.layout = Layout::kChannelsLast;  // the format that chunks are computed in
+  return merges_depthwise(problem);
+}
+
+std::vector<Tensor> op_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  check(call);
+  check_grad_output((std::string(name_of(call.op)) + "_backward").c_str(), grad_output, call);
   const NoAutocast no_autocast;
-  const Block block = linear_block(input, in_factor, out_factor, bias, function);
-  auto gradients =
-      chunked_gradients<4>(grad_output.reshape({-1, out_factor.size(0)}), input.reshape({-1, in_factor.size(1)}), block,
-                           {in_factor, out_factor}, output_mask);
-  if (output_mask[0]) gradients[0] = gradients[0].view(input.sizes());
-  return as_tuple(gradients);
+  if (call.op == Op::kLinear) return linear_gradients(grad_output, call, mask);
+  if (merges(call)) return merged_cp_gradients(grad_output, call, mask);
+  return chunked_gradients(grad_output, call.input, block_of(call), call.factors(), mask);
+}
+
+}  // namespace
+
+std::vector<Tensor> merged_cp_backward(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  check(call);
+  check_grad_output("merged_cp_backward", grad_output, call);
+  const NoAutocast no_autocast;
+  return merged_cp_gradients(grad_output, call, mask);
 }
 
 TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
-  m.impl("tucker_conv2d_backward", &tucker_conv2d_backward);
-  m.impl("cp_conv2d_backward", &cp_conv2d_backward);
-  m.impl("lowrank_linear_backward", &lowrank_linear_backward);
+  for_each_op([&m](auto op) { m.impl(op.backward_name, &BackwardKernel<op_gradients, decltype(op)>::call); });
 }
 
 }  // namespace lowrank_ops

@@ -1,155 +1,30 @@
-// Argument checks of the ops. Every message names the op, the argument, what is required, what came.
+// Argument checks of the ops. Every message names the op, the argument, what is required, what came. The fake kernels
+// (lowrank_ops/ops/fakes.py) check the same in the same words, with symbolic shapes (tests/ops/test_errors.py).
 #pragma once
 
 #include <cstdint>
 
-#include "ops/ops.h"
+#include "ops/call.h"
 
 namespace lowrank_ops {
+
+// Raises unless these are the arguments of a valid call.
+void check(const OpCall& call);
+// The window alone: pairs, and of numbers whose products do not overflow.
+void check_pairs(const char* op, const Window& window);
+// `op`: the backward op, for the message. `call` is checked.
+void check_grad_output(const char* op, const at::Tensor& grad_output, const OpCall& call);
+
+// ---- The parts, for functions with other arguments
 
 struct Argument {
   const char* name;
   const at::Tensor& tensor;
 };
 
-inline bool is_supported(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
-inline void check_dim(const char* op, const Argument& argument, int64_t dim, const char* shape) {
-  TORCH_CHECK_VALUE(argument.tensor.dim() == dim, op, ": ", argument.name, " must be ", shape, ", got shape ",
-                    argument.tensor.sizes());
-}
-
-inline void check_size(const char* op, const Argument& argument, int64_t axis, int64_t required, const char* why) {
-  TORCH_CHECK_VALUE(argument.tensor.size(axis) == required, op, ": ", argument.name, " must have size ", required,
-                    " on axis ", axis, " (", why, "), got shape ", argument.tensor.sizes());
-}
-
-inline void check_nonempty(const char* op, const Argument& argument) {
-  for (const int64_t size : argument.tensor.sizes())
-    TORCH_CHECK_VALUE(size > 0, op, ": ", argument.name,
-                      " must have no axis of size 0 (ranks are at least 1), got shape ", argument.tensor.sizes());
-}
-
-// Same floating dtype and device for every tensor of the call.
-inline void check_kind(const char* op, const at::Tensor& input, std::initializer_list<Argument> factors,
-                       const OptionalTensor& bias) {
-  TORCH_CHECK_TYPE(is_supported(input.scalar_type()), op, ": input must be float32, float64, bfloat16 or float16, got ",
-                   input.scalar_type());
-  const auto check = [&](const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), op, ": ", name, " must have the input's dtype ",
-                     input.scalar_type(), ", got ", tensor.scalar_type(),
-                     "; convert the module or the input with .to(dtype), or run under torch.autocast");
-    TORCH_CHECK_VALUE(tensor.device() == input.device(), op, ": ", name, " must be on the input's device ",
-                      input.device(), ", got ", tensor.device());
-  };
-  for (const Argument& factor : factors) {
-    check(factor.name, factor.tensor);
-    check_nonempty(op, factor);
-  }
-  if (bias) check("bias", *bias);
-}
-
-inline void check_bias(const char* op, const OptionalTensor& bias, int64_t t) {
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == t), op, ": bias must be [T] = [", t,
-                    "] (the rows of out_factor) or None, got shape ", bias->sizes());
-}
-
-inline void check_pairs(const char* op, const Window& window) {
-  const auto check_pair = [op](const char* name, at::IntArrayRef values) {
-    TORCH_CHECK_VALUE(values.size() == 2, op, ": ", name, " must have 2 entries (height, width), got ", values);
-    for (const int64_t value : values)  // larger ones would overflow in the products below
-      TORCH_CHECK_VALUE(value <= INT32_MAX, op, ": ", name, " must be at most ", INT32_MAX, ", got ", values);
-  };
-  check_pair("stride", window.stride);
-  check_pair("padding", window.padding);
-  check_pair("dilation", window.dilation);
-}
-
-inline void check_window(const char* op, const at::Tensor& input, int64_t kh, int64_t kw, const Window& window) {
-  check_pairs(op, window);
-  const char* axis_name[2] = {"height", "width"};
-  const int64_t kernel[2] = {kh, kw};
-  for (int axis = 0; axis < 2; ++axis) {
-    TORCH_CHECK_VALUE(window.stride[axis] >= 1, op, ": stride must be at least 1 on each axis, got ", window.stride);
-    TORCH_CHECK_VALUE(window.padding[axis] >= 0, op, ": padding must be at least 0 on each axis, got ", window.padding);
-    TORCH_CHECK_VALUE(window.dilation[axis] >= 1, op, ": dilation must be at least 1 on each axis, got ",
-                      window.dilation);
-    const int64_t padded = input.size(2 + axis) + 2 * window.padding[axis];
-    const int64_t reach = window.dilation[axis] * (kernel[axis] - 1) + 1;
-    TORCH_CHECK_VALUE(padded >= reach, op, ": the output would be empty: the kernel reaches over ", reach,
-                      " pixels along the ", axis_name[axis], ", the padded input has ", padded,
-                      "; enlarge the padding or the input");
-  }
-}
-
-inline void check_tucker(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                         const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window) {
-  constexpr const char* op = "tucker_conv2d";
-  check_dim(op, {"input", input}, 4, "[N, S, H, W]");
-  check_dim(op, {"in_factor", in_factor}, 2, "[R1, S]");
-  check_dim(op, {"core", core}, 4, "[R2, R1, KH, KW]");
-  check_dim(op, {"out_factor", out_factor}, 2, "[T, R2]");
-  check_kind(op, input, {{"in_factor", in_factor}, {"core", core}, {"out_factor", out_factor}}, bias);
-  check_size(op, {"in_factor", in_factor}, 1, input.size(1), "S, the channels of input");
-  check_size(op, {"core", core}, 1, in_factor.size(0), "R1, the rows of in_factor");
-  check_size(op, {"out_factor", out_factor}, 1, core.size(0), "R2, the first axis of core");
-  check_bias(op, bias, out_factor.size(0));
-  check_window(op, input, core.size(2), core.size(3), window);
-}
-
-inline void check_cp(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-                     const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                     const Window& window) {
-  constexpr const char* op = "cp_conv2d";
-  check_dim(op, {"input", input}, 4, "[N, S, H, W]");
-  check_dim(op, {"in_factor", in_factor}, 2, "[R, S]");
-  check_dim(op, {"height_factor", height_factor}, 2, "[R, KH]");
-  check_dim(op, {"width_factor", width_factor}, 2, "[R, KW]");
-  check_dim(op, {"out_factor", out_factor}, 2, "[T, R]");
-  check_kind(op, input,
-             {{"in_factor", in_factor},
-              {"height_factor", height_factor},
-              {"width_factor", width_factor},
-              {"out_factor", out_factor}},
-             bias);
-  check_size(op, {"in_factor", in_factor}, 1, input.size(1), "S, the channels of input");
-  check_size(op, {"height_factor", height_factor}, 0, in_factor.size(0), "R, the rows of in_factor");
-  check_size(op, {"width_factor", width_factor}, 0, in_factor.size(0), "R, the rows of in_factor");
-  check_size(op, {"out_factor", out_factor}, 1, in_factor.size(0), "R, the rows of in_factor");
-  check_bias(op, bias, out_factor.size(0));
-  check_window(op, input, height_factor.size(1), width_factor.size(1), window);
-}
-
-inline void check_linear(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                         const OptionalTensor& bias) {
-  constexpr const char* op = "lowrank_linear";
-  TORCH_CHECK_VALUE(input.dim() >= 1, op, ": input must be [..., S], got a tensor of no axes");
-  check_dim(op, {"in_factor", in_factor}, 2, "[R, S]");
-  check_dim(op, {"out_factor", out_factor}, 2, "[T, R]");
-  check_kind(op, input, {{"in_factor", in_factor}, {"out_factor", out_factor}}, bias);
-  check_size(op, {"in_factor", in_factor}, 1, input.size(-1), "S, the last axis of input");
-  check_size(op, {"out_factor", out_factor}, 1, in_factor.size(0), "R, the rows of in_factor");
-  check_bias(op, bias, out_factor.size(0));
-}
-
-inline void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                              at::IntArrayRef required) {
-  TORCH_CHECK_VALUE(grad_output.sizes() == required, op, ": grad_output must have the output's shape ", required,
-                    ", got ", grad_output.sizes());
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output must have the input's dtype ",
-                   input.scalar_type(), ", got ", grad_output.scalar_type());
-  TORCH_CHECK_VALUE(grad_output.device() == input.device(), op, ": grad_output must be on the input's device ",
-                    input.device(), ", got ", grad_output.device());
-}
-
-inline void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input, int64_t t,
-                              int64_t kh, int64_t kw, const Window& window) {
-  const auto size = [&](int axis, int64_t kernel) {
-    return output_size(input.size(2 + axis), kernel, window.stride[axis], window.padding[axis], window.dilation[axis]);
-  };
-  check_grad_output(op, grad_output, input, {input.size(0), t, size(0, kh), size(1, kw)});
-}
+bool is_supported(at::ScalarType type);
+void check_dim(const char* op, const Argument& argument, int64_t dim, const char* shape);
+void check_size(const char* op, const Argument& argument, int64_t axis, int64_t required, const char* why);
+void check_nonempty(const char* op, const Argument& argument);
 
 }  // namespace lowrank_ops

@@ -18,9 +18,9 @@ inline std::optional<GpuCaps> present_gpu(int) {
 }
 #endif
 
-// Whether torch's settings let an op round fp32 to tf32: the one of cudnn's convolutions for the convs, that of matrix
-// products for the linear, as for the library ops that they stand for. Not allowTF32CuBLAS(): it throws once the newer
-// setting, torch.backends.cuda.matmul.fp32_precision, was used.
+// Whether torch's settings let an op round fp32 to tf32. The two convolutions follow the setting of cudnn's
+// convolutions, lowrank_linear that of matrix products, as the library ops do that they replace. allowTF32CuBLAS()
+// would throw once the newer setting, torch.backends.cuda.matmul.fp32_precision, was used.
 inline bool tf32_allowed(Op op) {
   const at::Float32Op kind = op == Op::kLinear ? at::Float32Op::MATMUL : at::Float32Op::CONV;
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, kind) == at::Float32Precision::TF32;

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <initializer_list>
@@ -16,7 +17,7 @@ namespace {
 
 std::atomic<Policy> current{Policy::kAuto};
 
-// What is remembered, by key; `number` counts up, so that the lowest is the oldest.
+// A measurement and its place in time: `number` counts up, so that the lowest is the oldest.
 struct Remembered {
   Measurement measurement;
   int64_t number;
@@ -25,13 +26,14 @@ std::shared_mutex measured_mutex;
 std::map<std::string, Remembered> measured;
 int64_t next_number = 0;
 
-// Under the lock.
+// The caller holds the lock.
 void remember(Measurement measurement) {
   const std::string key = measurement.key;
   measured[key] = {std::move(measurement), next_number++};
 }
 
-// One more, in place of the oldest where that would be too many. Looking for it takes far less than measuring took.
+// Forgets the oldest measurement first where there would be too many. The search for it takes far less time than the
+// measurement took.
 void remember_in_place_of_oldest(Measurement measurement) {
   const std::unique_lock<std::shared_mutex> lock(measured_mutex);
   if (measured.size() >= kMostMeasurements && measured.count(measurement.key) == 0) {
@@ -40,9 +42,6 @@ void remember_in_place_of_oldest(Measurement measurement) {
   }
   remember(std::move(measurement));
 }
-
-constexpr const char* kFused = "fused";
-constexpr const char* kChain = "chain";
 
 double seconds(const std::function<void()>& run) {
   double best = 1e30;
@@ -70,11 +69,13 @@ void set_policy(Policy policy) {
 }
 
 Policy parse_policy(const std::string& name) {
-  if (name == "auto") return Policy::kAuto;
-  if (name == "fused") return Policy::kFused;
-  if (name == "chain") return Policy::kChain;
-  if (name == "measure") return Policy::kMeasure;
-  TORCH_CHECK_VALUE(false, "set_policy: policy must be one of auto, fused, chain, measure, got '", name, "'");
+  constexpr std::array<Policy, 4> kPolicies{Policy::kAuto, Policy::kFused, Policy::kChain, Policy::kMeasure};
+  std::string names;
+  for (const Policy known : kPolicies) {
+    if (name == name_of(known)) return known;
+    names += (names.empty() ? "" : ", ") + std::string(name_of(known));
+  }
+  TORCH_CHECK_VALUE(false, "set_policy: policy must be one of ", names, ", got '", name, "'");
 }
 
 std::string measurement_key(const Problem& p, const std::string& device) {
@@ -134,14 +135,15 @@ size_t measured_choice(const std::string& key, const std::vector<Candidate>& can
 
 std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps& caps) {
   const std::optional<std::string> fastest = measured_fastest(measurement_key(problem, in_words(caps)));
-  return fastest ? std::optional<bool>(*fastest == kChain) : std::nullopt;
+  return fastest ? std::optional<bool>(*fastest == name_of(Path::kChain)) : std::nullopt;
 }
 
 bool chain_measures_faster(const Problem& problem, const CpuCaps& caps, const std::function<void()>& fused,
                            const std::function<void()>& chain) {
-  const std::vector<Candidate> candidates = {{kFused, [&] { return seconds(fused); }},
-                                             {kChain, [&] { return seconds(chain); }}};
-  return candidates[measured_choice(measurement_key(problem, in_words(caps)), candidates)].name == kChain;
+  const std::vector<Candidate> candidates = {{name_of(Path::kFused), [&] { return seconds(fused); }},
+                                             {name_of(Path::kChain), [&] { return seconds(chain); }}};
+  return candidates[measured_choice(measurement_key(problem, in_words(caps)), candidates)].name ==
+         name_of(Path::kChain);
 }
 
 std::vector<Measurement> measurements() {

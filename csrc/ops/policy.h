@@ -15,17 +15,17 @@ Policy policy();
 void set_policy(Policy policy);
 Policy parse_policy(const std::string& name);
 
-// One way to run a problem; `seconds` runs it and says how long it took, however the device is timed.
+// One way to run a problem. `seconds` runs it and returns the time that it took on its device.
 struct Candidate {
   std::string name;  // a kernel's, "fused" or "chain"
   std::function<double()> seconds;
 };
 
-// How many problems calls under "measure" remember: the oldest make place for others, as programs whose shapes never
-// repeat must not fill the memory. Those of a file are all remembered: who loads it has chosen them.
+// Calls under "measure" remember so many problems and forget the oldest first: programs whose shapes never repeat must
+// not fill the memory. Those of a file are all remembered: its user has chosen them.
 constexpr size_t kMostMeasurements = 4096;
 
-// What "measure" remembers of a problem on a device.
+// The result of "measure" for a problem on a device.
 struct Measurement {
   std::string key, fastest;
   std::vector<std::pair<std::string, double>> seconds;  // of each candidate
@@ -33,10 +33,10 @@ struct Measurement {
 
 // A CPU with the instruction set and the threads in use, on which timings depend.
 std::string in_words(const CpuCaps& caps);
-// A problem and where it runs, as text: the key of a measurement. `device` names everything that may change the winner.
+// The key of a measurement: a problem and where it runs, as text. `device` names all that may change the winner.
 std::string measurement_key(const Problem& problem, const std::string& device);
-// The index of the candidate to run: the fastest of an earlier measurement, if it is among the candidates, or else of
-// this one, which times each candidate once and is then remembered.
+// The index of the candidate to run: the fastest of an earlier measurement, if it is among the candidates. Otherwise
+// each candidate is timed once, and the result is remembered.
 size_t measured_choice(const std::string& key, const std::vector<Candidate>& candidates);
 std::optional<std::string> measured_fastest(const std::string& key);
 
@@ -44,10 +44,10 @@ std::optional<std::string> measured_fastest(const std::string& key);
 // untimed, the faster of the others counts.
 bool chain_measures_faster(const Problem& problem, const CpuCaps& caps, const std::function<void()>& fused,
                            const std::function<void()>& chain);
-// What "measure" has found so far for a problem on a CPU: whether the chain was faster.
+// Whether the chain was faster in an earlier measurement of a problem on a CPU; nullopt: there was none.
 std::optional<bool> measured_chain_faster(const Problem& problem, const CpuCaps& caps);
 
-// All of them, to be written to a file, and what was read from one.
+// All measurements, to be written to a file, and those read from one.
 std::vector<Measurement> measurements();
 void remember_measurements(std::vector<Measurement> measurements);
 size_t forget_measurements();  // how many there were

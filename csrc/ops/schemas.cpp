@@ -1,35 +1,10 @@
 // The op schemas, and the kernel of every device that has none of its own.
 #include <torch/library.h>
 
-#include "ops/checks.h"
-#include "ops/ops.h"
+#include "ops/chain.h"
+#include "ops/dispatch.h"
 
 namespace lowrank_ops {
-using c10::IntArrayRef;
-using c10::string_view;
-
-at::Tensor tucker_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
-                           const at::Tensor& out_factor, const OptionalTensor& bias, IntArrayRef stride,
-                           IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  const Window window{stride, padding, dilation};
-  check_tucker(input, in_factor, core, out_factor, bias, window);
-  return tucker_chain(input, in_factor, core, out_factor, bias, window, parse_activation("tucker_conv2d", activation));
-}
-
-at::Tensor cp_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-                       const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
-                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, string_view activation) {
-  const Window window{stride, padding, dilation};
-  check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-  return cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                  parse_activation("cp_conv2d", activation));
-}
-
-at::Tensor linear_by_chain(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                           const OptionalTensor& bias, string_view activation) {
-  check_linear(input, in_factor, out_factor, bias);
-  return linear_chain(input, in_factor, out_factor, bias, parse_activation("lowrank_linear", activation));
-}
 
 TORCH_LIBRARY(lowrank_ops, m) {
   m.def(
@@ -68,9 +43,7 @@ TORCH_LIBRARY(lowrank_ops, m) {
 }
 
 TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
-  m.impl("tucker_conv2d", &tucker_by_chain);
-  m.impl("cp_conv2d", &cp_by_chain);
-  m.impl("lowrank_linear", &linear_by_chain);
+  for_each_op([&m](auto op) { m.impl(op.name, &ForwardKernel<checked_chain, decltype(op)>::call); });
 }
 
 }  // namespace lowrank_ops

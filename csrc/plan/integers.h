@@ -1,4 +1,4 @@
-// Whole numbers, in host and device code.
+// Arithmetic on whole numbers, in host and device code.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Plans remembered by what they were made from, so that a problem is planned once. Plain C++17.
+// A cache of plans, so that a problem is planned once. Plain C++17.
 #pragma once
 
 #include <array>
@@ -13,8 +13,8 @@
 
 namespace lowrank_ops {
 
-// Everything that a plan depends on: the problem, further numbers (what a planner knows of the machine, the policy), a
-// name.
+// Everything that a plan depends on: the problem, further numbers (the planner's figures of the machine, the policy),
+// and a name.
 struct PlanKey {
   static constexpr size_t kOfProblem = 25, kFurther = 10;
   std::array<int64_t, kOfProblem + kFurther> numbers;
@@ -27,20 +27,21 @@ struct PlanKeyHash {
   size_t operator()(const PlanKey& key) const;
 };
 
-// Thread-safe. Starts anew above `kMostPlans` plans: programs whose shapes never repeat must not fill the memory.
+// Thread-safe. Forgets all plans when there are `kMostPlans`: programs whose shapes never repeat must not fill the
+// memory.
 template <typename Plan>
 class PlanCache {
  public:
   static constexpr size_t kMostPlans = 4096;
 
-  // The plan of this key; make() makes it where there is none yet.
+  // The plan of this key; make() is called where there is none yet.
   template <typename Make>
   std::shared_ptr<const Plan> get(const PlanKey& key, const Make& make) {
     {
       const std::shared_lock<std::shared_mutex> lock(mutex_);
       if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
     }
-    // Made under the lock: no problem is planned twice, and change() cannot come in between.
+    // Made under the lock, so that no problem is planned twice and no change() comes in between.
     const std::unique_lock<std::shared_mutex> lock(mutex_);
     if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
     if (plans_.size() >= kMostPlans) plans_.clear();
@@ -50,14 +51,14 @@ class PlanCache {
     return plan;
   }
 
-  // Runs `change`, of something that plans depend on besides their keys, and forgets all plans.
+  // Runs `change`, which changes something that plans depend on besides their keys, and forgets all plans.
   template <typename Change>
   void change(const Change& change) {
     const std::unique_lock<std::shared_mutex> lock(mutex_);
     change();
     plans_.clear();
   }
-  // Runs `read` while nothing is changed.
+  // Runs `read` while no `change` runs.
   template <typename Read>
   auto read(const Read& read) const {
     const std::shared_lock<std::shared_mutex> lock(mutex_);

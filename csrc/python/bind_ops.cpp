@@ -1,6 +1,6 @@
 // The ops as plain functions of the Python module `_C`: straight to the dispatcher. `torch.ops` parses its arguments
 // against the schema: on one pixel a CP call takes 9.4 us there and 4.7 here with pairs, 5.1 and 2.7 with ints for the
-// window (Zen 4). What traces calls (torch.compile, torch.jit.trace, __torch_function__) has to see torch.ops:
+// window (Zen 4). Tracers (torch.compile, torch.jit.trace, __torch_function__) have to see torch.ops:
 // lowrank_ops/ops/extension.py chooses.
 #include "python/bind_ops.h"
 
@@ -8,12 +8,14 @@
 
 #include <type_traits>
 
+#include "ops/backward.h"
+#include "ops/chain.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
 
 namespace lowrank_ops {
 
-// A window's numbers: an int for both axes, or a sequence of them (its length is checked with the other arguments).
+// The numbers of a window: an int for both axes, or a sequence of ints (checks.h checks its length).
 struct Pair {
   c10::SmallVector<int64_t, 2> values;
   operator at::IntArrayRef() const { return values; }
@@ -63,7 +65,7 @@ namespace {
 template <typename T>
 using FromPython = std::conditional_t<std::is_same_v<T, at::IntArrayRef>, const Pair&, T>;
 
-// What an argument of the schema has to be, in words; empty where `value` is that.
+// The kind of value that an argument of the schema requires, in words; empty where `value` is of that kind.
 std::string requirement(const c10::Argument& argument, py::handle value) {
   const c10::TypePtr& type = argument.type();
   if (type->kind() == c10::TypeKind::TensorType) return THPVariable_Check(value.ptr()) ? "" : "a torch.Tensor";
@@ -99,40 +101,39 @@ void bind_op(py::module_& m, const char* name, const Handle& handle, at::Tensor 
   });
 }
 
+// The two functions that GPUs run for CP instead of the chain and of its gradients, on any device: for tests.
+template <typename Forward = CPOp::Forward>
+struct MergedCP;
+template <typename... Arguments>
+struct MergedCP<at::Tensor(Arguments...)> {
+  static at::Tensor chain(FromPython<Arguments>... arguments) {
+    const OpCall call = call_of(arguments...);
+    check(call);
+    return merged_cp_chain(call);
+  }
+  static Gradients<CPOp::gradients> backward(const at::Tensor& grad_output, FromPython<Arguments>... arguments,
+                                             const std::array<bool, CPOp::gradients>& output_mask) {
+    return BackwardKernel<merged_cp_backward, CPOp>::call(grad_output, arguments..., output_mask);
+  }
+};
+
 }  // namespace
 
 void bind_ops(py::module_& m) {
-#define LOWRANK_OPS_BIND(name, Signature) \
-  bind_op(m, #name, [] { return name##_op(); }, static_cast<Signature*>(nullptr))
-  LOWRANK_OPS_BIND(tucker_conv2d, TuckerForward);
-  LOWRANK_OPS_BIND(cp_conv2d, CPForward);
-  LOWRANK_OPS_BIND(lowrank_linear, LinearForward);
-  LOWRANK_OPS_BIND(tucker_conv2d_prepared, TuckerPrepared);
-  LOWRANK_OPS_BIND(cp_conv2d_prepared, CPPrepared);
-  LOWRANK_OPS_BIND(lowrank_linear_prepared, LinearPrepared);
-#undef LOWRANK_OPS_BIND
-  // The chain that GPUs run for CP and its gradients, on any device: for tests.
-  m.def("merged_cp_chain",
-        [](const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& height_factor,
-           const at::Tensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias, const Pair& stride,
-           const Pair& padding, const Pair& dilation, const std::string& activation) {
-          const Window window{stride, padding, dilation};
-          check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-          return merged_cp_chain(input, in_factor, height_factor, width_factor, out_factor, bias, window,
-                                 parse_activation("merged_cp_chain", activation));
-        });
-  m.def("merged_cp_backward",
-        [](const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& in_factor,
-           const at::Tensor& height_factor, const at::Tensor& width_factor, const at::Tensor& out_factor,
-           const OptionalTensor& bias, const Pair& stride, const Pair& padding, const Pair& dilation,
-           const std::string& activation, const std::array<bool, 6>& mask) {
-          const Window window{stride, padding, dilation};
-          check_cp(input, in_factor, height_factor, width_factor, out_factor, bias, window);
-          check_grad_output("merged_cp_backward", grad_output, input, out_factor.size(0), height_factor.size(1),
-                            width_factor.size(1), window);
-          return merged_cp_backward(grad_output, input, in_factor, height_factor, width_factor, out_factor, bias,
-                                    window, parse_activation("merged_cp_backward", activation), mask);
-        });
+  for_each_op([&m](auto op) {
+    using O = decltype(op);
+    using Forward = typename O::Forward;
+    using Prepared = typename Signatures<Forward, O::gradients>::Prepared;
+    bind_op(m, O::name, [] { return forward_op<O>(); }, static_cast<Forward*>(nullptr));
+    bind_op(m, O::prepared_name, [] { return prepared_op<O>(); }, static_cast<Prepared*>(nullptr));
+  });
+  m.def("merged_cp_chain", &MergedCP<>::chain);
+  m.def("merged_cp_backward", &MergedCP<>::backward);
+  m.def("activations", [] {
+    std::vector<std::string> names;
+    for (const NamedActivation& known : kActivations) names.emplace_back(known.name);
+    return names;
+  });
 }
 
 }  // namespace lowrank_ops

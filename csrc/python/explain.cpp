@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "ops/call.h"
 #include "ops/gpu_device.h"
-#include "ops/ops.h"
 #include "ops/policy.h"
 #include "plan/cpu/cost.h"
 #include "plan/gpu/planner.h"
@@ -17,10 +17,11 @@ namespace {
 
 constexpr int64_t kMostOfAnAxis = int64_t(1) << 40;  // no tensor is larger; sums of such sizes do not overflow
 
+// The one of `known` that has this name.
 template <typename Value, size_t count>
-Value choose(const char* what, const std::string& name, const std::pair<const char*, Value> (&known)[count]) {
-  for (const auto& [known_name, value] : known)
-    if (name == known_name) return value;
+Value named(const char* what, const std::string& name, const Value (&known)[count]) {
+  for (const Value value : known)
+    if (name == name_of(value)) return value;
   TORCH_CHECK_VALUE(false, "explain: unknown ", what, " '", name, "'");
 }
 
@@ -40,11 +41,11 @@ void describe_gpu(py::dict& result, const Plan& plan) {
 
 py::dict describe(const Plan& plan, Op op) {
   py::dict result;
-  result["path"] = plan.path;
+  result["path"] = name_of(plan.path);
   result["kernel"] = plan.kernel;
   if (plan.gpu_kernel >= 0) {
     describe_gpu(result, plan);
-  } else if (plan.path == "fused") {
+  } else if (plan.path == Path::kFused) {
     result["tile_rows"] = plan.tile.rows;
     if (op != Op::kLinear) {
       result["tile_columns"] = plan.tile.columns;
@@ -61,28 +62,24 @@ py::dict describe(const Plan& plan, Op op) {
   return result;
 }
 
-Problem described_problem(const std::string& op, const std::string& dtype, bool channels_last,
-                          std::array<int64_t, 9> sizes, std::array<int64_t, 6> window, const std::string& activation) {
+Problem described_problem(const Description& description) {
+  const auto& sizes = description.sizes;
+  const auto& window = description.window;
   Problem p;
-  p.op =
-      choose<Op>("op", op, {{"tucker_conv2d", Op::kTucker}, {"cp_conv2d", Op::kCP}, {"lowrank_linear", Op::kLinear}});
-  p.dtype = choose<DType>("dtype", dtype,
-                          {{"float32", DType::kFloat},
-                           {"float64", DType::kDouble},
-                           {"bfloat16", DType::kBFloat16},
-                           {"float16", DType::kHalf}});
-  p.layout = channels_last ? Layout::kChannelsLast : Layout::kContiguous;
+  p.op = named("op", description.op, {Op::kTucker, Op::kCP, Op::kLinear});
+  p.dtype = named("dtype", description.dtype, {DType::kFloat, DType::kDouble, DType::kBFloat16, DType::kHalf});
+  p.layout = description.channels_last ? Layout::kChannelsLast : Layout::kContiguous;
   std::tie(p.n, p.s, p.h, p.w, p.t, p.r1, p.r2, p.kh, p.kw) = std::tuple_cat(sizes);
   for (int axis = 0; axis < 2; ++axis) {
     p.stride[axis] = window[axis];
     p.padding[axis] = window[2 + axis];
     p.dilation[axis] = window[4 + axis];
   }
-  p.activation = parse_activation("explain", activation);
-  // Before anything is divided or multiplied: the rules of check_window (checks.h), and no axis of size 0 but the
-  // batch.
+  p.activation = parse_activation("explain", description.activation);
+  // The rules of check_window (checks.cpp), and no axis of size 0 but the batch: before anything is divided or
+  // multiplied.
   const auto valid = [&](bool condition) {
-    TORCH_CHECK_VALUE(condition, "explain: the sizes and the window must be those of a valid call of ", op,
+    TORCH_CHECK_VALUE(condition, "explain: the sizes and the window must be those of a valid call of ", description.op,
                       ", got sizes ", at::IntArrayRef(sizes), " (N, S, H, W, T, R1, R2, KH, KW) and window ",
                       at::IntArrayRef(window), " (stride, padding, dilation)");
   };
@@ -98,10 +95,10 @@ Problem described_problem(const std::string& op, const std::string& dtype, bool 
 
 namespace {
 
-// What stands for a device, and how to name it to the reader.
+// A decision, the device that it was made for in words for the reader, and the key of its measurements.
 struct Planned {
   Decision decision;
-  std::string device, key;  // key: of its measurements
+  std::string device, key;
 };
 
 Planned plan_for_cpu(const Problem& given, bool packed) {
@@ -112,7 +109,7 @@ Planned plan_for_cpu(const Problem& given, bool packed) {
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
     const std::optional<bool> chain_faster = measured_chain_faster(p, measured_caps(caps, prepared));
-    if (chain_faster && *chain_faster != (decision.chosen.path == "chain"))
+    if (chain_faster && *chain_faster != (decision.chosen.path == Path::kChain))
       std::swap(decision.chosen, decision.others.front());
     decision.rejections = {{decision.others.front().kernel,
                             chain_faster ? "measured to be slower" : "predicted to be slower; not measured yet"}};
@@ -120,7 +117,7 @@ Planned plan_for_cpu(const Problem& given, bool packed) {
   return planned;
 }
 
-// Puts what "measure" has found on this GPU in place of the prediction.
+// Replaces the predicted choice by the one that "measure" has found on this GPU.
 void apply_measurement(Decision& decision, const std::string& key) {
   const std::optional<std::string> fastest = measured_fastest(key);
   const auto is_fastest = [&](const Plan& plan) { return fastest && plan.kernel == *fastest; };
@@ -143,7 +140,7 @@ constexpr bool kHasCudaKernels = true;
 #else
 constexpr bool kHasCudaKernels = false;
 #endif
-constexpr int kNoDevice = -1;  // a named GPU: none of this machine's, but a kernel may be forced
+constexpr int kNoDevice = -1;  // for plans for a named GPU, which need not be in this machine
 
 std::string in_words(const GpuCaps& caps) {
   return caps.name + " (sm_" + std::to_string(caps.architecture) + ", " + std::to_string(caps.multiprocessors) +
@@ -170,8 +167,8 @@ c10::Device parse_device(const std::string& device) {
   }
 }
 
-// `device`: the name of a GPU, or one of torch's; without an index the first ("cuda": the caller gives the current
-// one).
+// `device`: the name of a GPU, or one of torch's devices; without an index the first (the caller of "cuda" gives the
+// index of the current one).
 Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
   const GpuCaps* named = find_gpu(device);
   const std::optional<c10::Device> known = named ? std::nullopt : std::optional(parse_device(device));
@@ -190,7 +187,7 @@ Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
                        policy()),
             device, ""};
   }
-  // As in a call with dense tensors: measurements are remembered by these too.
+  // The widths of a call with dense tensors: they are part of a measurement's key.
   const CopyWidths widths = copy_widths(p);
   p.input_vector = widths.input;
   p.factor_vector = widths.factor;
@@ -205,7 +202,7 @@ Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
 py::dict explain(const std::string& op, const std::string& dtype, bool channels_last, std::array<int64_t, 9> sizes,
                  std::array<int64_t, 6> window, const std::string& activation, const std::string& device,
                  bool prepared) {
-  Problem p = described_problem(op, dtype, channels_last, sizes, window, activation);
+  Problem p = described_problem({op, dtype, channels_last, sizes, window, activation});
   const Planned planned = plan_for_device(p, device, prepared);
   py::dict result;
   result["policy"] = std::string(name_of(policy()));

@@ -6,14 +6,21 @@
 #include <array>
 #include <string>
 
+#include "ops/call.h"
 #include "plan/cpu/planner.h"
 
 namespace lowrank_ops {
 
-// A problem as Python describes it: `sizes` is {n, s, h, w, t, r1, r2, kh, kw}; `window` is stride, padding, dilation,
+// A problem as Python describes it. `sizes` is {n, s, h, w, t, r1, r2, kh, kw}; `window` is stride, padding, dilation,
 // a pair each.
-Problem described_problem(const std::string& op, const std::string& dtype, bool channels_last,
-                          std::array<int64_t, 9> sizes, std::array<int64_t, 6> window, const std::string& activation);
+struct Description {
+  std::string op, dtype;
+  bool channels_last = false;
+  std::array<int64_t, 9> sizes{};
+  std::array<int64_t, 6> window{};
+  std::string activation = name_of(Activation::kNone);
+};
+Problem described_problem(const Description& description);
 py::dict describe(const Plan& plan, Op op);
 
 void bind_explain(py::module_& m);

@@ -1,4 +1,4 @@
-// What the CPU's cost model counts and predicts for a problem on any class of CPUs, for tests and
+// The counts and predictions of the CPU's cost model for a problem on any class of CPUs, for tests and
 // benchmarks/studies/fit_cost.py.
 #include "plan/cpu/cost.h"
 #include "python/explain.h"
@@ -10,14 +10,15 @@ namespace {
 py::dict cpu_prediction(const std::string& op, const std::string& dtype, bool channels_last,
                         std::array<int64_t, 9> sizes, std::array<int64_t, 6> window, const std::string& isa,
                         int64_t l2_bytes, int64_t l3_bytes) {
-  const Problem given = described_problem(op, dtype, channels_last, sizes, window, "none");
+  const Problem given =
+      described_problem({.op = op, .dtype = dtype, .channels_last = channels_last, .sizes = sizes, .window = window});
   const Problem p = as_fused(given);
   CpuCaps caps;
   caps.isa = isa;
   caps.l2_bytes = l2_bytes;
   caps.l3_bytes = l3_bytes;
   caps.bfloat16_dot = isa == "avx512bf16";
-  const CpuChoice choice = choose_cpu(p, caps, Policy::kAuto);
+  const CpuPlan choice = make_cpu_plan(p, caps, Policy::kAuto);
   py::dict result;
   result["chain"] = choice.chain;
   result["other_possible"] = choice.other_possible;

@@ -1,7 +1,7 @@
 // The GPU planner's parts one by one, for tests and tools: the kernel table, one kernel's plan, how tiles lie.
 #include <algorithm>
 
-#include "ops/ops.h"
+#include "ops/call.h"
 #include "ops/policy.h"
 #include "plan/gpu/cost.h"
 #include "plan/gpu/planner.h"
@@ -26,7 +26,7 @@ const GpuKernel& kernel_named(const char* caller, const std::string& name) {
   return gpu_kernels()[size_t(index)];
 }
 
-// A cut as numbers: images, height and width of a tile, and what may follow (stages, splits).
+// A cut as numbers: images, height and width of a tile, then in some functions stages and splits.
 template <size_t count>
 void check_cut(const char* caller, const std::array<int, count>& cut) {
   TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
@@ -49,7 +49,7 @@ py::list kernel_table() {
     py::dict line;
     line["name"] = kernel.name;
     line["op"] = name_of(kernel.op);
-    line["family"] = kernel.family;
+    line["family"] = name_of(kernel.family);
     line["config"] = kernel.config;
     line["pixels"] = kernel.shape.pixels();
     line["columns"] = kernel.shape.columns();
@@ -85,7 +85,8 @@ py::list gpu_list() {
 using Described = std::tuple<std::string, std::string, bool, std::array<int64_t, 9>, std::array<int64_t, 6>, bool>;
 Problem problem_of(const Described& described) {
   const auto& [op, dtype, channels_last, sizes, window, tf32] = described;
-  Problem p = described_problem(op, dtype, channels_last, sizes, window, "none");
+  Problem p =
+      described_problem({.op = op, .dtype = dtype, .channels_last = channels_last, .sizes = sizes, .window = window});
   p.tf32 = tf32;
   return p;
 }
@@ -108,8 +109,8 @@ py::dict plan_gpu_kernel(const Described& described, const std::string& kernel, 
   return result;
 }
 
-// What the cost model counts for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), and whether its
-// lean variant runs; and what it counts for the chain.
+// The counts of the cost model for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), and whether its
+// lean variant runs. chain_gpu_features() has the counts for the chain.
 std::pair<std::vector<double>, bool> fused_gpu_features(const Described& described, const std::string& kernel_name,
                                                         std::array<int, 5> cut, const std::string& gpu) {
   const Problem p = problem_of(described);
@@ -128,7 +129,7 @@ std::vector<double> chain_gpu_features(const Described& described, const std::st
   return {found.begin(), found.end()};
 }
 
-// How a tile of this size lies on an axis: for each tile the outputs, and for each halo position the input coordinate.
+// Where tiles of this size lie on an axis: the outputs of each tile, and the input coordinate of each halo position.
 py::dict axis_tiles(const TileAxis& axis) {
   py::list outputs, inputs;
   for (int tile = 0; tile < axis.tiles(); ++tile) {
@@ -154,7 +155,7 @@ py::tuple gpu_tiles(const Described& described, std::array<int, 3> tile) {
   return py::make_tuple(axis_tiles(g.rows), axis_tiles(g.columns), g.tiles());
 }
 
-// The plan of plan_gpu behind its cache, and how many there were to search for so far.
+// The plan of plan_gpu behind its cache, and how many plans were searched for so far.
 py::tuple cached_gpu_plan(const Described& described, const std::string& gpu, int device) {
   const Problem p = problem_of(described);
   const auto decision = cached_plan_gpu(p, gpu_named("cached_gpu_plan", gpu), device, policy());

@@ -1,4 +1,4 @@
-// The Python module `_C`: what the package's Python side calls besides the ops, and what tests look at.
+// The Python module `_C`: the ops, and the other functions that the package and its tests call.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -92,7 +92,7 @@ int64_t team_shares_after_error(int64_t threads) {
     } catch (const std::runtime_error&) {
       after = running;
     }
-    // Without this a mistake would let shares outlive what they use.
+    // If Team::run had a mistake here, the shares would outlive the variables that they use.
     while (running > 0) std::this_thread::yield();
   });
   return after;
@@ -108,11 +108,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forget_measurements", &forget_measurements);
   m.def("set_cpu_isa", [](const std::string& isa) {
     set_cpu_isa(isa);
-    forget_measurements();  // of other kernels
+    forget_measurements();  // they were made with other kernels
   });
   m.def("set_cpu_winograd", [](const std::string& choice) {
     set_cpu_winograd(choice);
-    forget_measurements();  // of another algorithm
+    forget_measurements();  // they were made with another algorithm
   });
   m.def("set_cpu_teams", &set_cpu_teams);
   bind_explain(m);

@@ -1,4 +1,4 @@
-"""What the command lines of the workflows share."""
+"""Command-line options, loading of the data set and printing of tables for all workflows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from examples.workflows import data
 
 
 def parser(description: str | None, epochs: int | None = None) -> argparse.ArgumentParser:
-    """A parser with `--data` and `--small`, and `--epochs` for what trains."""
+    """A parser with `--data` and `--small`, and with `--epochs` if a default for it is given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="FOLDER", help="a data set to use instead of scikit-learn's digits")
     parser.add_argument("--small", action="store_true", help="narrow networks and few images: a minute or two")
@@ -20,7 +20,7 @@ def parser(description: str | None, epochs: int | None = None) -> argparse.Argum
 
 
 def dataset(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> data.Dataset:
-    """The data set that was asked for; says what is wrong with the folder and exits with status 2."""
+    """The data set that the arguments name. If it cannot be loaded, prints the reason and exits with status 2."""
     try:
         found = data.load(arguments.data)
     except (FileNotFoundError, ValueError) as error:
@@ -31,7 +31,7 @@ def dataset(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
 
 
 def show(table: pandas.DataFrame, title: str) -> None:
-    """Prints a table, three decimals a number."""
+    """Prints a table with three decimals per number."""
     print(
         f"\n{title}\n{table.to_string(index=False, float_format=lambda value: f'{value:.3f}', na_rep='')}", flush=True
     )

@@ -1,14 +1,14 @@
 """`python -m examples.workflows.course_exercise`: which layers of a CIFAR-10 CNN to factorize, in one table.
 
 The network has 12 convolutions (256 filters, halved every three; max pooling every four) and dense layers of 500 and
-10. It is trained once; then its last dense layer, both dense layers, the last convolution, and the last convolution
-and both dense layers are replaced, each time from the trained network, and every variant is trained a little longer
-(the baseline too, so that all have seen the data equally often). Sizes are numbers of weights, biases included, of the
-factorized layers together, of the baseline those of the three layers.
+10. It is trained once. Starting from the trained network each time, four variants replace its last dense layer, both
+dense layers, the last convolution, and the last convolution with both dense layers. Every variant is trained a little
+longer; so is the baseline, so that all have seen the data equally often. Sizes are numbers of weights, biases included:
+the sum over the factorized layers, for the baseline the sum over the three layers.
 
-The exercise's own Tucker function puts ReLUs between the three convolutions. That is no longer the factorized
-convolution: with values cut off between the stages no single block computes it, and it has to be trained. It stays
-three convolutions here, `fuse_` leaves it alone and says why; the table has it as the last row.
+The exercise's own Tucker function puts ReLUs between the three convolutions. That is not a factorized convolution: it
+cuts off values between the stages, so that no single block computes the same, and it has to be trained. It stays three
+convolutions here, in the last row of the table; `fuse_` leaves it alone and says why.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def course_network(filters: int = 256, hidden: int = 500, classes: int = 10, siz
     layers["dense1"] = nn.Linear(channels * (size // 8) ** 2, hidden)
     layers["relu13"] = nn.ReLU()
     layers["dense2"] = nn.Linear(hidden, classes)
-    for layer in layers.values():  # without normalization, PyTorch's default start would fade out in 12 layers
+    for layer in layers.values():  # without normalization, signals would fade in 12 layers with PyTorch's default
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
     return nn.Sequential(layers)
@@ -85,10 +85,10 @@ def run(
     """Trains `model` and its variants.
 
     Args:
-        dataset: its images.
+        dataset: training and test images.
         model: `course_network()` for images of that size; it is trained in place.
         ranks: of each of `LAYERS`.
-        epochs, fine_tune: of the network, and of each variant after it.
+        epochs, fine_tune: epochs of training for the network, and afterwards for each variant.
 
     Returns:
         The exercise's table, and why `fuse_` left the convolution with ReLUs between its stages.

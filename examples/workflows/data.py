@@ -1,4 +1,4 @@
-"""Data sets as tensors: what lies in a folder, scikit-learn's digits without one; batches and mixup.
+"""Data sets as tensors (from a folder, or else scikit-learn's digits), batches and mixup.
 
 Nothing is downloaded. Images are kept as uint8 and become float32 in [-1, 1] batch by batch.
 """
@@ -88,7 +88,7 @@ class Dataset:
 
 
 def batches(split: Split, size: int, shuffle: bool = False, seed: int = 0) -> DataLoader:
-    """A loader of `[images, labels]`; shuffled anew in each epoch, and then without the incomplete last batch."""
+    """A loader of `[images, labels]`. With `shuffle`, each epoch has another order and no incomplete last batch."""
     size = min(size, len(split))
     order: Sampler = SequentialSampler(split)
     if shuffle:
@@ -99,7 +99,7 @@ def batches(split: Split, size: int, shuffle: bool = False, seed: int = 0) -> Da
 def mixup(images: Tensor, labels: Tensor, classes: int, alpha: float = 0.2) -> tuple[Tensor, Tensor]:
     """Images mixed with other images of the batch, and class probabilities (Zhang et al., arXiv:1710.09412).
 
-    One weight a batch, drawn from Beta(alpha, alpha) by torch's global random state. `F.cross_entropy` takes the
+    Each batch has one weight, drawn from Beta(alpha, alpha) by torch's global random state. `F.cross_entropy` takes the
     probabilities `[N, classes]` as its target.
     """
     weight = float(torch.distributions.Beta(alpha, alpha).sample())
@@ -136,14 +136,14 @@ def gratings(train: int = 2000, test: int = 500, size: int = 28, seed: int = 0) 
 
 
 def load(folder: str | Path | None = None) -> Dataset:
-    """The data set in a folder, or the digits without one.
+    """The data set in a folder; scikit-learn's digits if the folder is None.
 
     Known are CIFAR-10 and CIFAR-100 (python version), STL-10 (binary version, labelled part) and idx files, gzipped or
     not (MNIST, Fashion-MNIST), in the folder itself or in the subfolder that their archives make.
 
     Raises:
-        FileNotFoundError: no such folder, nothing known in it, or only some of a data set's files.
-        ValueError: several data sets in it, or a file that is damaged or holds something else.
+        FileNotFoundError: there is no such folder, or no known data set in it, or only some of a data set's files.
+        ValueError: there are several data sets in it, or a file is damaged or of another kind.
     """
     if folder is None:
         return digits()
@@ -167,7 +167,8 @@ def load(folder: str | Path | None = None) -> Dataset:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers, strings and numpy arrays, and refuses the rest: a pickle can run any code."""
+    """Reads dicts, lists, numbers, strings and numpy arrays, and refuses all else, because a pickle can run any
+    code."""
 
     _RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module's name depends on numpy's version
     _ADMITTED: ClassVar = {
@@ -272,7 +273,7 @@ def _needed(folder: Path, name: str) -> Path:
     return path
 
 
-# name -> the file that gives it away, the folders that its archive makes, its reader
+# name -> the file by which it is recognised, the folders that its archive makes, its reader
 _KNOWN: dict[str, tuple[str, tuple[str, ...], Callable[[Path], Dataset]]] = {
     "CIFAR-10": ("data_batch_1", ("cifar-10-batches-py",), _cifar10),
     "CIFAR-100": ("train", ("cifar-100-python",), _cifar100),

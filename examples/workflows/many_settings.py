@@ -1,10 +1,10 @@
 """`python -m examples.workflows.many_settings`: factorized networks under many settings, in three tables.
 
-initializers: AlexNet with BatchNorm, factorized from the start, under ten initializers, each with weight decay and
-with Frobenius decay (of the product of the factors: Khodak et al., arXiv:2105.01029).
-optimizers: ResNet-50 under RMSprop and under Adagrad, dense, factorized, and trained on.
-transfer: LeNet, trained on the digits, moved to another data set; factorized before the training or after it.
-`--part` takes one of the three.
+initializers: AlexNet with BatchNorm, factorized from the start, with ten initializers, each with weight decay and with
+Frobenius decay (of the product of the factors: Khodak et al., arXiv:2105.01029).
+optimizers: ResNet-50 with RMSprop and with Adagrad: dense, factorized, and trained further.
+transfer: LeNet, trained on the digits, then on another data set; factorized before all training or after it.
+`--part` selects one of the three.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def initializers(
     """Trains a factorized AlexNet on 3x32x32 images once for each initializer and decay.
 
     Returns:
-        A row each: initializer, decay, cross entropy of the first and of the last
-        epoch, accuracy on the test images.
+        One row per initializer and decay: both names, cross entropy of the first and of the last epoch, accuracy on the
+        test images.
     """
     test = data.batches(dataset.test, 256)
     rows = []
@@ -96,10 +96,10 @@ def optimizers(
     batch: int = 64,
     progress: bool = True,
 ) -> pandas.DataFrame:
-    """Trains a ResNet-50 on 3x32x32 images under each optimizer, factorizes it, and trains it on.
+    """Trains a ResNet-50 on 3x32x32 images with each optimizer, factorizes it, and trains it further.
 
     Returns:
-        A row for each optimizer and network ("dense", "factorized", "and trained"): its parameters and accuracy.
+        One row per optimizer and network ("dense", "factorized", "and trained"): parameters and accuracy.
     """
     test = data.batches(dataset.test, 256)
     rows = []
@@ -132,9 +132,9 @@ def transfer(
     """Trains a LeNet on the 1x28x28 images of `source`, then with a new last layer on those of `target`.
 
     Returns:
-        A row for the dense network, for one factorized before all training, and for the dense one factorized after
-        it, as it is and trained for one more epoch: parameters, accuracy on the source before the move, on the target
-        after it.
+        One row each for the dense network, for one factorized before all training, and for the dense one factorized
+        after it, before and after one more epoch: parameters, accuracy on `source` before the move, on `target` after
+        it.
     """
 
     def trained(model: nn.Module, dataset: data.Dataset, epochs: int) -> float:

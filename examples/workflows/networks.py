@@ -1,7 +1,7 @@
-"""Networks that several people know under these names, in plain PyTorch; `width` makes them narrow.
+"""Well-known networks in plain PyTorch; their argument `width` makes them narrow.
 
-VGG-19 and ResNet-50 have torchvision's layout and parameter names at their default width: its weight files load with
-`strict=True`.
+At their default width, VGG-19 and ResNet-50 have torchvision's layout and parameter names, so that its weight files
+load with `strict=True`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _VGG19 = (1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0)  # time
 class VGG19(nn.Module):
     """VGG-19 (Simonyan & Zisserman, arXiv:1409.1556): 16 convolutions, 3 linear layers, 143.7 M parameters.
 
-    Random weights are drawn as torchvision draws them. Input `[N, 3, H, W]`, H and W at least 32, output `[N,
-    classes]`.
+    Random weights are drawn as torchvision draws them. Input `[N, 3, H, W]`, H and W at least 32, output
+    `[N, classes]`.
     """
 
     def __init__(self, classes: int = 1000, width: int = 64, hidden: int = 4096) -> None:
@@ -113,13 +113,13 @@ class _Bottleneck(nn.Module):
 class AlexNet(nn.Sequential):
     """AlexNet's layers for small images, with BatchNorm: 11x11 stride 4, 5x5, three 3x3, dense 4096-4096-1000-classes.
 
-    All but the first and the last layer are made factorized, to be trained from scratch. Input `[N, 3, H, W]`, H and
-    W at least 32, output `[N, classes]`.
+    All layers except the first and the last are factorized from the start, to be trained from scratch. Input
+    `[N, 3, H, W]`, H and W at least 32, output `[N, classes]`.
 
     Args:
         rank: of the factorized layers, an int or a fraction.
-        init: how their factors start, as `TuckerConv2d` takes it. The two dense layers keep PyTorch's default.
-        width: divides into all channels and features: 96 is AlexNet's.
+        init: the initializer of their factors, as in `TuckerConv2d`. The two dense layers have PyTorch's default.
+        width: channels of the first layer; all other channels and features scale with it. AlexNet's is 96.
     """
 
     def __init__(self, classes: int = 10, rank: int | float = 0.25, init: Init = "default", width: int = 96) -> None:

@@ -1,9 +1,9 @@
 """`python -m examples.workflows.rank_sweep`: accuracy and latency against the rank of dense layers, in two plots.
 
-A CNN with dense layers of 3000, 2000, 2000, 1000 and 10 is trained once. Then the rank of every dense layer goes
-from all of its 1.0 min(S, T) down to 0.1, in two forms that compute the same: as truncated dense weights, whose cost
-stays what it was, and in factorized space, two thin matrices run as one op. Both curves of accuracy lie on each other;
-latency parts. Writes `accuracy.png`, `latency.png` and `ranks.csv` to `--output`.
+A CNN with dense layers of 3000, 2000, 2000, 1000 and 10 is trained once. Then the rank of every dense layer is lowered
+from 1.0 to 0.1 times min(S, T), in two forms that compute the same: truncated dense weights, whose cost does not
+change, and factorized space, two thin matrices that run as one op. The two curves of accuracy coincide, those of
+latency do not. Writes `accuracy.png`, `latency.png` and `ranks.csv` to `--output`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def sweep_network(dense: Sequence[int] = DENSE, channels: int = 32, classes: int
 
 
 def full_rank(model: nn.Sequential) -> dict[str, lowrank_ops.LowRankLinear]:
-    """The SVD of every linear layer, nothing left out, by the layer's name."""
+    """The SVD of every linear layer at full rank, by the layer's name."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     return {name: lowrank_ops.LowRankLinear.from_linear(layer, 1.0, name=name) for name, layer in layers.items()}
 
@@ -61,14 +61,14 @@ def at_rank(
 ) -> dict[str, nn.Sequential]:
     """The network with all linear layers at a fraction of their rank, in both of `FORMS`.
 
-    Not by `factorize_`, which leaves layers that would not get smaller: here they belong to the curve.
+    `factorize_` is not used, because it leaves layers that would not get smaller, which belong to the curve here.
     """
     truncated, factorized = copy.deepcopy(model), copy.deepcopy(model)
     for name in full:
         layer = cut(full[name], fraction)
         replace_layer(truncated, name, lambda _, layer=layer: layer.to_dense())
         replace_layer(factorized, name, lambda _, layer=layer: layer)
-    lowrank_ops.fuse_(factorized)  # takes each ReLU into the op before it
+    lowrank_ops.fuse_(factorized)  # folds each ReLU into the op before it
     return dict(zip(FORMS, (truncated, factorized), strict=True))
 
 
@@ -87,8 +87,8 @@ def run(
     """Trains `model` in place on images of 3 channels and sweeps its ranks.
 
     Returns:
-        A row for each fraction and form: the fraction, the form, the parameters of the dense layers, accuracy on the
-        test images, milliseconds a forward pass of `images` of them.
+        One row per fraction and form: the fraction, the form, the parameters of the dense layers, accuracy on the test
+        images, milliseconds per forward pass of `images` of them.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     train(model, data.batches(dataset.train, 64, shuffle=True), optimizer, epochs, progress=progress)
@@ -107,13 +107,13 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "ranks.csv", index=False)
     draw(table, "accuracy", "accuracy on the test images", output / "accuracy.png")
-    draw(table, "ms", f"ms a forward pass of {len(input)} images, {torch.get_num_threads()} thread(s)",
+    draw(table, "ms", f"ms per forward pass of {len(input)} images, {torch.get_num_threads()} thread(s)",
          output / "latency.png")  # fmt: skip
     return table
 
 
 def draw(table: pandas.DataFrame, column: str, label: str, path: Path) -> None:
-    """One plot: a column against the rank, a line for each form."""
+    """Draws one plot: a column against the rank, one line per form."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,8 @@
 """`python -m examples.workflows.small_networks`: small networks with unusual pieces, factorized and trained.
 
 Four cases: min-max normalization between the convolutions; inputs rounded to one decimal and clipped; mixup; the
-coarse labels of CIFAR-100 (pairs of digits stand in for them without that data set). Each network is trained,
-factorized, and trained again. The pieces that are no convolution or linear layer stay what they are, between the
-factorized ones.
+coarse labels of CIFAR-100 (without that data set, pairs of digits replace them). Each network is trained, factorized,
+and trained again. Pieces that are neither convolutions nor linear layers stay as they are, between the factorized ones.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class MinMax(nn.Module):
 
 
 class RoundAndClip(nn.Module):
-    """Rounds to one decimal and clips to [-1, 1]; for inputs, as it passes no gradient on."""
+    """Rounds to one decimal and clips to [-1, 1]; for inputs only, because it passes no gradient on."""
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.round(image, decimals=1).clamp(-1, 1)
@@ -48,9 +47,9 @@ class Case:
 
     name: str
     before: Callable[[], nn.Module] | None = None
-    """Makes what stands in front of the first convolution."""
+    """Makes the module before the first convolution."""
     between: Callable[[], nn.Module] | None = None
-    """Makes what stands after each convolution but the last."""
+    """Makes the module after each convolution except the last."""
     mixup: bool = False
     coarse: bool = False
 
@@ -79,7 +78,8 @@ def small_network(case: Case, width: int = 32, classes: int = 10, size: int = 32
 
 
 def layer_names(model: nn.Sequential) -> list[str]:
-    """The convolutions and linear layers; named one by one, those of few channels are factorized as well."""
+    """The names of all convolutions and linear layers. `factorize_` skips layers with few channels unless they are
+    named."""
     return [name for name, layer in model.named_children() if isinstance(layer, (nn.Conv2d, nn.Linear))]
 
 
@@ -95,8 +95,8 @@ def run(
     """Trains each case on square images of 3 channels, factorizes it, and trains it for half as long again.
 
     Returns:
-        A row a case: parameters of the dense and of the factorized network, accuracy of the dense one, of the
-        factorized one as it is, and after training it. Without coarse labels in the data set their row is missing.
+        One row per case: parameters of the dense and of the factorized network; accuracy of the dense one, of the
+        factorized one before training, and after it. If the data set has no coarse labels, their row is missing.
     """
     rows = []
     for case in CASES:

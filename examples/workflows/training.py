@@ -1,4 +1,4 @@
-"""One plain training loop, accuracy, and latency, for all the workflows."""
+"""A plain training loop, accuracy and latency, for all workflows."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def train(
     Args:
         loader: gives images and labels.
         optimizer: any, over the parameters of `model`.
-        augment: makes of a batch's images and labels the images and targets to learn (mixup).
-        penalty: added to the loss, e.g. `lambda model: lowrank_ops.frobenius_decay(model, 1e-4)`.
-        progress: a progress bar on stderr.
+        augment: turns a batch's images and labels into the images and targets to train on (mixup).
+        penalty: added to the loss, for example `lambda model: lowrank_ops.frobenius_decay(model, 1e-4)`.
+        progress: shows a progress bar on stderr.
 
     Returns:
         The mean cross entropy of each epoch, without the penalty.
@@ -63,7 +63,7 @@ def train(
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, loader: DataLoader) -> float:
-    """The share of images whose largest logit is the label's; `model` is left in eval mode."""
+    """The fraction of images whose largest logit is the label's; `model` is left in eval mode."""
     model.eval()
     right = count = 0
     for images, labels in loader:
@@ -81,7 +81,7 @@ def milliseconds(models: Mapping[str, nn.Module], input: Tensor, seconds: float 
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """The global random state starts at `seed` inside and is afterwards what it was before."""
+    """Seeds the global random state inside the block, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,14 +1,14 @@
 """`python -m examples.workflows.vgg19`: the TensorLy notebook on VGG-19, with each block as one op.
 
-Every convolution but the first becomes a Tucker-2 block at half ranks, or a CP block of a given rank. The notebook
-writes Tucker ranks as `[out_channels // 2, in_channels // 2]`, output first, as the weight's axes are ordered; here a
-pair is `(R1, R2)`, input first. The table has parameters before and after and their ratio, the error of the output
-on some images, and the time of a forward pass. Last come the nn.Sequential chains that the notebook itself builds
-with TensorLy, and the same chains taken over by `fuse_`.
+Every convolution except the first becomes a Tucker-2 block at half ranks, or a CP block of a given rank. The notebook
+writes Tucker ranks as `[out_channels // 2, in_channels // 2]`, output first like the weight's axes; here a pair is
+`(R1, R2)`, input first. The table shows parameters before and after and their ratio, the error of the output on some
+images, and the time of a forward pass. Its last rows are the nn.Sequential chains that the notebook itself builds with
+TensorLy, and the same chains fused by `fuse_`.
 
 Weights are random unless `--weights FILE` names a state_dict in torchvision's layout (vgg19-dcbb9e9d.pth). Random
-weights are the hardest to approximate: half the ranks lose nearly all of the output. Trained ones are nearer to low
-rank.
+weights are the hardest to approximate: at half ranks nearly all of the output is lost. Trained weights are closer to
+low rank.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def tucker_chain(conv: nn.Conv2d, ranks: Sequence[int]) -> nn.Sequential:
 def cp_chain(conv: nn.Conv2d, rank: int) -> nn.Sequential:
     """A convolution as the notebook replaces it: 1x1, Kx1 and 1xK depthwise, 1x1 with TensorLy's factors.
 
-    The start is random: `init="svd"` wants a full SVD of the unfolding along the kernel's axes, terabytes for 512
-    channels.
+    It starts from random factors: `init="svd"` needs a full SVD of the unfolding along the kernel's axes, which takes
+    terabytes for 512 channels.
     """
     with tensorly.backend_context("pytorch"):
         _, (last, first, vertical, horizontal) = parafac(
@@ -78,12 +78,12 @@ def cp_chain(conv: nn.Conv2d, rank: int) -> nn.Sequential:
 
 
 def but_the_first(model: VGG19) -> list[str]:
-    """The names of all convolutions but the first."""
+    """The names of all convolutions except the first."""
     return [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and name != FIRST]
 
 
 def with_chains(model: VGG19, make: Callable[[nn.Conv2d], nn.Sequential], progress: bool = True) -> VGG19:
-    """A copy of the network with a chain for every convolution but the first."""
+    """A copy of the network with a chain in place of every convolution except the first."""
     chained = copied(model)
     for name in tqdm(
         but_the_first(model), desc="TensorLy", unit="layer", file=sys.stderr, disable=not progress, leave=False
@@ -93,7 +93,7 @@ def with_chains(model: VGG19, make: Callable[[nn.Conv2d], nn.Sequential], progre
 
 
 def copied(model: VGG19) -> VGG19:
-    """A copy that shares the linear layers, 124 of 144 million parameters that nothing here changes."""
+    """A copy that shares the linear layers: 124 of 144 million parameters, which nothing here changes."""
     return copy.deepcopy(model, {id(model.classifier): model.classifier})
 
 
@@ -103,7 +103,7 @@ def half_ranks(conv: nn.Conv2d) -> list[int]:
 
 
 def networks(model: VGG19, cp_rank: int, progress: bool = True) -> dict[str, nn.Module]:
-    """The network and all that the notebook makes of it, by what it is."""
+    """The network and its factorized variants, by name."""
     found: dict[str, nn.Module] = {"dense": model}
 
     def factorized(name: str, method: str, rank: int | float) -> None:
@@ -132,8 +132,8 @@ def run(
     """The notebook on a network and some images `[N, 3, H, W]`.
 
     Returns:
-        A row for each of `networks`: parameters of the convolutions before and after, their ratio, the ratio of the
-        whole network's, the output's relative error against dense, milliseconds a forward pass.
+        One row per network of `networks`: parameters of the convolutions before and after, their ratio, the ratio for
+        the whole network, the output's relative error against dense, milliseconds per forward pass.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     found = networks(model.eval(), cp_rank, progress)
@@ -151,10 +151,10 @@ def run(
 
 
 def load_weights(model: VGG19, path: str | Path) -> None:
-    """Reads a state_dict, and no other pickle.
+    """Loads the state_dict in a file; other pickles are refused.
 
     Raises:
-        RuntimeError: the names or shapes are others.
+        RuntimeError: names or shapes do not fit.
     """
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
 

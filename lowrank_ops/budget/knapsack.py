@@ -1,4 +1,4 @@
-"""Ranks for a budget over the whole network: one choice per layer, the least error at the cost."""
+"""A budget over the whole network, and its allocation: one option per layer, the least sum of errors at the cost."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-# Steps in which the costs of an allocation are counted.
+# An allocation counts costs in whole steps, this many to a budget.
 STEPS = 20_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the factorized network may cost; give exactly one of the three. Used as `rank=` of `factorize_`.
+    """A limit of what the factorized network costs, used as `rank=` of `factorize_`. Give exactly one of the three.
 
     `factorize_` then chooses each layer's ranks, or to leave the layer dense, so that the sum of the layers' errors is
     least. With calibration data the error is that of the model's output (`calibrate.fitting`), without, that of the
@@ -33,15 +33,16 @@ class Budget:
         latency: time of a forward pass on `example_input` on this machine with the present number of threads: a float
             below 1 is a fraction of the dense model's; an absolute time has its unit, as a str, "12 ms", "1.5 s" or
             "800 us", or as a `datetime.timedelta`.
-            Dense layers and factorized ones at several ranks are measured, and then the model as a whole; where that
-            stays above the budget, which its layers alone meet, a warning says by how much. Near the least time that
-            the model can take, the last percent cost much accuracy: a warning says what a little more time would give.
+            Dense layers and factorized ones at several ranks are measured, and then the model as a whole. A warning
+            says so where the layers' times add up to no more than the budget, but the model takes longer. Near the
+            least time that the model can take, the last percent cost much accuracy: a warning says what a little more
+            time would give.
         example_input: the input that latency is for; None takes `example_input=` of `factorize_`.
 
     Raises:
         ValueError: not exactly one budget, a budget that is not positive or not finite, a number that could be a
             fraction as well as a count or a time.
-        TypeError: a budget that is no number.
+        TypeError: a budget of another type.
     """
 
     params: int | float | None = None
@@ -66,7 +67,7 @@ class Budget:
             self._refuse_ambiguous(value)
 
     def _refuse_ambiguous(self, value: Any) -> None:
-        """A number of 1 or more must not be a fraction by mistake, nor without its unit."""
+        """Raises ValueError for a number of 1 or more that may be a fraction by mistake, or that lacks its unit."""
         if self.kind == "latency":
             raise ValueError(
                 f"Budget: latency={value!r} has no unit: a time is latency='12 ms', '1.5 s' or a datetime.timedelta, a "
@@ -105,7 +106,7 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 def _seconds(time: str | timedelta) -> float:
-    """Of a `timedelta` or a text with a unit. Raises ValueError for another text."""
+    """Seconds in a `timedelta`, or in a text that is a number and a unit. Raises ValueError for another text."""
     if isinstance(time, timedelta):
         return time.total_seconds()
     number, unit = re.fullmatch(r"\s*(.*?)\s*([a-z]*)\s*", time, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -119,24 +120,30 @@ def _seconds(time: str | timedelta) -> float:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to treat a layer: what it costs, the error that it brings, and what it is (None: dense)."""
+    """One way to build a layer.
+
+    Attributes:
+        cost: in the unit of the budget.
+        error: the squared error that it brings.
+        block: the factorized block (`menu.Block`) that it is; None: the dense layer.
+    """
 
     cost: float
     error: float
-    choice: Any = None
+    block: Any = None
 
 
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
     """One option per layer with the least sum of errors among all whose costs sum to at most the budget.
 
-    A multiple-choice knapsack, solved by dynamic programming over costs rounded to one of `STEPS` steps of the budget.
-    Of the solutions for each number of steps, the best one that really fits is taken; then layers move to better
-    options while what is left over allows it.
+    This is a multiple-choice knapsack, solved by dynamic programming over costs that are rounded to whole steps, of
+    which the budget has `STEPS`. There is one solution per number of steps; the one with the most steps whose true
+    costs fit is taken. Then layers move to better options as long as the rest of the budget pays for it.
 
     Raises:
         ValueError: not even the cheapest options fit.
     """
-    menus = [_efficient(menu) for menu in options]
+    menus = [_undominated(menu) for menu in options]
     least = sum(menu[0].cost for menu in menus)
     allowed = budget * (1 + 1e-12)  # sums of costs are rounded
     if least > allowed:
@@ -169,7 +176,13 @@ def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]
 
 
 def _followed_back(taken: Sequence[np.ndarray], shifts: Sequence[Sequence[int]], capacity: int) -> list[int]:
-    """The option of each layer on the way to the best sum within a number of steps."""
+    """The index of each layer's option in the best solution for `capacity` steps.
+
+    Args:
+        taken: for each layer, and for each number of steps that it and the layers before it may use, the index of its
+            option.
+        shifts: for each layer, the costs of its options in steps.
+    """
     chosen: list[int] = []
     for which, costs in zip(reversed(taken), reversed(shifts), strict=True):
         index = int(which[capacity])
@@ -178,8 +191,8 @@ def _followed_back(taken: Sequence[np.ndarray], shifts: Sequence[Sequence[int]],
     return chosen[::-1]
 
 
-def _efficient(options: Sequence[Option]) -> list[Option]:
-    """The options that no cheaper one beats, by rising cost and falling error."""
+def _undominated(options: Sequence[Option]) -> list[Option]:
+    """The options with a lower error than every cheaper one, by rising cost and falling error."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda option: (option.cost, option.error)):
         if not kept or option.error < kept[-1].error:
@@ -188,7 +201,7 @@ def _efficient(options: Sequence[Option]) -> list[Option]:
 
 
 def _use_the_rest(layers: Sequence[Sequence[Option]], chosen: list[int], budget: float) -> None:
-    """Spends what is left of the budget, the greatest gain first."""
+    """Moves layers to better options, the greatest gain in error first, as long as the budget allows it."""
     left = budget - sum(layer[index].cost for layer, index in zip(layers, chosen, strict=True))
     while True:
         moves = [

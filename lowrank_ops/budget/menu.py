@@ -1,4 +1,4 @@
-"""What could become of each layer, at what cost and with what error: the menu that a `Budget` is spent on."""
+"""The menu of each layer that a `Budget` is spent on: options with their costs and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lowrank_ops.budget.sketch import sketched
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.cp import cp_decompose
 from lowrank_ops.linalg.singular import energies, gram
-from lowrank_ops.model.calls import LayerCalls, times
+from lowrank_ops.model.calls import LayerCalls
+from lowrank_ops.model.timing import Rounds, layer_seconds
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
@@ -24,40 +25,56 @@ from lowrank_ops.nn.plain import Layer, is_matrix
 
 Kind = Literal["tucker", "cp", "svd"]
 
-# Ranks that are offered: at most so many values per mode, multiples of 8 (for latency of 16, the lanes of a vector).
+# Ranks per mode that are offered: at most this many multiples of `Offer.multiple`, and some small ones.
 _VALUES = 24
-# CP's error curve is measured on the leading part of the whitened weight, at these shares of its channels.
+# CP's error is measured at ranks that are these shares of the channels, with this many sweeps of its decomposition, on
+# the leading channels of the whitened weight.
 _CP_CHANNELS = 96
 _CP_SHARES = (0.25, 0.5, 1.0)
 _CP_SWEEPS = 25
-_SECONDS = 0.1  # of timing per kind of input
+_ROUNDS = Rounds(least=5, most=50, seconds=0.1)  # per kind of input, where a layer is timed
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A kind of factorization and its ranks."""
+class Block:
+    """A factorized block: its kind of factorization and its ranks, `(R1, R2)` for Tucker."""
 
     kind: Kind
     rank: int | tuple[int, int]
 
 
-def empty_module(layer: Layer, choice: Choice) -> Any:
-    """The module that a choice means for a layer, on the meta device."""
+@dataclass(frozen=True)
+class Offer:
+    """Which blocks a layer is offered.
+
+    Attributes:
+        method: "tucker", "cp" or "auto", which offers both. A matrix is offered its SVD with each of them.
+        multiple: ranks are multiples of it, but for some below it.
+        seed: of the decompositions that CP's errors are measured with.
+        name: of the layer, for messages.
+    """
+
+    method: str
+    multiple: int = 8
+    seed: int = 0
+    name: str = "layer"
+
+
+def empty_module(layer: Layer, block: Block) -> Any:
+    """The module of a block in the place of a layer, on the meta device."""
     weight = layer.weight
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        assert isinstance(choice.rank, int)
-        return LowRankLinear(
-            layer.in_features, layer.out_features, choice.rank, bias, device="meta", dtype=weight.dtype
-        )
-    tucker = choice.kind == "tucker"
+        assert isinstance(block.rank, int)
+        return LowRankLinear(layer.in_features, layer.out_features, block.rank, bias, device="meta", dtype=weight.dtype)
+    tucker = block.kind == "tucker"
     kind: Any = (TuckerConv1d if tucker else CPConv1d) if isinstance(layer, nn.Conv1d) else None
     kind = kind or (TuckerConv2d if tucker else CPConv2d)
     return kind(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
-        choice.rank,
+        block.rank,
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
@@ -68,67 +85,57 @@ def empty_module(layer: Layer, choice: Choice) -> Any:
     )
 
 
-def options_for(
-    layer: Layer,
-    weight: Tensor,
-    method: str,
-    cost: Callable[[nn.Module], float],
-    multiple: int,
-    name: str,
-    seed: int,
-) -> list[Option]:
-    """All that is offered for a layer, the dense layer itself included.
+def options_for(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], offer: Offer) -> list[Option]:
+    """The options of a layer: itself, then all offered blocks that cost less and are smaller.
 
     Args:
-        layer: to be replaced or left.
-        weight: its weight, whitened or divided by its norm, `[T, S, KH, KW]` or `[T, S]`, fp64: squared errors of it
-            compare between layers.
-        method: "tucker", "cp" or "auto", which offers both.
-        cost: of a module, the dense layer or a factorized one (on the meta device).
-        multiple: ranks are multiples of it.
-        name, seed: of the decompositions of CP.
+        layer: the layer to replace or to leave.
+        weight: its weight, whitened or divided by its norm, `[T, S, KH, KW]` or `[T, S]`, fp64. Squared errors of such
+            weights can be compared between layers.
+        cost: of a module: the dense layer, or a factorized one on the meta device.
+        offer: which blocks there are.
     """
     dense = Option(cost(layer), 0.0)
     if is_matrix(layer):
-        found = _matrix_options(layer, weight.flatten(1), cost, multiple)
+        found = _matrix_options(layer, weight.flatten(1), cost, offer.multiple)
     else:
         found = []
         image = weight if weight.dim() == 4 else weight.unsqueeze(2)
-        if method in ("tucker", "auto"):
-            found += _tucker_options(layer, image, cost, multiple)
-        if method in ("cp", "auto"):
-            found += _cp_options(layer, image, cost, multiple, name, seed)
-    return [dense, *(option for option in found if option.cost < dense.cost and _shrinks(layer, option.choice))]
+        if offer.method in ("tucker", "auto"):
+            found += _tucker_options(layer, image, cost, offer.multiple)
+        if offer.method in ("cp", "auto"):
+            found += _cp_options(layer, image, cost, offer)
+    return [dense, *(option for option in found if option.cost < dense.cost and _shrinks(layer, option.block))]
 
 
-def _shrinks(layer: Layer, choice: Choice) -> bool:
-    """Whether a block has fewer parameters and multiplications, as `factorize_` asks of every replacement."""
-    module = empty_module(layer, choice)
+def _shrinks(layer: Layer, block: Block) -> bool:
+    """Whether a block has fewer parameters and multiplications than the layer: `factorize_` requires both."""
+    module = empty_module(layer, block)
     return count_parameters(module) < count_parameters(layer) and count_macs(module) < count_macs(layer)  # type: ignore[operator]
 
 
 def _matrix_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], multiple: int) -> list[Option]:
     lost = energies(weight).cumsum(0).flip(0)
-    price = _linear(lambda rank: cost(empty_module(layer, Choice("svd", rank))), len(lost))
+    price = _linear(lambda rank: cost(empty_module(layer, Block("svd", rank))), len(lost))
     return [
-        Option(price(rank), float(lost[rank]) if rank < len(lost) else 0.0, Choice("svd", rank))
+        Option(price(rank), float(lost[rank]) if rank < len(lost) else 0.0, Block("svd", rank))
         for rank in _offered(len(lost), multiple)
     ]
 
 
 def _tucker_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], multiple: int) -> list[Option]:
-    """The truncated HOSVD's errors for all pairs of ranks at once: sums over what its core loses."""
+    """The errors are those of the truncated HOSVD: a pair of ranks loses the squares of the core outside of them."""
     core = hosvd_core(weight)
     kept = core.square().flatten(2).sum(2).cumsum(0).cumsum(1)
     out_limit = min(weight.shape[0], weight[0].numel())
     in_limit = min(weight.shape[1], weight[:, 0].numel())
-    price = _bilinear(lambda pair: cost(empty_module(layer, Choice("tucker", pair))), in_limit, out_limit)
+    price = _bilinear(lambda pair: cost(empty_module(layer, Block("tucker", pair))), in_limit, out_limit)
     total = float(kept[-1, -1])
     return [
         Option(
             price(in_rank, out_rank),
             max(total - float(kept[out_rank - 1, in_rank - 1]), 0.0),
-            Choice("tucker", (in_rank, out_rank)),
+            Block("tucker", (in_rank, out_rank)),
         )
         for in_rank in _offered(in_limit, multiple)
         for out_rank in _offered(out_limit, multiple)
@@ -136,7 +143,8 @@ def _tucker_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], fl
 
 
 def hosvd_core(weight: Tensor) -> Tensor:
-    """`[T, S, KH, KW]` in the bases of the channel modes' singular vectors, the leading ones first."""
+    """The core of the full HOSVD over both channel modes, `[T, S, KH, KW]`: the weight in the bases of their singular
+    vectors, the leading ones first."""
     bases = [torch.linalg.eigh(gram(ranks.unfolding(weight, mode))).eigenvectors.flip(1) for mode in (0, 1)]
     rotated = (bases[0].T @ weight.flatten(1)).view_as(weight)
     return torch.einsum("tsij,sz->tzij", rotated, bases[1])
@@ -168,17 +176,16 @@ def _linear_through(places: Sequence[int], values: Sequence[float]) -> Callable[
 
 
 def _measured_ranks(limit: int) -> tuple[int, int]:
-    """A low and a high rank, of whole vectors where there is room."""
+    """A low and a high rank to measure costs at: multiples of 16 (whole vectors) where the limit allows it."""
     low, high = limit // 4, 3 * limit // 4
     return (low // 16 * 16, high // 16 * 16) if low >= 16 else (max(low, 1), max(high, 1))
 
 
-def _cp_options(
-    layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], multiple: int, name: str, seed: int
-) -> list[Option]:
-    """CP's error at a few ranks on the leading part of the weight, between them by straight lines in log-log.
+def _cp_options(layer: Layer, weight: Tensor, cost: Callable[[nn.Module], float], offer: Offer) -> list[Option]:
+    """CP's errors are measured at a few ranks on the leading part of the weight; those of other ranks lie on straight
+    lines between them, in the logarithms of rank and error.
 
-    Errors below a millionth of the norm count as that (a line through zero has no slope), above it as the norm.
+    Relative errors below a millionth count as a millionth, since zero has no logarithm, and those above 1 as 1.
     """
     core = hosvd_core(weight)
     part = core[:_CP_CHANNELS, :_CP_CHANNELS]
@@ -190,19 +197,19 @@ def _cp_options(
         rank = max(min(int(share * max(part.shape[:2])), part.numel() // max(part.shape)), 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = cp_decompose(part, rank, iterations=_CP_SWEEPS, corrections=0, seed=seed, name=name, progress=False)
+            found = cp_decompose(
+                part, rank, iterations=_CP_SWEEPS, corrections=0, seed=offer.seed, name=offer.name, progress=False
+            )
         points.append((math.log(rank), math.log(energy * min(max(found.relative_error, 1e-6), 1.0) ** 2)))
-    price = _linear(lambda rank: cost(empty_module(layer, Choice("cp", rank))), limit)
+    price = _linear(lambda rank: cost(empty_module(layer, Block("cp", rank))), limit)
     return [
-        Option(
-            price(rank), outside + math.exp(min(_line(points, math.log(rank)), math.log(energy))), Choice("cp", rank)
-        )
-        for rank in _offered(limit, multiple)
+        Option(price(rank), outside + math.exp(min(_line(points, math.log(rank)), math.log(energy))), Block("cp", rank))
+        for rank in _offered(limit, offer.multiple)
     ]
 
 
 def _line(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Piecewise linear through the points, the outer pieces continued."""
+    """The piecewise linear function through the points; its outer pieces go on beyond them."""
     points = sorted(set(points))
     if len(points) == 1:
         return points[0][1]
@@ -212,24 +219,25 @@ def _line(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def _offered(limit: int, multiple: int) -> list[int]:
-    """Multiples up to the limit, at most `_VALUES` of them, and powers of two below the first."""
+    """At most `_VALUES` multiples no greater than the limit, and powers of two below the first of them."""
     step = multiple * max(1, -(-limit // (multiple * _VALUES)))
     small = [rank for rank in (1, 2, 4, 8, 16, 32, 64) if rank < min(step, limit + 1)]
     return [*small, *range(step, limit + 1, step)]
 
 
 class Clock:
-    """Seconds that a layer's recorded calls take, measured once for layers of the same kind and shape.
+    """Seconds that a layer's recorded calls take; layers of the same kind and shape are measured once.
 
-    The least of the runs: layers and whole models are measured one after the other, and whatever else the machine does
-    must not look like a difference between them.
+    The least time of the runs counts: layers and whole models are measured one after the other, and other work on the
+    machine must not look like a difference between them.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, float] = {}
 
     def of(self, layer: Layer, calls: LayerCalls) -> Callable[[nn.Module], float]:
-        """Of modules in the place of `layer`: itself, or factorized ones on the meta device."""
+        """A function that gives the seconds of a module in the place of `layer`: of `layer` itself, or of a factorized
+        module on the meta device."""
         return lambda module: self._seconds(module, layer, calls)
 
     def _seconds(self, module: nn.Module, layer: Layer, calls: LayerCalls) -> float:
@@ -237,14 +245,17 @@ class Clock:
         if key not in self._known:
             if isinstance(module, FactorizedModule):
                 module = sketched(module, layer)
-            self._known[key] = times([module], layer.weight.dtype, calls, _SECONDS, min)[0] / 1e3
+            self._known[key] = layer_seconds([module], layer.weight.dtype, calls, _ROUNDS, min)[0]
         return self._known[key]
 
 
 def count_cost(kind: str, calls: LayerCalls | None, calibrated: bool = False) -> Callable[[nn.Module], float]:
-    """Parameters of a module, or its multiply-accumulates in the recorded calls.
+    """A function that gives the cost of a module: its parameters, or its multiply-accumulates in the recorded calls.
 
-    Of a factorized module that will be `calibrated` the bias counts, which the fit gives it if it has none.
+    Args:
+        kind: "params" or "macs".
+        calls: of the layer in whose place the module is; without them parameters are counted.
+        calibrated: whether factorized modules will be fitted to data: the fit gives them a bias, which counts.
     """
 
     def parameters(module: nn.Module) -> float:
@@ -259,8 +270,9 @@ def count_cost(kind: str, calls: LayerCalls | None, calibrated: bool = False) ->
 
 
 def macs_in(calls: LayerCalls, module: nn.Module) -> int | None:
-    """Multiply-accumulates of a layer, or of what replaces it, in a run of the model: in its calls, and where the model
-    computes with its weight, which a factorized module multiplies out each time. None if they are not known."""
+    """Multiply-accumulates of a layer, or of its replacement, in a run of the model: in its calls, and where the model
+    itself computes with its weight, for which a factorized module multiplies its factors each time. None if they are
+    not known."""
     called = calls.total(lambda shape: count_macs(module, shape))
     if called is None or calls.unknown_reads or calls.nested:
         return None

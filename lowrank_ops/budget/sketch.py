@@ -1,9 +1,10 @@
 """Values for modules that are timed in their layers' places before the layers are decomposed.
 
-How long a model runs depends on the values in it: max pooling branches on them, and a text recogniser ran 4 % longer
-with random factors than with its own. So a module that is timed computes about what its layer does, at the cost of a
-few runs of the layer: in the range of some random combinations of the weight's columns (the range finder without power
-iterations of Halko, Martinsson and Tropp, SIAM Review 53 (2011), algorithm 4.1).
+The time of a model depends on the values in it: max pooling branches on them, and a text recogniser ran 4 % longer with
+random factors than with its own. So a module that is timed gets factors whose output is near that of its layer. They
+come from the range of a few random combinations of the weight's columns (the range finder without power iterations of
+Halko, Martinsson and Tropp, SIAM Review 53 (2011), algorithm 4.1), which takes about the time of a few runs of the
+layer.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from lowrank_ops.runtime.autocast import no_autocast
 @torch.no_grad()
 @no_autocast()
 def sketched(module: FactorizedModule, layer: Any) -> FactorizedModule:
-    """A module on the meta device, given memory where the layer's is, in its format, and values near its weight.
+    """Gives a module on the meta device factors whose product is near the layer's weight, on the layer's device and in
+    its dtype; returns the module.
 
-    Tucker: the weight in the ranges of both channel modes. A matrix: in the range of its outputs. CP: the mean over
-    the taps so, the same for each tap. Ranks beyond what a range has are zeros.
+    Tucker: the weight is projected on the ranges of both channel modes. A matrix: on the range of its outputs. CP: the
+    mean over the taps is treated as a matrix, and is the same for each tap. Ranks that exceed the rank of a range are
+    filled with zeros.
     """
     weight = layer.weight.detach()
     shapes = {name: factor.shape for name, factor in module.factors().items()}
@@ -51,7 +54,7 @@ def _separable(image: Tensor, module: Any) -> dict[str, Tensor]:
 
 
 def _range_of(matrix: Tensor, count: int) -> Tensor:
-    """`[M, count]` with orthonormal columns, then zeros, in the range of `[M, N]`."""
+    """`[M, count]`: orthonormal columns in the range of `[M, N]`, followed by columns of zeros if its rank is lower."""
     some = min(count, *matrix.shape)
     basis = torch.linalg.qr(matrix @ normal(matrix.shape[1], some, 0, matrix)).Q
     return torch.nn.functional.pad(basis, (0, count - some))

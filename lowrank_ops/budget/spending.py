@@ -1,299 +1,260 @@
-"""A `Budget` spent on a model: one choice per layer, and why the others stay dense."""
+"""A `Budget` spent on a model: one option is chosen for each layer."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank_ops.budget.knapsack import Budget, Option, allocate
-from lowrank_ops.budget.menu import Choice, Clock, count_cost, empty_module, macs_in, options_for
+from lowrank_ops.budget.menu import Block, Clock, Offer, count_cost, empty_module, macs_in, options_for
 from lowrank_ops.budget.sketch import sketched
-from lowrank_ops.model.calls import Calls, model_errors, run_example
+from lowrank_ops.model.example import Example
 from lowrank_ops.model.sites import Site, keep_attributes
 from lowrank_ops.nn.counts import count_parameters
-from lowrank_ops.runtime.modes import synchronize
+from lowrank_ops.text.progress import progress_bar
 from lowrank_ops.text.tables import figure
 from lowrank_ops.text.warn import warn
 
-# Ranks offered for a latency: whole vectors.
+# Ranks for a latency are multiples of this: whole vectors.
 _LANES = 16
-# So many allocations are measured as a whole, until one takes at least so much of the target.
+# At most this many allocations are timed in the whole model; the first that uses this share of the target is taken.
 _TRIALS, _USED = 6, 0.97
-# Warn where this share more of the budget would leave less than this share of the squared error, and that is more than
-# this share of what the lowest ranks have.
+# There is a warning where a budget larger by `_MORE` would leave less than `_STEEP` of the squared error, unless that
+# error is below `_SEEN` of the one at the lowest ranks.
 _MORE, _STEEP, _SEEN = 0.03, 0.5, 0.01
-# Dense and factorized model in so many turns; in each so many seconds, or so many runs at least and at most.
-_TURNS, _SECONDS, _RUNS = 5, 0.2, (2, 20)
+
+NOUNS = {"params": "parameters", "macs": "multiplications", "latency": "milliseconds"}
 
 
-def spend(
-    budget: Budget,
-    model: nn.Module,
-    sites: Sequence[Site],
-    weigh: Callable[[Site], Tensor],
-    method: str,
-    multiple: int,
-    seed: int,
-    calls: Calls | None,
-    example_input: Any,
-    calibrated: bool,
-    progress: bool,
-) -> tuple[dict[int, Choice], dict[int, str]]:
-    """Chooses for each site, by the id of its layer: a `Choice`, or why it stays dense.
+@dataclass(frozen=True)
+class Choice:
+    """The decision for one layer: the option that was taken, and how many there were, the dense layer included."""
 
-    Args:
-        budget: of the whole model.
-        sites: the layers that may be replaced.
-        weigh: gives a site's weight, whitened or normalized: see `options.options_for`.
-        calls: of the layers on `example_input`, for multiplications and latency.
-        calibrated: layers without a bias will get one.
+    option: Option
+    offered: int
 
-    Raises:
-        ValueError: the budget cannot be met; the message says what could be reached.
-    """
-    clock = Clock()
-    menus: list[list[Option]] = []
-    with tqdm(sites, desc="options", unit="layer", file=sys.stderr, disable=not progress, leave=False) as bar:
-        for site in bar:
-            bar.set_postfix_str(site.names[0])
-            layer: Any = site.layer
-            seen = None if calls is None else calls.of(layer)
-            if budget.kind == "latency":
-                assert seen is not None
-                cost, step = clock.of(layer, seen), max(multiple, _LANES)
-            else:
-                cost, step = count_cost(budget.kind, seen, calibrated), multiple
-            menus.append(options_for(layer, weigh(site), method, cost, step, site.names[0], seed))
-    dense = sum(menu[0].cost for menu in menus)
-    whole = _whole_cost(budget, model, calls, example_input)
-    if budget.kind == "latency" and dense > 0:
-        # Layers are timed one by one, later: scaled to the share of the model's time that they have when it runs.
-        scale = whole * _share(model, sites, example_input) / dense
-        menus = [[replace(option, cost=scale * option.cost) for option in menu] for menu in menus]
-        dense *= scale
-    target = budget.absolute(whole)
-    rest = max(whole - dense, 0.0)
-    chosen = _allocate(menus, target, rest, budget.kind, whole)
-    if budget.kind == "latency":
-
-        def measured(tried: Sequence[Option]) -> float:
-            return whole * _trial(model, sites, tried, example_input)
-
-        chosen = _corrected(chosen, menus, target, rest, whole, measured)
-    _warn_where_steep(chosen, menus, target, budget.kind)
-    choices: dict[int, Choice] = {}
-    reasons: dict[int, str] = {}
-    for site, menu, option in zip(sites, menus, chosen, strict=True):
-        if option.choice is not None:
-            choices[id(site.layer)] = option.choice
-        elif len(menu) == 1:
-            reasons[id(site.layer)] = f"no factorized block would take fewer {_NOUNS[budget.kind]}"
-        else:
-            reasons[id(site.layer)] = "dense is the better use of the budget"
-    return choices, reasons
+    @property
+    def block(self) -> Block | None:
+        """The block that replaces the layer; None: it stays dense."""
+        block: Block | None = self.option.block
+        return block
 
 
-def met_already(
-    budget: Budget, model: nn.Module, sites: Sequence[Site], calls: Calls | None, example_input: Any
-) -> bool:
-    """Whether the dense model keeps the budget; warns then that nothing is replaced.
+@dataclass
+class Spending:
+    """A budget for one model: the dense model's cost, and the search for the options that keep the budget.
 
-    Raises ValueError where it does not, and there is no layer to replace; and for multiplications where the input
-    reaches no layer whose multiplications are known.
-    """
-    whole = _whole_cost(budget, model, calls, example_input)
-    target = budget.absolute(whole)
-    wanted = f"factorize_: the budget of {_shown(target, budget.kind)}"
-    uncounted = budget.kind == "macs" and not whole
-    if not budget.is_fraction and target >= whole and not uncounted:
-        taken = f"is met already, the dense model takes {_shown(whole, budget.kind)}"
-        warn(f"{wanted} {taken}: nothing is replaced")
-        return True
-    if not sites:
-        raise ValueError(
-            f"{wanted} cannot be met: the dense model takes {_shown(whole, budget.kind)}, and none of its layers may "
-            "be replaced; factorize_ with a rank instead of a Budget reports why"
-        )
-    if not whole:
-        raise ValueError(
-            f"{wanted} cannot be met: the example input reaches no convolution or linear layer; a budget of params "
-            "needs none"
-        )
-    return False
-
-
-_NOUNS = {"params": "parameters", "macs": "multiplications", "latency": "milliseconds"}
-
-
-def _allocate(menus: Sequence[Sequence[Option]], target: float, rest: float, kind: str, whole: float) -> list[Option]:
-    cheapest = sum(min(option.cost for option in menu) for menu in menus)
-    room = target - rest
-    if cheapest - 1e-12 * target < room < cheapest:  # sums are rounded
-        room = cheapest
-    try:
-        return allocate(menus, room)
-    except ValueError:
-        least = rest + cheapest
-        raise ValueError(
-            f"factorize_: the budget of {_shown(target, kind)} cannot be met; the closest is {_shown(least, kind)} "
-            f"({least / whole:.0%} of the dense model's {_shown(whole, kind)}), of which "
-            f"{_shown(rest, kind)} lie outside of the layers that may be replaced"
-        ) from None
-
-
-def _corrected(
-    chosen: list[Option],
-    menus: Sequence[Sequence[Option]],
-    target: float,
-    rest: float,
-    whole: float,
-    measured: Callable[[Sequence[Option]], float],
-) -> list[Option]:
-    """The allocation whose latency, measured as a whole, comes closest below the target; a warning if none is below.
-
-    Layers timed one by one promise more or less than the model keeps. So what is allowed to their sum is moved until
-    the model takes what was asked for: not more, and no less either, as the last few percent can cost much accuracy.
+    Costs are parameters, multiply-accumulates or, for a latency, seconds.
 
     Args:
-        chosen: for `target` seconds by the sum of the layers.
-        menus, rest, whole: the options, seconds of the dense model outside of their layers, and of all of it.
-        measured: seconds of the model with these options.
+        budget: for the whole model.
+        example: of the model, with recorded calls of the layers; None for a budget of parameters.
+        calibrated: whether the blocks will be fitted to data: then each gets a bias.
+        progress: whether to show a progress bar.
+
+    Attributes:
+        whole: cost of the dense model.
+        target: cost that the factorized model may have.
+        rest: the part of the cost outside of the layers that a choice is made for. Set by `choose`, like `menus`.
+        menus: the options of these layers; the first of each is the dense layer.
     """
-    least = rest + sum(min(option.cost for option in menu) for menu in menus)
-    most = rest + sum(menu[0].cost for menu in menus)
-    allowed, fits, fails = target, None, None
-    best, fastest, known = chosen, math.inf, dict[tuple[int, ...], float]()
-    for trial in range(2 * _TRIALS):
-        options = tuple(map(id, chosen))
-        if options not in known:
-            if len(known) == _TRIALS:
-                break
-            known[options] = measured(chosen)
-        taken = known[options]
-        if taken <= target:
-            # A longer time allowed has no larger error: the latest that fits is the best.
-            fits, best, fastest = (allowed, taken), chosen, taken
-            if taken >= _USED * target or all(option.choice is None for option in chosen):
-                break
-        else:
-            fails = (allowed, taken)
-            if fits is None and taken < fastest:
-                best, fastest = chosen, taken
-        aim = target * (1 + _USED) / 2
-        if fits is not None and fails is not None:
-            share = (aim - fits[1]) / (fails[1] - fits[1])
-            allowed = fits[0] + min(max(share, 0.25), 0.75) * (fails[0] - fits[0])
-        else:
-            allowed = min(max(allowed + 2**trial * (aim - taken), least), most)
-        chosen = _allocate(menus, allowed, rest, "latency", whole)
-    if fastest > target:
-        warn(
-            f"factorize_: by its layers alone the model fits the budget of {_shown(target, 'latency')}, but measured "
-            f"as a whole it takes {_shown(fastest, 'latency')}",
-        )
-    return best
 
+    budget: Budget
+    model: nn.Module
+    example: Example | None
+    calibrated: bool
+    progress: bool
+    whole: float = field(init=False)
+    target: float = field(init=False)
+    rest: float = field(init=False, default=0.0)
+    menus: Sequence[Sequence[Option]] = field(init=False, default=())
 
-def _warn_where_steep(chosen: Sequence[Option], menus: Sequence[Sequence[Option]], target: float, kind: str) -> None:
-    """Says so where a little more budget would lessen the error by much: close to what can be reached at all."""
-    error = sum(option.error for option in chosen)
-    if error <= _SEEN * sum(max(option.error for option in menu) for menu in menus):
-        return
-    more = allocate(menus, sum(option.cost for option in chosen) + _MORE * target)
-    left = sum(option.error for option in more)
-    if left < _STEEP * error:
-        warn(
-            f"factorize_: the budget of {_shown(target, kind)} is close to the least possible, where accuracy is "
-            f"lost fast: {_shown((1 + _MORE) * target, kind)} would leave {left / error:.0%} of the squared error "
-            "that is expected of its ranks"
-        )
+    def __post_init__(self) -> None:
+        self.whole = self._dense_cost()
+        self.target = self.budget.absolute(self.whole)
 
+    def _dense_cost(self) -> float:
+        if self.budget.kind == "params":
+            return float(count_parameters(self.model))
+        assert self.example is not None
+        if self.budget.kind == "latency":
+            return self.example.seconds()
+        calls = self.example.calls
+        return float(sum(macs_in(calls.of(layer), layer) or 0 for layer in calls.layers()))
 
-def _shown(value: float, kind: str) -> str:
-    return f"{figure(1e3 * value)} ms" if kind == "latency" else f"{value:,.0f} {_NOUNS[kind]}"
+    def met_already(self, sites: Sequence[Site]) -> bool:
+        """Whether the dense model keeps the budget, so that nothing needs to be replaced; a warning says so.
 
+        Args:
+            sites: the layers that may be replaced.
 
-def _whole_cost(budget: Budget, model: nn.Module, calls: Calls | None, example_input: Any) -> float:
-    """What the dense model costs."""
-    if budget.kind == "params":
-        return float(count_parameters(model))
-    assert calls is not None
-    if budget.kind == "latency":
-        return _seconds(model, example_input)
-    return float(sum(macs_in(calls.of(layer), layer) or 0 for layer in calls.layers()))
+        Raises:
+            ValueError: the dense model does not keep the budget, and no layer may be replaced; or the budget is one of
+                multiplications, and the example input reaches no layer whose multiplications are known.
+        """
+        kind, wanted = self.budget.kind, f"factorize_: the budget of {self._shown(self.target)}"
+        uncounted = kind == "macs" and not self.whole
+        if not self.budget.is_fraction and self.target >= self.whole and not uncounted:
+            taken = f"is met already, the dense model takes {self._shown(self.whole)}"
+            warn(f"{wanted} {taken}: nothing is replaced")
+            return True
+        if not sites:
+            raise ValueError(
+                f"{wanted} cannot be met: the dense model takes {self._shown(self.whole)}, and none of its layers may "
+                "be replaced; factorize_ with a rank instead of a Budget reports why"
+            )
+        if not self.whole:
+            raise ValueError(
+                f"{wanted} cannot be met: the example input reaches no convolution or linear layer; a budget of params "
+                "needs none"
+            )
+        return False
 
+    def choose(self, sites: Sequence[Site], weigh: Callable[[Site], Tensor], offer: Offer) -> list[Choice]:
+        """The choice for each site.
 
-def _trial(model: nn.Module, sites: Sequence[Site], chosen: Sequence[Option], example_input: Any) -> float:
-    """Time with modules of the chosen ranks in place, near their layers, over the dense model's; it is as it was then.
+        Args:
+            sites: the layers that may be replaced.
+            weigh: gives a site's weight, whitened or normalized: see `menu.options_for`.
+            offer: which options there are; the name is set for each layer.
 
-    Both are measured in turn: what else the machine does by now must not look like a slow choice.
-    """
-    modules: dict[int, nn.Module] = {}
-    for site, option in zip(sites, chosen, strict=True):
-        if option.choice is not None:
-            layer: Any = site.layer
-            module = sketched(empty_module(layer, option.choice), layer)
-            keep_attributes(layer, module)
-            module._read_is_known = True  # the report says so
-            modules[id(layer)] = module
-    ratios = []
-    for _ in range(_TURNS):
-        dense = _seconds(model, example_input)
+        Raises:
+            ValueError: the budget cannot be met; the message says what could be reached.
+        """
+        self.menus = self._menus(sites, weigh, offer)
+        if self.budget.kind == "latency":
+            self._scale_to_the_running_model(sites)
+        self.rest = max(self.whole - sum(menu[0].cost for menu in self.menus), 0.0)
+        chosen = self._allocate(self.target)
+        if self.budget.kind == "latency":
+            chosen = self._corrected(chosen, lambda options: self._measured(sites, options))
+        self._warn_where_steep(chosen)
+        return [Choice(option, len(menu)) for option, menu in zip(chosen, self.menus, strict=True)]
+
+    def _menus(self, sites: Sequence[Site], weigh: Callable[[Site], Tensor], offer: Offer) -> list[list[Option]]:
+        clock, menus = Clock(), []
+        with progress_bar("options", self.progress, sites, "layer") as bar:
+            for site in bar:
+                bar.set_postfix_str(site.names[0])
+                layer: Any = site.layer
+                seen = None if self.example is None else self.example.calls.of(layer)
+                if self.budget.kind == "latency":
+                    assert seen is not None
+                    cost, multiple = clock.of(layer, seen), max(offer.multiple, _LANES)
+                else:
+                    cost, multiple = count_cost(self.budget.kind, seen, self.calibrated), offer.multiple
+                own = replace(offer, multiple=multiple, name=site.names[0])
+                menus.append(options_for(layer, weigh(site), cost, own))
+        return menus
+
+    def _scale_to_the_running_model(self, sites: Sequence[Site]) -> None:
+        """Layers are timed one by one, at another moment than the model: their times are scaled, all alike, so that the
+        dense ones add up to the share of the model's time that they have when the model runs."""
+        dense = sum(menu[0].cost for menu in self.menus)
+        if dense > 0:
+            assert self.example is not None
+            scale = self.whole * self.example.share_of([site.layer for site in sites]) / dense
+            self.menus = [[replace(option, cost=scale * option.cost) for option in menu] for menu in self.menus]
+
+    def _allocate(self, allowed: float) -> list[Option]:
+        """The options with the least error among those with which the model costs at most `allowed` by the menus."""
+        cheapest = self._cheapest()
+        room = allowed - self.rest
+        if cheapest - 1e-12 * allowed < room < cheapest:  # sums are rounded
+            room = cheapest
         try:
-            for site in sites:
-                site.put(modules.get(id(site.layer), site.layer))
-            with model_errors("factorize_: the factorized model", model, "example_input"):
-                ratios.append(_seconds(model, example_input) / dense)
-        finally:
-            for site in sites:
-                site.put(site.layer)
-    return statistics.median(ratios)
+            return allocate(self.menus, room)
+        except ValueError:
+            least = self.rest + cheapest
+            raise ValueError(
+                f"factorize_: the budget of {self._shown(allowed)} cannot be met; the closest is {self._shown(least)} "
+                f"({least / self.whole:.0%} of the dense model's {self._shown(self.whole)}), of which "
+                f"{self._shown(self.rest)} lie outside of the layers that may be replaced"
+            ) from None
 
+    def _cheapest(self) -> float:
+        return sum(min(option.cost for option in menu) for menu in self.menus)
 
-def _share(model: nn.Module, sites: Sequence[Site], example_input: Any) -> float:
-    """The share of the model's time that passes in the layers of the sites."""
-    inside = 0.0
-    started: list[float] = []
+    def _corrected(self, chosen: list[Option], measured: Callable[[Sequence[Option]], float]) -> list[Option]:
+        """The options with which the whole model comes closest to the target from below; a warning if none is below it.
 
-    def enter(*_: Any) -> None:
-        synchronize()
-        started.append(time.perf_counter())
+        The model may take more or less time than its layers' times add up to. So the sum that the layers are allowed is
+        changed until the model takes the target: not more, but not much less either, since the last few percent of time
+        can cost much accuracy.
 
-    def leave(*_: Any) -> None:
-        nonlocal inside
-        synchronize()
-        inside += time.perf_counter() - started.pop()
+        Args:
+            chosen: the options for `target` seconds by the sum of the layers' times.
+            measured: seconds of the whole model with these options.
+        """
+        least = self.rest + self._cheapest()
+        most = self.rest + sum(menu[0].cost for menu in self.menus)
+        aim = self.target * (1 + _USED) / 2
+        # Pairs of (seconds allowed, seconds measured): the latest within the target, and the latest above it.
+        below: tuple[float, float] | None = None
+        above: tuple[float, float] | None = None
+        allowed, best, fastest = self.target, chosen, math.inf
+        known: dict[tuple[int, ...], float] = {}  # measured seconds, by the options' ids
+        for trial in range(2 * _TRIALS):
+            options = tuple(map(id, chosen))
+            if options not in known:
+                if len(known) == _TRIALS:
+                    break
+                known[options] = measured(chosen)
+            taken = known[options]
+            if taken <= self.target:
+                # A larger sum allowed has no larger error: the latest options within the target are the best so far.
+                below, best, fastest = (allowed, taken), chosen, taken
+                if taken >= _USED * self.target or all(option.block is None for option in chosen):
+                    break
+            else:
+                above = (allowed, taken)
+                if below is None and taken < fastest:
+                    best, fastest = chosen, taken
+            if below is not None and above is not None:
+                share = (aim - below[1]) / (above[1] - below[1])
+                allowed = below[0] + min(max(share, 0.25), 0.75) * (above[0] - below[0])
+            else:
+                allowed = min(max(allowed + 2**trial * (aim - taken), least), most)
+            chosen = self._allocate(allowed)
+        if fastest > self.target:
+            warn(
+                f"factorize_: the times of the layers add up to no more than the budget of "
+                f"{self._shown(self.target)}, but the whole model takes {self._shown(fastest)}, the least of "
+                f"{len(known)} allocations that were timed"
+            )
+        return best
 
-    handles = [site.layer.register_forward_pre_hook(enter) for site in sites]
-    handles += [site.layer.register_forward_hook(leave) for site in sites]
-    shares = []
-    try:
-        for _ in range(_TURNS):
-            inside = 0.0
-            begun = time.perf_counter()
-            run_example(model, example_input)
-            synchronize()
-            shares.append(inside / (time.perf_counter() - begun))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics.median(shares)
+    def _measured(self, sites: Sequence[Site], options: Sequence[Option]) -> float:
+        """Seconds of the whole model with modules of these options, whose values are near those of the layers."""
+        modules: dict[int, nn.Module] = {}
+        for site, option in zip(sites, options, strict=True):
+            if option.block is not None:
+                layer: Any = site.layer
+                module = sketched(empty_module(layer, option.block), layer)
+                keep_attributes(layer, module)
+                module._read_is_known = True  # no warning of reads here: the report notes them
+                modules[id(layer)] = module
+        assert self.example is not None
+        return self.whole * self.example.ratio(sites, modules)
 
+    def _warn_where_steep(self, chosen: Sequence[Option]) -> None:
+        """Warns where a little more budget would lessen the error by much: close to the least possible cost."""
+        error = sum(option.error for option in chosen)
+        if error <= _SEEN * sum(max(option.error for option in menu) for menu in self.menus):
+            return
+        more = allocate(self.menus, sum(option.cost for option in chosen) + _MORE * self.target)
+        left = sum(option.error for option in more)
+        if left < _STEEP * error:
+            warn(
+                f"factorize_: the budget of {self._shown(self.target)} is close to the least possible, where accuracy "
+                f"is lost fast: {self._shown((1 + _MORE) * self.target)} would leave {left / error:.0%} of the squared "
+                "error that is expected of its ranks"
+            )
 
-def _seconds(model: nn.Module, example_input: Any) -> float:
-    run_example(model, example_input)
-    samples: list[float] = []
-    while len(samples) < _RUNS[0] or (len(samples) < _RUNS[1] and sum(samples) < _SECONDS):
-        started = time.perf_counter()
-        run_example(model, example_input)
-        synchronize()
-        samples.append(time.perf_counter() - started)
-    return min(samples)  # as the layers', see `options.Clock`
+    def _shown(self, cost: float) -> str:
+        kind = self.budget.kind
+        return f"{figure(1e3 * cost)} ms" if kind == "latency" else f"{cost:,.0f} {NOUNS[kind]}"

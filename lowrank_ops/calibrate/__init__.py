@@ -1,1 +1,1 @@
-"""Factors fitted to a model's data: second moments, and the fit in the order of the calls."""
+"""Factors fitted to a model's data: second moments of its layers, and fits in the order of their calls."""

@@ -1,13 +1,14 @@
 """Calibrated factorization: modules that are fitted, one after the other, to what the dense layers compute.
 
-The model stays one model: to see the dense network its dense layers are put in, to see the factorized one its modules,
-as far as they are fitted. Each layer takes one partial run of both per batch, in the order in which the model calls
-them. Of more than `STAGES` layers several take their rows from the same runs, so that the time grows with the depth and
-not with its square; of those, the ones before a layer are then factorized but not fitted yet. Rows of input and output
-are copied at random positions (`lowrank_ops.calibrate.moments`), never whole activations.
+No copy of the model is made: its dense layers are put in for a run of the dense network, and the modules for a run of
+the factorized one. Layers are fitted in the order in which the model calls them. For each layer and batch, both
+networks run up to that layer. If there are more than `STAGES` layers, several layers (a stage) take their rows from the
+same runs, so that the time grows with the depth and not with its square; the layers of the same stage before a layer
+are then factorized but not fitted yet. Rows of input and output are copied at random positions
+(`lowrank_ops.calibrate.moments`), never whole activations.
 
-A quarter of the rows is held out. They decide how much of a fit there is, and give the reported error; then the layer
-is fitted once more, to all rows. The rows of layers that are fitted together take a limited part of memory.
+A quarter of the rows is held out. The held-out rows decide how strongly a layer is fitted, and give the reported error;
+then the layer is fitted once more, to all rows. The rows of the layers of a stage take a limited part of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.calibrate.fitting import Regression, chunk_rows, refit
+from lowrank_ops.calibrate.calibration import Calibration
+from lowrank_ops.calibrate.fitting import Regression, refit
 from lowrank_ops.calibrate.moment_groups import moment_bytes
 from lowrank_ops.calibrate.moments import (
     HeldOut,
@@ -31,30 +33,39 @@ from lowrank_ops.calibrate.moments import (
     output_rows,
     watch,
 )
+from lowrank_ops.calibrate.normal_equations import chunk_rows
 from lowrank_ops.linalg.roots import Root
-from lowrank_ops.model.batches import Batch, Batches
+from lowrank_ops.model.batches import Batch
 from lowrank_ops.model.sites import Site
 from lowrank_ops.model.state import ModelState
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.ops.memory import trim
 
-# The widest features whose normal equations are solved: [8192, 8192] in fp64 is half a gigabyte.
+# Normal equations are solved for at most this many features: [8192, 8192] in fp64 is half a gigabyte.
 WIDEST = 8192
 
-# A model's layers are fitted in about so many stages, each of as many runs of the model as there are batches.
+# The layers of a model are fitted in about this many stages.
 STAGES = 16
 
 
 def positions_for(width: int) -> int:
-    """Rows to fit a map of so many features to: enough that the noise of the fit adds about an eighth to the error."""
+    """How many rows to fit a map of `width` features to: so many that the noise of the fit adds about an eighth to the
+    error."""
     return min(8 * width + 2048, 32768)
 
 
 @dataclass
 class Fit:
-    """One layer to fit: where it stands, the factorized module for it, the root of its gradient's moment (None once it
-    is fitted), how often a run of the model calls it, on how many output positions all runs do, whether a ReLU follows
-    it."""
+    """One layer to fit.
+
+    Attributes:
+        site: the layer, and where it stands in the model.
+        module: the factorized module for it.
+        gradient: the root of the moment of its output's gradient; None once it is fitted.
+        calls: how often one run of the model calls it.
+        positions: how many output positions it computes on all batches.
+        relu: whether a ReLU follows it.
+    """
 
     site: Site
     module: FactorizedModule
@@ -65,11 +76,8 @@ class Fit:
 
 
 def fit_in_order_(
-    model: nn.Module,
+    calibration: Calibration,
     fits: Sequence[Fit],
-    batches: Batches,
-    count: int,
-    step: Callable[[str], Any],
     fitted: Sequence[Fit] = (),
     stage: int = 1,
     room: float = math.inf,
@@ -77,13 +85,11 @@ def fit_in_order_(
     """Fits the last factors and the bias of modules, in place; the model itself is as before afterwards.
 
     Args:
-        model: with the dense layers in place.
+        calibration: the model, with the dense layers in place, and the data.
         fits: in the order in which the model calls them.
-        batches: calibration data, `count` batches.
-        step: called before each batch with the layer's name (progress).
         fitted: earlier ones, whose modules stand for their layers in the factorized model.
-        stage: so many layers at most take their rows from the same runs of the model.
-        room: bytes that the rows of these layers may take; those of a single one at least what its moments take.
+        stage: how many layers may take their rows from the same runs of the model.
+        room: bytes that the rows of these layers may take. The rows of a single layer may take as much as its moments.
 
     Returns:
         Relative errors of the outputs on the held-out rows, by id of the dense layer; None where there are none.
@@ -93,19 +99,21 @@ def fit_in_order_(
     """
     errors: dict[int, float | None] = {}
     done = list(fitted)
-    state = ModelState(model)
+    state = ModelState(calibration.model)
     try:
-        for rows in _stages(fits, count, stage, room):
-            runs = _Runs(model, state, rows, done)
-            with batches.same_order():
-                for index, batch in enumerate(batches):
-                    for of_layer in rows:
-                        step(of_layer.fit.site.names[0])
-                    runs.add(batch, index)
-            while rows:
-                of_layer = rows.pop(0)
-                errors[id(of_layer.fit.site.layer)] = _fit(of_layer)
-                done.append(of_layer.fit)
+        with calibration.runs("fit", passes=len(fits)) as bar:
+            for rows in _stages(fits, calibration.count, stage, room):
+                runs = _Runs(calibration.model, state, rows, done)
+                with calibration.batches.same_order():
+                    for index, batch in enumerate(calibration.batches):
+                        for of_layer in rows:
+                            bar.set_postfix_str(of_layer.fit.site.names[0], refresh=False)
+                            bar.update()
+                        runs.add(batch, index)
+                while rows:
+                    of_layer = rows.pop(0)
+                    errors[id(of_layer.fit.site.layer)] = _fit(of_layer)
+                    done.append(of_layer.fit)
     finally:
         _put_dense([*fitted, *fits])
         state.restore()
@@ -113,7 +121,7 @@ def fit_in_order_(
 
 
 def _stages(fits: Sequence[Fit], count: int, stage: int, room: float) -> Iterator[list[_Rows]]:
-    """The layers that take their rows from the same runs: at most `stage`, whose rows fit into the room."""
+    """The layers of each stage: at most `stage` of them, whose rows fit into the room; or a single layer."""
     rows: list[_Rows] = []
     for fit in fits:
         of_layer = _Rows(fit, count, room)
@@ -152,12 +160,14 @@ def _finite(rows: Tensor) -> bool:
 
 
 class _Rows:
-    """Rows of a layer, held-out ones and others: features that its module sees, targets that the dense layer gives.
+    """Rows of a layer: features that its module sees, and targets that the dense layer gives.
 
-    Both kinds lie in one memory, the held-out ones from its end on: no copy is made of them.
+    The rows to fit fill a piece of memory from its start, the held-out ones fill it from its end: together they can be
+    used without a copy.
 
     Attributes:
-        bytes: that all of them take at most; no more than the room or the layer's moments.
+        bytes: the most that all rows take. Their limit is the room, or the bytes of the layer's moments if these are
+            more.
     """
 
     def __init__(self, fit: Fit, count: int, room: float) -> None:
@@ -168,7 +178,7 @@ class _Rows:
         self._widths = factors.width, weight.shape[0]
         entry = sum(self._widths) * max(weight.element_size(), 4)
         drawn = int(min(positions_for(factors.width) * 4 // 3, max(room, moment_bytes(fit.site.layer)) / entry))  # type: ignore[arg-type]
-        self._positions = max(drawn // (count * fit.calls), 1)  # with the held-out ones
+        self._positions = max(drawn // (count * fit.calls), 1)  # drawn per call, held-out ones included
         self._limit = min(self._positions * count * fit.calls, fit.positions)
         self.bytes = self._limit * entry
         self._held_out = HeldOut()
@@ -177,41 +187,43 @@ class _Rows:
         self.begin(0)
 
     def begin(self, index: int) -> None:
-        """Another batch, the model's `index`-th one."""
+        """Begins the batch number `index`."""
         self._index = index
-        self._chosen: list[tuple[int, Tensor, Tensor]] = []  # a call's positions in all, the drawn ones, which are held
+        # For each call: how many positions it has, which were drawn, and which of these are held out.
+        self._drawn: list[tuple[int, Tensor, Tensor]] = []
         self._targets: list[Tensor] = []
         self._features: dict[int, Tensor] = {}
 
     def see_dense(self, call: int, input: Tensor, output: Tensor) -> None:
-        """A call of the dense model."""
+        """Records a call in a run of the dense model."""
         layer: Any = self.fit.site.layer
         total = count_positions(layer, output)
         held = self._held_out.next_call(total)
         positions = draw_positions(layer, output, self._positions, f"{self._index} {call}")
-        self._chosen.append((total, positions, held(positions)))
+        self._drawn.append((total, positions, held(positions)))
         self._targets.append(output_rows(layer, output, positions))
 
     def see(self, call: int, input: Tensor, output: Tensor) -> None:
-        """A call of the factorized model."""
+        """Records a call in a run of the factorized model."""
         layer: Any = self.fit.site.layer
-        known = call < len(self._chosen) and call not in self._features
-        if known and self._chosen[call][0] == count_positions(layer, output):
-            parts = self._chosen[call][1].split(chunk_rows(layer.weight[0].numel()))
+        known = call < len(self._drawn) and call not in self._features
+        if known and self._drawn[call][0] == count_positions(layer, output):
+            parts = self._drawn[call][1].split(chunk_rows(layer.weight[0].numel()))
             self._features[call] = torch.cat([self._features_of(input_rows(layer, input, part)) for part in parts])
 
     def see_both(self, call: int, input: Tensor, output: Tensor) -> None:
-        """A call of both: no layer before it is factorized."""
+        """Records a call in a run that is one of either model, as no layer before this one is factorized."""
         self.see_dense(call, input, output)
         self.see(call, input, output)
 
     def missing(self) -> bool:
-        """Whether the factorized model made fewer calls, or calls of other sizes."""
-        return len(self._features) < len(self._chosen)
+        """Whether some calls of the dense model have no features yet: the factorized model made fewer calls, or calls
+        with other numbers of positions."""
+        return len(self._features) < len(self._drawn)
 
     def end(self) -> None:
         """Keeps the rows of the batch."""
-        for call, (_, _, held) in enumerate(self._chosen):
+        for call, (_, _, held) in enumerate(self._drawn):
             pair = self._features.pop(call), self._targets[call]
             for part in (0, 1):
                 self._keep([rows[held == bool(part)] for rows in pair], part)
@@ -236,15 +248,15 @@ class _Rows:
 
 
 class _Runs:
-    """Runs of the dense and of the factorized model for the rows of consecutive layers. The factorized one holds the
-    modules that are fitted, and those of the layers themselves, as they were decomposed."""
+    """Runs of the dense and of the factorized model for the rows of the layers of a stage. The factorized model holds
+    the modules that are fitted, and those of the stage's layers as they were decomposed."""
 
     def __init__(self, model: nn.Module, state: ModelState, rows: Sequence[_Rows], done: Sequence[Fit]) -> None:
         self._model, self._state, self._rows = model, state, rows
         self._before = [*done, *(of_layer.fit for of_layer in rows[:-1])]
 
     def add(self, batch: Batch, index: int) -> None:
-        """Rows of one batch, the model's `index`-th one."""
+        """Collects the rows of the batch number `index`."""
         for of_layer in self._rows:
             of_layer.begin(index)
         if not self._before:
@@ -252,8 +264,8 @@ class _Runs:
         else:
             self._watch(batch, index, (), [(rows, rows.see_dense) for rows in self._rows])
             self._watch(batch, index, self._before, [(rows, rows.see) for rows in self._rows if rows.missing()])
-            # The factorized layers before some may send other rows there (experts, data-dependent loops): these calls
-            # are fitted to the inputs that the dense layers give.
+            # Factorized layers may send other rows to the layers after them (experts, data-dependent loops). Calls that
+            # the factorized model did not make are fitted to the inputs that the dense layers give.
             self._watch(batch, index, (), [(rows, rows.see) for rows in self._rows if rows.missing()])
         for of_layer in self._rows:
             of_layer.end()
@@ -261,7 +273,7 @@ class _Runs:
     def _watch(
         self, batch: Batch, index: int, modules: Collection[Fit], seen: Sequence[tuple[_Rows, Callable[..., None]]]
     ) -> None:
-        """One run of the model with these modules and otherwise dense layers, if there is anything to see."""
+        """Runs the model, with the modules of these fits in place of their layers, if there is anything to see."""
         if not seen:
             return
         _put_dense(self._before)
@@ -284,14 +296,15 @@ def _put_dense(fits: Collection[Fit]) -> None:
 
 
 class _LastFactors:
-    """The last factors of a module: a map of features of its input rows, which is what is fitted.
+    """The last factors of a module. They are a linear map of features of its input rows, and this map is fitted.
 
-    Tucker: the features are all windows of hidden pixels, the map is core and out_factor. A matrix: the input itself,
-    the map is both factors. CP, and what is too wide: the features before out_factor, which is the map alone.
+    Tucker: the features are windows of hidden pixels (after in_factor), the map is core and out_factor. A matrix: the
+    features are the input, the map is both factors. CP, and whatever has more than `WIDEST` features: the features are
+    those that out_factor is multiplied with, and out_factor alone is the map.
 
     Attributes:
         width: number of features.
-        rank: of the map; None: it is out_factor alone.
+        rank: of the map; None: the map is out_factor alone.
     """
 
     def __init__(self, module: FactorizedModule) -> None:
@@ -309,7 +322,8 @@ class _LastFactors:
         self.width = whole if fits else self._last.shape[1]
 
     def features(self, rows: Tensor) -> Tensor:
-        """`[N, width]`, fp32 at least but for a matrix, from input rows `[N, S, K]`."""
+        """The features `[N, width]` of input rows `[N, S, K]`: in the rows' dtype for a matrix, otherwise in fp32 at
+        least."""
         if self._is_matrix and self.rank is not None:
             return rows.flatten(1)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -320,8 +334,8 @@ class _LastFactors:
         return windows if self.rank is not None else windows @ self._core.T.to(windows)
 
     def present(self) -> tuple[Tensor, Tensor]:
-        """The factors `[T, R]` and `[R, width]` of the present map; where it is out_factor, that and the identity. They
-        may be the module's own."""
+        """The factors `[T, R]` and `[R, width]` of the present map; out_factor and the identity where `rank` is None.
+        They may share memory with the module."""
         if self.rank is None:
             return self._last, torch.eye(self.width)
         if self._core is not None:
@@ -340,7 +354,7 @@ def _taps(factors: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _write(module: FactorizedModule, out: Tensor, inner: Tensor, bias: Tensor, whole: bool) -> None:
-    """The solution as the module's last factors; `whole`: more than out_factor."""
+    """Writes a solution into the module's last factors: out_factor and the bias, and if `whole` the inner ones too."""
     factors = module.factors()
     factors["out_factor"].copy_(out)
     if whole:

@@ -1,7 +1,7 @@
 """Which layers' second moments are held at the same time: groups in the order in which the model calls the layers.
 
-The moments of a transformer's layers take several times its own memory. So they are gathered in one pass over the data
-for as many layers as fit, decomposed, and dropped before the next group's are gathered.
+The moments of a transformer's layers take several times the memory of its parameters. So one pass over the data gathers
+the moments of as many layers as fit; these layers are decomposed, and their moments are dropped before the next pass.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lowrank_ops.model.state import ModelState, in_inference_mode, own_random_nu
 from lowrank_ops.nn.plain import Layer
 from lowrank_ops.runtime.modes import eval_mode
 
-# What a group may take, and the rows to which layers are fitted together: that part of the model's parameters, so many
-# bytes, or one layer's moments, whichever is more.
+# Limits of a group's moments, as `moment_bytes` counts them, and of the rows to which layers are fitted together: a
+# share of the bytes of the model's parameters, or a number of bytes, whichever is more. A single layer may take more.
 SHARE, LEAST = 1 / 7, 2**26
 
 
@@ -31,8 +31,11 @@ def room(model: nn.Module) -> float:
 
 
 def moment_bytes(layer: Layer) -> int:
-    """What the moments of a layer's input and gradient would take whole, `[S, S]` and `[T, T]`, diagonals of wide ones.
-    Their lower triangles, half of it, are kept."""
+    """Bytes of the moments of a layer's input and gradient as whole squares, `[S, S]` and `[T, T]`; as their diagonals
+    where they are wide."""
+    # Only lower triangles are kept, so a layer takes about half of this, and a group about half of `room`. It is left
+    # so: counted as triangles, the moments of a group would take twice the memory that they take now, and fits would
+    # get other numbers of rows (`fit_in_order._Rows`). The docstring of `factorize_` states the limit in whole squares.
     weight = layer.weight
     entries = sum(size if size > WIDEST else size**2 for size in weight.shape[:2])
     return entries * max(weight.element_size(), 4)
@@ -41,11 +44,12 @@ def moment_bytes(layer: Layer) -> int:
 def moment_groups(
     model: nn.Module, sites: Sequence[Site], batches: Batches, seen: Callable[[], Any] = int
 ) -> list[list[Site]]:
-    """The sites in groups whose moments fit; one group in the given order, without running the model, if all do.
+    """The sites in groups whose moments fit into `room`, in the order in which the model calls the layers. If the
+    moments of all layers fit, there is one group, in the given order, and the model does not run.
 
     Args:
-        model: runs once on each batch where there are several groups.
-        sites: of the layers whose moments are wanted.
+        model: runs once on each batch if there are several groups.
+        sites: the layers whose moments are wanted.
         batches: calibration data.
         seen: called after each batch (progress).
 

@@ -1,15 +1,16 @@
-"""What calibration data say about a layer: rows of its input and output, and their second moments.
+"""Rows of layers' inputs and outputs on calibration data, and the second moments of these rows.
 
-Every layer that we factorize is a matrix, times a row of its input: `weight.flatten(1)`, `[T, S K]`, times the K taps
-of a window in each of S channels (K = 1 for a linear layer). An output position (image and pixel, or row) is one row.
-A random part of the positions is enough; only those are ever copied, never a whole activation. Every fourth position is
-held out (`HeldOut`): what the factors are made from never sees it, and errors are measured there.
+Every layer that is factorized multiplies a matrix, `weight.flatten(1)`, `[T, S K]`, by rows of its input: the K taps of
+a window in each of S channels (K = 1 for a linear layer). There is one row per output position (image and pixel, or row
+of a linear layer). A random part of the positions is enough: only these rows are copied, never a whole activation. A
+quarter of the positions is held out (`HeldOut`): factors are made without it, and errors are measured on it.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ from lowrank_ops.runtime.nested import values_of
 class Moments:
     """Second moments of one layer over the calibration data, shrunk where rows are few (`calibrate.shrinkage`).
 
-    On the CPU, in the dtype of what the layer sees, fp32 at least. Of one wider than `shrinkage.WIDEST`: its diagonal.
+    They lie on the CPU, in the dtype of the layer's input and gradient, but fp32 at least. A moment wider than
+    `shrinkage.WIDEST` is kept as its diagonal.
 
     Attributes:
         input: `[S, S]`, the mean of `x x^T` over input pixels (all taps of a window together), without those of
@@ -49,28 +51,31 @@ class Moments:
 
 
 class _Enough(BaseException):
-    """Ends a model's run early. No Exception: a model that falls back to another way of computing must not catch it."""
+    """Ends a model's run early. It is no `Exception`: a model that catches errors to compute in another way must not
+    catch it."""
 
 
 class HeldOut:
-    """Which output positions of a layer's calls are held out: of the quarters of each call, in the order of positions,
-    the last one; of calls of fewer than four positions every fourth position.
+    """Which output positions of a layer's calls are held out: the last quarter of each call, in the order of positions;
+    if calls have fewer than four positions, every fourth position of all calls.
 
-    Where the leading axis is the batch, these are whole samples: neighbours of a held-out pixel are held out, too.
+    Where the leading axis is the batch, this holds out whole samples: a pixel and its neighbours are held out together.
     """
 
     def __init__(self) -> None:
         self._before = 0
 
     def next_call(self, total: int) -> Callable[[Tensor], Tensor]:
-        """For the next call, of so many positions: a function from positions to whether they are held out."""
+        """For the next call, which has `total` positions: a function that says for each position whether it is held
+        out."""
         parts, before = min(4, total), self._before
         self._before += parts
         return lambda positions: (before + positions * parts // max(total, 1)) % 4 == 3
 
 
 def input_rows(layer: Layer, input: Tensor, positions: Tensor) -> Tensor:
-    """`[positions, S, K]`: what each of the output positions sees of the input, padding included."""
+    """`[positions, S, K]`: the window of the input from which each of the output positions is computed, padding
+    included."""
     input = values_of(input)
     if isinstance(layer, nn.Linear):
         return input.reshape(-1, input.shape[-1])[positions].unsqueeze(2)
@@ -93,7 +98,7 @@ def input_rows(layer: Layer, input: Tensor, positions: Tensor) -> Tensor:
 
 
 def output_rows(layer: Layer, output: Tensor, positions: Tensor | None = None) -> Tensor:
-    """`[positions, T]` of a layer's output; of all positions without any given."""
+    """`[positions, T]`: the output at these positions, or at all of them."""
     output = values_of(output)
     if isinstance(layer, nn.Linear):
         flat = output.reshape(-1, output.shape[-1])
@@ -110,7 +115,7 @@ def count_positions(layer: Layer, output: Tensor) -> int:
 
 
 def draw_positions(layer: Layer, output: Tensor, count: int, key: str) -> Tensor:
-    """At most `count` of the output's positions, drawn without replacement, the same ones for the same key."""
+    """At most `count` positions of the output, drawn without replacement; the same key gives the same ones."""
     total = count_positions(layer, output)
     if total <= count:
         return torch.arange(total, device=output.device)
@@ -129,52 +134,18 @@ def gather_moments(
         model: runs as it is; nothing of it changes.
         layers: of the model.
         batches: calibration data.
-        positions: at most so many of a layer's positions are taken of each call for `input`.
+        positions: the most positions per call of a layer that are taken for `input`.
         seen: called after each batch (progress).
 
     A layer that is never called, or on no position, is missing in the results. Each batch finds the model's buffers and
     attributes, and the random generators, as this function found them.
     """
-    sums: dict[int, _Sums] = {}
-    found: dict[int, int] = {}
-
-    running_backward = False
-
-    def record(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        total = count_positions(layer, output)
-        if not running_backward:
-            found[id(layer)] = found.get(id(layer), 0) + 1
-        if not total:
-            return None
-        if id(layer) not in sums:
-            sums[id(layer)] = _Sums(output_rows(layer, output).shape[1])
-        of_layer = sums[id(layer)]
-        if not running_backward:  # otherwise torch.utils.checkpoint computes again what was seen in the forward pass
-            held = of_layer.held.next_call(total)
-            chosen = draw_positions(layer, output, positions, "moments").sort().values
-            chosen = chosen[~held(chosen)]
-            input = (args[0] if args else kwargs["input"]).detach()
-            of_layer.add_input(input_rows(layer, input, chosen).transpose(1, 2).flatten(0, 1), total)
-        if not torch.is_grad_enabled():  # the model's own no_grad or inference_mode: no gradient passes here
-            return None
-        fresh = not output.requires_grad
-        if fresh:  # frozen weights behind integer inputs: the graph starts here
-            output = output.clone().requires_grad_().clone()
-        output.register_hook(lambda gradient: of_layer.add_gradient(output_rows(layer, gradient)))
-        return output if fresh else None
-
-    generator = torch.Generator().manual_seed(0)
-    trained = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()
-    ]
-    calls: dict[int, int] = {}
-    order: list[int] = []
+    gathering = _Gathering(positions)
     state = ModelState(model)
-    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_hook(gathering.record, with_kwargs=True) for layer in layers]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)  # no gradients of weights are wanted
         with (
+            _without_weight_gradients(model),
             eval_mode(model),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -183,30 +154,96 @@ def gather_moments(
         ):
             for index, batch in enumerate(batches):
                 with ordinary_tensors(model), own_random_numbers(index):
-                    outputs = [output for output in outputs_of(batch.run(model, track=True)) if output.requires_grad]
-                    probes = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
-                    running_backward = True
-                    if outputs:
-                        torch.autograd.backward(outputs, probes)
-                    running_backward = False
+                    gathering.run(model, batch)
                 state.restore()
-                add_calls(order, list(found))
-                for key, number in found.items():
-                    calls[key] = max(calls.get(key, 0), number)
-                found.clear()
+                gathering.end_batch()
                 seen()
     finally:
         state.restore()
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {key: sums.pop(key).moments_() for key in order if key in sums}, calls
+    return gathering.moments_(), gathering.calls
+
+
+class _Gathering:
+    """The sums of all layers over the batches so far.
+
+    Attributes:
+        calls: how often a run calls each layer, by id: the most over all batches.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self.calls: dict[int, int] = {}
+        self._positions = positions
+        self._sums: dict[int, _Sums] = {}
+        self._order: list[int] = []  # ids of the layers in the order of their calls
+        self._called: dict[int, int] = {}  # how often each was called in this batch, in the order of the first calls
+        self._generator = torch.Generator().manual_seed(0)
+        self._running_backward = False
+
+    def run(self, model: nn.Module, batch: Batch) -> None:
+        """Runs the model forward on a batch, and backward from a random projection of its outputs."""
+        outputs = [output for output in outputs_of(batch.run(model, track=True)) if output.requires_grad]
+        probes = [torch.randn(output.shape, generator=self._generator).to(output) for output in outputs]
+        self._running_backward = True
+        if outputs:
+            torch.autograd.backward(outputs, probes)
+        self._running_backward = False
+
+    def end_batch(self) -> None:
+        """Adds what the batch showed about the calls."""
+        add_calls(self._order, list(self._called))
+        for key, number in self._called.items():
+            self.calls[key] = max(self.calls.get(key, 0), number)
+        self._called.clear()
+
+    def moments_(self) -> dict[int, Moments]:
+        """The moments by the layer's id, in the order of the calls, in the memory of the sums."""
+        return {key: self._sums.pop(key).moments_() for key in self._order if key in self._sums}
+
+    def record(self, layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """A forward hook: adds rows of the input, and prepares to add rows of the output's gradient."""
+        total = count_positions(layer, output)
+        # During the backward pass torch.utils.checkpoint calls layers again, on inputs that were already added.
+        again = self._running_backward
+        if not again:
+            self._called[id(layer)] = self._called.get(id(layer), 0) + 1
+        if not total:
+            return None
+        if id(layer) not in self._sums:
+            self._sums[id(layer)] = _Sums(output_rows(layer, output).shape[1])
+        sums = self._sums[id(layer)]
+        if not again:
+            held = sums.held.next_call(total)
+            drawn = draw_positions(layer, output, self._positions, "moments").sort().values
+            drawn = drawn[~held(drawn)]
+            input = (args[0] if args else kwargs["input"]).detach()
+            sums.add_input(input_rows(layer, input, drawn).transpose(1, 2).flatten(0, 1), total)
+        if not torch.is_grad_enabled():  # the model's own no_grad or inference_mode: no gradient passes here
+            return None
+        fresh = not output.requires_grad
+        if fresh:  # frozen weights behind integer inputs: the graph starts here
+            output = output.clone().requires_grad_().clone()
+        output.register_hook(lambda gradient: sums.add_gradient(output_rows(layer, gradient)))
+        return output if fresh else None
+
+
+@contextmanager
+def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Within it no parameter requires a gradient: the backward pass computes those of activations alone."""
+    trained = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def add_calls(order: list[int], called: Sequence[int]) -> None:
-    """Adds the layers of one more run, in the order of its calls, to that of the runs before it: one that is new (an
-    expert that had no rows so far) comes after the one that was called before it."""
+    """Adds the layers that a run called, in the order of their calls, to the `order` of earlier runs. A layer that is
+    new there (an expert that had no rows so far) is put behind the layer that was called before it."""
     if set(called) <= set(order):
         return
     place = 0
@@ -219,7 +256,12 @@ def add_calls(order: list[int], called: Sequence[int]) -> None:
 
 
 class _Sums:
-    """What `gather_moments` knows of a layer."""
+    """The sums over the rows of one layer so far.
+
+    Attributes:
+        held: which of its positions are held out.
+        rows: positions that it computed, held-out ones included.
+    """
 
     def __init__(self, outputs: int) -> None:
         self.gradient = SecondMoment(outputs)
@@ -228,8 +270,8 @@ class _Sums:
         self.rows = 0
 
     def add_input(self, rows: Tensor, positions: int) -> None:
-        """Rows of a call of so many positions. The first call is taken as three, so that there is something to compare:
-        see `SecondMoment.independent_rows`."""
+        """Adds rows of a call that has `positions` positions. The rows of the first call are added as three groups, so
+        that there are groups to compare even if there is no other call: see `SecondMoment.independent_rows`."""
         self.rows += positions
         first = self.input is None
         if self.input is None:
@@ -238,11 +280,12 @@ class _Sums:
             self.input.add(group)
 
     def add_gradient(self, rows: Tensor) -> None:
+        """Adds rows of the output's gradient in a call."""
         for group in rows.chunk(3) if not self.gradient.rows else (rows,):
             self.gradient.add(group)
 
     def moments_(self) -> Moments:
-        """In the memory of the sums, which are lost."""
+        """The moments, in the memory of the sums, which are lost."""
         total = self.gradient.total
         usable = finite(total) and bool(total.any())
         gradient = self.gradient.shrunk_().mul_(self.gradient.rows) if usable else _identity_(total)
@@ -251,12 +294,13 @@ class _Sums:
 
 
 def finite(moment: Triangle | Tensor) -> bool:
-    """Whether all entries are: where one is not, one on the diagonal is not, as no entry is above both of its own."""
+    """Whether all entries are finite. The diagonal shows it: no entry of a sum of `x x^T` is larger than both diagonal
+    entries of its row and column."""
     return bool(torch.isfinite(diagonal(moment)).all())
 
 
 def _identity_(moment: Triangle | Tensor) -> Triangle | Tensor:
-    """The identity, or its diagonal, in the moment's place, whose values may not be finite."""
+    """Overwrites a moment, whose values may not be finite, by the identity, or by its diagonal."""
     if isinstance(moment, Tensor):
         return moment.fill_(1)
     for panel in moment.panels:
@@ -265,13 +309,19 @@ def _identity_(moment: Triangle | Tensor) -> Triangle | Tensor:
 
 
 def _backward_through_recurrent_layers() -> Any:
-    """cuDNN has no backward pass of recurrent layers in eval mode; PyTorch's own kernels do."""
+    """A context without cuDNN, which has no backward pass of recurrent layers in eval mode; torch's kernels do."""
     return torch.backends.cudnn.flags(enabled=False)
 
 
 @dataclass
 class Watched:
-    """A layer to watch: its next `calls` calls; `record(call, input, output)` sees each of them."""
+    """A layer to watch in a run.
+
+    Attributes:
+        calls: how many of its calls to record.
+        record: called as `record(call, input, output)` for each of them.
+        number: how many calls there were so far.
+    """
 
     layer: nn.Module
     calls: int
@@ -280,15 +330,14 @@ class Watched:
 
 
 def watch(model: nn.Module, watched: Sequence[Watched], batch: Batch, seed: int = 0) -> None:
-    """Runs the model on a batch up to the last of the watched calls, which are recorded outside of the model's
-    autocast. The same seed gives the same random numbers to the model. What the run changes in the model stays changed:
-    see `ModelState`."""
+    """Runs the model on a batch until all watched calls are recorded, without the model's autocast. The same seed gives
+    the model the same random numbers. The run may change the model's state: see `ModelState`."""
 
     def left() -> bool:
         return any(of_layer.number < of_layer.calls for of_layer in watched)
 
     def hook(of_layer: Watched, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        if of_layer.number == of_layer.calls:  # also where the model caught _Enough and goes on
+        if of_layer.number == of_layer.calls:  # a model that catches even _Enough goes on calling layers
             return
         with no_autocast():
             of_layer.record(of_layer.number, args[0] if args else kwargs["input"], output)
@@ -314,7 +363,7 @@ def watch(model: nn.Module, watched: Sequence[Watched], batch: Batch, seed: int 
     except _Enough:
         pass
     except Exception:
-        if left():  # else the model made another error of _Enough, and all calls were seen
+        if left():  # else all calls were recorded, and the model turned _Enough into an error of its own
             raise
     finally:
         for handle in handles:
@@ -322,7 +371,8 @@ def watch(model: nn.Module, watched: Sequence[Watched], batch: Batch, seed: int 
 
 
 def _window(layer: nn.Conv1d | nn.Conv2d, input: Tensor) -> tuple[Tensor, Any, Any, Any, list[tuple[int, int]]]:
-    """The input as `[N, S, H, W]`, and kernel, stride, dilation and padding per image axis."""
+    """The input as `[N, S, H, W]` (H = 1 for a 1-D convolution), and kernel, stride, dilation and padding of both
+    axes."""
     axes = len(layer.kernel_size)
     image = input if input.dim() == axes + 2 else input.unsqueeze(0)
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation

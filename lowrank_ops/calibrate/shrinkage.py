@@ -1,16 +1,17 @@
 """Second moments of few rows, shrunk towards a multiple of the identity.
 
-The moments of n rows of p features have at most n directions: factors that are fitted to them alone are useless for the
-next row while n is not far above p. So the covariance S is mixed with the multiple of the identity that has its trace,
+The moments of n rows of p features have at most n directions. Factors that are fitted to them alone are useless for a
+new row unless n is far above p. So the covariance S is mixed with the multiple of the identity that has the same trace,
 
-    (1 - a) S + a (tr S / p) I,
+    (1 - a) S + a (tr S / p) I.
 
-and a multiple of the identity leads to the factors that the weight alone has. `a` is the oracle approximating shrinkage
-of Chen, Wiesel, Eldar & Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE Trans. Signal Processing 58
-(2010), eq. 23: unlike that of Ledoit & Wolf (J. Multivariate Analysis 88 (2004)) it tends to 1 for the fewest rows,
-down to a single one. It supposes independent rows, and pixels of an image are not: n is divided by how much more the
-moments of groups of rows (a layer's calls) differ than those of independent rows would ("design effect", Kish, Survey
-Sampling, 1965, section 5.4). The mean is not shrunk: it is one direction, known well from a few rows.
+For a = 1 the factors are those of the weight alone. `a` is the oracle approximating shrinkage of Chen, Wiesel, Eldar &
+Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE Trans. Signal Processing 58 (2010), eq. 23; unlike the
+shrinkage of Ledoit & Wolf (J. Multivariate Analysis 88 (2004)) it tends to 1 for very few rows, even for a single one.
+The formula assumes independent rows, but pixels of an image depend on each other. So n is divided by the "design
+effect" (Kish, Survey Sampling, 1965, section 5.4): the variance of the moments between groups of rows (a layer's
+calls), over the variance that independent rows would give. The mean is not shrunk: it is one direction, known well from
+a few rows.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from lowrank_ops.linalg.singular import energy
 from lowrank_ops.linalg.triangle import Triangle, panel_energy
 from lowrank_ops.runtime.autocast import no_autocast
 
-# Of more features only the squares are summed: half of [8192, 8192] in fp32 is an eighth of a gigabyte, and a root
-# takes a second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et al.,
-# arXiv:2312.05821).
+# For more features than this only the squares are summed: half of [8192, 8192] in fp32 is an eighth of a gigabyte, and
+# a root of it takes a second. A layer's weight is then scaled by its inputs' root mean squares, as in ASVD (Yuan et
+# al., arXiv:2312.05821).
 WIDEST = 8192
 
 
 class SecondMoment:
-    """Sums over rows `[n, p]`, added in groups that may depend on each other inside, less so between groups.
+    """Sums over rows `[n, p]`. They are added in groups: rows of a group may depend on each other, rows of different
+    groups depend less on each other.
 
     Attributes:
-        total: the lower triangle of `[p, p]`, the sum of `x x^T`; its diagonal `[p]` for more than `WIDEST` features.
+        total: the lower triangle of the sum of `x x^T`, `[p, p]`; its diagonal `[p]` for more than `WIDEST` features.
             On the CPU, in the rows' dtype, fp32 at least.
-        rows: how many.
+        rows: how many rows were added.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,7 +50,7 @@ class SecondMoment:
 
     @no_autocast()
     def add(self, rows: Tensor) -> None:
-        """One group of rows, of any floating dtype and device."""
+        """Adds one group of rows, of any floating dtype and device."""
         if not len(rows):
             return
         with torch.inference_mode(False):
@@ -62,7 +64,8 @@ class SecondMoment:
             self.rows += len(rows)
 
     def _add_products(self, rows: Tensor) -> float:
-        """Adds to `total`, and returns the energy of what was added, from the shorter side's products."""
+        """Adds `rows^T rows` to `total`, and returns the sum of squares of that product. Where there are fewer rows
+        than features, this sum comes from `rows rows^T`, which is smaller."""
         if isinstance(self.total, Tensor):
             squares = rows.square().sum(0)
             self.total += squares.to("cpu", self.total.dtype)
@@ -86,7 +89,7 @@ class SecondMoment:
             self.total.widen_(dtype)
 
     def independent_rows(self) -> float:
-        """How many independent rows would tell as much; 1 to `rows`."""
+        """How many independent rows would give moments of the same accuracy: 1 to `rows`."""
         shares = self._sizes / self.rows**2
         if self.rows < 2 or shares >= 1:  # a single group: nothing shows how much its rows depend on each other
             return float(self.rows)
@@ -97,8 +100,9 @@ class SecondMoment:
         return self.rows / min(max(effect, 1.0), float(self.rows))
 
     def shrunk_(self) -> Triangle | Tensor:
-        """The mean of `x x^T`, in the place of `total`, its part around the mean shrunk; positive but for zero rows."""
-        count = self.independent_rows() - 1  # one for the mean
+        """The mean of `x x^T` with its covariance shrunk, in the memory of `total`: positive definite unless all rows
+        are zeros."""
+        count = self.independent_rows() - 1  # the mean takes one
         covariance = self.total.mul_(1 / self.rows)
         if count < 1:
             level = float(diagonal(covariance).mean())
@@ -111,7 +115,7 @@ class SecondMoment:
 
 
 def diagonal(moment: Triangle | Tensor) -> Tensor:
-    """`[n]`; of a moment of which only the diagonal is known it is the moment itself."""
+    """`[n]`: the diagonal of a moment; a moment that is kept as its diagonal is that itself."""
     return moment if isinstance(moment, Tensor) else moment.diagonal()
 
 
@@ -131,10 +135,10 @@ def _add_outer_(moment: Triangle | Tensor, mean: Tensor, sign: int) -> Triangle 
 
 
 def _shrinkage(covariance: Triangle | Tensor, count: float) -> float:
-    """`a` for the covariance of so many independent rows: 0 to 1."""
+    """`a` for the covariance of `count` independent rows: 0 to 1."""
     width, square = len(covariance), _energy(covariance)
     trace = float(diagonal(covariance).sum(dtype=torch.float64))
-    if isinstance(covariance, Tensor):  # a variance of normal numbers is known to two parts in the count of its square
+    if isinstance(covariance, Tensor):  # the variance v of normal numbers is estimated with variance 2 v^2 / count
         spread = count * (square - trace**2 / width)
         return min(2 * square / spread, 1.0) if spread > 0 else 1.0
     spread = (count + 1 - 2 / width) * (square - trace**2 / width)  # 0 for a multiple of the identity

@@ -1,1 +1,1 @@
-"""Whole models: which layers are replaced by what, and the report about it."""
+"""Whole models: their layers are replaced by factorized modules, or chains by single ops, with a report."""

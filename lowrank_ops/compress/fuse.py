@@ -1,4 +1,4 @@
-"""`fuse_`: finds the chains of plain layers that other tools left in a model and makes each one op."""
+"""`fuse_` finds chains of plain layers that equal one op, as other tools leave them in a model, and replaces them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv
 from lowrank_ops.nn.plain import ACTIVATION_MODULES, activation_name
 from lowrank_ops.runtime.compiled import takes_compiled
 
-# What recipes put between the stages: skipped in looking for a chain, so that the reason against it can be
-# reported.
+# Layers that recipes put between the stages of a chain. The search passes over them, so that the report can say why the
+# chain is not one op.
 _BETWEEN = (*ACTIVATION_MODULES.values(), nn.LeakyReLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.PReLU, nn.Identity)
 _BETWEEN_BASES = (_NormBase, nn.GroupNorm, nn.LayerNorm, _DropoutNd)
 
@@ -30,8 +30,8 @@ _Fusable = type[TuckerConv2d] | type[CPConv2d] | type[TuckerConv1d] | type[CPCon
 
 @dataclass(frozen=True)
 class _Find:
-    """`length` children of an nn.Sequential that look like a chain: the fused module, or the reason against
-    it."""
+    """`length` children of an nn.Sequential that look like a chain: the fused module, or the reason why it is not one
+    op."""
 
     length: int
     fused: FactorizedModule | None
@@ -49,12 +49,13 @@ def fuse_(model: nn.Module) -> Report:
     factorized before. Two pointwise convolutions in a row are taken where fewer channels lie between them than on
     either side. Parameters are copies: build the optimizer afterwards.
 
-    An nn.Sequential that was shortened has other positions: try a model whose forward indexes or slices one
-    (`self.features[3]`, `self.features[:5]`) after fusing; nothing here can see that.
+    In an nn.Sequential that was shortened, children have other positions. A model whose forward indexes or slices one
+    (`self.features[3]`, `self.features[:5]`) may then compute something else, which this function cannot see: try such
+    a model afterwards.
 
     Returns:
-        A `Report` with an entry for each chain, and, with the reason, for each that looks like one but is not
-        equal to one op: an activation, normalization or bias between the stages, groups, a stride on a
+        A `Report` with an entry per chain. There is also an entry, with the reason, for layers that look like a chain
+        but are not equal to one op: an activation, normalization or bias between the stages, groups, a stride on a
         pointwise stage, hooks on a stage, a stage that is used elsewhere.
 
     Raises:
@@ -82,7 +83,7 @@ def fuse_(model: nn.Module) -> Report:
 
     order = [name for name, _ in model.named_modules(remove_duplicate=False)]
     entries: dict[str, LayerReport] = {}
-    for site in reversed(sites):  # inner ones first: what they become may take the activation after them
+    for site in reversed(sites):  # inner ones first: a module in there may take the activation behind it
         _fuse_sequential(site, obstacle, entries)
     layers = [entries[name] for name in order if name in entries]
     return Report(type(model).__name__, layers, False, before, count_parameters(model))
@@ -106,7 +107,7 @@ def _fuse_sequential(site: Site, obstacle: Callable[[nn.Module], str | None], en
         whole = found.length == len(layers) and bool(site.places) and type(sequential) is nn.Sequential
         name = site.names[0] if whole else ".".join(filter(None, (site.names[0], keys[position])))
         entry = _entry(name, layers[position:end], found)
-        earlier = entries.get(name)  # of a chain in here that now takes the activation after it as well
+        earlier = entries.get(name)  # that of a chain that was fused before and now takes the activation behind it
         entries[name] = (
             entry if earlier is None else replace(entry, type=f"{earlier.type}, {type(layers[end - 1]).__name__}")
         )
@@ -126,7 +127,7 @@ def _fuse_sequential(site: Site, obstacle: Callable[[nn.Module], str | None], en
 
 
 def _find(layers: list[nn.Module], obstacle: Callable[[nn.Module], str | None]) -> _Find | None:
-    """What the layers begin with: a chain, something that looks like one, or (None) neither."""
+    """The chain that the layers begin with, or layers that look like one; None if there is neither."""
     first = layers[0]
     if isinstance(first, FactorizedModule):
         return _absorb(first, layers[1:2], obstacle)
@@ -159,7 +160,8 @@ def _absorb(
 
 
 def _look(layers: list[nn.Module]) -> tuple[_Fusable, int] | None:
-    """What the layers look like by the kinds and kernels of their convolutions, and the chain's length."""
+    """The module that the first layers could become, by the kinds and kernels of their convolutions, and their number;
+    None if they do not look like a chain."""
     if isinstance(layers[0], nn.Linear):
         return (LowRankLinear, 2) if len(layers) > 1 and isinstance(layers[1], nn.Linear) else None
     if not isinstance(layers[0], (nn.Conv1d, nn.Conv2d)):
@@ -191,7 +193,8 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _is_bottleneck(first: nn.Conv2d, last: nn.Conv2d) -> bool:
-    """Whether two convolutions are a factorized pointwise one: fewer channels between them than on either side."""
+    """Whether two convolutions are a factorized pointwise one: pointwise, with fewer channels between them than on
+    either side."""
     return (
         _is_pointwise(first)
         and _is_pointwise(last)

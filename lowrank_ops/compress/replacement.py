@@ -1,9 +1,8 @@
-"""The factorized module for one layer: its rank, its decomposition, whitened or not; here or in other processes."""
+"""The factorized module of one layer: its rank and its decomposition, in this process or in others."""
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,37 +14,47 @@ from lowrank_ops.calibrate.whitening import Whitening
 from lowrank_ops.decompose import ranks
 from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.linalg.singular import energy, exactly
-from lowrank_ops.model.sites import HOOKS, own_attributes
+from lowrank_ops.model.sites import own_attributes, without_hooks
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.nn.plain import is_matrix
 from lowrank_ops.ops.memory import trim
 
-_ROWS = 64  # of a weight that are compared in fp64 at a time
+_ROWS = 64  # rows of a weight that are compared in fp64 at a time
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to decompose: a layer, its ranks, the roots of its moments if there are any, options of `from_conv2d`."""
+    """One layer to decompose.
+
+    Attributes:
+        layer: a convolution or linear layer.
+        rank: `(R1, R2)` for Tucker.
+        tucker: whether a convolution that is no matrix becomes a Tucker-2 block; otherwise it becomes a CP block.
+        whitening: the roots of its moments; None: the weight is decomposed as it is.
+        options: keyword arguments of `from_conv2d`, `from_conv1d` or `from_linear`.
+        exact: use no randomized SVD.
+    """
 
     layer: Any
     rank: int | tuple[int, int]
     tucker: bool
     whitening: Whitening | None
     options: Mapping[str, Any]
-    exact: bool = False  # no randomized SVD
+    exact: bool = False
 
     def run(self) -> FactorizedModule:
         with exactly(self.exact):
-            return factorized(self.layer, self.rank, self.tucker, self.whitening, self.options)
+            return _factorized(self)
 
 
 def run_tasks(tasks: list[Task], n_jobs: int | None) -> Iterator[FactorizedModule]:
     """The modules in the tasks' order.
 
     Args:
-        n_jobs: None decomposes here, with torch's present number of threads. A number: in so many processes (joblib),
-            one thread each, -1 for one a core; the modules are the same bit for bit whatever the number.
+        n_jobs: None decomposes here, with torch's present number of threads. A number decomposes in that many processes
+            (joblib) of one thread each, -1 in one process per core; the modules are the same bit for bit whatever the
+            number.
     """
     if n_jobs is None:
         for task in tasks:
@@ -73,21 +82,19 @@ def _run_with_one_thread(task: Task) -> FactorizedModule:
 
 def _bare(layer: nn.Module) -> nn.Module:
     """The layer without its hooks and attributes of its own, which may not be sent to another process."""
-    bare = copy.copy(layer)
+    bare = without_hooks(layer)
     for name in own_attributes(layer):
         del bare.__dict__[name]
-    for hooks in HOOKS:
-        object.__setattr__(bare, hooks, OrderedDict())
     return bare
 
 
-def factorized(
-    layer: Any, rank: int | tuple[int, int], tucker: bool, whitening: Whitening | None, options: Mapping[str, Any]
-) -> FactorizedModule:
-    """The module of a layer; with a whitening, of the layer whose weight is whitened, which is then undone."""
+def _factorized(task: Task) -> FactorizedModule:
+    """The module for a task. With a whitening, the whitened weight is decomposed, and the whitening is taken out of the
+    factors again."""
+    layer, whitening = task.layer, task.whitening
     if whitening is None:
-        return _decomposed(layer, rank, tucker, options)
-    module = _decomposed(_whitened(layer, whitening), rank, tucker, options)
+        return _decomposed(layer, task)
+    module = _decomposed(_whitened(layer, whitening), task)
     trim(layer.weight)
     factors = whitening.undo(module.factors())
     module = module.to(layer.weight.device, layer.weight.dtype)
@@ -101,7 +108,7 @@ def factorized(
 
 
 def _whitened(layer: Any, whitening: Whitening) -> Any:
-    """The layer with a whitened weight, of its dtype, fp32 at least."""
+    """A layer like this one with the whitened weight, in the weight's dtype, but fp32 at least."""
     source = copy.copy(layer)  # shares everything but the weight
     weight = whitening.apply(layer.weight, torch.promote_types(layer.weight.dtype, torch.float32))
     trim(weight)
@@ -109,21 +116,23 @@ def _whitened(layer: Any, whitening: Whitening) -> Any:
     return source
 
 
-def _decomposed(layer: Any, rank: int | tuple[int, int], tucker: bool, options: Mapping[str, Any]) -> FactorizedModule:
+def _decomposed(layer: Any, task: Task) -> FactorizedModule:
     if isinstance(layer, nn.Linear):
-        return LowRankLinear.from_linear(layer, rank, **options)  # type: ignore[arg-type]
+        return LowRankLinear.from_linear(layer, task.rank, **task.options)  # type: ignore[arg-type]
     if isinstance(layer, nn.Conv2d):
-        return (TuckerConv2d if tucker else CPConv2d).from_conv2d(layer, rank, **options)  # type: ignore[arg-type]
-    return (TuckerConv1d if tucker else CPConv1d).from_conv1d(layer, rank, **options)  # type: ignore[arg-type]
+        return (TuckerConv2d if task.tucker else CPConv2d).from_conv2d(layer, task.rank, **task.options)  # type: ignore[arg-type]
+    return (TuckerConv1d if task.tucker else CPConv1d).from_conv1d(layer, task.rank, **task.options)  # type: ignore[arg-type]
 
 
 def weight_of(layer: Any) -> torch.Tensor:
+    """The layer's weight without its graph."""
     weight: torch.Tensor = layer.weight
     return weight.detach()
 
 
 @torch.no_grad()
 def weight_error(layer: Any, module: FactorizedModule) -> float:
+    """`||W - W_dense|| / ||W_dense||`; 0 for a weight of zeros."""
     pairs = zip(weight_of(layer).split(_ROWS), module._dense_weight().split(_ROWS), strict=True)
     lost = sum(energy(before.double() - after) for before, after in pairs)
     norm = energy(weight_of(layer))
@@ -133,6 +142,17 @@ def weight_error(layer: Any, module: FactorizedModule) -> float:
 def layer_rank(
     layer: nn.Conv1d | nn.Conv2d | nn.Linear, rank: Rank, tucker: bool, options: Mapping[str, Any]
 ) -> int | tuple[int, int]:
+    """The number or the pair of numbers that a rank means for a layer; of a pair a matrix takes the smaller one.
+
+    Args:
+        layer: to be decomposed.
+        rank: as the user gave it.
+        tucker: whether a convolution that is no matrix becomes a Tucker-2 block.
+        options: of the functions in `decompose.ranks`: `multiple` and `name`.
+
+    Raises:
+        ValueError: a rank above the layer's limit.
+    """
     weight = layer.weight.detach()
     if is_matrix(layer):
         pair = rank if isinstance(rank, tuple) else (rank,)

@@ -1,4 +1,4 @@
-"""What `factorize_` and `fuse_` did to a model, layer by layer, and how multiplications are counted."""
+"""Reports of what `factorize_` and `fuse_` did to a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class LayerReport:
         kernel: kernel size per axis, of convolutions.
         ranks: `(R1, R2)` for Tucker, `(R,)` otherwise.
         parameters_before, parameters_after: numbers of parameters, bias included; equal if it was left.
-        macs_before, macs_after: multiply-accumulates: of one forward pass with the example input (all calls of the
-            layer together, and the matrix products and convolutions by its weight that the model computes itself), or
-            per output pixel (per row for a linear layer) without one.
+        macs_before, macs_after: multiply-accumulates. With an example input they are those of one forward pass: of all
+            calls of the layer, and of the matrix products and convolutions by its weight that the model computes
+            itself. Without one they are those per output pixel (per row for a linear layer).
         weight_error: `||W - W_dense|| / ||W_dense||`.
         output_error: relative error of the layer's output on rows of the calibration data that were held out of the
             fit (a quarter), with the inputs that the factorized layers before it give it.
         calibration_rows: output positions (rows of a linear layer) that the layer computed on the calibration data,
             held-out ones included.
-        sensitivity: of a CP convolution: what noise in its factors does to its weight, see
+        sensitivity: for a CP convolution: how strongly noise in its factors changes its weight, see
             `lowrank_ops.decompose.cp.sensitivity`.
         reason: why the layer was left.
-        note: what to know of a layer that was replaced: that no or few calibration data reach it, or that the model
-            also computes with its weight.
+        note: a remark on a layer that was replaced: no or few calibration data reach it, the model also computes with
+            its weight, or it still calls the dense layer.
         output_size: shape of the layer's output with the example input, of its first call.
         milliseconds_before, milliseconds_after: median time of the layer's calls with the example input, each layer
             timed by itself. They need not add up to the model's: `Report.notes` says so where they are more.
@@ -98,8 +98,9 @@ class Report:
         model_milliseconds_before, model_milliseconds_after: median time of the whole model on the example input; None
             without one.
         macs_elsewhere: multiply-accumulates of a forward pass on the example input outside of the layers, as far as
-            torch counts them (`torch.utils.flop_counter`: matrix products with other parameters and with each other;
-            as of torch 2.13 not fused attention and recurrent layers on the CPU). None without one.
+            torch counts them (`torch.utils.flop_counter`): matrix products with other parameters, and of activations
+            with each other, but, as of torch 2.13, not fused attention and recurrent layers on the CPU. None without an
+            example input.
     """
 
     model: str
@@ -211,7 +212,8 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """The lines below the table: why layers were left, what to know of others, and what no layer holds."""
+        """The lines below the table: why layers were left, remarks on those that were replaced, and what lies outside
+        of all layers."""
         lines = []
         for reason, left in grouped((layer.reason, layer) for layer in self.skipped):
             kinds = ", ".join(dict.fromkeys(layer.type for layer in left))
@@ -231,7 +233,7 @@ class Report:
         return lines + self._times_apart()
 
     def _times_apart(self) -> list[str]:
-        """A line where the layers' times cannot be parts of the model's."""
+        """A line for the case that the layers' times add up to more than the model's time."""
         sums, totals = [], []
         for column in ("milliseconds_before", "milliseconds_after"):
             sums.append(math.fsum(getattr(layer, column) or 0 for layer in self.layers))
@@ -245,7 +247,7 @@ class Report:
         ]
 
     def _shares(self, layers: Sequence[LayerReport]) -> str:
-        """What layers have of the whole dense model."""
+        """The share of the dense model's parameters and MACs that these layers have."""
         parameters = _percent(sum(layer.parameters_before for layer in layers), self.model_parameters_before)
         macs = self.total("macs_before")
         if not macs:
@@ -260,7 +262,8 @@ class Report:
         return as_html(self.to_table(), *self.notes)
 
 
-# Medians of short runs on a quiet machine differ by a few per cent.
+# The layers' times may exceed the model's by this factor without a remark: medians of short runs on a quiet machine
+# differ by a few percent.
 _NOISE = 1.1
 
 _SIZES = (
@@ -284,7 +287,7 @@ def other_modules(model: nn.Module, layers: Iterable[nn.Module]) -> list[OtherMo
 
 
 def _change(before: float | None, after: float | None) -> str:
-    """ "before > after (ratio)", or what there is of it."""
+    """ "before > after (ratio)"; "before" if that is all that is known, or if both are the same."""
     if before is None:
         return ""
     if after is None or before == after:

@@ -1,4 +1,4 @@
-"""Which layers of a model `include=` and `exclude=` mean, and which only their names do."""
+"""Which layers of a model `include=` and `exclude=` select, and which need to be named one by one."""
 
 from __future__ import annotations
 
@@ -9,53 +9,51 @@ from typing import Any
 
 from torch import nn
 
+from lowrank_ops.compress.reasons import Left, Reason
 from lowrank_ops.model.sites import Site
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector] | None
 
-# One rank for all layers leaves those with so few channels on a side as they are: of three channels half is one, which
-# costs much of the output and saves next to nothing.
+# Layers with at most this many channels on a side stay dense where one rank counts for all layers: half of three
+# channels is one, which costs much of the output and saves next to nothing.
 _NARROW = 8
 
 
-def select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Selectors) -> list[str | None]:
-    """For each site why the user left it out, or None. Raises ValueError for a selector without a match."""
+def select(model: nn.Module, sites: list[Site], include: Selectors, exclude: Selectors) -> list[Reason | None]:
+    """For each site why `include` and `exclude` leave it out, or None. Raises ValueError for one without a match."""
     modules = dict(model.named_modules(remove_duplicate=False))
     excluding = [(selector, _matches(selector, "exclude", sites, modules)) for selector in _listed("exclude", exclude)]
     including = [_matches(selector, "include", sites, modules) for selector in _listed("include", include)]
-    reasons: list[str | None] = []
+    reasons: list[Reason | None] = []
     for index in range(len(sites)):
         by = next((selector for selector, found in excluding if found[index]), None)
         if by is not None:
-            reasons.append(f"excluded by {_shown(by)}")
+            reasons.append(Left.EXCLUDED.because(selector=_shown(by)))
         elif include is not None and not any(found[index] for found in including):
-            reasons.append("not in include")
+            reasons.append(Left.NOT_INCLUDED.because())
         else:
             reasons.append(None)
     return reasons
 
 
 def named(sites: list[Site], include: Selectors) -> list[bool]:
-    """For each site whether `include` has its qualified name itself, no pattern, type or callable."""
+    """For each site whether `include` lists its qualified name itself; patterns, types and callables do not count."""
     names = [selector for selector in _listed("include", include) if isinstance(selector, str)]
     return [any(name in names for name in site.names) for site in sites]
 
 
 def is_narrow(layer: Any) -> bool:
-    """Whether one rank for all layers is not for this convolution or linear layer."""
+    """Whether a convolution or linear layer is one that stays dense where one rank counts for all layers."""
     return min(_sides(layer)) <= _NARROW
 
 
-def too_narrow(site: Site) -> str | None:
+def too_narrow(site: Site) -> Reason | None:
     """The reason to leave a narrow layer, or None."""
     if not is_narrow(site.layer):
         return None
     inputs, outputs = _sides(site.layer)
-    return (
-        f"layers of at most {_NARROW} channels or features stay dense ({inputs} in, {outputs} out) unless "
-        f"include names them: include=['*', {site.names[0]!r}]"
-    )
+    return Left.NARROW.because(limit=_NARROW, inputs=inputs, outputs=outputs, name=site.names[0])
 
 
 def _sides(layer: Any) -> tuple[int, int]:

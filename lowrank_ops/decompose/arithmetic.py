@@ -1,8 +1,8 @@
-"""How the decompositions compute: TensorLy on torch, for the time of a call and in its thread only.
+"""What all decompositions share: TensorLy's settings, copies of weights to compute with, the relative error.
 
-TensorLy's products of an unfolded tensor with a Khatri-Rao matrix are replaced, see
-`_ShortProducts`. The global random state and TensorLy's backend stay as they were. Decompositions into singular vectors
-are in `lowrank_ops.linalg.singular`.
+TensorLy runs on torch during a call and in its thread only; the global random state and TensorLy's backend elsewhere do
+not change. Its products of an unfolded tensor with a Khatri-Rao matrix are replaced, see `_ShortProducts`. Singular
+vectors are computed in `lowrank_ops.linalg.singular`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from lowrank_ops.runtime.autocast import no_autocast
 
 
 class _ShortProducts(CoreTenalgBackend, backend_name="lowrank_ops"):  # type: ignore[misc, call-arg]
-    """TensorLy's tensor algebra, with products that never form the Khatri-Rao matrix of the factors.
+    """TensorLy's tensor algebra, but with products that never form the Khatri-Rao matrix of the factors.
 
-    That matrix has T S KW R elements in the update of the height factor: 0.8 GB and 4.5 s a sweep for
-    512x512x3x3 at R 256, 51 GB for 2048x2048x3x3 at R 1024 (TensorLy 0.10, one thread). Its "einsum" algebra
-    starts from the outer product of tensor and weights, [T, S, KH, KW, R], and is slower still.
+    In the update of the height factor that matrix has T S KW R elements: 0.8 GB and 4.5 s per sweep for 512x512x3x3 at
+    R 256, 51 GB for 2048x2048x3x3 at R 1024 (TensorLy 0.10, one thread). TensorLy's "einsum" algebra starts from the
+    outer product of tensor and weights, [T, S, KH, KW, R], and is slower still.
     """
 
 
 def unfolding_dot_khatri_rao(tensor: Tensor, cp_tensor: CPTensor, mode: int) -> Tensor:
-    """``[dim(mode), R]``: the tensor contracted with all factors but that of ``mode``, longest mode first.
+    """The tensor contracted with all factors except that of `mode`: `[dim(mode), R]`.
 
-    Phan et al., IEEE Trans. Signal Processing 61 (2013), section III: one GEMM that leaves little for the
-    rest. Rank columns are taken in blocks, so that the intermediate is never larger than the tensor.
+    The longest mode is contracted first, by one GEMM, after which little is left (Phan et al., IEEE Trans. Signal
+    Processing 61 (2013), section III). Rank columns are processed in blocks, so that the intermediate result is never
+    larger than the tensor.
     """
     weights, factors = cp_tensor
     axes = "abcdefgh"[: tensor.ndim]
@@ -55,14 +56,15 @@ def unfolding_dot_khatri_rao(tensor: Tensor, cp_tensor: CPTensor, mode: int) -> 
 
 
 _ShortProducts.register_method("unfolding_dot_khatri_rao", unfolding_dot_khatri_rao)
-tl.tenalg.available_backend_names.append("lowrank_ops")  # selectable by name: TensorLy 0.9 takes no instance
+tl.tenalg.available_backend_names.append("lowrank_ops")  # TensorLy 0.9 selects a backend by name only
 
 
 @contextmanager
 def arithmetic() -> Iterator[None]:
-    """TensorLy on torch with `_ShortProducts`, here and in this thread only; no autograd, no autocast.
+    """Inside the block, and in this thread only, TensorLy runs on torch with `_ShortProducts`; autograd and autocast
+    are off.
 
-    Not `tensorly.backend_context`, which on leaving sets the backend for all threads.
+    `tensorly.backend_context` is not used, because on leaving it sets the backend of all threads.
     """
     previous = tl.get_backend(), tl.tenalg.get_backend()
     try:
@@ -75,16 +77,27 @@ def arithmetic() -> Iterator[None]:
         tl.tenalg.set_backend(previous[1], local_threadsafe=True)
 
 
-# Scales between which a weight is computed with as it is where no copy is wanted: its squares are far from overflow.
+# A weight whose largest magnitude lies between these can be used without scaling: its squares are far from overflow.
 _ORDINARY = 2.0**-30, 2.0**30
 
 
 def prepare(
     weight: Tensor, dimensions: int, name: str, least: torch.dtype = torch.float32, copied: bool = True
 ) -> tuple[Tensor, float]:
-    """A copy of the weight to compute with, scaled to a largest magnitude of 1, and that scale.
+    """A copy of the weight, divided by its largest magnitude, and that magnitude; on `computing_device`, in the wider
+    of its dtype and `least`.
 
-    With `copied` False it may be the weight itself, and a scale of 1, where its dtype and magnitudes allow.
+    With `copied` False the result may be the weight itself with a scale of 1, if its device, dtype and magnitudes
+    allow.
+
+    Args:
+        weight: `[T, S, KH, KW]` or `[T, S]`.
+        dimensions: 4 or 2.
+        name: the layer, for error messages.
+
+    Raises:
+        TypeError: a weight that is not floating point.
+        ValueError: another number of dimensions, an empty weight, one on the meta device, values that are not finite.
     """
     if not weight.is_floating_point():
         raise TypeError(f"{name}: a weight to decompose must be floating point, got {weight.dtype}")
@@ -107,16 +120,18 @@ def prepare(
 
 
 def store(factor: Tensor, weight: Tensor) -> Tensor:
-    """A factor in the weight's dtype and device, denormals (100 times slower, pytorch#67797) set to zero."""
+    """A factor in the weight's dtype and on its device. Denormals become zero: they make operations 100 times slower
+    (pytorch#67797)."""
     stored = factor.to(weight.dtype).contiguous()
     stored[stored.abs() < torch.finfo(weight.dtype).tiny] = 0
     return stored.to(weight.device)
 
 
 def relative_error(weight: Tensor, out_factor: Tensor, expand: Callable[[Tensor], Tensor], in_factor: Tensor) -> float:
-    """``|W - W'|_F / |W|_F`` in fp64, 64 input channels at a time, where the weight is.
+    """`|W - W'|_F / |W|_F`, computed in fp64 for 64 input channels at a time, on the weight's device.
 
-    ``expand`` maps those columns of in_factor, ``[., 64]``, to out_factor's operand ``[., 64, KH, KW]``.
+    `expand` maps columns of `in_factor`, `[R1, 64]`, to the matrix or tensor that `out_factor` is multiplied by,
+    `[R2, 64, KH, KW]`.
     """
     device = computing_device(weight)
     left = out_factor.to(device).double()

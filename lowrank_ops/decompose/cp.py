@@ -1,7 +1,7 @@
 """CP decomposition: alternating least squares on TensorLy, corrected until its terms no longer cancel.
 
-Arithmetic runs where the weight is (CPU or CUDA, else the CPU) in fp64 (the normal equations square the condition),
-outside of autocast and autograd. It depends on the seed only.
+Arithmetic runs on the weight's device (CPU or CUDA; otherwise on the CPU), in fp64, because the normal equations square
+the condition number, and outside of autocast and autograd. Random numbers depend on the seed only.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from lowrank_ops.decompose.ranks import Rank, cp_rank, unfolding
 from lowrank_ops.linalg.singular import leading_vectors
 from lowrank_ops.text.warn import warn
 
-# Terms of a sound CP decomposition share the tensor's energy: orthogonal terms have norms with
-# sqrt(sum |term|^2) = |W|. Terms that cancel each other exceed that; above this ratio the cancellation loses
-# a digit and rounding the factors to bf16 (2^-9) alone would cost 2 % of the weight.
+# Largest accepted sqrt(sum |term|^2) / |W|. Orthogonal terms have a ratio of 1; terms that cancel each other have a
+# larger one. Above 10 the cancellation loses a digit, and rounding the factors to bf16 (2^-9) alone would change the
+# weight by 2 %.
 MAX_TERM_RATIO = 10.0
 
-# Tikhonov weights on the squared norms of the factors, for a tensor of norm 1, by run. The first only keeps
-# the normal equations solvable (eps of fp64); the last bounds the terms even where no best approximation
-# exists (de Silva & Lim, SIAM J. Matrix Anal. Appl. 30 (2008)).
+# Tikhonov weights of the runs, on the squared norms of the factors of a tensor of norm 1. The first (eps of fp64) only
+# keeps the normal equations solvable; the last bounds the terms even where no best approximation exists (de Silva &
+# Lim, SIAM J. Matrix Anal. Appl. 30 (2008)).
 RIDGES = (2.0**-52, 1e-5, 1e-4, 1e-3)
 
 
 @dataclass(frozen=True, eq=False)
 class CPFactors:
-    """Factors of a CP convolution: ``W[t,s,i,j] = sum_r out[t,r] in[r,s] height[r,i] width[r,j]``.
+    """Factors of a CP convolution: `W[t,s,i,j] = sum_r out[t,r] in[r,s] height[r,i] width[r,j]`.
 
     Attributes:
-        in_factor: ``[R, S]``.
-        height_factor: ``[R, KH]``.
-        width_factor: ``[R, KW]``.
-        out_factor: ``[T, R]``. The elements of a term's four factors have the same root mean square, which of all
-            scalings of the factors gives the least sensitivity.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
-        sensitivity: see `sensitivity`, of these factors as they are stored.
-        restarts: how many runs of ALS were thrown away (not finite, diverging, or of cancelling terms).
+        in_factor: `[R, S]`.
+        height_factor: `[R, KH]`.
+        width_factor: `[R, KW]`.
+        out_factor: `[T, R]`. Within a term the columns of all four factors have the same root mean square: the scaling
+            of least sensitivity.
+        relative_error: `|W - W'|_F / |W|_F` of these factors as they are stored; 0 for a zero weight.
+        sensitivity: the result of the function `sensitivity` for these factors as they are stored.
+        restarts: number of runs of ALS that were discarded (not finite, diverging, or with cancelling terms).
     """
 
     in_factor: Tensor
@@ -73,25 +73,25 @@ def cp_decompose(
     """CP decomposition of a convolution weight by alternating least squares, then corrected.
 
     `tensorly.decomposition.parafac` on the four-way weight (Kolda & Bader, SIAM Review 51 (2009), section
-    3.4; Lebedev et al., arXiv:1412.6553, section 3), started from the HOSVD, extra columns random. What ALS leaves
-    may be terms that grow and cancel each other ("degeneracy": Krijnen et al., Psychometrika 73 (2008)). So the
-    factors are then moved to those of least sensitivity among all of no larger error (`decompose.cp_correction`; the
+    3.4; Lebedev et al., arXiv:1412.6553, section 3), started from the HOSVD with random extra columns. ALS may end
+    with terms that grow and cancel each other ("degeneracy": Krijnen et al., Psychometrika 73 (2008)). Therefore the
+    factors are then replaced by the least sensitive ones of no larger error (`decompose.cp_correction`: the
     error-preserving correction of Phan et al., arXiv:2008.05441).
 
-    A run that ends with factors that are not finite, an error above that of a zero weight, or, corrected, terms
-    that still cancel (`MAX_TERM_RATIO`) is thrown away and ALS restarted from a random start with a stronger
-    regularization (`RIDGES`). Where the last run is still bad, the best one is returned with a warning.
+    A run is discarded if its factors are not finite, if its error exceeds that of a zero weight, or if the corrected
+    terms still cancel (`MAX_TERM_RATIO`). ALS is then started again, from random factors and with a stronger
+    regularization (`RIDGES`). If the last run is discarded too, the best one is returned with a warning.
 
     Args:
-        weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
+        weight: `[T, S, KH, KW]`, any floating dtype and device; a 1-D convolution's as `[T, S, 1, K]`.
         rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`. May exceed S and T.
-        multiple: what ranks that are no ints are rounded up to.
-        iterations: sweeps of ALS in a run at most.
+        multiple: ranks that are not ints are rounded up to a multiple of it.
+        iterations: largest number of ALS sweeps per run.
         tolerance: a run stops once a sweep changes the relative error by less.
-        corrections: sweeps of the correction after a run at most; 0 leaves the terms as ALS left them.
+        corrections: largest number of sweeps of the correction after a run; 0 skips the correction.
         seed: of the random starts.
         name: the layer, for messages.
-        progress: a bar of the sweeps on stderr, once they take more than two seconds.
+        progress: shows a bar of the sweeps on stderr once they take more than two seconds.
 
     Returns:
         `CPFactors` in the weight's dtype and device, denormals flushed to zero.
@@ -119,15 +119,16 @@ def cp_decompose(
 
 
 def sensitivity(factors: Sequence[Tensor]) -> float:
-    """How much noise in CP factors changes the weight that they stand for: ``E |W' - W|_F^2 / sigma^2``.
+    """How much noise in CP factors changes their product: `E |W' - W|_F^2 / sigma^2`.
 
-    The noise is independent, of mean 0 and variance sigma^2 in every element of every factor, sigma small (Phan et
-    al., arXiv:2008.05441, section 3). Terms that cancel each other are long, and make it large: steps of training and
-    rounding do more damage. It scales as ``|W|^1.5``: compare decompositions of one weight.
+    The noise is independent, with mean 0 and a small variance sigma^2, in every element of every factor (Phan et al.,
+    arXiv:2008.05441, section 3). Terms that cancel each other have large norms and a high sensitivity: steps of
+    training and rounding then do more damage. The sensitivity scales as `|W|^1.5`, so only decompositions of one weight
+    can be compared.
 
     Args:
-        factors: in the order of `cp_conv2d`: ``[R, S]``, ``[R, KH]``, ``[R, KW]``, ``[T, R]``; one less in one
-            dimension.
+        factors: in the order of `cp_conv2d`: `[R, S]`, `[R, KH]`, `[R, KW]`, `[T, R]`; in one dimension without
+            `[R, KH]`.
     """
     *inner, out_factor = (factor.detach().double().cpu() for factor in factors)
     return expected_change([out_factor, *(factor.T for factor in inner)])
@@ -143,7 +144,7 @@ def _alternate(
     name: str,
     progress: bool,
 ) -> tuple[list[Tensor], int]:
-    """Factors of a tensor of norm 1 or 0, and how many runs were thrown away."""
+    """Factors of a tensor of norm 1 or 0, and the number of discarded runs."""
     if not tensor.any():
         return [tensor.new_zeros(length, count) for length in tensor.shape], 0
     generator = torch.Generator().manual_seed(seed)
@@ -169,7 +170,7 @@ def _alternate(
                 factors = balanced([terms.factors[0] * terms.weights, *terms.factors[1:]])
                 if error < 1:
                     factors = correct(tensor, factors, corrections, count_sweep)
-        except torch.linalg.LinAlgError:  # normal equations singular: as bad as factors that are not finite
+        except torch.linalg.LinAlgError:  # singular normal equations: no better than factors that are not finite
             continue
         ratio = float(strengths(factors).norm())
         if ratio <= MAX_TERM_RATIO and error <= 1:
@@ -192,20 +193,20 @@ def _alternate(
 
 @contextmanager
 def _bar(description: str, sweeps: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar; what counts a sweep takes the arguments of parafac's callback."""
+    """A progress bar; gives a function that counts a sweep and takes the arguments of parafac's callback."""
     total = sweeps + 1  # parafac calls back before its first sweep too
     with tqdm(
         desc=description, total=total, unit="sweep", file=sys.stderr, disable=not shown, leave=False, delay=2
     ) as bar:
 
-        def count_sweep(*_: object) -> None:  # no value: parafac stops where it gets True
+        def count_sweep(*_: object) -> None:  # returns None: parafac stops if its callback returns True
             bar.update()
 
         yield count_sweep
 
 
 def _start(tensor: Tensor, count: int, generator: torch.Generator, from_hosvd: bool) -> CPTensor:
-    """Starting factors for ALS: unit vectors, those of the HOSVD as far as there are any, else random."""
+    """Starting factors for ALS, columns of norm 1: the HOSVD's as far as it has columns, the others random."""
     factors = []
     for mode, length in enumerate(tensor.shape):
         factor = torch.randn(length, count, generator=generator, dtype=torch.float64, device="cpu").to(tensor)

@@ -1,4 +1,4 @@
-"""Rank rules: what a user may write for a rank, and the ranks that it means for one weight.
+"""Rank rules: what a user may give as a rank, and which ranks that means for a weight.
 
 A rank is written as
 
@@ -6,18 +6,17 @@ A rank is written as
 * a float in (0, 1]: that fraction of the channels (Tucker: R1 of S, R2 of T; CP: of max(S, T), as neither
   bounds a CP rank; linear: of min(S, T)), rounded to the nearest integer, halves up;
 * `Energy(kept)`: the smallest rank whose singular values keep that share of the unfolding's energy;
-* `VBMF()`: the number of singular values that stand out of the noise in the unfolding;
-* for Tucker also a pair ``(R1, R2)``, input side first, of any of these.
+* `VBMF()`: the number of singular values of the unfolding that rise above its noise;
+* for Tucker also a pair `(R1, R2)`, input side first, of any of these.
 
-Every rank lies between 1 and the limit beyond which more columns add nothing: Tucker R1 <= min(S, T KH KW)
-and R2 <= min(T, S KH KW), linear R <= min(S, T), CP R <= T S KH KW / max(T, S, KH, KW) (each weight has a CP
-decomposition of that rank: one term a column of the longest mode's unfolding). All but ints are clipped to it
-(and Tucker's also to what the other rank supports, R1 <= R2 KH KW and R2 <= R1 KH KW), an int outside is an
-error.
+Every rank lies between 1 and a limit beyond which more columns add nothing: Tucker R1 <= min(S, T KH KW) and
+R2 <= min(T, S KH KW), linear R <= min(S, T), CP R <= T S KH KW / max(T, S, KH, KW) (each weight has a CP decomposition
+of that rank, with one term per column of the longest mode's unfolding). An int outside is an error. Other ranks are
+reduced to the limit; those of Tucker also to what the other rank supports, R1 <= R2 KH KW and R2 <= R1 KH KW.
 
-All but ints are rounded up to a multiple (8 by default, the block in which the kernels process ranks, so that the
-added columns cost no time and lower the error) unless that would cost: ranks below the multiple stay, since there
-it could double the layer, and so do ranks whose next multiple reaches the limit, where nothing is saved.
+Ranks that are not ints are also rounded up to a multiple (8 by default: the kernels process ranks in blocks of 8, so
+the added columns cost no time and lower the error). Two kinds are not rounded: ranks below the multiple, because that
+could double the layer, and ranks whose next multiple reaches the limit, where the layer would save nothing.
 """
 
 from __future__ import annotations
@@ -34,22 +33,24 @@ from lowrank_ops.linalg.singular import computing_device, energies
 
 @dataclass(frozen=True)
 class Energy:
-    """Rank by kept energy: the smallest R whose largest sigma^2 sum to at least ``kept`` of all sigma^2.
+    """Rank by kept energy: the smallest R for which the R largest sigma^2 sum to at least `kept` of all sigma^2.
 
-    The sigma are the singular values of the weight's unfolding along the channel mode (Tucker: each of the
-    two modes by itself, so the squared relative error of the whole is at most ``2 (1 - kept)``, De Lathauwer
-    et al., SIAM J. Matrix Anal. Appl. 21 (2000), property 10; linear: of the weight, squared relative error
-    at most ``1 - kept``; CP has no such spectrum: the larger of the two Tucker ranks, which no CP of the same
-    error can go below).
+    The sigma are singular values of the weight's unfolding along a channel mode:
 
-    Energy below the rounding of the weight's own dtype counts as kept: ``Energy(1.0)`` is the numerical rank.
+    * Tucker: R1 and R2 come from the two modes separately, so that the squared relative error of the whole is at most
+      `2 (1 - kept)` (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21 (2000), property 10);
+    * linear: singular values of the weight itself, for a squared relative error of at most `1 - kept`;
+    * CP: the larger of the two Tucker ranks. A CP decomposition of the same error needs at least that rank, and may
+      need more.
+
+    Energy below the rounding error of the weight's dtype counts as kept: `Energy(1.0)` is the numerical rank.
 
     Args:
-        kept: share of the energy, 0 < kept <= 1.
+        kept: fraction of the energy, 0 < kept <= 1.
 
     Raises:
-        ValueError: ``kept`` outside (0, 1].
-        TypeError: ``kept`` is no number.
+        ValueError: `kept` outside (0, 1].
+        TypeError: `kept` is not a number.
     """
 
     kept: float
@@ -63,13 +64,14 @@ class Energy:
 
 @dataclass(frozen=True)
 class VBMF:
-    """Rank by variational Bayes: what of the weight cannot be told from white noise is left out.
+    """Rank by variational Bayes: the components of the weight that can be told from white noise.
 
-    The global analytic solution of empirical variational Bayesian matrix factorization, noise variance estimated
-    (Nakajima et al., JMLR 14 (2013); for the ranks of convolutions: Kim et al., arXiv:1511.06530, section 3), of the
-    weight's unfolding along the channel mode: Tucker each of the two modes by itself, CP the larger of the two, linear
-    the weight. Never less than 1. There is nothing to set, and nothing bounds the error: a trained weight whose
-    singular values fall off without a gap can lose much. `Energy` bounds it.
+    It is the rank of the global analytic solution of empirical variational Bayesian matrix factorization with an
+    estimated noise variance (Nakajima et al., JMLR 14 (2013); for the ranks of convolutions: Kim et al.,
+    arXiv:1511.06530, section 3). The matrix is the weight's unfolding along a channel mode: for Tucker, R1 and R2 come
+    from the two modes separately; for CP, R is the larger of these; for a linear layer, the matrix is the weight. The
+    rank is at least 1. There are no parameters, and the error has no bound: a trained weight whose singular values
+    decrease without a gap can lose much. `Energy` does bound the error.
     """
 
 
@@ -78,12 +80,12 @@ Rank = ScalarRank | tuple[ScalarRank, ScalarRank]
 
 
 def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "weight") -> tuple[int, int]:
-    """The Tucker-2 ranks ``(R1, R2)`` that ``rank`` means for a convolution weight ``[T, S, KH, KW]``.
+    """The Tucker-2 ranks `(R1, R2)` that `rank` means for a convolution weight `[T, S, KH, KW]`.
 
     Args:
-        rank: int, fraction, `Energy`, `VBMF` (each for both modes), or a pair of these, input side first.
-        weight: ``[T, S, KH, KW]``; its values are read for `Energy` and `VBMF` only.
-        multiple: all but ints are rounded up to it where that costs nothing; 1 switches that off.
+        rank: int, fraction, `Energy` or `VBMF` for both modes, or a pair of these, input side first.
+        weight: `[T, S, KH, KW]`; its values are read for `Energy` and `VBMF` only.
+        multiple: ranks that are not ints are rounded up to a multiple of it (exceptions: see above); 1 does not round.
         name: the layer, for error messages.
 
     Raises:
@@ -102,7 +104,7 @@ def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "
     out_limit = min(outputs, inputs * height * width)
     in_resolved = _resolve(in_rank, inputs, in_limit, weight, (1,), multiple, f"{name}: Tucker rank R1")
     out_resolved = _resolve(out_rank, outputs, out_limit, weight, (0,), multiple, f"{name}: Tucker rank R2")
-    # The core's own unfoldings: more columns than the other rank supports would be multiplied by zero.
+    # By the core's unfoldings: columns beyond what the other rank supports would be multiplied by zeros.
     taps = height * width
     if not isinstance(in_rank, Integral):
         in_resolved = min(in_resolved, out_resolved * taps)
@@ -112,19 +114,19 @@ def tucker_ranks(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "
 
 
 def cp_rank(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "weight") -> int:
-    """The CP rank R that ``rank`` means for a weight ``[T, S, KH, KW]``; arguments as `tucker_ranks`."""
+    """The CP rank R that `rank` means for a weight `[T, S, KH, KW]`; arguments as `tucker_ranks`."""
     limit = weight.numel() // max(weight.shape)
     return _resolve(rank, max(weight.shape[:2]), limit, weight, (0, 1), multiple, f"{name}: CP rank")
 
 
 def linear_rank(rank: Rank, weight: Tensor, *, multiple: int = 8, name: str = "weight") -> int:
-    """The rank R that ``rank`` means for a matrix ``[T, S]``; arguments as `tucker_ranks`."""
+    """The rank R that `rank` means for a matrix `[T, S]`; arguments as `tucker_ranks`."""
     limit = min(weight.shape)
     return _resolve(rank, limit, limit, weight, (0,), multiple, f"{name}: rank")
 
 
 def check_rank(rank: Rank, what: str, limit: int | None = None) -> ScalarRank:
-    """One rank as an int, a float, an `Energy` or `VBMF`, NumPy's numbers converted; `what` names it in errors.
+    """A rank as an int, a float, an `Energy` or a `VBMF`; NumPy's numbers are converted. `what` names it in errors.
 
     Raises:
         ValueError: an int below 1 or above `limit`, a fraction outside (0, 1].
@@ -153,7 +155,7 @@ def check_multiple(multiple: int, what: str) -> None:
 
 
 def require_finite(weight: Tensor, name: str) -> None:
-    """Raises ValueError, naming the layer, where ``weight`` holds a NaN or an infinity."""
+    """Raises ValueError, naming the layer, where `weight` holds a NaN or an infinity."""
     if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         raise ValueError(
@@ -163,14 +165,14 @@ def require_finite(weight: Tensor, name: str) -> None:
 
 
 def unfolding(weight: Tensor, mode: int) -> Tensor:
-    """The weight as a matrix with axis ``mode`` (0: T, 1: S, ...) as rows; a copy but for mode 0."""
+    """The weight as a matrix whose rows are axis `mode` (0: T, 1: S, ...); a copy unless the mode is 0."""
     return weight.detach().transpose(0, mode).flatten(1)
 
 
 def _resolve(
     rank: Rank, channels: int, limit: int, weight: Tensor, modes: tuple[int, ...], multiple: int, what: str
 ) -> int:
-    """One rank; ``modes`` are those whose unfoldings an `Energy` or `VBMF` looks at."""
+    """One rank as an int; `modes` are those whose unfoldings decide an `Energy` or `VBMF`."""
     check_multiple(multiple, what)
     scalar = check_rank(rank, what, limit)
     if isinstance(scalar, int):
@@ -185,7 +187,7 @@ def _resolve(
 
 
 def _measured_rank(matrix: Tensor, rule: Energy | VBMF, what: str) -> int:
-    """The rank that the singular values of a matrix mean, at least 1."""
+    """The rank that the rule gives for the singular values of a matrix, at least 1."""
     if matrix.is_meta:
         kind = type(rule).__name__
         raise ValueError(f"{what}: {kind} needs the values of a weight, got none; give an int or a fraction")
@@ -195,7 +197,7 @@ def _measured_rank(matrix: Tensor, rule: Energy | VBMF, what: str) -> int:
     matrix = matrix / matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)
     rows, columns = sorted(matrix.shape)
     squares = energies(matrix).cpu()
-    # What the Gram matrix in fp64 does not resolve.
+    # Relative size of squared singular values below which the fp64 Gram matrix does not resolve them.
     unresolved = rows * torch.finfo(torch.float64).eps
     if isinstance(rule, Energy):
         return _energy_rank(squares, rule.kept, max(rounding**2, unresolved))
@@ -205,8 +207,8 @@ def _measured_rank(matrix: Tensor, rule: Energy | VBMF, what: str) -> int:
 
 
 def _energy_rank(squares: Tensor, kept: float, noise: float) -> int:
-    """The smallest rank that keeps the share ``kept`` of the ascending energies but for ``noise``, at least 1."""
-    # tails[i] is what is lost by dropping the i + 1 smallest.
+    """The smallest rank that keeps the fraction `kept - noise` of the energies, which are ascending; at least 1."""
+    # tails[i] is the energy lost by dropping the i + 1 smallest.
     tails = squares.cumsum(0)
     dropped = int((tails <= (1 - kept + noise) * tails[-1]).sum())
     return max(len(squares) - dropped, 1)

@@ -1,4 +1,4 @@
-"""A matrix as the product of two: its truncated singular value decomposition."""
+"""`svd_decompose`: a matrix as the product of two factors, by its truncated singular value decomposition."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lowrank_ops.linalg.singular import leading_svd
 
 @dataclass(frozen=True, eq=False)
 class LinearFactors:
-    """Factors of a linear layer: ``W = out_factor @ in_factor``.
+    """Factors of a linear layer: `W = out_factor @ in_factor`.
 
     Attributes:
-        in_factor: ``[R, S]``.
-        out_factor: ``[T, R]``. Each singular value is split evenly (as its square root) over both.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
+        in_factor: `[R, S]`.
+        out_factor: `[T, R]`. Each factor is multiplied by the square roots of the singular values.
+        relative_error: `|W - W'|_F / |W|_F` of these factors as they are stored; 0 for a zero weight.
     """
 
     in_factor: Tensor
@@ -29,22 +29,22 @@ class LinearFactors:
 def svd_decompose(
     weight: Tensor, rank: Rank, *, multiple: int = 8, seed: int = 0, name: str = "weight", exact: bool = False
 ) -> LinearFactors:
-    """Truncated SVD of a linear layer's weight or a 1x1 convolution's: the best matrix of its rank.
+    """Truncated SVD of the weight of a linear layer or 1x1 convolution: the best approximation of its rank.
 
-    Where the rank is at most a sixteenth of the shorter side, and that is at least 1024, it is a randomized SVD, used
-    only where its own check finds that its error is at most 1 % above the least possible (`linalg.singular`;
-    Halko, Martinsson and Tropp, SIAM Review 53 (2011)).
+    If the shorter side is at least 1024 and the rank at most a sixteenth of it, a randomized SVD is tried first (Halko,
+    Martinsson and Tropp, SIAM Review 53 (2011)). It is used only if a check shows that its error is at most 1 % above
+    the least possible one (see `lowrank_ops.linalg.singular`).
 
     Args:
-        weight: ``[T, S]``, any floating dtype and device.
+        weight: `[T, S]`, any floating dtype and device.
         rank: int, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
-        multiple: what ranks that are no ints are rounded up to.
+        multiple: ranks that are not ints are rounded up to a multiple of it.
         seed: of the randomized SVD.
         name: the layer, for error messages.
-        exact: never the randomized SVD.
+        exact: no randomized SVD.
 
     Returns:
-        `LinearFactors` in the weight's dtype and device, denormals flushed to zero.
+        `LinearFactors` in the weight's dtype and on its device, denormals flushed to zero.
 
     Raises:
         ValueError: another number of dimensions, an empty or non-finite weight, a rank that the weight does

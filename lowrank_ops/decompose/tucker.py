@@ -1,7 +1,8 @@
-"""A convolution's weight into the factors of Tucker-2: HOSVD start, HOOI.
+"""`tucker_decompose`: the Tucker-2 factors of a convolution's weight, by HOSVD and HOOI.
 
-Arithmetic runs where the weight is (CPU or CUDA, else the CPU) in fp32 (weights below fp64) or fp64
-(Gram matrices, which square the condition; errors), outside of autocast and autograd. It depends on the seed only.
+Arithmetic runs on the weight's device (CPU or CUDA; otherwise on the CPU), outside of autocast and autograd: in fp32,
+or fp64 for fp64 weights; Gram matrices, which square the condition number, and errors always in fp64. Random numbers
+depend on the seed only.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from lowrank_ops.linalg.singular import leading_vectors
 
 @dataclass(frozen=True, eq=False)
 class TuckerFactors:
-    """Factors of a Tucker-2 convolution: ``W[t,s,i,j] = sum_{b,a} out[t,b] core[b,a,i,j] in[a,s]``.
+    """Factors of a Tucker-2 convolution: `W[t,s,i,j] = sum_{b,a} out[t,b] core[b,a,i,j] in[a,s]`.
 
     Attributes:
-        in_factor: ``[R1, S]``, orthonormal rows (up to the rounding of its dtype).
-        core: ``[R2, R1, KH, KW]``, in the channels_last memory format.
-        out_factor: ``[T, R2]``, orthonormal columns.
-        relative_error: ``|W - W'|_F / |W|_F`` of these factors as they are stored; 0 for a zero weight.
+        in_factor: `[R1, S]`, orthonormal rows (up to the rounding of its dtype).
+        core: `[R2, R1, KH, KW]`, in the channels_last memory format.
+        out_factor: `[T, R2]`, orthonormal columns.
+        relative_error: `|W - W'|_F / |W|_F` of these factors as they are stored; 0 for a zero weight.
     """
 
     in_factor: Tensor
@@ -45,21 +46,21 @@ def tucker_decompose(
 ) -> TuckerFactors:
     """Tucker-2 decomposition of a convolution weight along its two channel modes.
 
-    Start: truncated HOSVD (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21 (2000) 1253, section 4), then
-    higher-order orthogonal iteration (same authors, same volume, 1324, algorithm 4.2; Kim et al.,
+    It starts from the truncated HOSVD (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21 (2000) 1253, section 4), and
+    improves it by higher-order orthogonal iteration, HOOI (same authors, same volume, 1324, algorithm 4.2; Kim et al.,
     arXiv:1511.06530, section 3).
 
     Args:
-        weight: ``[T, S, KH, KW]``, any floating dtype and device; a 1-D convolution's as ``[T, S, 1, K]``.
-        rank: int, pair ``(R1, R2)``, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
-        multiple: what ranks that are no ints are rounded up to.
-        iterations: sweeps of HOOI at most; 0 gives the HOSVD.
-        tolerance: HOOI stops once a sweep improves the relative error by less.
-        seed: of the columns that fill a basis up where a rank exceeds what the other mode's rank supports.
+        weight: `[T, S, KH, KW]`, any floating dtype and device; a 1-D convolution's as `[T, S, 1, K]`.
+        rank: int, pair `(R1, R2)`, fraction, `Energy` or `VBMF`: see `lowrank_ops.decompose.ranks`.
+        multiple: ranks that are not ints are rounded up to a multiple of it.
+        iterations: largest number of HOOI sweeps; 0 gives the HOSVD.
+        tolerance: HOOI stops once a sweep lowers the relative error by less.
+        seed: of the random columns that complete a basis where a rank exceeds what the other mode's rank supports.
         name: the layer, for error messages.
 
     Returns:
-        `TuckerFactors` in the weight's dtype and device, denormals flushed to zero.
+        `TuckerFactors` in the weight's dtype and on its device, denormals flushed to zero.
 
     Raises:
         ValueError: another number of dimensions, an empty or non-finite weight, a rank that the weight does
@@ -86,9 +87,10 @@ def tucker_decompose(
 def _iterate(
     tensor: Tensor, out_basis: Tensor, in_basis: Tensor, iterations: int, tolerance: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """HOOI: each basis in turn is the best one for the other; ends where a sweep changes the error by too little.
+    """HOOI: each basis in turn becomes the best one for the other, until a sweep lowers the error by less than
+    `tolerance`.
 
-    R1 > R2 KH KW or the reverse, by explicit ranks: `leading_vectors` fills the basis up.
+    Explicit ranks may have R1 > R2 KH KW, or R2 > R1 KH KW: `leading_vectors` then completes the basis.
     """
     norm = float(tensor.norm())
     last = None
@@ -105,5 +107,5 @@ def _iterate(
 
 
 def _project(tensor: Tensor, basis: Tensor, mode: int) -> Tensor:
-    """The tensor with axis `mode` in the coordinates of an orthonormal basis, ``[dim(mode), R]``."""
+    """The tensor with axis `mode` in the coordinates of an orthonormal basis, `[dim(mode), R]`."""
     return (basis.T @ unfolding(tensor, mode)).unflatten(1, tensor.transpose(0, mode).shape[1:]).transpose(0, mode)

@@ -1,1 +1,1 @@
-"""A factorized model prepared, saved, loaded, exported."""
+"""A factorized model is prepared for inference, saved, loaded and exported."""

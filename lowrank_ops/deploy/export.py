@@ -1,4 +1,4 @@
-"""Factorized models as plain layers, for everything that does not know the ops: ONNX, other runtimes."""
+"""Factorized models as plain layers, for ONNX and for runtimes that do not have the ops: `to_chain`, `export_onnx`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from lowrank_ops.runtime.compiled import takes_compiled
 
 @takes_compiled()
 def to_chain(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which plain layers stand for each factorized module (its `to_sequential()`).
+    """A copy of `model` in which each factorized module is replaced by a chain of plain layers, its `to_sequential()`.
 
-    The chain of pointwise, core or depthwise convolutions, or of two linear layers, has as few multiplications as the
-    block, one layer a stage. Its parameters are copies; a block that stands in several places is one chain there as
-    well, with the block's attributes. `fuse_` is the way back, but for 1x1 blocks whose rank saves nothing. A model
-    that reads the `weight` of a block (its dtype, say) cannot run on a chain, which has none.
+    The chain has one layer per stage (pointwise, core or depthwise convolutions, or two linear layers) and as few
+    multiplications as the block. Its parameters are copies. A block that stands in several places becomes one chain
+    that stands in all of them, with the block's attributes. `fuse_` turns chains back into blocks, except for 1x1
+    blocks whose rank saves nothing. A model that reads the `weight` of a block (its dtype, for instance) cannot run on
+    a chain, which has no `weight`.
 
-    Raises TypeError if `model` is no nn.Module.
+    Args:
+        model: with or without factorized modules; it is not changed.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_chain: model must be an nn.Module, got {type(model).__name__}")
@@ -41,14 +46,14 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: A
 
     Args:
         model: with or without factorized modules; it is not changed.
-        path: of the file.
+        path: the file to write.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for the model.
-        options: of `torch.onnx.export`, such as `input_names`, `dynamic_axes` or `opset_version`. `dynamo` is False
-            unless given: True needs the package onnxscript and takes `dynamic_shapes` instead of `dynamic_axes`.
+        options: passed to `torch.onnx.export`, for example `input_names`, `dynamic_axes` or `opset_version`. `dynamo`
+            is False by default; True needs the package onnxscript, and `dynamic_shapes` instead of `dynamic_axes`.
 
     Raises:
-        TypeError: `model` is no nn.Module, `example_input` of another kind.
-        Whatever torch.onnx.export raises for a model that it cannot export.
+        TypeError: `model` is no nn.Module, or `example_input` is none of the above. `torch.onnx.export` raises its own
+            errors for a model that it cannot export.
     """
     if not isinstance(example_input, (torch.Tensor, tuple, dict)):
         raise TypeError(
@@ -58,7 +63,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: A
     chain = to_chain(model).eval()
     keywords = example_input if isinstance(example_input, dict) else None
     arguments = () if keywords is not None else example_input if isinstance(example_input, tuple) else (example_input,)
-    with warnings.catch_warnings():  # of dynamo=False: it is deprecated, but needs no other package
+    with warnings.catch_warnings():  # dynamo=False is deprecated, but needs no other package
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(chain, arguments, os.fspath(path), kwargs=keywords, **{"dynamo": False, **options})
 

@@ -15,13 +15,13 @@ from lowrank_ops.text.tables import as_text
 
 @dataclass(frozen=True)
 class PreparedLayer:
-    """What `prepare_for_inference_` did with a factorized module.
+    """What `prepare_for_inference_` did with one factorized module.
 
     Attributes:
         name: qualified name in the model; "" for the model itself.
-        type: class of the module.
-        bytes: memory that its packed weights take; 0 if there are none.
-        reason: why nothing was packed; None if it was.
+        type: class name of the module.
+        bytes: memory of its packed weights; 0 if there are none.
+        reason: why its weights were not packed; None if they were.
     """
 
     name: str
@@ -38,11 +38,12 @@ class PreparedLayer:
 
 
 class Preparation(tuple[PreparedLayer, ...]):
-    """An entry for each factorized module, in the model's order; its text has a line for each."""
+    """A tuple with one `PreparedLayer` per factorized module, in the model's order; `print` shows one line per
+    module."""
 
     @property
     def bytes(self) -> int:
-        """Memory of all packed weights."""
+        """Memory of all packed weights, in bytes."""
         return sum(layer.bytes for layer in self)
 
     def __str__(self) -> str:
@@ -51,30 +52,33 @@ class Preparation(tuple[PreparedLayer, ...]):
 
 @takes_compiled()
 def prepare_for_inference_(model: nn.Module) -> Preparation:
-    """Packs the weights of every factorized module once, in place, so that calls on the CPU need not.
+    """Packs the weights of every factorized module once, in place, so that calls on the CPU do not pack them again.
 
-    Without it each call packs the weights anew, which takes 2 to 10 % of most calls and a quarter of those on a few
-    pixels (7x7). A kernel computes the same bits either way; the planner, which knows that packing is done, takes the
-    fused kernel and Winograd's transform for some more shapes. Call it last: in evaluation mode, with the final dtype
-    and values.
+    Packing at each call takes 2 to 10 % of most calls, and a quarter of calls on few pixels (7x7). A kernel computes
+    the same bits with weights packed before; but the planner, which then counts no time for packing, chooses the fused
+    kernel and Winograd's transform for some more shapes. Call this last: in evaluation mode, with the final dtype and
+    values.
 
-    Packed weights are used where no gradient is wanted, outside of autocast, by a call whose factors have the memory
-    and version counters that they had when packed; otherwise the call packs its weights as ever. torch.compile keeps
-    to that (but a compiled `TuckerConv1d` packs at every call); exported and traced programs carry the ordinary ops.
-    `load_state_dict`, in-place operations, new parameters and `.to()` are noticed in this way. Not noticed: `.data`
-    edits, steps of optimizers with `fused=True` (torch 2.13's count no version), `torch.from_numpy` memory written to,
-    and whatever else changes values behind autograd's back. Call this again after those. `train()`, `to()` and
-    `load_state_dict` drop what was packed; `state_dict`, `copy.deepcopy` and pickles leave it out.
+    A call uses the packed weights if it needs no gradient, is outside of autocast, and its factors have the same memory
+    and version counters as when they were packed. Otherwise it packs the weights itself. `load_state_dict`, in-place
+    operations, new parameters and `.to()` are noticed in this way. Not noticed are changes that autograd does not see:
+    `.data` edits, steps of optimizers with `fused=True` (in torch 2.13 they do not raise the version counters), writes
+    to the memory of `torch.from_numpy`. Call this again after those.
+
+    Code of torch.compile uses packed weights too, except for `TuckerConv1d`, which packs at every call; exported and
+    traced programs contain the ordinary ops. `train()`, `to()` and `load_state_dict` drop the packed weights;
+    `state_dict`, `copy.deepcopy` and pickles leave them out.
 
     Args:
         model: any module; it may be a factorized one itself.
 
     Returns:
-        A `Preparation`: for each factorized module the bytes that its packed weights take, or why nothing was packed:
-        training mode, another device than the CPU, inference tensors (they have no version counter), computed
-        parameters. Packed weights take about as much as the factors (in fp16, packed as fp32, twice that); for a
-        Tucker block with a 3x3 core in fp32 2 to 6 times as much, since each way to run the core has its own. Ranks and
-        channels are padded to whole vectors of 16: small layers take more, `TuckerConv2d(3, 8, 3, 1)` 28 times as much.
+        A `Preparation`: per factorized module the bytes of its packed weights, or the reason why they were not packed:
+        training mode, a device other than the CPU, inference tensors (they have no version counter), computed
+        parameters. Packed weights take about as much memory as the factors. fp16 takes twice that, being packed as
+        fp32; a Tucker block with a 3x3 core in fp32 takes 2 to 6 times as much, because each way to run the core has
+        its own packing. Ranks and channels are padded to multiples of 16, so small layers take more:
+        `TuckerConv2d(3, 8, 3, 1)` 28 times as much.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -84,7 +88,7 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
 
 @takes_compiled()
 def unprepare_(model: nn.Module) -> nn.Module:
-    """Drops what `prepare_for_inference_` has packed, and returns the model.
+    """Drops the weights that `prepare_for_inference_` has packed, and returns the model.
 
     Raises:
         TypeError: `model` is no nn.Module.

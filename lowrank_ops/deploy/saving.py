@@ -1,4 +1,4 @@
-"""Factorized models in safetensors files: the structure as JSON beside the tensors, no pickle.
+"""Factorized models in safetensors files: `save` and `load`. The structure is JSON beside the tensors; no pickle.
 
 The file's metadata entry "lowrank_ops" is a JSON object:
 
@@ -11,7 +11,7 @@ The file's metadata entry "lowrank_ops" is a JSON object:
     same          name of a tensor -> the name that the same tensor is stored under
     strides       of tensors that are not contiguous (channels_last, say)
 
-What is in a file is judged by `structure.py`, which puts it into a model.
+`structure.py` checks this object and gives a model that structure.
 """
 
 from __future__ import annotations
@@ -40,27 +40,26 @@ KEY = "lowrank_ops"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the parameters, buffers and factorized structure of `model` to a safetensors file.
 
-    The file holds tensors and JSON, no pickle; other readers of safetensors see the tensors under their names in the
-    state_dict. Tensors that the model shares are stored once, non-persistent buffers not at all. The file is complete
-    or not there: it is written under another name first.
+    The file holds tensors and JSON, no pickle. Other readers of safetensors see the tensors under their names in the
+    state_dict. Tensors that the model shares are stored once, non-persistent buffers not at all. The file is written
+    under another name first, so that it never exists in part.
 
     Names are those of the uncompiled model: a file of `torch.compile(model)` loads into the model, and the reverse.
 
-    A file of the state_dict alone (torch.save, safetensors' save_file) has no structure in it: `load_state_dict` into
-    the dense model lists `in_factor`, `out_factor` and so on as unexpected keys, and no hook of ours can say more: a
-    model without factorized modules does not know this package.
+    A file of the state_dict alone (torch.save, safetensors' save_file) contains no structure. `load_state_dict` of such
+    a file into the dense model reports `in_factor`, `out_factor` and so on as unexpected keys.
 
     Args:
         model: any model; its factorized modules, and what `fold_batchnorm_`, `fold_activations_` and `fuse_` did, are
             restored by `load`. Dtypes and memory formats are kept; hooks, requires_grad, train/eval mode and the
             `init` of blocks are not.
-        path: of the file, by convention ending in ".safetensors". An existing one is replaced.
+        path: the file, by convention ending in ".safetensors". An existing one is replaced.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: a tensor without values (meta, lazy), that is no plain strided tensor (DTensor, sparse, quantized)
-            or of a dtype that safetensors lacks; a module with extra state (`get_extra_state`); a subclass of a
-            factorized module.
+        ValueError: a tensor without values (meta, lazy), a tensor that is not plain and strided (DTensor, sparse,
+            quantized) or has a dtype that safetensors lacks; a module with extra state (`get_extra_state`); a subclass
+            of a factorized module.
         OSError: the file cannot be written.
     """
     if not isinstance(model, nn.Module):
@@ -81,28 +80,29 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             save_file(stored, written, metadata={KEY: structure.to_json()})
     except KeyError as error:
         raise ValueError(f"save: safetensors has no dtype {error}: convert the tensors that are of it") from error
-    except SafetensorError as error:  # what the writer makes of "no such folder", "no space left"
+    except SafetensorError as error:  # the writer raises it for "no such folder", "no space left"
         raise OSError(f"save: {path} cannot be written: {error}") from error
 
 
 @takes_compiled()
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Gives `model` the structure and the values in a file that `save` wrote.
+    """Gives `model` the structure and the values of a file that `save` wrote.
 
     Args:
-        path: of the file.
-        model: a new instance of the class that was factorized, or a model that has the structure already. On any
-            device, in the dtype that was saved; train/eval mode, hooks and requires_grad are kept, a block has those
-            of the layer that it replaces.
+        path: the file.
+        model: a new dense instance of the class that was factorized, or a model that already has the structure. It may
+            be on any device, and must have the dtype that was saved. It keeps its train/eval mode, hooks and
+            requires_grad; a block takes over those of the layer that it replaces.
 
     Returns:
-        The model, in place. Its values and strides are those of the saved one, bit for bit; so are the outputs of its
-        fused layers, on the same machine with the same number of threads. What the library computes (the chain where
-        the planner takes it, and all other layers) is equal up to rounding: it promises no more.
+        The same model. Its values and strides equal the saved ones bit for bit; so do the outputs of its fused layers,
+        on the same machine with the same number of threads. Outputs of torch's own layers, and of the chain where the
+        planner chooses it, are equal up to rounding.
 
     Raises:
-        ValueError: the file is truncated, no safetensors file (torch.save's, say), was not written by `save` or by a
-            later version of it; blocks, tensors, shapes or dtypes that do not fit the model (says which).
+        ValueError: the file is truncated, is no safetensors file (but one of torch.save, for instance), was not written
+            by `save`, or was written by a later version of it; blocks, tensors, shapes or dtypes do not fit the model
+            (the message says which).
         TypeError: `model` is no nn.Module.
         OSError: the file cannot be read.
 
@@ -116,7 +116,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, `file` is not a dict
     except (SafetensorError, ValueError) as error:
         if is_zipfile(path):
             raise ValueError(
@@ -153,6 +153,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _unsavable(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be saved, as the end of a sentence; None if it can."""
     if is_lazy(tensor):
         return "is lazy: its shape is unknown until the model has run once"
     if tensor.is_meta:
@@ -164,7 +165,7 @@ def _unsavable(tensor: Tensor) -> str | None:
 
 
 def _check_tensors(model: nn.Module, new: Iterable[nn.Module], stored: dict[str, Tensor], structure: Structure) -> None:
-    """Names, ties, shapes, dtypes and strides. Raises ValueError."""
+    """Raises ValueError unless names, shared tensors, shapes, dtypes and strides of the file fit the model."""
     tensors = named_tensors(model)
     without_values = {id(parameter) for block in new for parameter in block.parameters()}
     for name, tensor in tensors.items():
@@ -196,12 +197,13 @@ def _check_tensors(model: nn.Module, new: Iterable[nn.Module], stored: dict[str,
 
 
 def _listed(what: str, names: list[str]) -> str:
+    """`what`, followed by the first five names and the number of the others; "" if there are no names."""
     return f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" if names else ""
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, stored: dict[str, Tensor], structure: Structure) -> None:
-    """Copies the values in, with the strides that they had: those decide which kernel a layer gets."""
+    """Copies the values into the model, with the strides that were saved: strides decide which kernel runs a layer."""
     for name, tensor in named_tensors(model).items():
         if name in structure.same:
             continue

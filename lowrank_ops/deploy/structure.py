@@ -1,4 +1,4 @@
-"""The structure of a factorized model as plain data, and how a dense model gets it (for `save` and `load`)."""
+"""The structure of a factorized model as plain data, and how a dense model gets that structure (for `save`, `load`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.model.sites import clash, identity_for, keep_attributes, move_hooks
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.conv import FactorizedConv
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.nn.plain import activation_name
+from lowrank_ops.runtime.torch_internals import BatchNormBase, ConvBase
 
 VERSION = 1
 
@@ -47,13 +46,14 @@ class Block:
         return cls(type(module).__name__, names, arguments, rank, module.activation, module.relative_error)
 
     def build(self, bias: bool, dtype: torch.dtype) -> FactorizedModule:
-        """The module on the meta device. Raises ValueError or TypeError for what no module can be."""
+        """The module, on the meta device. Raises ValueError or TypeError for arguments that the class does not take."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in self.arguments.items()}
         module = KINDS[self.type](**values, rank=1, bias=bias, activation=self.activation, device="meta", dtype=dtype)
         pair = isinstance(self.rank, list)
         if pair != isinstance(module.rank, tuple) or (isinstance(self.rank, list) and len(self.rank) != 2):
             raise ValueError(f"{self.names[0]}: rank {self.rank} is no rank of a {self.type}")
-        module.rank = tuple(self.rank) if isinstance(self.rank, list) else self.rank  # above its limit in a fused chain
+        # a fused chain may have a rank above the constructor's limit
+        module.rank = tuple(self.rank) if isinstance(self.rank, list) else self.rank
         for name, shape in module._factor_shapes().items():
             setattr(module, name, nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)))
         module.relative_error = self.relative_error
@@ -62,7 +62,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """See `saving.py` for the fields. Qualified names are those of the saved model."""
+    """The JSON object of a file, except for its version: `saving.py` documents the fields. Qualified names are those of
+    the saved model."""
 
     model: str
     blocks: list[Block]
@@ -74,7 +75,7 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
-        """Raises ValueError for a block that could not be built again."""
+        """The structure of a model. Raises ValueError for a block that `build` could not make."""
         blocks = []
         names = _names(model)
         for name, module in model.named_modules():
@@ -106,7 +107,7 @@ class Structure:
 
     @staticmethod
     def ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """For each name of a tensor but the first that name."""
+        """Tensors with several names: each name except the first -> the first one."""
         first: dict[Any, str] = {}
         same = {}
         for name, tensor in tensors.items():
@@ -118,7 +119,8 @@ class Structure:
 
     @classmethod
     def from_json(cls, text: str) -> Structure:
-        """Raises ValueError for another version, KeyError and TypeError for what is not this format."""
+        """Reads `to_json`. Raises ValueError for a later version or an unknown class, KeyError or TypeError for text
+        that is not this format."""
         data = json.loads(text)
         version = data.pop("version")
         if not isinstance(version, int):
@@ -143,7 +145,7 @@ class Structure:
         return json.dumps({"version": VERSION, **asdict(self)})
 
     def stride_of(self, name: str, tensor: Tensor) -> tuple[int, ...]:
-        """The stride that this tensor had. Raises ValueError for one that it cannot have had."""
+        """The strides that the tensor had when it was saved. Raises ValueError for strides that it cannot have had."""
         stride = tuple(self.strides.get(name, _contiguous_stride(tensor)))
         if len(stride) != tensor.dim() or not all(isinstance(step, int) and step >= 0 for step in stride):
             raise ValueError(f"{name} has the strides {stride} in the file at shape {list(tensor.shape)}")
@@ -153,7 +155,7 @@ class Structure:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under all of their names in the state_dict."""
+    """Parameters and persistent buffers by their names in the state_dict, shared ones under each of their names."""
     tensors = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
@@ -163,7 +165,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def note_tree(model: nn.Module, undo: ExitStack) -> None:
-    """Has `undo` put back modules, parameters and activations as they are now."""
+    """Makes `undo` restore the modules, parameters and activations that the model has now."""
     for module in model.modules():
         for held in (module._modules, module._parameters):
             undo.callback(held.update, dict(held))  # type: ignore[arg-type]
@@ -173,10 +175,14 @@ def note_tree(model: nn.Module, undo: ExitStack) -> None:
 
 
 def restructure(model: nn.Module, structure: Structure) -> dict[FactorizedModule, torch.device]:
-    """Puts blocks (without values, on the meta device), identities and biases where the structure has them.
+    """Puts blocks (on the meta device, without values), identities and biases into the model where the structure has
+    them.
 
-    Returns the blocks that are new, with the device that each belongs on. Raises ValueError where the model does not
-    fit, in the middle of the work.
+    Returns:
+        The new blocks, with the device that each one belongs on.
+
+    Raises:
+        ValueError: the model does not fit. It is then left half changed: see `note_tree`.
     """
     new: dict[FactorizedModule, torch.device] = {}
     biases = set(structure.biases)
@@ -216,7 +222,8 @@ def restructure(model: nn.Module, structure: Structure) -> dict[FactorizedModule
 def _layers_for(
     model: nn.Module, structure: Structure, block: Block, names: Mapping[int, list[str]]
 ) -> list[nn.Module]:
-    """The layers of the model that the block stands for: a layer, a chain, and perhaps an activation after it."""
+    """The layers of the model that the block replaces: a layer or a chain, and an activation after it if it was
+    folded."""
     name = block.names[0]
     layer = _at(model, name)
     if names[id(layer)] != block.names:
@@ -235,7 +242,8 @@ def _layers_for(
 
 
 def _shorten(model: nn.Module, name: str, keys: list[str], blocks: set[str]) -> None:
-    """Takes out of an nn.Sequential the layers that became part of the block before them."""
+    """Removes from an nn.Sequential the layers that are not among `keys`, because they became part of the block before
+    them. Raises ValueError where that cannot be the reason."""
     sequential = _at(model, name)
     held = sequential._modules
     reason = f"{name or 'the model'} is an nn.Sequential of {keys} in the file, a {type(sequential).__name__} of "
@@ -253,7 +261,7 @@ def _shorten(model: nn.Module, name: str, keys: list[str], blocks: set[str]) -> 
 
 
 def _mismatch(block: Block, layers: list[nn.Module]) -> str | None:
-    """Why the block cannot stand for these layers of the model; None if it can."""
+    """Why the block cannot replace these layers of the model; None if it can."""
     kind = KINDS[block.type]
     stages = layers
     if len(layers) > 1 and activation_name(layers[-1]) is not None:
@@ -284,7 +292,8 @@ def _mismatch(block: Block, layers: list[nn.Module]) -> str | None:
 
 
 def _put_identities(model: nn.Module, structure: Structure) -> int:
-    """nn.Identity where BatchNorms and activations stand; how many BatchNorms those were."""
+    """Puts nn.Identity in the places of folded BatchNorms and activations; returns the number of BatchNorms among
+    them."""
     identities: dict[int, nn.Module] = {}
     activations = {block.activation for block in structure.blocks}
     folded = 0
@@ -292,20 +301,20 @@ def _put_identities(model: nn.Module, structure: Structure) -> int:
         layer = _at(model, name)
         if type(layer) is nn.Identity:
             continue
-        if not isinstance(layer, _BatchNorm) and activation_name(layer) not in activations:
+        if not isinstance(layer, BatchNormBase) and activation_name(layer) not in activations:
             raise ValueError(
                 f"{name} is nn.Identity in the file, where a BatchNorm or a block's activation was folded, but {layer} "
                 "in the model"
             )
         if id(layer) not in identities:
             identities[id(layer)] = identity_for(layer)
-            folded += isinstance(layer, _BatchNorm)
+            folded += isinstance(layer, BatchNormBase)
         _put(model, name, identities[id(layer)])
     return folded
 
 
 def _add_biases(model: nn.Module, names: list[str], folded: int) -> None:
-    """Biases for layers that have none because a BatchNorm followed; at most one for each that was folded."""
+    """Adds biases to layers that had none before a BatchNorm was folded into them: at most one per folded BatchNorm."""
     for name in names:
         layer: Any = _at(model, name)
         if not _may_have_bias(layer):
@@ -319,20 +328,21 @@ def _add_biases(model: nn.Module, names: list[str], folded: int) -> None:
 
 
 def _outputs(layer: Any) -> int:
-    return layer.out_channels if isinstance(layer, (_ConvNd, FactorizedConv)) else layer.out_features
+    return layer.out_channels if isinstance(layer, (ConvBase, FactorizedConv)) else layer.out_features
 
 
 def _may_have_bias(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear, FactorizedModule)) and "bias" in module._parameters
+    return isinstance(module, (ConvBase, nn.Linear, FactorizedModule)) and "bias" in module._parameters
 
 
 def _arguments(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
-    """Attributes as JSON gives them back."""
+    """Attributes of a layer in the form in which JSON returns them: lists for tuples."""
     values = {name: getattr(layer, name, None) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
+    """All qualified names of each module, by its id."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -356,5 +366,5 @@ def _contiguous_stride(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the entries fill a piece of memory, each its own place."""
+    """Whether the elements fill a contiguous piece of memory, without gaps or overlap."""
     return torch.ops.aten.is_non_overlapping_and_dense(tensor)

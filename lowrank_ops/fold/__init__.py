@@ -1,1 +1,1 @@
-"""BatchNorms and activations that become part of the layer before them."""
+"""BatchNorms and activations are folded into the layer before them."""

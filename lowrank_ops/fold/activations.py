@@ -1,4 +1,4 @@
-"""Activations after factorized modules become part of the block."""
+"""`fold_activations_`: activations after factorized modules become part of the block."""
 
 from __future__ import annotations
 
@@ -30,34 +30,36 @@ _METHODS = {"relu": "relu", "relu_": "relu"}
 
 @takes_compiled()
 def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport:
-    """Makes the activation that follows a factorized module, in place, the `activation` of that module.
+    """Folds activation modules into the factorized modules before them, as those modules' `activation`, in place.
 
-    The activations are those of the ops: nn.ReLU, ReLU6, Hardswish, SiLU and GELU in its exact form. nn.Identity takes
-    the module's place. The result is the same, one pass over the output is saved. Fold BatchNorms first
-    (`fold_batchnorm_`): what they leave is no obstacle.
+    The activations are those that the ops have: nn.ReLU, ReLU6, Hardswish, SiLU and GELU in its exact form. nn.Identity
+    takes the place of the activation. The model's output is the same; one pass over the block's output is saved. Fold
+    BatchNorms first (`fold_batchnorm_`): the nn.Identity in their places is no obstacle.
 
-    An activation is folded where the block has none yet, the block's output goes nowhere else (an in-place ReLU on a
-    tensor that is also kept for a skip connection stays), each of the two is called once, and neither has hooks. The
-    pairs are found by torch.fx without running the model, in train and in eval mode. Where it cannot trace a module,
-    its children are traced one by one (`report.untraced`); then, as in any nn.Sequential whose parts are also called
-    one by one, nothing but `example_input` can show that a forward uses what is between the two. Other methods of
-    the model than `forward` are not looked at.
+    An activation is folded if the block has none yet, the block's output is used nowhere else (an in-place ReLU on a
+    tensor that a skip connection uses too is not folded), the block and the activation are called once each, and
+    neither has hooks.
 
-    An activation that the source of a forward calls as a function or a tensor's method (`F.relu(x)`, `x.relu()`) cannot
-    be taken out of that source: it is left, with an entry that says where it is.
+    torch.fx finds the pairs without running the model, in train and in eval mode. Where it cannot trace a module, it
+    traces the module's children one by one (`report.untraced`). A forward may then use the block's output in a way that
+    torch.fx does not see, as may code that calls the parts of an nn.Sequential one by one: only `example_input` reveals
+    that. Methods of the model other than `forward` are not examined.
+
+    An activation that a forward calls as a function or a tensor's method (`F.relu(x)`, `x.relu()`) cannot be removed
+    from the source code: it is left, and its entry in the report says where it is.
 
     Args:
         model: the network, with factorized modules.
         example_input: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of such batches. With it
-            the model runs before and after, in eval mode, and must give the same up to sqrt(eps) of the output's norm.
+            the model runs before and after, in eval mode; the outputs must agree up to sqrt(eps) times their norm.
 
     Returns:
-        A `FoldReport` with an entry for each activation of these kinds after a factorized module.
+        A `FoldReport` with one entry per activation of these kinds after a factorized module.
 
     Raises:
-        TypeError: `model` is no nn.Module; `example_input` is of another kind.
+        TypeError: `model` is no nn.Module; `example_input` is none of the above.
         ValueError: values in `example_input` that are not finite.
-        RuntimeError: the model fails on `example_input`, or then gives something else (it is left as it was).
+        RuntimeError: the model fails on `example_input`, or its output changes. The model is then left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_activations_: model must be an nn.Module, got {type(model).__name__}")
@@ -83,6 +85,7 @@ def fold_activations_(model: nn.Module, example_input: Any = None) -> FoldReport
 
 
 def _activation_of(node: fx.Node, module: nn.Module | None) -> str | None:
+    """The ops' name of the activation that a node computes; None for any other node."""
     if module is not None:
         return activation_name(module)
     if node.op == "call_method":
@@ -93,13 +96,14 @@ def _activation_of(node: fx.Node, module: nn.Module | None) -> str | None:
 
 
 def rectified(model: nn.Module, layers: Collection[nn.Module]) -> set[int]:
-    """The ids of those layers whose output goes into a ReLU and nowhere else, as far as torch.fx can see."""
+    """The ids of those `layers` whose output goes only into a ReLU, as far as torch.fx can see."""
     wanted = set(map(id, layers))
     pairs, _ = find_pairs(model, lambda layer: id(layer) in wanted, _activation_of)
     return {id(pair.layer) for pair in pairs if pair.step == "relu" and pair.reason is None}
 
 
 def _obstacle(pair: Pair, owners: Owners) -> str | None:
+    """Why the activation cannot be folded; None if it can."""
     if pair.reason is not None:
         return pair.reason
     if pair.follower is None:

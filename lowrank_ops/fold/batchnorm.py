@@ -1,4 +1,5 @@
-"""BatchNorm: folded into the layer before it, or its statistics estimated anew."""
+"""BatchNorm: `fold_batchnorm_` folds it into the layer before it, `reestimate_batchnorm_` estimates its statistics
+again."""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from lowrank_ops.nn.modules import LowRankLinear
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.runtime.modes import eval_mode
+from lowrank_ops.runtime.torch_internals import BatchNormBase, ConvBase, ConvTransposeBase
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FactorizedConv, LowRankLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -34,37 +34,37 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
     """Folds every BatchNorm that directly follows a layer into that layer, in place, before or after `factorize_`.
 
     In eval mode a BatchNorm multiplies channel t by `s = weight / sqrt(running_var + eps)` and adds
-    `bias - s running_mean`. The layer's rows take over the factor (of a factorized module those of `out_factor`),
-    its bias the rest; products are formed in float64. nn.Identity takes the BatchNorm's place, so that other names in
-    the state_dict stay; a layer without a bias gets one. Parameters that change are new ones: build the optimizer
-    afterwards.
+    `bias - s running_mean`. The rows of the layer's weight (of a factorized module: of `out_factor`) are multiplied by
+    s, and its bias becomes `s bias` plus the rest, computed in float64. nn.Identity takes the BatchNorm's place, so
+    that the other names in the state_dict do not change; a layer without a bias gets one. Changed parameters are new
+    parameters: create the optimizer afterwards.
 
-    A model in train mode is taken too, but what was folded are the running statistics: they no longer move, and a
-    BatchNorm that used each batch's own statistics no longer does.
+    A model in train mode is accepted too, but its folded statistics no longer change, and a BatchNorm that normalized
+    by each batch's statistics no longer does so.
 
-    Layers are nn.Conv1d, Conv2d, Conv3d (of any groups), nn.Linear and the factorized modules. The pairs are found by
-    torch.fx without running the model. Where it cannot trace a module, its children are traced one by one
-    (`report.untraced`); then, as in any nn.Sequential whose parts are also called one by one, nothing but
-    `example_input` can show that a forward uses what is between a layer and its BatchNorm. Other methods of the model
-    than `forward` are not looked at.
+    Layers are nn.Conv1d, Conv2d, Conv3d (with any number of groups), nn.Linear and the factorized modules. torch.fx
+    finds the pairs without running the model. Where it cannot trace a module, it traces the module's children one by
+    one (`report.untraced`). A forward may then use the layer's output in a way that torch.fx does not see, as may code
+    that calls the parts of an nn.Sequential one by one: only `example_input` reveals that. Methods of the model other
+    than `forward` are not examined.
 
     Args:
         model: the network.
         example_input: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of such batches. With it
-            the model runs before and after, in eval mode, and must give the same up to sqrt(eps) of the output's norm.
-            Linear layers need it: a BatchNorm after them normalizes their features only where their output is
-            `[N, T]`, which no graph shows.
+            the model runs before and after, in eval mode; the outputs must agree up to sqrt(eps) times their norm. It
+            is needed to fold into linear layers: a BatchNorm normalizes their features only if their output is
+            `[N, T]`, which a graph does not show.
 
     Returns:
-        A `FoldReport` with an entry for each BatchNorm. Left, with the reason: a layer whose output is used elsewhere
-        too, that is called more than once, shares a parameter, has an activation or a computed weight; hooks on
-        either; a BatchNorm without running statistics; subclasses with a forward of their own; transposed
-        convolutions.
+        A `FoldReport` with one entry per BatchNorm. A BatchNorm is left, with the reason, where the layer's output is
+        used elsewhere too; where the layer is called more than once, shares a parameter, has an activation or a
+        computed weight; where either has hooks or is a subclass with its own forward; where the BatchNorm has no
+        running statistics; after a transposed convolution.
 
     Raises:
-        TypeError: `model` is no nn.Module; `example_input` is of another kind.
+        TypeError: `model` is no nn.Module; `example_input` is none of the above.
         ValueError: values in `example_input` that are not finite.
-        RuntimeError: the model fails on `example_input`, or then gives something else (it is left as it was).
+        RuntimeError: the model fails on `example_input`, or its output changes. The model is then left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_batchnorm_: model must be an nn.Module, got {type(model).__name__}")
@@ -83,7 +83,7 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
             if not found:
                 reasons[id(norm)] = "no convolution, linear or factorized layer was found directly before it"
                 continue
-            pair = found[0]  # more than one has the reason that it is called more than once
+            pair = found[0]  # several pairs all carry the reason that it is called more than once
             layers[id(norm)] = pair.layer_name
             reason = _obstacle(pair, norm, owners, axes)
             reasons[id(norm)] = reason or _fold(pair.layer, site, undo)
@@ -97,16 +97,16 @@ def fold_batchnorm_(model: nn.Module, example_input: Any = None) -> FoldReport:
 @takes_compiled()
 @torch.no_grad()
 def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = True) -> nn.Module:
-    """Estimates the running statistics of every BatchNorm anew, in place, from data; no labels, no gradients.
+    """Estimates the running statistics of every BatchNorm again from data, in place, without labels or gradients.
 
-    After a factorization the layers give other means and variances than the statistics say. Each BatchNorm runs in
-    train mode over the batches and keeps the cumulative average (momentum None) of their means and unbiased
-    variances; everything else is in eval mode (no dropout). This is what `torch.optim.swa_utils.update_bn` does, but
-    for the dropout. Two things follow: every batch counts the same, however large, and the variance between batch
-    means is not part of the variance, so that few large batches are better than many small ones; and a BatchNorm
-    sees inputs that those before it normalized by the same batch's statistics, not by the averages that they end with.
+    After a factorization, the outputs of layers have other means and variances than the running statistics. Each
+    BatchNorm runs in train mode over the batches and keeps the cumulative average (momentum None) of their means and
+    unbiased variances; all other modules are in eval mode (no dropout). `torch.optim.swa_utils.update_bn` does the
+    same, but with dropout. Two consequences: every batch has the same weight, whatever its size, and the variance
+    between batch means is not included, so that few large batches are better than many small ones; and the inputs of a
+    BatchNorm were normalized by this batch's statistics, not by the final averages, in the BatchNorms before it.
 
-    Train/eval flags and momenta are as before afterwards; `num_batches_tracked` counts the batches of this data.
+    Afterwards train/eval flags and momenta are as before; `num_batches_tracked` is the number of batches of this data.
 
     Args:
         model: the network.
@@ -118,10 +118,10 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
         The model.
 
     Raises:
-        ValueError: no BatchNorm with running statistics, one that no batch reaches, data without a batch, values in
-            the data or statistics from it that are not finite.
-        TypeError: `model` or `calibration` of another kind.
-        RuntimeError: the model fails on a batch (one of a single value per channel, say).
+        ValueError: no BatchNorm has running statistics; no batch reaches one of them; the data has no batch; values in
+            the data, or statistics of it, are not finite.
+        TypeError: `model` is no nn.Module; `calibration` is none of the above.
+        RuntimeError: the model fails on a batch (one with a single value per channel, for instance).
 
     After an error the model is as it was.
     """
@@ -131,7 +131,7 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+        if isinstance(module, BatchNormBase) and module.track_running_stats and module.running_mean is not None
     }
     if not norms:
         raise ValueError(
@@ -161,17 +161,17 @@ def reestimate_batchnorm_(model: nn.Module, calibration: Any, progress: bool = T
 
 
 def _is_norm(module: nn.Module | None) -> bool:
-    return isinstance(module, _BatchNorm)
+    return isinstance(module, BatchNormBase)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (FactorizedModule, _ConvNd, nn.Linear))
+    return isinstance(module, (FactorizedModule, ConvBase, nn.Linear))
 
 
 def _run_and_watch(
     model: nn.Module, batches: Batches | None, matrices: Sequence[nn.Module]
 ) -> tuple[list[Tensor], dict[int, set[int]]]:
-    """What the model gives on the example input, and how many axes the outputs of the linear layers have."""
+    """The model's outputs on the example input, and by a linear layer's id the numbers of axes that its outputs had."""
     axes: dict[int, set[int]] = {}
     if batches is None:
         return [], axes
@@ -188,10 +188,11 @@ def _run_and_watch(
 
 
 def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[int]]) -> str | None:
-    """Why this BatchNorm cannot be folded into the layer before it; None if it can. What they are comes first."""
-    assert isinstance(norm, _BatchNorm)
+    """Why this BatchNorm cannot be folded into the layer before it; None if it can. Reasons that lie in the classes of
+    the two come before reasons that lie in the calls."""
+    assert isinstance(norm, BatchNormBase)
     layer = pair.layer
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeBase):
         return "after a transposed convolution, which is not supported"
     plain = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
     if plain is None or any(
@@ -226,9 +227,9 @@ def _obstacle(pair: Pair, norm: nn.Module, owners: Owners, axes: dict[int, set[i
 
 
 def _fold(layer: nn.Module, site: Site, undo: ExitStack) -> str | None:
-    """Folds, and notes how to undo it; or returns why that cannot be."""
+    """Folds the BatchNorm at `site` into `layer`, and makes `undo` take it back; or returns why it cannot."""
     norm = site.layer
-    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    assert isinstance(norm, BatchNormBase) and norm.running_mean is not None and norm.running_var is not None
     name = _rows_name(layer)
     rows, bias = getattr(layer, name), layer.bias
     scale = (_exact(norm.running_var) + norm.eps).rsqrt()
@@ -251,11 +252,12 @@ def _fold(layer: nn.Module, site: Site, undo: ExitStack) -> str | None:
 
 
 def _rows_name(layer: nn.Module) -> str:
+    """The parameter whose rows give the layer's output channels."""
     return "out_factor" if isinstance(layer, FactorizedModule) else "weight"
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU: not every device has it."""
+    """The tensor in float64, on the CPU, because not every device has float64."""
     return tensor.detach().to("cpu", torch.float64)
 
 
@@ -265,6 +267,7 @@ def _restore(norm: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 def _check_statistics(norms: dict[str, Any]) -> None:
+    """Raises ValueError for a BatchNorm that saw no batch or whose new statistics are not finite."""
     unreached = [name for name, norm in norms.items() if not norm.num_batches_tracked]
     if unreached:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Layers whose output goes into one BatchNorm or one activation only: pairs that can become one layer.
+"""Finds pairs that can become one layer: a layer, and the only BatchNorm or activation that its output goes into.
 
-The pairs are found in the graph that torch.fx traces. Where it cannot trace a module (a branch on values, say),
-its children are traced one by one: what a child computes stays the same, however its parent calls it.
+The pairs are found in the graph that torch.fx traces. Where it cannot trace a module (because of a branch on values,
+for instance), its children are traced one by one: a child computes the same, however its parent calls it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.model.batches import Batches, device_of, outputs_of
 from lowrank_ops.model.calls import model_errors
 from lowrank_ops.model.sites import HOOKS, has_hooks
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.runtime.modes import eval_mode
+from lowrank_ops.runtime.torch_internals import ConvBase, NormBase
 from lowrank_ops.text.notes import grouped, listed
 from lowrank_ops.text.tables import as_html, as_text, new_table
 
 IsLayer = Callable[[nn.Module], bool]
-# What a call does that may follow a layer ("batchnorm", "relu"), or None; the module is None for a function call.
+# The name of the step that a node computes ("batchnorm", "relu"), or None if it is none that can be folded. The module
+# is the one that the node calls, or None for a function call.
 StepOf = Callable[[fx.Node, nn.Module | None], str | None]
 
 
@@ -37,10 +37,11 @@ class Pair:
     """A layer and the step that its output goes into.
 
     Attributes:
-        step: what the follower does: "batchnorm", or the name of an activation.
-        follower: its module; None for a function that the source of a forward calls.
-        follower_name: qualified name, or which function is called in which module.
-        reason: why the two must stay apart; None if they can become one layer.
+        layer, layer_name: the layer and its qualified name.
+        step: "batchnorm", or the name of an activation.
+        follower: the module of the step; None for a function that a forward calls.
+        follower_name: its qualified name, or a text that says which function is called in which module.
+        reason: why the two cannot become one layer; None if they can.
     """
 
     layer: nn.Module
@@ -56,10 +57,10 @@ class Fold:
     """One entry of a `FoldReport`.
 
     Attributes:
-        layer: qualified name of the layer before it; None if there is none that could take it.
-        follower: qualified name of the BatchNorm or activation, or which function is called in which module.
+        layer: qualified name of the layer before the step; None if no layer that could take it was found.
+        follower: qualified name of the BatchNorm or activation, or a text that says which function is called where.
         step: "batchnorm", or the name of the activation.
-        reason: why it was left; None if it was folded into the layer.
+        reason: why the step was left; None if it was folded into the layer.
     """
 
     layer: str | None
@@ -74,9 +75,9 @@ class FoldReport:
 
     Attributes:
         model: class name of the model.
-        folds: one entry for each BatchNorm or activation.
-        untraced: qualified names of modules ("" is the model) that torch.fx cannot trace, with the reason. Their
-            children were traced one by one, so that pairs that their own forward makes were not found.
+        folds: one entry per BatchNorm or activation.
+        untraced: qualified name of each module ("" is the model) that torch.fx cannot trace -> the reason. Its children
+            were traced one by one, so pairs that its own forward connects were not found.
     """
 
     model: str
@@ -119,11 +120,11 @@ class FoldReport:
 
 
 def find_pairs(model: nn.Module, is_layer: IsLayer, step_of: StepOf) -> tuple[list[Pair], dict[str, str]]:
-    """The layers of `model` that a step follows, and the modules that could not be traced, with the reason.
+    """All pairs of a layer and a step in `model`, and the modules that could not be traced, with the reason.
 
-    Between the two nothing but nn.Identity may stand. Two can become one layer where the layer's output has no
-    other user, each is called once, and neither has hooks or has its parameters read by a forward; in train mode
-    and in eval mode. Nothing runs and the model is not touched: a copy of it, with the same parameters, is traced.
+    Only nn.Identity may stand between the two. They can become one layer if, both in train and in eval mode, the
+    layer's output has no other user, each of them is called once, neither has hooks, and no forward reads their
+    parameters. Nothing is computed and the model is not changed: a copy that shares its parameters is traced.
     """
     names = {id(module): name for name, module in model.named_modules()}
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
@@ -144,7 +145,7 @@ def find_pairs(model: nn.Module, is_layer: IsLayer, step_of: StepOf) -> tuple[li
 
 
 def run_on(model: nn.Module, batches: Batches, where: str) -> list[Tensor]:
-    """What the model gives in eval mode, as a list of tensors. Raises RuntimeError if it fails."""
+    """The tensors in the model's outputs on all batches, in eval mode. Raises RuntimeError if the model fails."""
     results: list[Tensor] = []
     with eval_mode(model), torch.no_grad():
         for batch in batches:
@@ -155,15 +156,15 @@ def run_on(model: nn.Module, batches: Batches, where: str) -> list[Tensor]:
 
 
 def example_batches(model: nn.Module, example_input: Any, where: str) -> Batches | None:
-    """The example input of a function that folds; None if there is none."""
+    """The batches of an argument `example_input`; None if it is None. `where` is the function, for error messages."""
     return None if example_input is None else Batches(example_input, f"{where}: example_input", device_of(model))
 
 
 def require_same(before: list[Tensor], after: list[Tensor], where: str) -> None:
-    """Raises RuntimeError where outputs differ by more than rounding could explain.
+    """Raises RuntimeError where outputs differ by more than rounding can explain.
 
-    The bound is sqrt(eps) of the output's norm: rounding in a deep network stays far below it, a step left out or
-    folded into the wrong layer changes the output by a part of its size.
+    The bound is sqrt(eps) times the output's norm. Rounding in a deep network stays far below it, while a step that was
+    left out or folded into the wrong layer changes the output by a noticeable part of its norm.
     """
     for old, new in zip(before, after, strict=True):
         finite = old.isfinite()
@@ -178,12 +179,12 @@ def require_same(before: list[Tensor], after: list[Tensor], where: str) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """Takes layers, and whatever has hooks, as one step each: hooks must not run on what is no tensor."""
+    """Traces layers, and modules with hooks, as one node each: hooks must not run on proxies, which are no tensors."""
 
-    proxy_buffer_attributes = True  # or in-place changes of buffers would really happen
+    proxy_buffer_attributes = True  # otherwise a forward's in-place changes of buffers would happen while it is traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layer = isinstance(m, (FactorizedModule, _ConvNd, nn.Linear, _NormBase))
+        layer = isinstance(m, (FactorizedModule, ConvBase, nn.Linear, NormBase))
         return layer or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -197,14 +198,15 @@ class _Scope:
 
 
 def _scopes(name: str, module: nn.Module, untraced: dict[str, str]) -> Iterator[_Scope]:
-    """The module if it can be traced, else those of its children that can; and what has hooks inside it."""
+    """The module if it can be traced, otherwise those of its children that can, and so on down. Also the modules with
+    hooks inside a traced module: they are single nodes there."""
     inner: Iterable[str]
     if type(module).forward is nn.Module.forward:  # nn.ModuleList and the like are not called
         inner = dict(module.named_children())
     else:
         try:
             scope = _Scope(name, module, _traced(module))
-        except Exception as error:  # whatever a forward raises that is given no tensor
+        except Exception as error:  # a forward may raise anything when it gets a proxy
             untraced[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             inner = dict(module.named_children())
         else:
@@ -227,14 +229,14 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, ...]:
     duplicate = copy.deepcopy(module, memo)
     graphs = []
     for training in (False, True):
-        for part in duplicate.modules():  # not train(): it may do more than set the flags
+        for part in duplicate.modules():  # not train(), which a module may override to do more than set the flags
             part.training = training
         graphs.append(_Tracer().trace(duplicate))
     return tuple(graphs)
 
 
 class _Calls:
-    """The calls in one graph."""
+    """The calls in one graph, and the pairs among them."""
 
     def __init__(self, graph: fx.Graph, scope: _Scope, names: dict[int, str], places: dict[int, int]) -> None:
         def module_at(target: Any) -> nn.Module:
@@ -298,6 +300,6 @@ class _Calls:
 
 
 def _input(node: fx.Node) -> fx.Node | None:
-    """The node whose value a call of one input takes."""
+    """The node whose value is the input of a call with one input."""
     value = node.args[0] if node.args else node.kwargs.get("input")
     return value if isinstance(value, fx.Node) else None

@@ -1,1 +1,1 @@
-"""Matrices: leading singular vectors, triangles, square roots."""
+"""Linear algebra on large matrices: leading singular vectors, lower triangles, square roots."""

@@ -1,10 +1,10 @@
-"""Square roots of second moments, by which weights are whitened: triangular ones, far cheaper than symmetric ones.
+"""Square roots of second moments, by which weights are whitened: Cholesky factors, far cheaper than symmetric roots.
 
 Any L with `L L^T = C` gives the same metric, `tr(D C D^T) = |D L|^2`. The Cholesky factor takes `n^3 / 3` operations
-where all eigenvectors, which the symmetric root needs, take some `9 n^3`, and is inverted by substitution. It takes the
-moment's place in memory and has its dtype, fp32 for an fp32 model, and of both only the lower triangle is kept: of an
-[8192, 8192] moment an eighth of a gigabyte. `apply` and `undo` compute with the same matrix, so they cancel. All work
-is done in panels of columns, so that only one has a copy in fp64.
+and is inverted by substitution; a symmetric root needs all eigenvectors, some `9 n^3` operations. The factor overwrites
+the moment and has its dtype (fp32 for an fp32 model). Both are stored as lower triangles: an eighth of a gigabyte for
+an [8192, 8192] moment. `apply` and `undo` compute with the same matrix, so they are inverse to each other. Work
+proceeds in panels of columns, so that only one panel at a time is copied to fp64.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lowrank_ops.linalg.singular import computing_device, energy
 from lowrank_ops.linalg.triangle import Triangle
 from lowrank_ops.runtime.autocast import no_autocast
 
-# What is added to a moment, as a share of its largest eigenvalue: dividing by directions that carry less would amplify
-# noise, and data that calibration did not show may use them.
+# Added to a moment's diagonal, as a fraction of its largest eigenvalue. Dividing by smaller eigenvalues would amplify
+# noise in directions that data outside of the calibration set may use.
 DAMPING = 1e-4
-_POWERS = 30  # to estimate the largest eigenvalue, a few percent below it at worst
+_POWERS = 30  # power iterations for the largest eigenvalue: the estimate is at worst a few percent too low
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Root:
     @classmethod
     @no_autocast()
     def of_(cls, moment: Triangle | Tensor) -> Root:
-        """Of a positive semidefinite matrix `[n, n]` or of a diagonal `[n]`, whose memory it takes; all ones for one of
-        zeros."""
+        """The root of a positive semidefinite matrix `[n, n]`, or of a diagonal `[n]`, which it overwrites. For a
+        moment of zeros it is the identity."""
         if not bool(moment.any()):
             return cls(torch.ones(len(moment), dtype=moment.dtype))
         if isinstance(moment, Tensor):
@@ -47,11 +47,11 @@ class Root:
         return cls(moment)
 
     def apply(self, matrix: Tensor) -> Tensor:
-        """`factor^T matrix`, whose plain squares are the moment's: `[n, m]`, in the matrix' dtype, where it is."""
+        """`factor^T matrix`, `[n, m]`, in the matrix' dtype. Its sum of squares is `tr(matrix^T M matrix)`."""
         return self.apply_(_copy(matrix))
 
     def apply_(self, matrix: Tensor) -> Tensor:
-        """`apply` in the matrix' memory."""
+        """`apply`, overwriting the matrix."""
         if isinstance(self.factor, Tensor):
             return matrix.mul_(self.factor.to(matrix)[:, None])
         for start, end, panel in self.factor.copies(matrix):
@@ -63,7 +63,7 @@ class Root:
         return self.undo_(_copy(matrix))
 
     def undo_(self, matrix: Tensor) -> Tensor:
-        """`undo` in the matrix' memory."""
+        """`undo`, overwriting the matrix."""
         if isinstance(self.factor, Tensor):
             return matrix.div_(self.factor.to(matrix)[:, None])
         for start, end, panel in self.factor.copies(matrix, backwards=True):
@@ -76,7 +76,7 @@ class Root:
         return self.times_(_copy(matrix))
 
     def times_(self, matrix: Tensor) -> Tensor:
-        """`times` in the matrix' memory."""
+        """`times`, overwriting the matrix."""
         if isinstance(self.factor, Tensor):
             return matrix.mul_(self.factor.to(matrix)[:, None])
         for start, end, panel in self.factor.copies(matrix, backwards=True):
@@ -87,15 +87,15 @@ class Root:
 
 
 def _copy(matrix: Tensor) -> Tensor:
-    """A copy to compute with, where the matrix is if that device has fp64."""
+    """A contiguous copy on `computing_device`."""
     return matrix.to(computing_device(matrix), copy=True, memory_format=torch.contiguous_format)
 
 
 def _damped_cholesky_(moment: Triangle, damping: float) -> None:
-    """The lower Cholesky factor of `moment + damping I` in its place, zeros above the diagonal.
+    """Overwrites the moment with the lower Cholesky factor of `moment + damping I`, zeros above the diagonal.
 
-    Blocks on the diagonal are factored in fp64. Where one is not positive definite all the same (sums of low precision
-    may have eigenvalues far below zero), it gets more damping: the result is the factor of a moment with that addition.
+    Blocks on the diagonal are factored in fp64. A block that is not positive definite (sums in low precision can have
+    eigenvalues far below zero) gets more damping; the result is then the factor of the moment with that addition.
     """
     for index, panel in enumerate(moment.panels):
         width = panel.shape[1]
@@ -110,7 +110,8 @@ def _damped_cholesky_(moment: Triangle, damping: float) -> None:
 
 
 def _damped_factor(block: Tensor, damping: float) -> Tensor:
-    """The lower Cholesky factor of a symmetric block plus `damping I`, or ten, a hundred ... times as much."""
+    """The lower Cholesky factor of a symmetric block plus `damping I`; where that fails, plus 10, 100, ... times as
+    much."""
     while True:
         damped = block.clone()
         damped.diagonal().add_(damping)
@@ -121,15 +122,16 @@ def _damped_factor(block: Tensor, damping: float) -> Tensor:
 
 
 def cholesky_(matrix: Tensor) -> Tensor | None:
-    """The lower Cholesky factor of a symmetric matrix, in its memory; None where it is not positive definite, and its
-    values are lost. A copy of `[8192, 8192]` in fp64 would take half a gigabyte."""
-    factor = matrix.mT  # columns lie together, as LAPACK has them
+    """The lower Cholesky factor of a symmetric matrix, which it overwrites; None if the matrix is not positive
+    definite, and then its values are lost. (A copy of `[8192, 8192]` in fp64 would take half a gigabyte.)"""
+    factor = matrix.mT  # stored column by column, as LAPACK expects
     _, failed = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty((), dtype=torch.int32, device=matrix.device)))
     return None if bool(failed) else factor
 
 
 def _largest_eigenvalue(moment: Triangle) -> float:
-    """From below, by the power method from the column of the largest diagonal entry."""
+    """A lower estimate of the largest eigenvalue, by the power method from the column with the largest diagonal
+    element."""
     vector = torch.zeros(len(moment), dtype=moment.dtype)
     vector[int(moment.diagonal().argmax())] = 1
     image = moment.times(vector)

@@ -1,16 +1,16 @@
-"""Leading singular vectors of matrices: through the Gram matrix of the shorter side, or, where few are wanted of many,
-by a randomized method whose error is checked.
+"""Leading singular vectors of matrices, from the Gram matrix of the shorter side, or, where few of many are wanted, by
+a randomized method whose error is checked.
 
-Randomized: the range finder with power iterations of Halko, Martinsson and Tropp, SIAM Review 53 (2011), algorithm 4.4,
-with a singular value decomposition of the small matrix between the iterations. Let Q be its orthonormal columns,
-B = Q^T A and H = A A^T. The check bounds what the best matrix of the rank could capture beyond what was found. In the
-basis of Q and its complement,
+The randomized method is the range finder with power iterations of Halko, Martinsson and Tropp, SIAM Review 53 (2011),
+algorithm 4.4, with a singular value decomposition of the small matrix between the iterations. Let Q be the orthonormal
+columns that it finds for a matrix A, B = Q^T A and H = A A^T. The check bounds how much more energy the best matrix of
+the same rank captures. In the basis of Q and its complement,
 
     H  =  [ Theta  K ]  <=  [ Theta   K  ]      Theta = B B^T,   K K^T = E^T E,   E = (I - Q Q^T) A B^T,
           [ K^T    C ]      [ K^T   h I  ]      h >= |C|,   C = (I - Q Q^T) H (I - Q Q^T),
 
-in the order of symmetric matrices, so the largest eigenvalues of the right side are above those of H. h is the largest
-Ritz value of a Krylov space that begins with random columns of its own (`_MARGIN` on top for what it misses).
+in the order of symmetric matrices, so the largest eigenvalues of the right side are at least those of H. h is estimated
+as the largest Ritz value of a Krylov space that starts from other random columns, plus `_MARGIN` for what that misses.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-# Exact below that shorter side, and for ranks above that part of it: there it takes less time.
+# For a shorter side below `SMALLEST`, or a rank above this share of it, the exact method is faster.
 SMALLEST, LARGEST_SHARE = 1024, 1 / 16
-# The error of a randomized decomposition is at most that part above the best one's, or it is not used.
+# A randomized decomposition is used only if its error is at most this fraction above the least possible one.
 TOLERANCE = 0.01
-# Columns beyond the rank: at least so many, and that part of it. Iterations before the first check, and at most.
+# Columns beyond the rank: the larger of a number and a share of the rank. Iterations before the first check; at most.
 _SPARE, _SPARE_SHARE = 16, 0.25
 _FIRST_CHECK, _ITERATIONS = 3, 8
-# The Krylov space of h: random columns, powers, and what is added to its largest Ritz value.
+# The Krylov space of h: its random columns, its powers, and the fraction added to its largest Ritz value.
 _PROBES, _POWERS, _MARGIN = 4, 8, 0.1
 
-ROWS, COLUMNS = 512, 1024  # of a matrix that are copied in fp64 at a time
+ROWS, COLUMNS = 512, 1024  # number of a matrix' rows or columns that are copied to fp64 at a time
 
 _EXACT = ContextVar("exact", default=False)
 
 
 @contextmanager
 def exactly(exact: bool = True) -> Iterator[None]:
-    """Within it no decomposition is randomized; `exact` False: as outside of it."""
+    """Inside the block no decomposition is randomized; with `exact` False the block changes nothing."""
     token = _EXACT.set(exact or _EXACT.get())
     try:
         yield
@@ -48,14 +48,15 @@ def exactly(exact: bool = True) -> Iterator[None]:
 
 
 def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors and values: `[M, count]`, `[count]` descending and `[count, N]`, in its dtype.
+    """The leading left singular vectors `[M, count]`, singular values `[count]`, descending, and right singular vectors
+    `[count, N]`, in the matrix' dtype.
 
     Args:
         matrix: `[M, N]`, fp32 or fp64.
         count: at most min(M, N).
         seed: of the randomized method.
-        exact: not the randomized method, which `exactly` excludes too. Singular values of an fp32 matrix then come from
-            the eigenvalues of its Gram matrix in fp64, which resolve them to 1e-8 of the largest.
+        exact: the randomized method is not used (nor inside `exactly`). The singular values of an fp32 matrix are then
+            roots of the eigenvalues of its fp64 Gram matrix, which resolve them to 1e-8 of the largest.
     """
     if not exact and worth_randomizing(min(matrix.shape), count):
         found = _randomized(matrix, count, seed)
@@ -74,7 +75,8 @@ def leading_svd(matrix: Tensor, count: int, seed: int, exact: bool = False) -> t
 
 
 def leading_vectors(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
-    """The leading left singular vectors, `[M, count]`, exactly and orthonormal; random ones beyond its rank's limit."""
+    """The leading left singular vectors `[M, count]` of a matrix `[M, N]`, orthonormal, by an exact method. Columns
+    beyond min(M, N) are random."""
     rows, columns = matrix.shape
     if rows <= columns:
         # The Gram matrix squares the condition: in fp64 an fp32 weight loses nothing by that.
@@ -88,17 +90,19 @@ def leading_vectors(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def leading_eigenvectors_(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of a symmetric matrix `[n, n]`, whose memory is used up: the largest eigenvalues, `[count]` descending, and their
-    eigenvectors, `[n, count]`. LAPACK works in twice the matrix' memory; a copy of it would come on top."""
-    vectors = matrix.mT  # columns lie together, as LAPACK has them
+    """The largest eigenvalues `[count]`, descending, and their eigenvectors `[n, count]` of a symmetric matrix.
+
+    The matrix, `[n, n]`, is overwritten: LAPACK needs twice its memory already, and a copy would come on top."""
+    vectors = matrix.mT  # stored column by column, as LAPACK expects
     values = matrix.new_empty(len(matrix))
     torch.linalg.eigh(vectors, out=(values, vectors))
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
 
 
 def orthonormal_(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns `[M, K]` and the triangle `[K, K]` whose product is the matrix, `[M, K]`, M >= K, in fp64; in
-    the memory of an fp64 one whose columns lie together."""
+    """The QR decomposition of a matrix `[M, K]`, M >= K, in fp64: orthonormal columns `[M, K]` and a triangle `[K, K]`.
+
+    The columns overwrite the matrix if it is fp64 and stored column by column."""
     basis = matrix.mT.to(torch.float64, memory_format=torch.contiguous_format).contiguous().mT
     triangle = basis.new_empty(basis.shape[1], basis.shape[1])
     torch.linalg.qr(basis, out=(basis, triangle))
@@ -106,12 +110,13 @@ def orthonormal_(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def computing_device(tensor: Tensor) -> torch.device:
-    """Where to decompose a tensor: where it is, if that is a CPU or a CUDA GPU (others may lack fp64), else the CPU."""
+    """The device on which a tensor is decomposed: its own if that is a CPU or a CUDA GPU, otherwise the CPU, because
+    other accelerators may lack fp64."""
     return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix^T`` in fp64, ``[M, M]`` from ``[M, K]``, without an fp64 copy of the whole matrix."""
+    """`matrix @ matrix^T` in fp64, `[M, M]` for a matrix `[M, K]`, without an fp64 copy of the whole matrix."""
     product = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for columns in matrix.split(COLUMNS, dim=1):
         columns = columns.double()
@@ -125,19 +130,20 @@ def energies(matrix: Tensor) -> Tensor:
 
 
 def normal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
-    """Normal random numbers of a seed, the same ones whatever the device and the global random state."""
+    """Normal random numbers `[rows, columns]` in the dtype and on the device of `like`. They depend on the seed only:
+    not on the device or the global random state."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def worth_randomizing(shorter: int, count: int) -> bool:
-    """Whether so few singular vectors of a matrix of that shorter side are wanted that the randomized method is tried
-    first; not within `exactly`."""
+    """Whether the randomized method is tried first for `count` singular vectors of a matrix with this shorter side;
+    never inside `exactly`."""
     return not _EXACT.get() and shorter >= SMALLEST and count <= LARGEST_SHARE * shorter
 
 
 def _randomized(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `leading_svd`; None where the check of the error fails after `_ITERATIONS`."""
+    """The result of `leading_svd` by the randomized method; None if the check still fails after `_ITERATIONS`."""
     width = count + max(_SPARE, int(_SPARE_SHARE * count))
     basis = torch.linalg.qr(matrix @ normal(matrix.shape[1], width, seed, matrix)).Q
     total = energy(matrix)
@@ -148,7 +154,7 @@ def _randomized(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, 
         if iteration >= _FIRST_CHECK:
             left, best, across = basis[:, :count], values[:count], right[:count]
             lost = energy(matrix, left, best[:, None] * across)
-            # what rounding leaves of an exact factorization
+            # The first bound: rounding errors of an exact factorization.
             if (
                 lost <= (32 * torch.finfo(matrix.dtype).eps) ** 2 * total
                 or _excess(matrix, basis, values, image, count, seed + 1) <= lost - lost / (1 + TOLERANCE) ** 2
@@ -159,11 +165,16 @@ def _randomized(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, 
 
 
 def _excess(matrix: Tensor, basis: Tensor, values: Tensor, image: Tensor, count: int, seed: int) -> float:
-    """A bound of the energy that the best matrix of rank `count` captures beyond the first columns of the basis.
+    """An upper bound of the energy that the best matrix of rank `count` captures beyond the first `count` columns of
+    the basis.
 
     Args:
-        basis: Q, `[M, width]`, such that the rows of Q^T A are orthogonal; values: their norms, descending.
-        image: A times those rows, of norm 1, `[M, width]`.
+        matrix: A, `[M, N]`.
+        basis: Q, `[M, width]`, such that the rows of Q^T A are orthogonal.
+        values: the norms of those rows, descending.
+        image: A times those rows scaled to norm 1, `[M, width]`.
+        count: the rank.
+        seed: of the random columns.
     """
     outside = image - basis @ (basis.T @ image)
     coupling = outside.double() * values.double()
@@ -181,11 +192,12 @@ def _excess(matrix: Tensor, basis: Tensor, values: Tensor, image: Tensor, count:
 
 
 def _largest_outside(matrix: Tensor, basis: Tensor, seed: int) -> float:
-    """The largest eigenvalue of A A^T on the complement of the basis, from below: the largest of a Krylov space."""
+    """A lower estimate of the largest eigenvalue of A A^T on the complement of the basis: the largest Ritz value of a
+    Krylov space."""
     block = normal(matrix.shape[0], _PROBES, seed, matrix)
     blocks: list[Tensor] = []
     for _ in range(_POWERS):
-        for known in 2 * [basis, *blocks]:  # once more for what rounding left
+        for known in 2 * [basis, *blocks]:  # twice, because rounding leaves a part the first time
             block = block - known @ (known.T @ block)
         block = torch.linalg.qr(block).Q
         blocks.append(block)
@@ -195,7 +207,8 @@ def _largest_outside(matrix: Tensor, basis: Tensor, seed: int) -> float:
 
 
 def energy(matrix: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> float:
-    """``|matrix - left right|_F^2``, or of a vector, summed in fp64, `ROWS` at a time: no fp64 copy is made of it."""
+    """`|matrix|_F^2`, or `|matrix - left right|_F^2`, for a matrix or vector. It is summed in fp64, `ROWS` rows at a
+    time, without an fp64 copy of the matrix."""
     total = 0.0
     for start in range(0, matrix.shape[0], ROWS):
         part = matrix[start : start + ROWS]

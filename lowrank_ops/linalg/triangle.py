@@ -1,4 +1,4 @@
-"""Symmetric and triangular matrices of which the lower triangle is kept: half the memory, and half the sums."""
+"""`Triangle`: symmetric and triangular matrices, stored as their lower triangle, which halves memory and additions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_ops.linalg.singular import energy
 
-# Columns of a panel. Half a square of them is kept besides a triangle, and one panel in fp64 where it is computed with.
+# Columns per panel. More columns cost memory: the upper half of each diagonal square, and panels copied to fp64.
 BLOCK = 256
 
 
@@ -17,8 +17,8 @@ class Triangle:
     """The lower triangle of a matrix `[n, n]`, on the CPU.
 
     Attributes:
-        panels: `BLOCK` columns each, the last one fewer, from their square on the diagonal down: `[n - start, BLOCK]`.
-            The squares are whole: of a triangular matrix there are zeros above the diagonal.
+        panels: `BLOCK` columns each (the last one may have fewer), from the diagonal down: `[n - start, BLOCK]`. Each
+            begins with a whole square on the diagonal; for a triangular matrix, its part above the diagonal is zero.
     """
 
     def __init__(self, width: int, dtype: torch.dtype = torch.float32) -> None:
@@ -33,15 +33,15 @@ class Triangle:
         return self.panels[0].dtype
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Where the columns of each panel start and end, and the panel."""
+        """(start, end, panel) of each panel: its columns are `start` to `end - 1` of the matrix."""
         start = 0
         for panel in self.panels:
             yield start, start + panel.shape[1], panel
             start += panel.shape[1]
 
     def copies(self, like: Tensor, backwards: bool = False) -> Iterator[tuple[int, int, Tensor]]:
-        """`blocks` in the dtype and on the device of a matrix, one after the other in the same memory; those that are
-        no copies are the panels themselves."""
+        """`blocks` with panels in the dtype and on the device of `like`. All copies use the same memory, so each is
+        valid until the next one; if nothing has to be copied, the panels themselves are given."""
         blocks, first = [*self.blocks()], self.panels[0]
         same = (first.dtype, first.device) == (like.dtype, like.device)
         memory = like.new_empty(0 if same else first.numel())
@@ -49,16 +49,16 @@ class Triangle:
             yield start, end, panel if same else memory[: panel.numel()].view(panel.shape).copy_(panel)
 
     def widen_(self, dtype: torch.dtype) -> None:
-        """To a dtype of higher precision."""
+        """Converts the panels to a dtype of higher precision."""
         for index, panel in enumerate(self.panels):
             self.panels[index] = panel.to(dtype)
 
     def any(self) -> bool:
-        """Whether some entry is not zero."""
+        """Whether any element is not zero."""
         return any(bool(panel.any()) for panel in self.panels)
 
     def diagonal(self) -> Tensor:
-        """A copy, `[n]`."""
+        """A copy of the diagonal, `[n]`."""
         return torch.cat([panel.diagonal() for panel in self.panels])
 
     def mul_(self, factor: float) -> Triangle:
@@ -78,11 +78,11 @@ class Triangle:
         return self
 
     def energy(self) -> float:
-        """The sum of all squares of the symmetric matrix."""
+        """The sum of squares of all elements of the symmetric matrix."""
         return sum(panel_energy(panel) for panel in self.panels)
 
     def times(self, vector: Tensor) -> Tensor:
-        """The symmetric matrix times `[n]`."""
+        """The symmetric matrix times a vector `[n]`."""
         result = torch.zeros_like(vector)
         for start, end, panel in self.blocks():
             result[start:] += panel @ vector[start:end]
@@ -91,7 +91,7 @@ class Triangle:
 
 
 def panel_energy(panel: Tensor) -> float:
-    """What a panel gives to the sum of squares of a symmetric matrix: what lies below the diagonal's square counts
-    twice."""
+    """The sum of squares that a panel contributes to a symmetric matrix: elements below the diagonal square count
+    twice, once for their mirror images."""
     width = panel.shape[1]
     return energy(panel[:width]) + 2 * energy(panel[width:])

@@ -1,4 +1,4 @@
-"""Data that a model is run on: what `calibration=` and the loaders of `distill_` may be."""
+"""Data to run a model on: `calibration=`, the loaders of `distill_`, and example inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_ops.model.state import own_random_numbers
 from lowrank_ops.runtime.nested import values_of
 from lowrank_ops.text.warn import warn
 
-ROWS = 32  # of a tensor that is cut into batches
+ROWS = 32  # per batch, where data are one tensor
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Batch:
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, model: nn.Module, track: bool = False) -> Any:
-        """`model(...)` on a copy of this batch: what the model changes in it (a cache, an input in place) is new in the
-        next run. `track`: floating-point tensors of the copy require gradients."""
+        """`model(...)` on a copy of this batch, so that the next run finds it as it is, even if the model changes its
+        arguments (a cache, an input in place). `track`: floating-point tensors of the copy require gradients."""
 
         def fresh(tensor: Tensor) -> Tensor:
             if track and tensor.is_floating_point():
@@ -47,13 +47,13 @@ class Batch:
             try:
                 inspect.signature(model.forward).bind(*arguments, **keywords)
             except TypeError:
-                raise TypeError(f"{error}. {self._told()}") from error
-            except ValueError:  # it has no signature
+                raise TypeError(f"{error}. {self._given()}") from error
+            except ValueError:  # forward has no signature
                 pass
             raise
 
-    def _told(self) -> str:
-        """What the model was given, for a model that takes other arguments."""
+    def _given(self) -> str:
+        """The part of the message for a model that does not take these arguments."""
         if self.keywords:
             return f"A mapping holds the model's arguments by name, here {', '.join(self.keywords)}"
         return (
@@ -67,16 +67,16 @@ class Batch:
 
 
 class Batches:
-    """Data as batches; iterable any number of times.
+    """Data as batches, which can be iterated over any number of times.
 
     Args:
         data: one of
 
             * a tensor `[rows, ...]`: batches of at most 32 rows;
-            * one batch, as below, but for a list;
-            * an iterable that starts anew each time (a list, a DataLoader), each item a batch. A list of two entries
-              whose second one are labels of the first (a floating-point tensor `[rows, ...]` and integers `[rows]`) is
-              one batch. Tokens and their mask are two batches, with a warning: `(tokens, mask)` is one.
+            * one batch, as below, unless it is a list;
+            * an iterable that starts anew each time (a list, a DataLoader), whose items are batches. An exception is a
+              list of an input and its labels (a floating-point tensor `[rows, ...]` and integers `[rows]`), which is
+              one batch. A list of tokens and their mask is two batches, with a warning; `(tokens, mask)` is one.
 
             A batch is
 
@@ -84,17 +84,17 @@ class Batches:
             * a tuple: its positional arguments, of any kind: `(images,)` passes a list `images` whole;
             * a mapping (dict, OrderedDict, UserDict, transformers' BatchEncoding and ModelOutput) or a dataclass
               object: its keyword arguments, by their names;
-            * a list: the first entry is the input, as above (a list: positional arguments), the rest (labels:
-              PyTorch's DataLoader makes such lists of its samples) is not used. With a warning, the first time that
-              another entry has the input's own shape, as a mask would;
+            * a list: the first entry is the input, as above (a list there holds positional arguments); the other
+              entries are not used (PyTorch's DataLoader makes such lists of inputs and labels). There is one warning if
+              another entry has the shape of the input, as a mask has;
             * a list of several mappings with the same keys: samples, which torch.utils.data.default_collate stacks.
         where: the argument's name, for errors ("factorize_: calibration").
         device: where the tensors go; None leaves them where they are.
 
     Raises:
-        TypeError: data of another kind, an iterator that can be read only once.
-        ValueError: when iterated: no batch at all, values that are NaN or infinite (but minus infinity, which masks
-            hold) or on the meta device, mappings that do not stack.
+        TypeError: data of another kind, or an iterator that can be read only once.
+        ValueError: while iterating: no batch at all, values that are NaN or infinite (except minus infinity, which is
+            in masks) or on the meta device, mappings that do not stack.
     """
 
     def __init__(self, data: Any, where: str, device: torch.device | None = None) -> None:
@@ -128,8 +128,8 @@ class Batches:
 
     @contextmanager
     def same_order(self) -> Iterator[None]:
-        """Within it a DataLoader that shuffles gives the order that it gives in every other such region. Its generator
-        and the global ones are as before afterwards."""
+        """Within it a DataLoader that shuffles gives its batches in the same order as within every other such context.
+        Its generator and the global generators are as before afterwards."""
         holders = (self._data, getattr(self._data, "sampler", None))
         generators = [getattr(holder, "generator", None) for holder in holders]
         states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
@@ -157,7 +157,7 @@ class Batches:
         for tensor in tensors_in(arguments):
             if tensor.is_meta and tensor.is_floating_point():
                 raise ValueError(f"{place} is on the meta device, which has no values; give real data")
-            # Minus infinity is what attention masks hold; where it reaches a layer, that is an error later.
+            # Attention masks hold minus infinity. If it reaches a layer, that raises an error later.
             bad = int((tensor.isnan() | (tensor == math.inf)).sum()) if tensor.is_floating_point() else 0
             if bad:
                 raise ValueError(
@@ -183,7 +183,7 @@ class Batches:
         )
 
     def _input_of(self, item: list[Any], place: str) -> Any:
-        """What of a list batch the model gets."""
+        """The input in a batch that is a list."""
         if not item:
             raise ValueError(f"{place} is an empty list")
         first, *rest = item
@@ -210,14 +210,14 @@ def _same_keys(first: Mapping[Any, Any], other: Any) -> bool:
 
 
 def _is_batch(value: Any) -> bool:
-    """Whether a value is one batch by its type."""
+    """Whether the type of a value shows that it is one batch."""
     if isinstance(value, (Tensor, tuple, Mapping)):
         return True
     return dataclasses.is_dataclass(value) and not isinstance(value, (type, nn.Module, Dataset))
 
 
 def _are_input_and_labels(value: Any) -> bool:
-    """Whether a list is no list of batches but one batch with its labels."""
+    """Whether a value is a list of an input and its labels, which is one batch."""
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, Tensor) for entry in value):
         return False
     input, labels = value
@@ -226,7 +226,7 @@ def _are_input_and_labels(value: Any) -> bool:
 
 
 def _are_tokens_and_mask(value: Any) -> bool:
-    """Whether a list holds integers, and zeros and ones of the same shape."""
+    """Whether a value is a list of integers, and of zeros and ones of the same shape."""
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, Tensor) for entry in value):
         return False
     tokens, mask = value
@@ -240,7 +240,7 @@ def _is_mask(value: Tensor) -> bool:
 
 
 def _advice(value: Any) -> str:
-    """What to give instead of a value of the wrong kind."""
+    """The end of a message about a value of the wrong kind: what to give instead."""
     if isinstance(value, Iterator):
         return " that can be read only once: give a list of it"
     if isinstance(value, Dataset):
@@ -279,8 +279,8 @@ def _parts(value: Any) -> list[Any]:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A deep copy of a value with other tensors in the place of its own. An object that cannot be copied (an open file)
-    stays itself."""
+    """A deep copy of a value in which `change(tensor)` replaces each tensor. An object that cannot be copied (an open
+    file) is shared with the copy."""
     memo: dict[int, Any] = {id(tensor): change(tensor) for tensor in tensors_in(value)}
 
     def copied(entry: Any) -> Any:
@@ -301,6 +301,6 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def outputs_of(value: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returned: a tensor, or tuples, lists, mappings and objects of them; of
-    jagged nested tensors their values."""
+    """The floating-point tensors in the value that a model returned: a tensor, or tuples, lists, mappings and objects
+    with tensors. Instead of a jagged nested tensor there are its values."""
     return [values_of(tensor) for tensor in tensors_in(value) if tensor.is_floating_point()]

@@ -1,32 +1,22 @@
-"""How a model calls its layers on an example input, and the time that those calls take."""
+"""How a model calls its layers in a run: on which inputs, how often, and in which layer the run fails."""
 
 from __future__ import annotations
 
-import statistics
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops.model.batches import Batch
-from lowrank_ops.model.state import in_inference_mode
 from lowrank_ops.model.weight_reads import ReadProducts, WeightReads
-from lowrank_ops.runtime.modes import eval_mode, no_nested_tensors, synchronize
-from lowrank_ops.runtime.nested import values_of
-
-_SECONDS_PER_SHAPE = 0.2
-_ROUNDS = (5, 50)  # at least, at most
 
 
 @dataclass(frozen=True)
 class InputKind:
-    """What decides how long a call takes: all of the input but its values."""
+    """Everything about an input that decides how long a call takes; its values are left out."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -49,15 +39,23 @@ class InputKind:
 
 @dataclass
 class LayerCalls:
-    """The calls of one layer during a run of the model: inputs by kind, and the first output's shape; and what the
-    model computed with its weight besides: multiply-accumulates, in so many operations, or unknown ones."""
+    """The calls of one layer during a run of the model, and the operations that the model itself computed with the
+    layer's weight ("reads").
+
+    Attributes:
+        inputs: how often the layer was called with each kind of input.
+        output_size: shape of the output of its first call.
+        reads, read_macs: how many reads torch can count, and their multiply-accumulates.
+        unknown_reads: whether the weight was read in a way that torch does not count.
+        nested: whether it was called with a strided nested tensor, which has no shape to count or to time by.
+    """
 
     inputs: Counter[InputKind] = field(default_factory=Counter)
     output_size: tuple[int, ...] | None = None
     read_macs: int = 0
     reads: int = 0
     unknown_reads: bool = False
-    nested: bool = False  # it was called with a strided nested tensor, which has no shape to count or time
+    nested: bool = False
 
     def total(self, count: Callable[[tuple[int, ...]], int | None]) -> int | None:
         """Sum over all calls; None if one is not known, 0 for a layer that was not called."""
@@ -68,7 +66,12 @@ class LayerCalls:
 
 
 class Calls:
-    """The calls of several layers, the reads of their weights, and what the model multiplies outside of them."""
+    """What is recorded in one run of a model.
+
+    Attributes:
+        reads: watches which layers are called, and whose weights the model reads itself.
+        macs_elsewhere: multiply-accumulates neither in a layer's call nor with a layer's weight.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.reads = WeightReads(model, layers)
@@ -77,20 +80,28 @@ class Calls:
         self._by_id = {id(layer): LayerCalls() for layer in layers}
 
     def layers(self) -> list[nn.Module]:
-        """All of them."""
+        """The layers that were watched."""
         return self._layers
 
     def of(self, layer: nn.Module) -> LayerCalls:
         """The calls of one of the layers."""
         return self._by_id[id(layer)]
 
+    def add_products(self, products: ReadProducts) -> None:
+        """Adds the multiplications that were counted in the run."""
+        self.macs_elsewhere = products.elsewhere
+        for layer in self._layers:
+            seen = self.of(layer)
+            seen.read_macs, seen.reads = products.macs[id(layer)], products.uses[id(layer)]
+            seen.unknown_reads = id(layer) in self.reads.read and not seen.reads and not seen.inputs
+
 
 class CalledLayers:
-    """Watches which of some layers are called while it is entered: of layers that have left the model those that it
-    holds elsewhere.
+    """Watches, while it is entered, which of some layers are called. Layers that were replaced are called only where
+    the model holds them outside of its modules.
 
     Attributes:
-        called: their ids.
+        called: ids of the layers that were called.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -105,26 +116,15 @@ class CalledLayers:
             handle.remove()
 
 
-def run_example(model: nn.Module, example_input: Any) -> None:
-    """Runs the model on a copy of a tensor, of a tuple or list of arguments or of a mapping of keyword arguments;
-    without gradients and in eval mode, so that no statistics move. The training flags of all modules are restored."""
-    if isinstance(example_input, Mapping):
-        batch = Batch(keywords=example_input)
-    else:
-        batch = Batch(tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,))
-    with eval_mode(model), torch.inference_mode(in_inference_mode(model)), torch.no_grad():
-        batch.run(model)
-
-
 @contextmanager
 def model_errors(subject: str, model: nn.Module, data: str, hint: str = "") -> Iterator[None]:
-    """Makes an error inside a run of the model a RuntimeError that names the layer in which it happened.
+    """Turns an error inside a run of the model into a RuntimeError that names the layer in which it happened.
 
     Args:
-        subject: whose model it is, the beginning of the message ("factorize_: the model").
-        model: what is run in the context. ValueErrors that are not raised inside of it pass through as they are: they
-            are about the data.
-        data: what it is run on, for the message.
+        subject: the beginning of the message ("factorize_: the model").
+        model: the model that runs within the context. ValueErrors that are raised outside of its modules pass through
+            as they are: they are about the data.
+        data: the name of the data that it runs on, for the message ("example_input").
         hint: the end of the message.
     """
     try:
@@ -139,8 +139,8 @@ def model_errors(subject: str, model: nn.Module, data: str, hint: str = "") -> I
 
 
 def _failing_module(model: nn.Module, error: Exception) -> str | None:
-    """The innermost module of the model in whose methods the error was raised; "" for the model itself, None where it
-    was raised in none."""
+    """The innermost module of the model in whose methods the error was raised: "" for the model itself, None if the
+    error was raised outside of the model."""
     known = {id(module): (name, module) for name, module in model.named_modules()}
     frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     found = [known[id(module)] for module in frames if id(module) in known]
@@ -148,85 +148,3 @@ def _failing_module(model: nn.Module, error: Exception) -> str | None:
         return None
     name, module = found[-1]
     return f"{name} ({type(module).__name__})" if name else ""
-
-
-def recorded_calls(model: nn.Module, example_input: Any, layers: Sequence[nn.Module]) -> Calls:
-    """Runs the model and records how it calls the layers, which see padded sequences as ordinary tensors.
-
-    Raises RuntimeError if the model fails.
-    """
-    calls = Calls(model, layers)
-
-    def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        tensor = args[0] if args else kwargs.get("input")
-        if isinstance(tensor, Tensor) and isinstance(output, Tensor):
-            tensor, output = values_of(tensor), values_of(output)
-            seen = calls.of(layer)
-            if tensor.is_nested:
-                seen.nested = True
-                return
-            seen.inputs[InputKind.of(tensor)] += 1
-            seen.output_size = seen.output_size or tuple(output.shape)
-
-    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
-    try:
-        errors = model_errors("factorize_: the model", model, "example_input")
-        with errors, no_nested_tensors(), calls.reads, ReadProducts(calls.reads, layers) as products:
-            run_example(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    calls.macs_elsewhere = products.elsewhere
-    for layer in layers:
-        seen = calls.of(layer)
-        seen.read_macs, seen.reads = products.macs[id(layer)], products.uses[id(layer)]
-        seen.unknown_reads = id(layer) in calls.reads.read and not seen.reads and not seen.inputs
-    return calls
-
-
-def compare_times(before: nn.Module, after: nn.Module, calls: LayerCalls) -> tuple[float, float] | None:
-    """Milliseconds of the recorded calls through either module: medians of interleaved runs, without hooks.
-
-    None if there were no calls.
-    """
-    if not calls.inputs:
-        return None
-    first, second = times([before, after], before.weight.dtype, calls)  # type: ignore[arg-type]
-    return first, second
-
-
-def times(
-    modules: Sequence[nn.Module],
-    dtype: torch.dtype,
-    calls: LayerCalls,
-    seconds: float = _SECONDS_PER_SHAPE,
-    typical: Callable[[Sequence[float]], float] = statistics.median,
-) -> list[float]:
-    """Milliseconds of the recorded calls through each module: typical ones of interleaved runs, without hooks.
-
-    Under autocast a layer may see another dtype than its own: the inputs have `dtype`. Each kind of input takes about
-    `seconds`, or five rounds.
-    """
-    totals = [0.0] * len(modules)
-    with torch.no_grad():
-        for kind, count in calls.inputs.items():
-            input = kind.random().to(dtype)
-            measured: list[list[float]] = [[] for _ in modules]
-            for module in modules:
-                _seconds(module, input)
-            started = time.perf_counter()
-            while len(measured[0]) < _ROUNDS[0] or (
-                len(measured[0]) < _ROUNDS[1] and time.perf_counter() - started < seconds
-            ):
-                for module, samples in zip(modules, measured, strict=True):
-                    samples.append(_seconds(module, input))
-            for index, samples in enumerate(measured):
-                totals[index] += 1e3 * count * typical(samples)
-    return totals
-
-
-def _seconds(module: nn.Module, input: Tensor) -> float:
-    started = time.perf_counter()
-    module.forward(input)
-    synchronize(input.device)
-    return time.perf_counter() - started

@@ -1,9 +1,11 @@
-"""Finding layers in a model, and putting others in their place."""
+"""Finding layers in a model, and putting others in their places, with hooks and attributes."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+import copy
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,7 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Linear)
-# What a module of each kind has in its __dict__ when it is new; the first that fits counts.
+# Names in the __dict__ of a new module of each kind; for a module, the first kind that it is an instance of counts.
 _NEW = {
     nn.Conv1d: set(vars(nn.Conv1d(1, 1, 1, device="meta"))),
     nn.Conv2d: set(vars(nn.Conv2d(1, 1, 1, device="meta"))),
@@ -39,7 +41,12 @@ _NEW = {
 
 @dataclass
 class Site:
-    """A layer and everywhere it stands in the model."""
+    """A layer, and all places where it stands in the model.
+
+    Attributes:
+        places: parent modules, each with the name of this layer in it.
+        names: qualified names, in the model's order.
+    """
 
     layer: nn.Module
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -52,7 +59,7 @@ class Site:
 
 
 def find_sites(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Site]:
-    """The layers below `model` that are wanted, each once, in the model's order."""
+    """The layers inside `model` for which `wanted` holds, each once, in the model's order."""
     sites: dict[int, Site] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in modules.items():
@@ -63,6 +70,18 @@ def find_sites(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Si
             if not any(parent is modules[parent_name] and key == known for parent, known in site.places):
                 site.places.append((modules[parent_name], key))
     return list(sites.values())
+
+
+@contextmanager
+def put_in(sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Within it `modules` (by the layers' ids) stand where the layers of `sites` do; a layer without one stays."""
+    try:
+        for site in sites:
+            site.put(modules.get(id(site.layer), site.layer))
+        yield
+    finally:
+        for site in sites:
+            site.put(site.layer)
 
 
 class Owners:
@@ -84,7 +103,7 @@ class Owners:
                     self._holders.update((id(held), owner) for held in _modules_in(value))
 
     def held(self, layer: nn.Module) -> str | None:
-        """Why a layer cannot be replaced that an attribute holds besides; None if none does."""
+        """Why a layer cannot be replaced because an attribute holds it too; None if none does."""
         holder = self._holders.get(id(layer))
         if holder is None:
             return None
@@ -100,7 +119,7 @@ class Owners:
 
 
 def _modules_in(value: Any) -> list[nn.Module]:
-    """The modules in a value: itself, or in lists, tuples, sets and mappings."""
+    """The modules in a value: the value itself, or those in lists, tuples, sets, deques and mappings."""
     found: list[nn.Module] = []
     seen: set[int] = set()
     pending = [value]
@@ -119,26 +138,34 @@ def has_hooks(layer: nn.Module) -> bool:
     return any(getattr(layer, hooks) for hooks in HOOKS)
 
 
+def without_hooks(layer: nn.Module) -> nn.Module:
+    """The layer with the same parameters, but none of its forward and backward hooks."""
+    bare = copy.copy(layer)
+    for hooks in HOOKS:
+        object.__setattr__(bare, hooks, OrderedDict())
+    return bare
+
+
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Makes `target` own the hooks of `source`, as the same dictionaries: handles still remove their hook."""
+    """Makes `target` share the dictionaries of hooks of `source`, so that handles still remove their hooks."""
     for hooks in (*HOOKS, "_is_full_backward_hook"):
         object.__setattr__(target, hooks, getattr(source, hooks))
 
 
 def plain_kind(layer: nn.Module) -> type[nn.Module]:
-    """nn.Conv1d, nn.Conv2d or nn.Linear: what a layer is or derives from."""
+    """The class that a layer is of or derives from: nn.Conv1d, nn.Conv2d or nn.Linear."""
     return next(kind for kind in PLAIN if isinstance(layer, kind))
 
 
 def own_attributes(layer: nn.Module) -> dict[str, Any]:
-    """What was set on a layer besides what every layer of its kind has (`layer.index = 3`). Of other kinds than
-    convolutions and linear layers everything that nn.Module itself does not have."""
+    """Attributes that were set on a layer (`layer.index = 3`): those that a new layer of its kind does not have. For
+    layers that are no convolution or linear layer: those that a new nn.Module does not have."""
     known = next(names for kind, names in _NEW.items() if isinstance(layer, kind))
     return {name: value for name, value in vars(layer).items() if name not in known}
 
 
 def keep_attributes(layer: nn.Module, replacement: nn.Module) -> None:
-    """Sets what was set on a layer on its replacement, for the model to read; not what the replacement has itself."""
+    """Copies the attributes that were set on a layer to its replacement, unless it has an attribute of that name."""
     for name, value in own_attributes(layer).items():
         if not hasattr(replacement, name):
             vars(replacement)[name] = value
@@ -153,14 +180,15 @@ def clash(layer: nn.Module, replacement: nn.Module) -> str | None:
 
 
 def identity_for(layer: nn.Module) -> nn.Identity:
-    """What stands in a layer's place where it was folded: its mode, and its attributes for a model that reads them."""
+    """The module that takes the place of a layer that was folded: it has its training flag, and the attributes that
+    were set on it."""
     identity = nn.Identity().train(layer.training)
     keep_attributes(layer, identity)
     return identity
 
 
 def not_kept(layer: nn.Module) -> str | None:
-    """Why a replacement could not keep all that is on a layer; None if it can."""
+    """Why a replacement could not have everything that a layer has; None if it can."""
     kind = plain_kind(layer)
     held = [name for name in (*layer._parameters, *layer._buffers, *layer._modules) if name not in ("weight", "bias")]
     if held:

@@ -1,7 +1,7 @@
-"""What running a model changes besides its outputs: buffers, plain attributes, random generators; and putting it back.
+"""The state that a run of a model may change (buffers, plain attributes, random generators), and how to restore it.
 
-A calibrated layer is compared with its dense original over two runs of the model, so both runs start from the same
-state and draw the same random numbers, and the caller finds the model as it was.
+A calibrated layer is compared with its dense original over two runs of the model. Both runs must start from the same
+state and draw the same random numbers, and the caller must find the model as it was.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from torch.nn.parameter import is_lazy
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What nn.Module itself keeps in a module: submodules, parameters, hooks, flags. Only buffers can change in a run.
+# Names of what nn.Module itself keeps in a module (submodules, parameters, hooks, flags), without the buffers: a run of
+# the model changes none of it but buffers.
 _OWN = set(nn.Module().__dict__) - {"_buffers"}
 
 
 class ModelState:
-    """A copy of a model's buffers and of the plain attributes of its modules, to return to.
+    """A copy of a model's buffers and of the plain attributes of its modules, from which they can be restored.
 
-    Plain attributes are tensors, numbers and other simple values, and lists, dicts, sets and deques of them. Not copied
-    are parameters, buffers of lazy modules before their first run, and what objects of other classes hold inside.
+    Plain attributes are tensors, numbers and other simple values, and lists, dicts, sets and deques of them. There is
+    no copy of parameters, of buffers of lazy modules before their first run, and of the contents of other objects.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,8 +53,8 @@ class ModelState:
 
 
 def leaves_model_state(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function whose first argument is a model: the model's state and all random generators are afterwards
-    as they were before. Inside, inference_mode is off: what the function makes can be trained."""
+    """Decorates a function whose first argument is a model: afterwards the model's state and all random generators are
+    as before. The function runs outside of inference_mode, so that the tensors that it makes can be trained."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -93,14 +94,14 @@ def own_random_numbers(seed: int = 0) -> Iterator[None]:
 
 
 def in_inference_mode(model: nn.Module) -> bool:
-    """Whether the model was built under torch.inference_mode: only there can it change its own tensors."""
+    """Whether the model was built under torch.inference_mode: then only inference_mode lets it change its tensors."""
     return any(map(_is_inference, (*model.parameters(), *model.buffers())))
 
 
 @contextmanager
 def ordinary_tensors(model: nn.Module) -> Iterator[None]:
-    """A model that was built under torch.inference_mode has copies of its parameters and buffers through which autograd
-    passes; afterwards it has its own again. Other models are left alone."""
+    """Within it a model that was built under torch.inference_mode has copies of its parameters and buffers, which
+    autograd accepts. Other models stay as they are."""
     copies: dict[int, Tensor] = {}
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
@@ -132,7 +133,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _remember(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
-    """A function that gives `value` with the content that it has now."""
+    """A function that returns `value` with the content that it has now.
+
+    Args:
+        seen: such functions by the ids of values that were met before: each value is remembered once.
+    """
     if id(value) in seen:
         return seen[id(value)]
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_lazy(value):

@@ -1,61 +1,88 @@
-"""What a whole model takes on an example input, before and after its layers are replaced."""
+"""How long runs and the recorded calls of a layer take."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lowrank_ops.model.calls import run_example
-from lowrank_ops.model.sites import HOOKS, Site
+from lowrank_ops.model.calls import LayerCalls
 from lowrank_ops.runtime.modes import synchronize
 
-# Rounds of one run each, at least and at most; between the two they take about so many seconds.
-_ROUNDS, _SECONDS = (3, 50), 0.5
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often something is timed: at least `least` times, at most `most` times, and in between until `seconds` have
+    passed. Iterating starts the clock."""
+
+    least: int
+    most: int
+    seconds: float
+
+    def __iter__(self) -> Iterator[int]:
+        started = time.perf_counter()
+        for done in range(self.most):
+            if done >= self.least and time.perf_counter() - started >= self.seconds:
+                return
+            yield done
 
 
-def compare_models(
-    model: nn.Module, sites: Sequence[Site], replacements: Mapping[int, nn.Module], example_input: Any
-) -> tuple[float, float]:
-    """Milliseconds of the model with the layers of `sites` and with their replacements: medians of interleaved runs.
+# Rounds per kind of input of a layer.
+LAYER_ROUNDS = Rounds(least=5, most=50, seconds=0.2)
 
-    The hooks of these layers do not run, those of other modules do. The layers are in their places when it returns.
-    Without a site both times are the same.
-    """
-    before = {id(site.layer): _without_hooks(site.layer) for site in sites}
-    samples: tuple[list[float], list[float]] = ([], [])
+
+def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:
+    """The time of `run()` until `device` (None: the current accelerator, if there is one) has done its work. Work that
+    was given to the device before is waited for first."""
+    synchronize(device)
     started = time.perf_counter()
-    try:
-        while len(samples[0]) <= _ROUNDS[0] or (
-            len(samples[0]) <= _ROUNDS[1] and time.perf_counter() - started < _SECONDS
-        ):
-            for layers, measured in zip((before, replacements), samples, strict=True):
-                for site in sites:
-                    site.put(layers[id(site.layer)])
-                measured.append(_seconds(model, example_input))
-    finally:
-        for site in sites:
-            site.put(site.layer)
-    first, second = (1e3 * statistics.median(measured[1:]) for measured in samples)  # the first run warms up
-    return first, second if sites else first
-
-
-def _without_hooks(layer: nn.Module) -> nn.Module:
-    """The layer with the same parameters, but none of its hooks."""
-    bare = copy.copy(layer)
-    for hooks in HOOKS:
-        object.__setattr__(bare, hooks, OrderedDict())
-    return bare
-
-
-def _seconds(model: nn.Module, example_input: Any) -> float:
-    synchronize()
-    started = time.perf_counter()
-    run_example(model, example_input)
-    synchronize()
+    run()
+    synchronize(device)
     return time.perf_counter() - started
+
+
+def compare_layers(before: nn.Module, after: nn.Module, calls: LayerCalls) -> tuple[float, float] | None:
+    """Milliseconds of the recorded calls through a layer and through its replacement; None if there were no calls."""
+    if not calls.inputs:
+        return None
+    first, second = layer_seconds([before, after], before.weight.dtype, calls)  # type: ignore[arg-type]
+    return 1e3 * first, 1e3 * second
+
+
+def layer_seconds(
+    modules: Sequence[nn.Module],
+    dtype: torch.dtype,
+    calls: LayerCalls,
+    rounds: Rounds = LAYER_ROUNDS,
+    typical: Callable[[Sequence[float]], float] = statistics.median,
+) -> list[float]:
+    """Seconds of the recorded calls through each module, without hooks.
+
+    Args:
+        modules: run in turn, so that a busy machine slows all of them.
+        dtype: of the random inputs. Under autocast the recorded inputs may have another dtype than the layer.
+        calls: which kinds of input the layer gets, and how often.
+        rounds: for each kind of input, after one run that warms up.
+        typical: makes one time of those of all rounds.
+    """
+    totals = [0.0] * len(modules)
+    with torch.no_grad():
+        for kind, count in calls.inputs.items():
+            input = kind.random().to(dtype)
+            measured: list[list[float]] = [[] for _ in modules]
+            for module in modules:
+                _forward_seconds(module, input)
+            for _ in rounds:
+                for module, samples in zip(modules, measured, strict=True):
+                    samples.append(_forward_seconds(module, input))
+            for index, samples in enumerate(measured):
+                totals[index] += count * typical(samples)
+    return totals
+
+
+def _forward_seconds(module: nn.Module, input: Tensor) -> float:
+    return seconds_of(lambda: module.forward(input), input.device)

@@ -1,4 +1,4 @@
-"""Which layers a model does not call, or not only: it computes with their weights itself."""
+"""Layers whose weights a model reads: it computes with them itself, instead of calling the layer or besides."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lowrank_ops.runtime.nested import is_nested
 class WeightReads(TorchFunctionMode):
     """Watches the runs of a model while it is entered.
 
-    A layer's weight is read where it is an argument of a torch function, outside of the layer's own call. What only
-    asks for shape, dtype or device reads nothing. TorchScript is not seen.
+    A layer's weight is read where it is an argument of a torch function outside of the layer's own call, except for
+    functions that only ask for its shape, dtype or device. Reads inside TorchScript are not seen.
 
     Attributes:
         read: ids of the layers whose weights were read.
         called: ids of the layers that were called.
-        inside: how many calls of each layer are going on now, by id.
+        inside: how many calls of each layer are running at this moment, by id.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -81,15 +81,16 @@ class WeightReads(TorchFunctionMode):
 
 
 class ReadProducts(TorchDispatchMode):
-    """Counts the multiplications by weights that a model reads, in a run that `WeightReads` watches, and all others
-    outside of its layers.
+    """Counts multiplications outside of the layers' calls, in a run that `WeightReads` watches: those with weights that
+    the model reads, and all others.
 
-    They are those of the operations that torch can count (`torch.utils.flop_counter`: matrix products, convolutions)
-    whose arguments are a weight, a view of one, or what is made of nothing else (a copy in another dtype).
+    They are counted for the operations that torch can count (`torch.utils.flop_counter`: matrix products,
+    convolutions). An operation is one with a weight if an argument is the weight, a view of it, or a tensor that was
+    made from it alone (a copy in another dtype).
 
     Attributes:
-        macs: multiply-accumulates by a layer's id, without those of the layer's own calls.
-        uses: how many operations those are.
+        macs: multiply-accumulates with a layer's weight, by the layer's id.
+        uses: the number of these operations, by the layer's id.
         elsewhere: multiply-accumulates neither in a layer's call nor with a layer's weight.
     """
 
@@ -112,10 +113,10 @@ class ReadProducts(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not all(kind in (Tensor, nn.Parameter) for kind in types):
-            return NotImplemented  # a subclass of tensors makes other operations of it, which come here again
+            return NotImplemented  # the subclass turns it into other operations, which come here again
         count = flop_registry.get(func._overloadpacket)
         if count is None and not any(map(is_nested, tree_leaves((args, kwargs)))):  # these have kernels of their own
-            with self:  # under inference_mode linear layers are not matrix products yet
+            with self:  # under inference_mode linear layers arrive here before they become matrix products
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -133,7 +134,7 @@ class ReadProducts(TorchDispatchMode):
         return result
 
     def _count(self, read: Sequence[list[int]], macs: int) -> None:
-        """Of an operation with the weights of these layers."""
+        """Adds an operation with the weights of these layers."""
         if any(self._reads.inside.values()):  # a layer's own call
             return
         if not read:
@@ -144,7 +145,7 @@ class ReadProducts(TorchDispatchMode):
 
 
 def _storage(value: Any) -> int | None:
-    """Which memory a tensor has; None for what is no tensor or has no storage (a sparse one)."""
+    """Identifies the memory of a tensor; None for other values, and for tensors without storage (sparse ones)."""
     if not isinstance(value, Tensor) or not torch._C._has_storage(value):
         return None
     return int(value.untyped_storage()._cdata)

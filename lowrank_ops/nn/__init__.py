@@ -1,1 +1,1 @@
-"""The modules, and the plain chains of layers that they equal."""
+"""The factorized layers as nn.Modules, and the chains of plain layers that they are equal to."""

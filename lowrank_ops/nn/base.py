@@ -1,4 +1,4 @@
-"""What the factorized modules share: parameters, packed weights, which layers can be replaced."""
+"""`FactorizedModule`, the base class of the factorized layers: parameters, the dense weight, packed weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
+from torch.jit import is_tracing
 
 from lowrank_ops.decompose.ranks import Rank
 from lowrank_ops.nn.dense_weight import DenseWeight
@@ -21,22 +23,24 @@ if TYPE_CHECKING:
 
 
 class Packing(NamedTuple):
-    """A module's weights as `prepare_for_inference_` has packed them."""
+    """The packed weights of a module, made by `prepare_for_inference_`."""
 
     panels: Tensor
-    """What the op takes; it knows what it was made from."""
+    """Argument `packed` of the op: bytes that hold a record of the factors, and their packed values
+    (csrc/cpu/prepared.h)."""
     factors: tuple[Tensor, ...]
-    """What it was made from: while these live, their memory cannot become another tensor's."""
+    """The factors that were packed. The record names their memory; holding them here keeps it from being reused."""
 
 
 class FactorizedModule(nn.Module):
-    """What all factorized layers share.
+    """Base class of the factorized layers.
 
     Attributes:
         rank: `(R1, R2)` for Tucker, `R` otherwise.
-        relative_error: `||W - W_dense|| / ||W_dense||` of the decomposition this module came from, None if it
-            was trained from scratch or read from a chain. No part of the state_dict.
-        init: what `reset_parameters()` draws from: the constructor's argument.
+        activation: none, relu, relu6, hardswish, silu or gelu; applied to the output.
+        relative_error: `||W - W_dense|| / ||W_dense||` (Frobenius norms) of the decomposition that made the factors;
+            None if they were drawn at random or read from a chain of layers. Not in the state_dict.
+        init: the initializer that `reset_parameters()` uses by default: the constructor's argument.
     """
 
     rank: int | tuple[int, int]
@@ -44,44 +48,48 @@ class FactorizedModule(nn.Module):
     relative_error: float | None = None
     init: Init = "default"
     _packing: Packing | None = None
-    _read_is_known: bool = False  # that something computes with `weight`: no warning
+    _read_is_known: bool = False  # True: reading `weight` gives no warning (any more)
     in_factor: nn.Parameter
     out_factor: nn.Parameter
     bias: nn.Parameter | None
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors by parameter name, in the op's order; without the bias."""
+        """The factors by parameter name, in the order of the op's arguments, without the bias."""
         return {name: getattr(self, name) for name in self._factor_shapes()}
 
     @property
     def weight(self) -> Tensor:
-        """The dense layer's weight, `[T, S, KH, KW]`, `[T, S, K]` or `[T, S]`: the product of the factors.
+        """The weight of the dense layer, `[T, S, KH, KW]`, `[T, S, K]` or `[T, S]`: the product of the factors.
 
-        It is for code that reads a layer's weight instead of calling the layer, and no parameter: `parameters()` and
-        the state_dict have the factors. An activation is no part of it.
+        It exists for code that reads a layer's weight instead of calling the layer. It is not a parameter:
+        `parameters()` and the state_dict contain the factors. It does not include the activation.
 
-        Shape, dtype and device cost nothing. Every other operation on it forms the product anew, in float32 at least
-        also under autocast, with gradients for the factors. With K = KH KW that takes `T R1 K (R2 + S)`
-        multiplications for Tucker, `T S K R` for CP and `T S R` for a linear layer, and the dense weight's memory for
-        the time of the operation (several times that where gradients are kept). So a model that computes with it,
-        `F.linear(x, layer.weight)`, gains nothing from the factors; the first such operation on a module warns.
+        Reading its shape, dtype and device costs nothing. Every other operation on it multiplies the factors again, in
+        float32 or float64 (also under autocast), with gradients for the factors. With K = KH KW that takes
+        `T R1 K (R2 + S)` multiplications for Tucker, `T S K R` for CP and `T S R` for a linear layer; during the
+        operation it takes the memory of the dense weight, several times that where gradients are kept. A model that
+        computes with it, `F.linear(x, layer.weight)`, therefore gains nothing from the factors, and the first such
+        operation on a module warns.
 
-        It cannot be set, and what changes it in place raises RuntimeError (see `lowrank_ops.nn.dense_weight`):
-        `to_dense()` has a weight that can. Programs that are recorded (torch.compile, torch.export, torch.jit.trace,
-        torch.fx) see the product as an ordinary tensor.
+        It cannot be set, and operations that change it in place raise RuntimeError (see
+        `lowrank_ops.nn.dense_weight`); the weight of `to_dense()` can be changed. Programs that are recorded
+        (torch.compile, torch.export, torch.jit.trace, torch.fx) see the product as an ordinary tensor.
+
+        Raises:
+            RuntimeError: a factor is missing.
         """
         try:
             factors = list(self.factors().values())
-        except AttributeError as error:  # nn.Module would report that there is no `weight`
+        except AttributeError as error:  # as an AttributeError, nn.Module would report a missing `weight`
             raise RuntimeError(f"{self._name}.weight: a factor is missing: {error}") from error
-        recorded = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        recorded = is_compiling() or is_exporting() or is_tracing()
         if recorded or isinstance(factors[0], torch.fx.Proxy):
             return self._dense_weight()
         grad = any(factor.requires_grad for factor in factors)
         return DenseWeight(self._name, self._dense_shape(), factors[0], grad, self._read_weight)
 
     def _read_weight(self) -> Tensor:
-        """The product for `weight`, with a warning the first time."""
+        """The product of the factors, for `weight`; warns the first time."""
         if not self._read_is_known:
             self._read_is_known = True
             warn(
@@ -102,25 +110,30 @@ class FactorizedModule(nn.Module):
         super().__setattr__(name, value)
 
     def _pack(self) -> None:
-        """Packs the factors for the CPU kernels; what changes the parameters through the module drops it again."""
+        """Packs the factors for the CPU kernels. `train`, `to`, `load_state_dict` and the like drop the result
+        again."""
         factors = self._op_factors()
         core, unit_window = factors.get("core"), self._has_unit_window()
         panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
         self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
 
-    def _panels(self, input: Tensor) -> Tensor | None:
-        """What `_pack` has made, for a call with this input; not for a graph that may leave this process."""
-        if self._packing is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    def _packed(self) -> Tensor | None:
+        """The packed weights for a call, or None. None also while torch.export or torch.jit.trace record: another
+        process may run the program, and its factors are elsewhere in memory."""
+        if self._packing is None or is_exporting() or is_tracing():
             return None
         return self._packing.panels
 
     def _record(self, input: torch.fx.Proxy) -> Any:
-        """Records a call of this module as one node, a leaf, whatever the tracer's list of leaves: that list names
-        torch's own layers, and an image's number of axes is unknown while torch.fx traces."""
+        """Records a call of this module in torch.fx as one node, whether or not the tracer treats it as a leaf.
+
+        Tracers treat only torch's own layers as leaves, and the forward cannot be traced: it looks at the number of
+        axes of the image, which is unknown then."""
         tracer: Any = input.tracer
         try:
             name = tracer.path_of_module(self)
-        except (AttributeError, NameError):  # a tracer without modules; NameError: no part of its root
+        # AttributeError: the tracer has no modules; NameError: its root does not contain this one
+        except (AttributeError, NameError):
             name = ""
         if not name:
             raise RuntimeError(
@@ -130,7 +143,7 @@ class FactorizedModule(nn.Module):
         return tracer.create_proxy("call_module", name, (input,), {})
 
     def __prepare_scriptable__(self) -> Self:
-        """Called by torch.jit.script for each module that it is to compile."""
+        """torch.jit.script calls this for each module that it would compile."""
         raise RuntimeError(
             f"{self._name}: torch.jit.script cannot compile factorized modules, whose calls are chosen in Python: use "
             "torch.jit.trace, torch.compile or torch.export, or script lowrank_ops.to_chain(model), which has plain "
@@ -138,7 +151,7 @@ class FactorizedModule(nn.Module):
         )
 
     def _unpack(self) -> None:
-        """Drops what `_pack` has made."""
+        """Drops the packed weights."""
         self.__dict__.pop("_packing", None)
 
     def train(self, mode: bool = True) -> Self:
@@ -155,40 +168,42 @@ class FactorizedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry no packed weights, and warn on their own."""
+        """Copies and pickles contain no packed weights, and warn again when their `weight` is read."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_packing", "_read_is_known")}
 
     def reset_parameters(self, init: Init | None = None) -> None:
         """Draws new values for the factors and the bias.
 
-        `init` says what the dense weight W, `[T, S, KH, KW]` or `[T, S]`, would be drawn from:
+        `init` names the distribution of the dense weight W, `[T, S, KH, KW]` or `[T, S]`, that the product imitates:
 
-        * "default": nn.Conv2d's and nn.Linear's own, of variance `1 / (3 S KH KW)`. Each factor is uniform with
-          variance `1 / (its own inputs per output)`, so that every stage keeps the size of its input, and
-          `out_factor` with a third of that.
+        * "default": the one of nn.Conv2d and nn.Linear, with variance `1 / (3 S KH KW)`. Each factor is uniform with
+          variance `1 / (its inputs per output)`, so that every stage keeps the mean square of its input; `out_factor`
+          has a third of that variance.
         * the name of a function of torch.nn.init without its underscore ("xavier_uniform", "kaiming_normal",
           "trunc_normal", "orthogonal", "ones", ...), with that function's defaults, or a callable that fills a
           tensor in place (`functools.partial(torch.nn.init.normal_, std=0.02)`). It fills each factor as a tensor
-          of the factor's shape. Then the factors are scaled: all but `out_factor` to mean square `1 / (inputs per
-          output)`, and `out_factor` such that the product's mean square is that of one draw of W (made for this,
-          and dropped: it takes W's memory for a moment). So of the initializer each factor has the distribution up
-          to scale, and the product has the dense weight's fans, gain and variance. Where the mean is not zero
-          ("uniform" is that of [0, 1)) it is the mean square that is kept, not the variance.
-        * "eye" (linear) and "dirac" (convolutions): the identity on the first R channels, nothing scaled.
-        * "zeros" leaves factors whose gradients are zero for ever; "constant" and "sparse" need an argument, and
-          "sparse" is for matrices: `functools.partial(torch.nn.init.sparse_, sparsity=0.9)`.
+          of the factor's shape. Then the factors are scaled: all but `out_factor` to mean square
+          `1 / (inputs per output)`, and `out_factor` such that the product has the mean square of one draw of W. (W is
+          drawn for this and dropped, which takes its memory for a moment.) So each factor has the initializer's
+          distribution up to a scale, and the product has the dense weight's fans, gain and variance. If the
+          distribution has a mean other than zero ("uniform" is [0, 1)), the mean square is matched, not the variance.
+        * "eye" (linear) and "dirac" (convolutions): the identity on the first R channels; nothing is scaled.
+        * "zeros" is accepted, but the gradients of all factors then stay zero. "constant" and "sparse" need an
+          argument, and "sparse" is for matrices: `functools.partial(torch.nn.init.sparse_, sparsity=0.9)`.
         * "spectral" or `Spectral(init)`: the decomposition of a draw of W.
 
-        The bias is uniform within `1 / sqrt(S KH KW)` always, as in nn.Conv2d. Random numbers come from torch's
-        global generator; bfloat16 and float16 values are drawn in float32 and rounded.
+        The bias is always uniform in `[-b, b]`, `b = 1 / sqrt(S KH KW)`, as in nn.Conv2d. Random numbers come from
+        torch's global generator; bfloat16 and float16 values are drawn in float32 and rounded.
 
         Args:
-            init: for this call; None takes the constructor's.
+            init: the initializer; None (default) uses the constructor's.
 
         Raises:
-            ValueError: an unknown name, one that needs arguments or is for the other kind of layer, an initializer
-                that fails on a shape or leaves values that are not finite, sharded factors (but for "default").
-            TypeError: neither a name nor a callable. In all cases the module is unchanged.
+            ValueError: an unknown name, a name that needs arguments or is for the other kind of layer, an initializer
+                that fails on a shape or leaves values that are not finite, sharded factors (except for "default").
+            TypeError: neither a name nor a callable.
+
+        After an error the module is unchanged.
         """
         init = self.init if init is None else init
         check_init(self._name, init, matrix=not hasattr(self, "kernel_size"))
@@ -204,7 +219,8 @@ class FactorizedModule(nn.Module):
         self.relative_error = None
 
     def _decompose_draw(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """The factors of a dense weight at this module's rank, a 1-D convolution's with height 1."""
+        """The factors of a dense weight at this module's rank; the weight of a 1-D convolution comes as
+        `[T, S, 1, K]`."""
         return self._decompose(weight, self.rank, 1, 0, self._name, False)[0]
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -254,8 +270,10 @@ class FactorizedModule(nn.Module):
 
     @torch.inference_mode(False)
     def _adopt(self, factors: Mapping[str, Tensor], bias: Tensor | None, like: nn.Module, frozen: bool | None) -> None:
-        """Takes copies of the values, whatever their ranks, a 4-D core in the memory format of the weights of `like`;
-        `frozen` None keeps each one's requires_grad."""
+        """Makes copies of these factors and this bias the module's parameters; the rank becomes theirs.
+
+        A 4-D core gets the memory format of the weights of `like`, and the module its train/eval mode. `frozen` sets
+        requires_grad of all factors; None keeps each factor's own."""
         self.rank = self._rank_of(factors)
         grad = None if frozen is None else not frozen
         layout = _format_of(like)
@@ -273,11 +291,13 @@ class FactorizedModule(nn.Module):
 
 
 def _format_of(layer: nn.Module) -> torch.memory_format:
-    """torch.channels_last if a weight of the layer is stored so, and not by chance, as that of a 1x1 convolution is."""
+    """torch.channels_last if a weight of the layer is stored so; a 1x1 kernel does not count, being both formats at
+    once."""
     weights = [parameter for parameter in layer.parameters() if parameter.dim() == 4 and not parameter.is_contiguous()]
     nhwc = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 (float64 stays): the precision in which products of factors are formed."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

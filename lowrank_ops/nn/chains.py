@@ -1,9 +1,8 @@
-"""Chains of plain layers and what one op they equal: recognising them, and building them from factors.
+"""Chains of plain layers that equal one op: `read_tucker`, `read_cp` and `read_linear` give the op's arguments.
 
-The chains are those that the usual TensorLy recipes leave in a network (the TensorLy notebook, jacobgil's
-pytorch-tensor-decompositions): 1x1, KxK, 1x1 for Tucker-2; 1x1, Kx1 depthwise, 1xK depthwise, 1x1 for CP; the
-same in one dimension; Linear, Linear for a matrix. A chain that is not exactly equal to one op is refused
-with the reason.
+These chains are what the usual TensorLy recipes leave in a network (the TensorLy notebook, jacobgil's
+pytorch-tensor-decompositions): 1x1, KxK, 1x1 for Tucker-2; 1x1, Kx1 depthwise, 1xK depthwise, 1x1 for CP; the same in
+one dimension; Linear, Linear for a matrix. A chain that is not exactly equal to one op is refused with the reason.
 """
 
 from __future__ import annotations
@@ -29,11 +28,15 @@ class NotOneOp(ValueError):
 
 @dataclass(frozen=True)
 class Chain:
-    """What a chain computes, in the terms of one op.
+    """The arguments of the op that a chain equals.
 
-    `factors` maps the parameter names of the factorized module to the stages' weights in that module's
-    shapes; `stages` are the layers they came from, in the order of `factors`. The convolution arguments have
-    one entry per axis; a linear chain leaves them empty.
+    Attributes:
+        factors: parameter name of the factorized module -> weight of a stage, in that module's shape.
+        stages: the layers that these weights belong to, in the order of `factors`.
+        bias: of the last layer.
+        activation: "none", or the name of the activation after the last layer.
+        stride, padding, dilation, kernel_size: of the convolution, one entry per axis; empty for a linear chain.
+        padding_mode: as in nn.Conv2d.
     """
 
     factors: dict[str, Tensor]
@@ -59,7 +62,8 @@ class _Axis:
 
 
 def read_tucker(layers: Iterable[nn.Module], axes: int) -> Chain:
-    """Reads (1x1, KxK, 1x1) plus an optional activation, `axes` = 1 or 2. Raises NotOneOp with the reason."""
+    """Reads (1x1, KxK, 1x1), with an activation after them or none; `axes` is 1 or 2. Raises NotOneOp with the
+    reason."""
     (first, core, last), activation = _stages(layers, 3, nn.Conv1d if axes == 1 else nn.Conv2d)
     _check_pointwise(first, "stage 1 of 3")
     _check_pointwise(last, "stage 3 of 3")
@@ -88,9 +92,11 @@ def read_tucker(layers: Iterable[nn.Module], axes: int) -> Chain:
 
 
 def read_cp(layers: Iterable[nn.Module], axes: int) -> Chain:
-    """Reads (1x1, Kx1 depthwise, 1xK depthwise, 1x1), the depthwise pair in either order, plus an optional
-    activation; for `axes` = 1 (1, K depthwise, 1). Stride, padding and dilation may stand on either depthwise
-    stage. Two pointwise convolutions are a block of one tap. Raises NotOneOp with the reason."""
+    """Reads (1x1, Kx1 depthwise, 1xK depthwise, 1x1), or for `axes` = 1 (1, K depthwise, 1), with an activation after
+    them or none.
+
+    The two depthwise stages may come in either order, and either may have stride, padding and dilation. Two pointwise
+    convolutions are a block of one tap. Raises NotOneOp with the reason."""
     layers = list(layers)
     if sum(isinstance(layer, (nn.Conv1d, nn.Conv2d)) for layer in layers) == 2:
         return _read_pair(layers, axes)
@@ -130,7 +136,8 @@ def read_cp(layers: Iterable[nn.Module], axes: int) -> Chain:
 
 
 def _read_pair(layers: Iterable[nn.Module], axes: int) -> Chain:
-    """Two pointwise convolutions, the window on the first: zeros that it pads stay zeros, for it has no bias."""
+    """Reads two pointwise convolutions, of which the first may have stride and padding: it has no bias, so the zeros
+    that it pads stay zeros."""
     (first, last), activation = _stages(layers, 2, nn.Conv1d if axes == 1 else nn.Conv2d)
     _check_pointwise(first, "stage 1 of 2", has_window=True)
     _check_pointwise(last, "stage 2 of 2")
@@ -155,7 +162,7 @@ def _read_pair(layers: Iterable[nn.Module], axes: int) -> Chain:
 
 
 def read_linear(layers: Iterable[nn.Module]) -> Chain:
-    """Reads (Linear without bias, Linear) plus an optional activation. Raises NotOneOp with the reason."""
+    """Reads (Linear without bias, Linear), with an activation after them or none. Raises NotOneOp with the reason."""
     (first, last), activation = _stages(layers, 2, nn.Linear)
     _check_same_kind((first, last))
     return Chain(
@@ -167,7 +174,8 @@ def read_linear(layers: Iterable[nn.Module]) -> Chain:
 
 
 def _stages(layers: Iterable[nn.Module], count: int, kind: type[nn.Module]) -> tuple[list[Any], str]:
-    """The `count` layers of type `kind` and the activation after them; checks what holds for every chain."""
+    """The `count` layers of class `kind` and the name of the activation after them; checks what every chain must
+    fulfil."""
     rest: list[Any] = list(layers)
     activation = "none"
     if len(rest) == count + 1 and type(rest[-1]) is not kind:
@@ -239,11 +247,12 @@ def _axis(conv: nn.Conv2d, axis: int) -> _Axis:
 
 
 def _compose(depthwise: Sequence[nn.Conv2d], axis: int, axes: int) -> _Axis:
-    """The one window that the depthwise stages are along an axis: at most one has more than one tap.
+    """The one window along an axis that the depthwise stages, one after the other, are equal to.
 
-    A stage of one tap before the window takes every b-th pixel, which spreads the window's stride, dilation
-    and zero padding by b; after the window it takes every b-th result, which multiplies the stride. Both hold
-    for the output's size too: floor((q + r/b) / d) = floor(q / d) for whole q and r < b.
+    At most one of them has more than one tap; it is the window. A stage of one tap and stride b before it passes on
+    every b-th pixel, so the window's stride, dilation and zero padding are multiplied by b. A stage of one tap and
+    stride b after it passes on every b-th result, so the window's stride is multiplied by b. The size of the output
+    agrees as well: floor((q + r/b) / d) = floor(q / d) for integers q and 0 <= r < b.
     """
     if axes == 1:
         return _axis(depthwise[0], axis)
@@ -276,6 +285,7 @@ def _compose(depthwise: Sequence[nn.Conv2d], axis: int, axes: int) -> _Axis:
 
 
 def _joint_padding(axes: Sequence[_Axis]) -> tuple[int, ...] | str:
+    """The windows' padding as an argument of nn.Conv2d: pixels per axis, or "same"."""
     if all(axis.before == axis.after for axis in axes):
         return tuple(axis.before for axis in axes)
     is_same = all((axis.before, axis.after) == same_padding(axis.kernel, axis.dilation) for axis in axes)
@@ -288,7 +298,7 @@ def _joint_padding(axes: Sequence[_Axis]) -> tuple[int, ...] | str:
 
 
 def _joint_mode(depthwise: Sequence[nn.Conv2d]) -> str:
-    """The padding mode of the stages that pad at all; they must agree."""
+    """The padding mode of the stages that pad any pixels; raises NotOneOp where they differ."""
     modes = {
         conv.padding_mode
         for conv in depthwise

@@ -1,4 +1,5 @@
-"""What the factorized convolutions share: nn.Conv2d's arguments, padding modes, 1-D as height 1."""
+"""`FactorizedConv`, the base class of the factorized convolutions: nn.Conv2d's arguments, padding modes, and
+one-dimensional convolutions as images of height 1."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ Size = int | tuple[int, ...]
 
 
 class FactorizedConv(FactorizedModule):
-    """What the four convolutions share: nn.Conv2d's arguments, kept per axis, and how they reach the op."""
+    """Base class of the four convolutions. It keeps nn.Conv2d's arguments per axis, and splits them into what the op
+    takes and what is done to the input before it."""
 
     axes: ClassVar[int] = 2
     groups: ClassVar[int] = 1
@@ -71,7 +73,7 @@ class FactorizedConv(FactorizedModule):
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"{self._name}: padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
         self.padding_mode = padding_mode
-        self.output_padding = (0,) * self.axes  # as nn.Conv2d has it
+        self.output_padding = (0,) * self.axes  # nn.Conv2d has this attribute too
         self.activation = check_activation(self._name, activation)
         refuse_energy(self._name, rank)
         self.rank = self._resolve_rank(rank)
@@ -102,9 +104,9 @@ class FactorizedConv(FactorizedModule):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """A plain nn.Conv2d (nn.Conv1d); its weight is the product of the factors, in float32 at least.
+        """A plain nn.Conv2d (nn.Conv1d) with a copy of the product of the factors, formed in float32 or float64.
 
-        With an activation: that convolution and the activation's module in an nn.Sequential.
+        With an activation: an nn.Sequential of that convolution and the activation's module.
         """
         conv = plain.conv_layer(
             self._dense_weight(),
@@ -119,7 +121,7 @@ class FactorizedConv(FactorizedModule):
         return dense.train(self.training)
 
     def dropped_steps(self) -> tuple[int, ...]:
-        """The part of the stride, per axis, that drops pixels of the input before the op (1: none)."""
+        """Per axis, the stride with which pixels of the input are dropped before the op (1: none are dropped)."""
         return self._steps[2 - self.axes :]
 
     def extra_repr(self) -> str:
@@ -163,10 +165,10 @@ class FactorizedConv(FactorizedModule):
         return tuple(at_least(self._name, argument, entry, smallest) for entry in values)
 
     def _plan_window(self) -> None:
-        """Splits the convolution's arguments into what the op takes and what happens to the input before it.
+        """Splits the convolution's arguments into the op's window and what is done to the input before the op.
 
-        The op pads with zeros, equally on both sides; F.pad does the rest. Where the kernel has one tap and
-        no padding, a stride only drops pixels: dropped before the op, they cost nothing.
+        The op pads with zeros, equally on both sides; F.pad does all other padding. Along an axis where the kernel has
+        one tap and no padding, a stride only drops pixels: they are dropped before the op, which then computes less.
         """
         kernel, stride, dilation = (
             self._kernel2d(),
@@ -194,7 +196,7 @@ class FactorizedConv(FactorizedModule):
             weight.shape[1],
             weight.shape[0],
             conv.kernel_size,
-            1,  # _adopt brings the rank
+            1,  # `_adopt` sets the rank
             stride=conv.stride,
             padding=conv.padding,
             dilation=conv.dilation,

@@ -1,4 +1,4 @@
-"""Frobenius decay: weight decay on what the factors stand for."""
+"""Frobenius decay: weight decay on the product of the factors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lowrank_ops.runtime.torch_internals import is_sharded
 
 
 def frobenius_norm_squared(module: FactorizedModule) -> Tensor:
-    """`||W||_F^2` of the dense weight that a factorized layer stands for, without forming it.
+    """`||W||_F^2` of the dense weight of a factorized layer, without forming that weight.
 
-    From Gram matrices of the factors, in float32 at least, also under autocast: `R1^2 (S + R2 KH KW) +
-    R2^2 (T + R1 KH KW)` multiplications for Tucker, `R^2 (S + KH + KW + T)` for CP, `R^2 (S + T)` for a linear
-    layer. Differentiable, twice too. Sharded factors (FSDP2) are gathered.
+    It is computed from Gram matrices of the factors in float32 or float64, also under autocast, with
+    `R1^2 (S + R2 KH KW) + R2^2 (T + R1 KH KW)` multiplications for Tucker, `R^2 (S + KH + KW + T)` for CP and
+    `R^2 (S + T)` for a linear layer. It is twice differentiable. Sharded factors (FSDP2) are gathered.
 
     Returns:
         A scalar in the factors' dtype, float32 for bfloat16 and float16.
 
     Raises:
-        TypeError: another kind of module.
+        TypeError: `module` is no factorized layer.
     """
     if not isinstance(module, FactorizedModule):
         raise TypeError(
@@ -38,9 +38,9 @@ def frobenius_norm_squared(module: FactorizedModule) -> Tensor:
 def frobenius_decay(model: nn.Module, weight: float) -> Tensor:
     """The penalty `weight / 2 * sum ||W||_F^2` over all factorized layers of `model`, to be added to the loss.
 
-    Khodak et al., arXiv:2105.01029: weight decay on the factors is no decay of their product; this is, with
-    `weight` in the sense of an optimizer's `weight_decay` on the dense layers. So the optimizer should have none
-    on the factors:
+    An optimizer's `weight_decay` on the factors does not decay their product; this penalty does (Khodak et al.,
+    arXiv:2105.01029), as `weight_decay=weight` would decay the dense layers. So the optimizer should have no weight
+    decay on the factors:
 
         from lowrank_ops.nn.base import FactorizedModule
 
@@ -53,8 +53,8 @@ def frobenius_decay(model: nn.Module, weight: float) -> Tensor:
         ...
         loss = criterion(model(input), target) + frobenius_decay(model, 1e-4)
 
-    Under DistributedDataParallel and FSDP2 (`fully_shard`) each process adds the same penalty, and the gradient is
-    that of one process.
+    Under DistributedDataParallel and FSDP2 (`fully_shard`) every process adds the same penalty, and the gradient is
+    the same as with one process.
 
     Args:
         model: a network or a single layer; a layer that stands in several places counts once.
@@ -86,5 +86,6 @@ def frobenius_decay(model: nn.Module, weight: float) -> Tensor:
 
 
 def _whole(factor: Tensor) -> Tensor:
+    """The factor gathered from all processes if it is sharded, in float32 or float64."""
     whole = factor.full_tensor() if is_sharded(factor) else factor  # type: ignore[attr-defined]
     return whole.to(torch.promote_types(whole.dtype, torch.float32))

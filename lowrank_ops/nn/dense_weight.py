@@ -1,4 +1,5 @@
-"""`weight` of a factorized module: a tensor whose values are multiplied out when an operation asks for them."""
+"""`DenseWeight`, the type of a factorized module's `weight`: a tensor whose values are computed from the factors by
+each operation that needs them."""
 
 from __future__ import annotations
 
@@ -9,24 +10,31 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lowrank_ops.runtime.metadata import DEVICE, METADATA
+from lowrank_ops.runtime.torch_internals import (
+    has_storage,
+    is_torch_function_enabled,
+    make_wrapper_subclass,
+    shares_memory,
+    tree_map_only,
+    without_torch_function,
+)
 
-# What gives the address of a tensor that is freed at once, or waits for a gradient that never comes.
+# Methods that would give the address of a product that is freed at once, or wait for a gradient that never comes.
 _REFUSED = ("data_ptr", "register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 
 
 class DenseWeight(Tensor):
-    """The dense weight that a factorized module stands for, as a read-only tensor without values of its own.
+    """The dense weight of a factorized module, as a read-only tensor that stores no values.
 
-    Shape, dtype and device are at hand. Any other operation multiplies the factors, as they are then, and works on
-    the product, with gradients for the factors. What shares memory with a product (`data`, `detach()`, `view`, a
-    slice) is read-only too; all other results are ordinary tensors.
+    It knows its shape, dtype and device. Every other operation multiplies the factors, with the values that they have
+    at that time, and works on the product, with gradients for the factors. Results that share memory with the product
+    (`data`, `detach()`, `view`, a slice) are read-only too; all other results are ordinary tensors.
 
-    A change in place, which would change a product that nothing reads, is a RuntimeError that says what to do. So is
-    what does not know of `__torch_function__`: operations called from C++, and gradients that a custom
-    `torch.autograd.Function` gives. `clone()` is an ordinary tensor for all of these.
+    A change in place would change a product that is dropped at once: it raises a RuntimeError that says what to do
+    instead. So do operations that bypass `__torch_function__`: those called from C++, and gradients that a custom
+    `torch.autograd.Function` returns. `clone()` gives an ordinary tensor for these cases.
     """
 
     _owner: str
@@ -38,14 +46,14 @@ class DenseWeight(Tensor):
     ) -> DenseWeight:
         """A tensor of this shape, with the dtype and device of `like`, whose values are `values()`; `owner` is for
         errors."""
-        # On the meta device: `other.data = weight` asks no __torch_function__, and is an error so.
+        # On the meta device, so that `other.data = weight`, which bypasses __torch_function__, is an error.
         device = torch.device("meta")
-        weight = Tensor._make_wrapper_subclass(
+        weight: DenseWeight = make_wrapper_subclass(
             cls, tuple(shape), dtype=like.dtype, device=device, requires_grad=requires_grad
         )
         weight.__dict__.update(_owner=owner, _like=like, _values=values)
         if requires_grad:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 weight.register_hook(lambda gradient: _refuse(owner, "the gradient of a custom function"))
         return weight
 
@@ -57,10 +65,11 @@ class DenseWeight(Tensor):
         first = args[0] if args else None
         if isinstance(first, DenseWeight):
             if func in METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_torch_function():
                     return func(first._like if func in DEVICE else first, *args[1:], **kwargs)
             name = func.__name__
-            if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):  # torch's names of what changes
+            # torch's name for a change in place
+            if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):
                 _refuse(first._owner, name)
         products: dict[int, tuple[DenseWeight, Tensor]] = {}
 
@@ -89,25 +98,26 @@ class DenseWeight(Tensor):
         return iter(self.unbind(0))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if torch._C._is_torch_function_enabled():  # else it is torch itself
+        if is_torch_function_enabled():  # otherwise torch itself sets it
             _refuse(self._owner, f"setting its {name}")
         super().__setattr__(name, value)
 
     def _multiplied(self) -> Tensor:
         with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():  # inference tensors have no version: changes would pass unnoticed
+            # inference tensors have no version counter, by which changes are noticed
+            if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
             return self._values()
 
 
 def _kept(weight: DenseWeight, product: Tensor, tensor: Tensor) -> Tensor:
-    """A result as it is; read-only if it shares the product's memory."""
-    if isinstance(tensor, DenseWeight) or not (torch._C._has_storage(tensor) and torch._C._has_storage(product)):
+    """The result of an operation on the product: unchanged, or read-only if it shares the product's memory."""
+    if isinstance(tensor, DenseWeight) or not (has_storage(tensor) and has_storage(product)):
         return tensor
-    if not torch._C._is_alias_of(tensor, product):  # type: ignore[attr-defined]
+    if not shares_memory(tensor, product):
         return tensor
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         kept = tensor.as_subclass(DenseWeight)
     kept.__dict__.update(_owner=weight._owner, _like=tensor, _values=lambda: tensor)
     return kept

@@ -1,4 +1,4 @@
-"""Values for new factorized layers, in terms of the initializer that the dense layer would have got."""
+"""Initial values of factorized layers, described by the initializer that the dense layer would have."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ NAMED: dict[str, Initializer] = {
 class Spectral:
     """Spectral initialization: the factors of a decomposed draw of the dense weight.
 
-    Khodak et al., arXiv:2105.01029, who take the truncated SVD of a draw of the weight, with the square roots of
-    the singular values on both sides. `LowRankLinear` and 1x1 CP blocks are exactly that. A convolution is
-    decomposed into its own kind of block: Tucker-2 by `tucker_decompose`, CP by `cp_decompose` of the
-    `[T, S, KH, KW]` draw (the paper's own block, another one, comes from the draw as a `[T KH, S KW]` matrix). The
-    product is the best, for Tucker and CP a good, approximation of the draw at that rank: its norm is below the
-    draw's by what was cut off. A CP decomposition of a large layer can take a minute, a Tucker decomposition or
-    an SVD some seconds.
+    Khodak et al., arXiv:2105.01029, take the truncated SVD of a draw of the weight, with the square roots of the
+    singular values on both sides. `LowRankLinear` and 1x1 CP blocks do exactly that. Other convolutions are decomposed
+    into their own kind of block, from a `[T, S, KH, KW]` draw: Tucker-2 by `tucker_decompose`, CP by `cp_decompose`
+    (the paper has another kind of block, which it takes from the draw as a `[T KH, S KW]` matrix). For a matrix the
+    product is the best approximation of the draw at that rank, for Tucker and CP a good one; its norm is smaller than
+    the draw's by the part that was cut off. A CP decomposition of a large layer can take a minute, a Tucker
+    decomposition or an SVD some seconds.
 
     Args:
-        init: what the dense weight is drawn from: "default" (nn.Conv2d's and nn.Linear's own), the name of a
+        init: the initializer of the dense weight: "default" (the one of nn.Conv2d and nn.Linear), the name of a
             function of torch.nn.init without its underscore, or a callable that fills a tensor in place.
     """
 
@@ -56,16 +56,19 @@ def draw_factors(
     decompose: Callable[[Tensor], Mapping[str, Tensor]],
     init: Init,
 ) -> None:
-    """Gives the factors of a module new values; `FactorizedModule.reset_parameters` says which.
+    """Draws new values for the factors of a module, as `FactorizedModule.reset_parameters` documents.
 
-    Nothing happens to factors on the meta device.
+    Factors on the meta device are left alone.
 
     Args:
-        name: of the module, for errors.
-        factors: the module's, written in place.
-        dense_shape: of the dense weight.
-        decompose: factors of a dense weight, a 1-D convolution's with height 1.
-        init: checked by `check_init` before.
+        name: the module's name in error messages.
+        factors: the module's factors, which are written in place.
+        dense_shape: shape of the dense weight.
+        decompose: gives the factors of a dense weight; that of a 1-D convolution has height 1.
+        init: an initializer that `check_init` has accepted.
+
+    Raises:
+        ValueError: sharded factors; an initializer that fails or leaves values that are not finite.
     """
     if any(factor.is_meta for factor in factors.values()):
         return
@@ -90,7 +93,7 @@ def draw_factors(
 
 
 def check_init(name: str, init: Init, matrix: bool) -> None:
-    """Raises unless `init` can be used for a matrix (or else for a convolution); `name` is the module, for errors.
+    """Raises unless `init` can be used, for a linear layer if `matrix`, otherwise for a convolution.
 
     Raises:
         ValueError: an unknown name, one that needs arguments or is defined for the other kind of layer only.
@@ -124,10 +127,10 @@ def check_init(name: str, init: Init, matrix: bool) -> None:
 
 
 def product_norm_squared(factors: Mapping[str, Tensor]) -> Tensor:
-    """The squared Frobenius norm of the dense weight, from Gram matrices of the factors, a scalar.
+    """The squared Frobenius norm of the dense weight, a scalar, from Gram matrices of the factors.
 
-    With `G_out = out^T out [R2, R2]` and `G_in = in in^T [R1, R1]`: Tucker `<G_out core G_in, core>`, summed over
-    the taps; CP and linear: the sum of the elementwise product of all Gram matrices `[R, R]`.
+    Tucker: `<G_out core G_in, core>`, summed over the taps, with `G_out = out^T out [R2, R2]` and
+    `G_in = in in^T [R1, R1]`. CP and linear: the sum of the elementwise product of all Gram matrices `[R, R]`.
     """
     out_factor = factors["out_factor"]
     core = factors.get("core")
@@ -140,11 +143,11 @@ def product_norm_squared(factors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _draw(name: str, init: str | Initializer, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor that the initializer has filled, on the device of `like`, in float32 at least."""
+    """A tensor of this shape that the initializer has filled, on the device of `like`, in float32 or float64."""
     tensor = torch.full(shape, math.nan, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     try:
         if init == "default":
-            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))  # nn.Conv2d's and nn.Linear's
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))  # as nn.Conv2d and nn.Linear do
         else:
             (NAMED[init] if isinstance(init, str) else init)(tensor)
     except Exception as error:
@@ -158,17 +161,18 @@ def _draw(name: str, init: str | Initializer, shape: tuple[int, ...], like: Tens
 
 
 def _identity(key: str, factor: Tensor) -> Tensor:
+    """Fills a factor of zeros so that the product is the identity on the first R channels."""
     if key in ("in_factor", "out_factor"):
         return nn.init.eye_(factor)
     if key == "core":
         return nn.init.dirac_(factor)
-    factor[:, factor.shape[1] // 2] = 1  # the tap that dirac_ takes
+    factor[:, factor.shape[1] // 2] = 1  # the tap that nn.init.dirac_ sets
     return factor
 
 
 def _scale(name: str, init: Init, values: dict[str, Tensor], norm_squared: Tensor) -> None:
-    """Scales drawn factors in place, so that each stage keeps the size of its input, as far as the product's norm,
-    which is met exactly by the last one, allows."""
+    """Scales drawn factors in place: each but `out_factor` so that its stage keeps the mean square of its input, and
+    `out_factor` so that the product has this squared norm."""
     for key, value in values.items():
         if key != "out_factor" and value.any():
             value /= (_mean_square(value) * value[0].numel()).sqrt()
@@ -184,4 +188,5 @@ def _mean_square(tensor: Tensor) -> Tensor:
 
 
 def _shown(init: Init) -> str:
+    """The initializer in an error message."""
     return getattr(init, "__name__", repr(init))

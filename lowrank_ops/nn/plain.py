@@ -1,4 +1,4 @@
-"""Plain layers: their activations, their padding, and layers that hold given weights."""
+"""Plain layers of torch: modules of the activations, padding="same", and layers built from given weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
 
 
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
-    """Pixels before and after that padding="same" means; the odd one goes after, as in nn.Conv2d."""
+    """The pixels before and after an axis that padding="same" adds; an odd pixel goes after, as in nn.Conv2d."""
     total = dilation * (kernel - 1)
     return total // 2, total - total // 2
 
@@ -66,7 +66,7 @@ def conv_layer(
 
 
 def linear_layer(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A plain linear layer that holds a copy of `weight` `[T, S]`; requires_grad is copied as well."""
+    """A plain linear layer that holds a copy of `weight` `[T, S]`, requires_grad included."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = copy_parameter(weight)
     linear.bias = None if bias is None else copy_parameter(bias)  # type: ignore[assignment]
@@ -75,7 +75,7 @@ def linear_layer(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 @torch.inference_mode(False)  # inference tensors cannot be trained
 def copy_parameter(tensor: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
-    """A contiguous copy as a parameter of its own."""
+    """A contiguous copy as a new parameter; `requires_grad` None keeps the tensor's."""
     value = tensor.detach().clone(memory_format=torch.contiguous_format)
     return nn.Parameter(value, requires_grad=tensor.requires_grad if requires_grad is None else requires_grad)
 

@@ -1,1 +1,2 @@
-"""The call: the ops as functions, their extension and fakes, the reference, policies and `explain`."""
+"""The three ops: functions that call them, the compiled extension, fake kernels, FLOP formulas, the reference in plain
+torch, policies, measurements and `explain`."""

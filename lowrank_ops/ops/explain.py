@@ -58,7 +58,7 @@ class Explanation:
         return as_html(self._table(HTML_WIDTH), *self._remarks())
 
     def _table(self, width: int) -> Table:
-        """A line for each plan: its figures in columns where they fit, otherwise in one sentence."""
+        """One line per plan: its figures in columns where they fit, otherwise in one sentence."""
         plans = (self.chosen, *self.others)
         known = _GPU_COLUMNS if any("ctas" in plan for plan in plans) else _CPU_COLUMNS
         columns = {heading: show for heading, show in known.items() if any(_cell(plan, show) for plan in plans)}
@@ -75,7 +75,7 @@ class Explanation:
             told = [f"{heading} {figure}" for heading, figure in figures.items() if figure]
             narrow.add_row(*head, ", ".join([*told, *filter(None, [why_not])]))
         *figured, last = zip(("", "kernel", *columns, "why not"), *rows, strict=True)
-        for heading, *cells in figured:  # the least width said, of which rich takes the longest word's otherwise
+        for heading, *cells in figured:  # without a least width rich takes that of the longest word
             table.add_column(heading, no_wrap=True, min_width=max(map(len, (heading, *cells))))
         if any(last[1:]):
             table.add_column(last[0], overflow="fold")
@@ -87,7 +87,7 @@ class Explanation:
         """The lines below the table."""
         plans = (self.chosen, *self.others)
         planned = {plan["kernel"] for plan in plans}
-        remarks: dict[str, list[str]] = {}  # what is left to say -> of which kernels
+        remarks: dict[str, list[str]] = {}  # remark -> the kernels that it holds for
         for kernel, reason in self.rejections:
             if kernel not in planned:
                 remarks.setdefault(f"cannot run: {reason}", []).append(kernel)
@@ -149,7 +149,7 @@ _NONE = "no op of lowrank_ops is called"
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every call of our ops; what runs are the fake kernels, on meta tensors.
+    """Records every call of our ops while the fake kernels run, on meta tensors.
 
     Attributes:
         calls: name and arguments of each.
@@ -186,12 +186,12 @@ def explain(
     verbose: bool = False,
     **arguments: Any,
 ) -> Explanations:
-    """Tells which path a call takes, with the plan, the rejections and the predicted times. Nothing is computed.
+    """Explains which path a call takes, with the plan, the rejections and the predicted times. Nothing is computed.
 
     Args:
         op_or_module: one of our ops (`tucker_conv2d`, `cp_conv2d`, `lowrank_linear`), one of our modules, or any
             model that holds some: it is run on meta tensors, and every op of ours that it calls is explained.
-            Forward hooks fire. Tensors that are neither parameters nor buffers, and control flow that depends on
+            Forward hooks run. Tensors that are neither parameters nor buffers, and control flow that depends on
             values, do not work there.
         input_or_shapes: for a module its input, a tensor or a shape (a sequence of ints); several inputs as a
             tuple or list of them, keyword arguments as a dict. For an op the tuple, list or dict of its tensor
@@ -345,13 +345,14 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
     found = _C.explain(op, dtype, channels_last, sizes, window, call["activation"], device, "packed" in call)
     if found["tf32"]:
         words += " (as tf32)"
+    chosen = found["chosen"]
     return Explanation(
-        op,
-        words,
-        found["policy"],
-        found["device"],
-        found["chosen"]["path"],
-        found["chosen"],
-        found["others"],
-        found["rejections"],
+        op=op,
+        problem=words,
+        policy=found["policy"],
+        device=found["device"],
+        path=chosen["path"],
+        chosen=chosen,
+        others=found["others"],
+        rejections=found["rejections"],
     )

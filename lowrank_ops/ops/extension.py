@@ -1,4 +1,4 @@
-"""Loads the extension `lowrank_ops._C`, and says where its ops are to be called."""
+"""Loads the compiled extension `lowrank_ops._C`, and chooses the entry point by which its ops are called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 from torch.overrides import has_torch_function
 
 _REBUILD = (
@@ -33,16 +35,17 @@ if _built_for.split("+")[0].split(".")[:2] != torch.__version__.split("+")[0].sp
 
 
 def ops_for(*tensors: Tensor | None) -> Any:
-    """Where the ops of these arguments are to be called: functions of the extension, or ``torch.ops.lowrank_ops``.
+    """The object whose attributes are the ops to call with these tensors: the extension, or `torch.ops.lowrank_ops`.
 
-    Both go through torch's dispatcher. torch.ops parses arguments against the schema first, 2 to 5 us a call; but it
-    is what torch.compile, torch.export and torch.jit.trace record, and what hands a call to arguments and modes
-    that override torch's functions (``__torch_function__``).
+    Both go through torch's dispatcher. `torch.ops` first parses the arguments against the schema, which takes 2 to 5 us
+    per call, so eager calls use the extension. `torch.ops` is needed where a call must be seen: torch.compile,
+    torch.export and torch.jit.trace record its ops, and it passes calls on to tensor subclasses and modes that
+    implement `__torch_function__`.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
+    if is_compiling() or is_tracing() or has_torch_function(tensors):
         return torch.ops.lowrank_ops
     return _C
 
 
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
+ACTIVATIONS: tuple[str, ...] = tuple(_C.activations())
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

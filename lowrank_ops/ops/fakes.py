@@ -1,8 +1,9 @@
 """The fake (meta) kernels of the ops.
 
-A fake kernel says what shape, dtype and strides the real one returns, under symbolic shapes too. It enforces
-the shape rules of `csrc/ops/checks.h`, so that `torch.compile` and `torch.export` refuse the same calls, at trace
-time.
+A fake kernel returns a tensor of the shape, dtype and strides of the real result, under symbolic shapes too. It
+enforces the rules of `csrc/ops/checks.cpp`, so that `torch.compile` and `torch.export` refuse the same calls, at trace
+time. The C++ checks read sizes as numbers and cannot run on symbolic shapes: the rules are repeated here, and
+`tests/ops/test_errors.py` compares every message of the one with that of the other.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lowrank_ops.ops.extension import ACTIVATIONS, DTYPES
 Gradient = Tensor | None
 
 
-_LARGEST = 2**31 - 1  # of the window's numbers
+_LARGEST = 2**31 - 1  # that a number of the window may be
 
 
 def _check_dim(op: str, name: str, tensor: Tensor, dim: int, shape: str) -> None:
@@ -33,34 +34,32 @@ def _check_size(op: str, name: str, tensor: Tensor, axis: int, required: int, wh
     )
 
 
-def _check_kind(op: str, input: Tensor, others: dict[str, Tensor | None]) -> None:
+def _check_kind(op: str, input: Tensor, factors: dict[str, Tensor], bias: Tensor | None) -> None:
     torch._check_type(
         input.dtype in DTYPES,
         lambda: f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}",
     )
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
+
+    def check(name: str, tensor: Tensor) -> None:
         torch._check_type(
             tensor.dtype == input.dtype,
-            lambda name=name, tensor=tensor: (
+            lambda: (
                 f"{op}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}; convert the module or "
                 "the input with .to(dtype), or run under torch.autocast"
             ),
         )
         torch._check_value(
             tensor.device == input.device,
-            lambda name=name, tensor=tensor: (
-                f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}"
-            ),
+            lambda: f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}",
         )
-        for size in tensor.shape if name.endswith(("factor", "core")) else ():
-            torch._check_value(
-                size > 0,
-                lambda name=name, tensor=tensor: (
-                    f"{op}: {name} must have no axis of size 0 (ranks are at least 1), got shape {list(tensor.shape)}"
-                ),
-            )
+
+    for name, factor in factors.items():
+        check(name, factor)
+        message = f"{op}: {name} must have no axis of size 0 (ranks are at least 1), got shape {list(factor.shape)}"
+        for size in factor.shape:
+            torch._check_value(size > 0, lambda message=message: message)
+    if bias is not None:
+        check("bias", bias)
 
 
 def _check_bias(op: str, bias: Tensor | None, out_factor: Tensor) -> None:
@@ -143,10 +142,21 @@ def _gradients(output_mask: Sequence[bool], *arguments: Tensor) -> tuple[Gradien
 
 
 def _check_grad_output(op: str, grad_output: Tensor, output: Tensor) -> None:
-    _check_dim(op, "grad_output", grad_output, output.dim(), "of the output's shape")
-    for axis in range(output.dim()):
-        _check_size(op, "grad_output", grad_output, axis, output.shape[axis], "the output's shape")
-    _check_kind(op, output, {"grad_output": grad_output})
+    def shapes() -> str:
+        required, given = list(output.shape), list(grad_output.shape)
+        return f"{op}: grad_output must have the output's shape {required}, got {given}"
+
+    torch._check_value(grad_output.dim() == output.dim(), shapes)
+    for size, required in zip(grad_output.shape, output.shape, strict=True):
+        torch._check_value(size == required, shapes)
+    torch._check_type(
+        grad_output.dtype == output.dtype,
+        lambda: f"{op}: grad_output must have the input's dtype {output.dtype}, got {grad_output.dtype}",
+    )
+    torch._check_value(
+        grad_output.device == output.device,
+        lambda: f"{op}: grad_output must be on the input's device {output.device}, got {grad_output.device}",
+    )
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -166,18 +176,17 @@ def _tucker_conv2d(
     activation: str = "none",
 ) -> Tensor:
     op = "tucker_conv2d"
+    _check_activation(op, activation)
     _check_dim(op, "input", input, 4, "[N, S, H, W]")
     _check_dim(op, "in_factor", in_factor, 2, "[R1, S]")
     _check_dim(op, "core", core, 4, "[R2, R1, KH, KW]")
     _check_dim(op, "out_factor", out_factor, 2, "[T, R2]")
-    _check_kind(op, input, {"in_factor": in_factor, "core": core, "out_factor": out_factor, "bias": bias})
+    _check_kind(op, input, {"in_factor": in_factor, "core": core, "out_factor": out_factor}, bias)
     _check_size(op, "in_factor", in_factor, 1, input.shape[1], "S, the channels of input")
     _check_size(op, "core", core, 1, in_factor.shape[0], "R1, the rows of in_factor")
     _check_size(op, "out_factor", out_factor, 1, core.shape[0], "R2, the first axis of core")
     _check_bias(op, bias, out_factor)
-    output = _conv_output(op, input, out_factor, (core.shape[2], core.shape[3]), stride, padding, dilation)
-    _check_activation(op, activation)
-    return output
+    return _conv_output(op, input, out_factor, (core.shape[2], core.shape[3]), stride, padding, dilation)
 
 
 @_fake("cp_conv2d")
@@ -194,6 +203,7 @@ def _cp_conv2d(
     activation: str = "none",
 ) -> Tensor:
     op = "cp_conv2d"
+    _check_activation(op, activation)
     factors = {
         "in_factor": in_factor,
         "height_factor": height_factor,
@@ -203,15 +213,13 @@ def _cp_conv2d(
     _check_dim(op, "input", input, 4, "[N, S, H, W]")
     for (name, factor), shape in zip(factors.items(), ("[R, S]", "[R, KH]", "[R, KW]", "[T, R]"), strict=True):
         _check_dim(op, name, factor, 2, shape)
-    _check_kind(op, input, {**factors, "bias": bias})
+    _check_kind(op, input, factors, bias)
     _check_size(op, "in_factor", in_factor, 1, input.shape[1], "S, the channels of input")
     for name, axis in (("height_factor", 0), ("width_factor", 0), ("out_factor", 1)):
         _check_size(op, name, factors[name], axis, in_factor.shape[0], "R, the rows of in_factor")
     _check_bias(op, bias, out_factor)
     kernel = (height_factor.shape[1], width_factor.shape[1])
-    output = _conv_output(op, input, out_factor, kernel, stride, padding, dilation)
-    _check_activation(op, activation)
-    return output
+    return _conv_output(op, input, out_factor, kernel, stride, padding, dilation)
 
 
 @_fake("lowrank_linear")
@@ -219,30 +227,30 @@ def _lowrank_linear(
     input: Tensor, in_factor: Tensor, out_factor: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     op = "lowrank_linear"
+    _check_activation(op, activation)
     torch._check_value(input.dim() >= 1, lambda: f"{op}: input must be [..., S], got a tensor of no axes")
     _check_dim(op, "in_factor", in_factor, 2, "[R, S]")
     _check_dim(op, "out_factor", out_factor, 2, "[T, R]")
-    _check_kind(op, input, {"in_factor": in_factor, "out_factor": out_factor, "bias": bias})
+    _check_kind(op, input, {"in_factor": in_factor, "out_factor": out_factor}, bias)
     _check_size(op, "in_factor", in_factor, 1, input.shape[-1], "S, the last axis of input")
     _check_size(op, "out_factor", out_factor, 1, in_factor.shape[0], "R, the rows of in_factor")
     _check_bias(op, bias, out_factor)
-    _check_activation(op, activation)
     return input.new_empty([*input.shape[:-1], out_factor.shape[0]])
 
 
 @_fake("tucker_conv2d_prepared")
 def _tucker_conv2d_prepared(*arguments: Any) -> Tensor:
-    return _tucker_conv2d(*arguments[:-1])  # without what was packed
+    return _tucker_conv2d(*arguments[:-1])  # without the packed weights
 
 
 @_fake("cp_conv2d_prepared")
 def _cp_conv2d_prepared(*arguments: Any) -> Tensor:
-    return _cp_conv2d(*arguments[:-1])  # without what was packed
+    return _cp_conv2d(*arguments[:-1])  # without the packed weights
 
 
 @_fake("lowrank_linear_prepared")
 def _lowrank_linear_prepared(*arguments: Any) -> Tensor:
-    return _lowrank_linear(*arguments[:-1])  # without what was packed
+    return _lowrank_linear(*arguments[:-1])  # without the packed weights
 
 
 @_fake("tucker_conv2d_backward")

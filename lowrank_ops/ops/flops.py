@@ -1,8 +1,9 @@
 """FLOP formulas of the ops for `torch.utils.flop_counter.FlopCounterMode`.
 
-Two per multiply-accumulate of the block's plain convolutions or matrix products, whatever kernel runs them, as torch
-counts its own convolutions; bias and activation count nothing. A backward op counts the stages that it recomputes, too.
-`torch.profiler`'s `with_flops` has a fixed list of torch's own ops in C++: it can count no op of an extension.
+A formula counts two FLOPs per multiply-accumulate of the block's plain convolutions or matrix products, whatever kernel
+runs them, as torch does for its own convolutions. Bias and activation are not counted. A backward op includes the
+stages that it recomputes. `torch.profiler`'s `with_flops` cannot count ops of an extension: it has a fixed list of
+torch's own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import lowrank_ops.ops.extension  # noqa: F401, torch.ops.lowrank_ops exists from here on
+import lowrank_ops.ops.extension  # noqa: F401, registers torch.ops.lowrank_ops
 
 Shape = Sequence[int]
 
@@ -39,7 +40,9 @@ def _linear_stages(input: Shape, in_factor: Shape, out_factor: Shape) -> list[in
 
 
 def _backward(stages: list[int], activation: str, mask: Sequence[bool]) -> int:
-    """As `block_gradients` of csrc/ops/backward.cpp: what it recomputes, then a product for each gradient."""
+    """FLOPs of a backward op, as `block_gradients` of csrc/ops/backward.cpp works: the stages that it recomputes, then
+    one product per gradient. `stages` are multiply-accumulates per stage; `mask` says which gradients are wanted:
+    input, factors, bias."""
     wants_input, *wants_weight = mask[:-1]
     count = len(stages)
     needed = [i for i, wanted in enumerate(wants_weight) if wanted]

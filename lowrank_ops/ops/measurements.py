@@ -1,4 +1,4 @@
-"""What the policy "measure" has found: `save_measurements`, `load_measurements`, `forget_measurements`."""
+"""The timings of the policy "measure": `save_measurements`, `load_measurements`, `forget_measurements`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any
 from lowrank_ops.ops.extension import _C
 from lowrank_ops.runtime.files import written_whole
 
-FORMAT = 1  # of the file; goes up when older versions could not read it
+FORMAT = 1  # of the file; raised when older versions of the package can no longer read it
 
 
 def save_measurements(path: str | os.PathLike[str]) -> int:
-    """Writes all that this process has measured under the policy "measure" to a JSON file, for `load_measurements`.
+    """Writes the measurements of the policy "measure" to a JSON file, for `load_measurements`.
 
-    That are the last 4,096 problems, and what `load_measurements` has read.
+    These are the last 4,096 problems that this process has measured, and those that `load_measurements` has read.
 
     Args:
-        path: the file; what it held before is replaced. Several processes may write to it at once: it is then the
-            one that finished last's.
+        path: the file; an existing one is replaced. Several processes may write to it at once: the last to finish wins.
 
     Returns:
         The number of problems in the file.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     entries = [
         {"problem": problem, "fastest": fastest, "seconds": dict(seconds)}
@@ -35,11 +37,11 @@ def save_measurements(path: str | os.PathLike[str]) -> int:
 
 
 def load_measurements(path: str | os.PathLike[str]) -> int:
-    """Reads a file of `save_measurements`: under "measure", problems in it are not timed again.
+    """Reads a file of `save_measurements`: under the policy "measure", its problems are not timed again.
 
-    An entry holds for the device (on a CPU also the number of threads and the instruction set) that it was measured on
-    and is ignored elsewhere; one that names a kernel that this version does not have is measured anew. Entries replace
-    what this process has measured for the same problem.
+    An entry is valid for the device that it was measured on (on a CPU, also for the number of threads and the
+    instruction set), and is ignored elsewhere. A problem whose entry names a kernel that this version lacks is measured
+    again. Entries replace measurements that this process has made for the same problem.
 
     Args:
         path: the file.
@@ -62,11 +64,11 @@ def load_measurements(path: str | os.PathLike[str]) -> int:
 
 
 def forget_measurements() -> int:
-    """Forgets all that this process has measured or loaded for the policy "measure", and frees its memory.
+    """Forgets all that this process has measured or loaded for the policy "measure", and frees that memory.
 
-    Under "measure" the next call of each shape measures anew: for instance because the machine was busy before. Without
-    this, calls remember at most 4,096 problems (about 2 MB for a CPU, 5 MB for GPUs) and forget the oldest first. Files
-    are left as they are.
+    Under "measure" the next call of each shape then measures again, which helps if the machine was busy the first time.
+    At most 4,096 problems are remembered (about 2 MB for a CPU, 5 MB for GPUs), the oldest are forgotten first. Files
+    are not changed.
 
     Returns:
         The number of problems that were forgotten.
@@ -76,7 +78,7 @@ def forget_measurements() -> int:
 
 
 def _entries(content: Any) -> list[tuple[str, str, list[tuple[str, float]]]]:
-    """The file's entries as _C takes them."""
+    """The file's entries in the form that the extension takes: (problem, fastest kernel, [(kernel, seconds)])."""
     if content["format"] > FORMAT:
         raise ValueError(
             f"load_measurements: the file must have format {FORMAT} or older, got {content['format']}: "

@@ -1,4 +1,4 @@
-"""Which path the ops take: the policy, as a function or for the time of a block."""
+"""The policy, by which each call is run by a fused kernel or by the chain of library ops: `set_policy`, `policy`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ POLICIES = ("auto", "fused", "chain", "measure")
 class set_policy:
     """Chooses between the fused kernels and the chain of library ops, for the whole process.
 
-    As a function, ``set_policy("fused")`` stays in force; as a context manager, ``with set_policy("fused"):`` puts
+    As a function, `set_policy("fused")` stays in force; as a context manager, `with set_policy("fused"):` puts
     the former policy back at the end.
 
     Args:
-        name: "auto" (default): what the planner's cost model predicts to be faster (on a GPU by the longer of the GPU's
-            time and the CPU's launches; in CUDA graphs, which launch nothing, by the GPU's time); "fused": always our
-            kernels, where there are any; "chain": always the library ops; "measure": every kernel that can run and the
-            chain are timed the first time a shape is met on a device (for this number of threads on a CPU), and the
-            fastest is remembered (of 4,096 shapes, the oldest are forgotten first; `forget_measurements` forgets all);
-            `save_measurements` and `load_measurements` keep it in a file. Measuring runs the candidates on the caller's
-            tensors; it never happens while torch.compile or torch.export traces, nor while a CUDA graph is captured.
+        name: one of
+
+            * "auto" (default): whichever the planner's cost model predicts to be faster. On a GPU it compares the
+              longer of the GPU's time and the CPU's time for launches; inside a CUDA graph, whose replay launches no
+              single kernels, the GPU's time alone.
+            * "fused": always this package's kernels, where one can run the call.
+            * "chain": always the library ops.
+            * "measure": the first time that a shape is met on a device (on a CPU: with this number of threads), every
+              kernel that can run it and the chain are timed on the caller's tensors, and the fastest is remembered, for
+              the last 4,096 shapes. Nothing is measured while torch.compile or torch.export traces or a CUDA graph is
+              captured. See `save_measurements`, `load_measurements`, `forget_measurements`.
 
     Raises:
         ValueError: an unknown name.
-        TypeError: no string.
+        TypeError: `name` is no str.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """The same maths as a chain of library calls: the specification, in any dtype, fp64 for judging.
 
-Signatures as in `lowrank_ops.ops.functional`. Also the dense weights that the factors stand for.
+Signatures as in `lowrank_ops.ops.functional`. Also the dense weights that are the products of the factors.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_ops.ops.functional import Pair
+from lowrank_ops.ops.functional import HeightWidth
 from lowrank_ops.runtime.autocast import no_autocast
 
 
 def _hardswish(x: Tensor) -> Tensor:
-    """Not F.hardswish: on CUDA torch multiplies by 1 / 6 as a float32, in float64 too, an error of 3e-8."""
+    """Replaces F.hardswish, which on CUDA multiplies by 1 / 6 in float32 even for float64: an error of 3e-8."""
     return x * F.relu6(x + 3) / 6
 
 
@@ -30,7 +30,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _pair(value: Pair) -> tuple[int, int]:
+def _pair(value: HeightWidth) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -40,9 +40,9 @@ def tucker_conv2d(
     core: Tensor,
     out_factor: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    stride: HeightWidth = 1,
+    padding: HeightWidth = 0,
+    dilation: HeightWidth = 1,
     activation: str = "none",
 ) -> Tensor:
     """Three convolutions; arguments and result as `lowrank_ops.tucker_conv2d`."""
@@ -58,9 +58,9 @@ def cp_conv2d(
     width_factor: Tensor,
     out_factor: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    stride: HeightWidth = 1,
+    padding: HeightWidth = 0,
+    dilation: HeightWidth = 1,
     activation: str = "none",
 ) -> Tensor:
     """Four convolutions, the middle two depthwise; arguments and result as `lowrank_ops.cp_conv2d`."""
@@ -81,18 +81,18 @@ def lowrank_linear(
 
 @no_autocast()
 def tucker_weight(in_factor: Tensor, core: Tensor, out_factor: Tensor) -> Tensor:
-    """The dense convolution weight ``[T, S, KH, KW]`` that Tucker-2 factors stand for."""
+    """The dense convolution weight `[T, S, KH, KW]` of Tucker-2 factors: the product that they are factors of."""
     return torch.einsum("tb,baij,as->tsij", out_factor, core, in_factor)
 
 
 @no_autocast()
 def cp_weight(in_factor: Tensor, height_factor: Tensor, width_factor: Tensor, out_factor: Tensor) -> Tensor:
-    """The dense convolution weight ``[T, S, KH, KW]`` that CP factors stand for."""
+    """The dense convolution weight `[T, S, KH, KW]` of CP factors."""
     terms = torch.einsum("rs,ri,rj->rsij", in_factor, height_factor, width_factor)
-    return torch.einsum("tr,rsij->tsij", out_factor, terms)  # last: the largest factor meets the sum over R
+    return torch.einsum("tr,rsij->tsij", out_factor, terms)  # out_factor last: only this product sums over R
 
 
 @no_autocast()
 def linear_weight(in_factor: Tensor, out_factor: Tensor) -> Tensor:
-    """The dense weight ``[T, S]`` that the two factors stand for."""
+    """The dense weight `[T, S]` of the two factors of a linear layer."""
     return out_factor @ in_factor

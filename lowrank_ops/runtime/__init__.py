@@ -1,1 +1,2 @@
-"""What torch and the process do around a call: autocast, nested tensors, torch.compile, files.."""
+"""Small helpers for torch and the process: autocast, eval mode, nested tensors, compiled models, torch's private names,
+files. Imports no other folder."""

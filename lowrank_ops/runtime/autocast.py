@@ -1,4 +1,4 @@
-"""Arithmetic of ours that keeps its tensors' precision in whatever autocast region it is called."""
+"""Arithmetic that keeps the precision of its tensors, whatever autocast region it is called in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Switches autocast off, on the CPU and the accelerator; as a decorator, for a function. torch.compile reads it."""
+    """Context manager or decorator: autocast is off inside, on the CPU and on the accelerator. torch.compile can trace
+    it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     other = "cpu" if accelerator is None or not torch.amp.is_autocast_available(accelerator.type) else accelerator.type
-    with torch.autocast("cpu", enabled=False), torch.autocast(other, enabled=False):  # no ExitStack: it is not read
+    # Not an ExitStack: torch.compile cannot trace it.
+    with torch.autocast("cpu", enabled=False), torch.autocast(other, enabled=False):
         yield

@@ -1,4 +1,5 @@
-"""Which of torch's tools computes a parameter of a layer at each call, and what makes it an ordinary one again."""
+"""Layers whose weight is computed at each call (weight norm, spectral norm, pruning, parametrizations), and how to make
+it an ordinary parameter again."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def remedy(layer: nn.Module) -> str:
-    """What to do about the computed parameters of `layer`: the calls that make them permanent."""
+    """What a user can do about the computed parameters of `layer`: the calls that make them permanent, as a phrase for
+    an error message."""
     calls = []
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):

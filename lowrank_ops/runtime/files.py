@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts that file in the place of `path` at the end; after an error it is dropped.
+    """Gives a temporary path to write to; at the end that file replaces `path`, after an error it is deleted.
 
-    It lies in a folder of its own beside `path`: a reader never sees half a file, and no other process or thread that
-    writes to `path` writes to the same one. The last to finish wins.
+    The temporary file lies in a new folder beside `path`. So a reader of `path` never sees half a file, and processes
+    or threads that write to `path` at the same time do not disturb each other: the last to finish wins.
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = Path(folder, path.name)

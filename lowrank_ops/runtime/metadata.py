@@ -1,4 +1,5 @@
-"""Functions of torch that answer about a tensor without its values."""
+"""Sets of torch functions that need no values of a tensor: `DEVICE` tells where it is, `METADATA` adds its shape, dtype
+and the like."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""States for the time of a block: a model in eval mode, torch without nested tensors; waiting for a device."""
+"""Context managers that put a model into eval mode and switch torch's nested tensors off; waiting for an
+accelerator."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ from torch import nn
 
 
 def synchronize(device: torch.device | None = None) -> None:
-    """Waits until an accelerator has done what it was given: that of `device`, or else the current one, if any."""
+    """Waits until an accelerator has finished its work: the one of `device`, or the current one (if any) for None."""
     if torch.accelerator.is_available() if device is None else device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each module has the mode it had before."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -28,7 +30,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def no_nested_tensors() -> Iterator[None]:
-    """torch's transformers without their fast path, which packs padded sequences into tensors without a shape."""
+    """Switches off the fast path of torch's transformers, which packs padded sequences into nested tensors: those have
+    no shape."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

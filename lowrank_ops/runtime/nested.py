@@ -1,4 +1,4 @@
-"""Nested tensors (torch.nested) as inputs: sequences of several lengths in one tensor, without padding."""
+"""Nested tensors (torch.nested) as inputs: one tensor that holds sequences of different lengths without padding."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 
 def is_nested(value: object) -> bool:
-    """Whether it is a nested tensor, of any layout."""
+    """Whether the value is a nested tensor, of either layout."""
     return isinstance(value, Tensor) and value.is_nested
 
 
 def values_of(tensor: Tensor) -> Tensor:
-    """The rows of a jagged nested tensor in one dense tensor ``[rows, ...]``, and any other tensor as it is."""
+    """The rows of a jagged nested tensor as one dense tensor `[rows, ...]`; any other tensor unchanged."""
     return tensor.values() if tensor.is_nested and tensor.layout == torch.jagged else tensor
 
 
 def refuse_nested(name: str, input: Tensor) -> None:
-    """Raises ValueError if the input of a convolution is a nested tensor."""
-    if is_nested(input):
+    """Raises ValueError if the input of a convolution is a nested tensor; `name` is the op or module, for the
+    message."""
+    if isinstance(input, Tensor) and input.is_nested:  # `is_nested`, without a call: this runs in every convolution
         raise ValueError(
             f"{name}: input must be a dense tensor, got a nested tensor; pad it (torch.nested.to_padded_tensor), or "
             "call this on each tensor of input.unbind()"
@@ -28,12 +29,12 @@ def refuse_nested(name: str, input: Tensor) -> None:
 
 
 def on_values(name: str, linear: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-    """A linear layer of a jagged nested tensor: that of its values, with the same offsets; differentiable.
+    """Applies a linear layer to a jagged nested tensor: to its values, keeping the offsets. Differentiable.
 
     Args:
-        name: of the op or module, for messages.
-        linear: ``[rows, ..., S]`` to ``[rows, ..., T]``.
-        input: a contiguous jagged nested tensor ``[B, ragged, ..., S]``, as nn.Linear takes it.
+        name: the op or module, for error messages.
+        linear: maps `[rows, ..., S]` to `[rows, ..., T]`.
+        input: a contiguous jagged nested tensor `[B, ragged, ..., S]`, as nn.Linear takes it.
 
     Raises:
         ValueError: a nested tensor of the strided layout, or a jagged one that is transposed or has holes.

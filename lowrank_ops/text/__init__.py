@@ -1,1 +1,1 @@
-"""What a user reads: warnings, tables, notes about many layers. Imports no other folder."""
+"""Text for users: warnings, tables, and short lines about many layers. Imports no other folder."""

@@ -1,4 +1,4 @@
-"""Short lines about many layers: names that differ in their numbers, and texts that do, are told together."""
+"""Short lines about many layers: names, or texts, that differ only in their numbers are merged into one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_SHOWN = 4  # groups of names in a list
+_SHOWN = 4  # groups of names that `listed` writes out
 # A text in quotes, or a number that stands alone or is a part of a qualified name (not the 32 of "float32").
 _VARIES = re.compile(r"'[^']*'|(?<!\w)\d+(?:\.\d+)?(?!\w)")
 
@@ -29,8 +29,11 @@ def listed(names: Sequence[str]) -> str:
 
 
 def grouped(told: Iterable[tuple[str | None, T]]) -> list[tuple[str, list[T]]]:
-    """What each text is said of, in order; None says nothing. Texts that differ only in numbers are one, with the least
-    and the greatest of each number: "3 to 17 calibration rows". What is in quotes is the first one's."""
+    """Groups items by their text: (text, items) pairs in order of first occurrence.
+
+    Texts that differ only in numbers or quoted parts share one group, whose text has the least and the greatest of each
+    number ("3 to 17 calibration rows") and the first item's quoted parts. Items with the text None are left out.
+    """
     groups: dict[str, list[tuple[str, T]]] = {}
     for text, item in told:
         if text is not None:

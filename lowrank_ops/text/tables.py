@@ -1,4 +1,4 @@
-"""Tables as text that fits the terminal, in ASCII, and as HTML for notebooks."""
+"""Tables, as ASCII text that fits the terminal and as HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-# Width where there is no terminal and COLUMNS is not set, and of HTML, which a notebook scrolls.
+# Characters per line: of text where there is no terminal and COLUMNS is not set; of HTML, which a notebook can scroll.
 _WIDTH, HTML_WIDTH = 120, 160
 
-# One rule below the headings and one above the totals. ASCII alone: any file or pipe takes it.
+# One rule below the headings and one above the totals, in ASCII: every encoding of a file or pipe can write it.
 _BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 
 
 def new_table(title: str, **options: Any) -> Table:
-    """A table in the house's style, without columns yet."""
+    """A rich table without columns, in the style of this package; `options` are rich's."""
     title_text = Text(title, style="not italic")
     return Table(title=title_text, title_justify="left", box=_BOX, show_edge=False, padding=(0, 1, 0, 0), **options)
 
 
 def figure(value: float) -> str:
-    """Four digits, or all of a number above: 5150 and 11,760, never 1.176e+04."""
+    """Four significant digits below 10,000, otherwise the whole number: 0.1235, 5150, 11,760, never 1.176e+04."""
     return f"{value:.4g}" if value < 9999.5 else f"{value:,.0f}"
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; COLUMNS overrides it."""
+    """Characters per line of the terminal; the environment variable COLUMNS overrides it."""
     return shutil.get_terminal_size((_WIDTH, 24)).columns
 
 
 def fits(table: Table, width: int) -> bool:
-    """Whether no word of the table has to be broken, and no cell of a column that must not wrap."""
+    """Whether the table fits `width` characters without breaking a word, or a cell of a column that must not wrap."""
     console = _console(10_000)
     needed = -2  # a column is followed by two spaces, but for the last one
     for column in table.columns:
@@ -47,9 +47,10 @@ def fits(table: Table, width: int) -> bool:
 
 
 def as_text(*parts: Table | str, width: int | None = None) -> str:
-    """Tables and lines below each other, folded to `width` columns (default: the terminal's).
+    """Tables and lines below each other, folded to `width` characters (default: the terminal's).
 
-    What stdout's encoding does not have, as in a layer's name, is written as an escape: `print` never fails.
+    Characters that stdout's encoding lacks, in a layer's name for instance, become escapes, so that `print` never
+    fails.
     """
     console = _console(width or terminal_width())
     with console.capture() as captured:
@@ -61,7 +62,7 @@ def as_text(*parts: Table | str, width: int | None = None) -> str:
 
 
 def as_html(*parts: Table | str) -> str:
-    """The same for a notebook's `_repr_html_`."""
+    """Tables and lines below each other as HTML, for a notebook's `_repr_html_`."""
     console = _console(HTML_WIDTH)
     for part in parts:
         console.print(part)
@@ -69,7 +70,7 @@ def as_html(*parts: Table | str) -> str:
 
 
 def _console(width: int) -> Console:
-    """Prints into memory, what it is given to the letter."""
+    """A rich console that prints into memory, without colours and without interpreting markup in the text."""
     return Console(
         file=io.StringIO(),
         width=width,

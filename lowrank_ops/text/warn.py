@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-_BETWEEN = ("lowrank_ops", "torch", "contextlib")  # packages between the user's line and ours
+_BETWEEN = ("lowrank_ops", "torch", "contextlib")  # packages whose frames lie between the user's line and `warn`
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

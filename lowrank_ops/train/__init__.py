@@ -1,1 +1,1 @@
-"""A factorized model trained to give what its dense original gives."""
+"""Training of a factorized model to give the outputs of its dense original."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,49 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from tqdm import tqdm
 
-from lowrank_ops.model.batches import Batch, Batches, device_of, outputs_of
+from lowrank_ops.model.batches import Batch, Batches, device_of
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.modes import eval_mode
+from lowrank_ops.text.progress import progress_bar
 from lowrank_ops.text.warn import warn
 from lowrank_ops.train import processes
-from lowrank_ops.train.distill_errors import LayerErrors, layer_pairs, output_errors
-
-WARM_UP = 20  # steps over which the learning rate rises: Adam's second moments are guesses until then
-RETREAT = 4  # what the learning rate is divided by where the loss runs away
-
-
-class _Runaway:
-    """Whether a loss runs away from where training began.
-
-    Batches differ, so a mean over some steps is compared with the mean loss of the untrained student; the margin is
-    wide, because a false alarm costs little (a smaller learning rate) and a student that is lost costs all.
-    """
-
-    MEAN_OVER, LEAST_STEPS, MARGIN, MOST_RESTARTS = 4.0, 3, 3.0, 4
-
-    def __init__(self) -> None:
-        self.untrained: list[float] = []
-        self.restarts = self.steps = 0
-        self._recent = 0.0
-
-    def watch(self, loss: float) -> bool:
-        """Takes the loss of a step; True: begin anew."""
-        if self.steps == 0:
-            self.untrained.append(loss)
-            self._recent = loss
-        self._recent += (loss - self._recent) / self.MEAN_OVER
-        self.steps += 1
-        start = sum(self.untrained) / len(self.untrained)
-        if self.steps < self.LEAST_STEPS or self._recent <= self.MARGIN * start or self.restarts == self.MOST_RESTARTS:
-            return False
-        self.restarts += 1
-        self.steps = 0
-        return True
+from lowrank_ops.train.distill_errors import layer_pairs
+from lowrank_ops.train.training import RETREAT, Loss, Schedule, Training
 
 
 @dataclass(frozen=True)
@@ -63,13 +29,13 @@ class DistillReport:
     """What `distill_` did.
 
     Attributes:
-        losses: the loss of each step on its batch, before it; over all processes of torch.distributed. Batches
-            differ: their losses do not tell how good the result is.
+        losses: the loss of each step on its batch, before the step; over all processes of torch.distributed. Batches
+            differ, so these losses do not show how good the result is: compare `first` and `result`.
         seconds: of the whole run.
         layers: qualified names of the layers whose outputs were part of the loss.
         restarts: how often the loss ran away, so that the student began anew at a quarter of the learning rate.
-        kept: False: the student is as it was before, because nothing better was found.
-        result: the loss of the student as it is now, on the first batch; compares with `first`.
+        kept: False: the student is as it was before, because its loss on the first batch had risen.
+        result: the loss of the student as it is now, on the first batch; `first` is what it was before.
     """
 
     losses: list[float] = field(repr=False)
@@ -81,6 +47,7 @@ class DistillReport:
 
     @property
     def steps(self) -> int:
+        """How many steps there were."""
         return len(self.losses)
 
     @property
@@ -125,18 +92,18 @@ def distill_(
     into a factorized layer it is applied to the teacher's convolution or linear layer first. A layer that a batch does
     not reach, or to which the teacher gives only zeros, adds nothing in that step.
 
-    A student that calibration has brought near its teacher is lost in a few steps that are too large. Where the loss
-    runs away (three times that of the untrained student, over some steps) training begins anew, from the initial values
-    and at a quarter of the learning rate, up to four times. In the end the loss on the first batch must be lower than
-    it was; if not, the student gets its initial values back, with a warning.
+    A few steps that are too large can spoil a student that calibration has brought near its teacher. Where the loss
+    runs away (three times that of the untrained student, over some steps), training begins anew from the initial values
+    and at a quarter of the learning rate, at most four times. At the end, if the loss on the first batch is higher than
+    it was, the student gets its initial values back, with a warning.
 
-    Both networks run in eval mode (dropout off, the student's recurrent layers without dropout in training mode, as
-    cuDNN's backward requires), the teacher without gradients. All parameters of the student that require gradients
-    are trained. Training flags, hooks and the optimizer's learning rates are as before when it returns; the
-    student's gradients are None. After an error the student has its initial parameters and buffers; interrupted
-    from the keyboard it keeps what it has learned.
+    Both networks run in eval mode, so dropout is off; the student's recurrent layers that have no dropout run in
+    training mode, which cuDNN's backward pass requires. The teacher runs without gradients. All parameters of the
+    student that require gradients are trained. Training flags, hooks and the optimizer's learning rates are as before
+    when it returns; the student's gradients are None. After an error the student has its initial parameters and
+    buffers; after an interruption from the keyboard it keeps what it has learned.
 
-    Networks that torch.compile has compiled run uncompiled here: compiled code calls no hooks that it does not know.
+    Networks that torch.compile has compiled run uncompiled here, since compiled code does not call new hooks.
 
     Under torch.distributed (`torchrun`) every process calls this with a loader of its own, and the result is that
     of one process on the union of the batches: squared errors are normalized over all processes, gradients
@@ -162,9 +129,9 @@ def distill_(
             along the last axis, `[N, C]` or `[N, T, C]`, and their part of the loss is `temperature^2 KL(p, q)`, the
             mean over rows, with p and q the teacher's and the student's softmax of logits / temperature (Hinton et
             al., arXiv:1503.02531).
-        batchnorm: "frozen": BatchNorm normalizes with its running statistics, which stay as they are. "train": with
-            those of the batch, and the running statistics move (plain students: averaged over the processes at the
-            end). Its weight and bias are trained in either case.
+        batchnorm: "frozen": BatchNorm normalizes with its running statistics, which stay as they are. "train": it
+            normalizes with the statistics of the batch, and the running statistics move (those of a plain student are
+            averaged over the processes at the end). Its weight and bias are trained in either case.
         progress: a bar with the running loss on stderr, of process 0.
 
     Returns:
@@ -181,92 +148,33 @@ def distill_(
     batches = Batches(loader, "distill_: loader", device_of(student))
     trainer = _optimizer(student, optimizer, learning_rate)
     pairs = layer_pairs(student, teacher) if layer_weight else {}
-    if steps is None and minutes is None:
-        steps = 1000
-    warm_up = min(WARM_UP, -(-steps // 10)) if steps else WARM_UP
-    peaks = [group["lr"] for group in trainer.param_groups]
-    values = [*student.parameters(), *student.buffers()]
-    initial = [value.detach().clone() for value in values]
-    untrained = copy.deepcopy(trainer.state_dict())
-    runaway, kept = _Runaway(), True
-    losses: list[float] = []
-    elapsed, started = 0.0, time.perf_counter()
-
-    def loss_of(batch: Batch, layers: LayerErrors) -> tuple[Tensor, float]:
-        """This process' part of the loss, and the loss over all processes."""
-        nonlocal elapsed
-        with torch.no_grad():
-            expected = outputs_of(batch.run(teacher))
-        errors = output_errors(outputs_of(batch.run(student)), expected, temperature)
-        weights = [1 / len(errors)] * len(errors)
-        if pairs:
-            errors += layers.collect(like=errors[0][0])
-            weights += [layer_weight / len(pairs)] * len(pairs)
-        squares, sizes = (torch.stack(part) for part in zip(*errors, strict=True))
-        mine = torch.cat([squares.detach(), sizes, squares.new_tensor([time.perf_counter() - started])])
-        all_squares, all_sizes, seconds = processes.mean(mine).split([len(errors), len(errors), 1])
-        scales = torch.where(all_sizes > 0, squares.new_tensor(weights) / all_sizes, 0)
-        elapsed, loss = float(seconds), float((all_squares * scales).sum())
-        if not math.isfinite(loss):
-            raise _not_finite(f"the loss is {loss}", len(losses), all_sizes)
-        return (squares * scales).sum(), loss
-
-    def loss_and_gradients(batch: Batch, layers: LayerErrors) -> float:
-        """The loss of a step; leaves its gradients in the parameters."""
-        student.zero_grad(set_to_none=True)
-        mine, loss = loss_of(batch, layers)
-        mine.backward()  # type: ignore[no-untyped-call]
-        processes.average_gradients(student)
-        return loss
-
-    def begin_anew() -> None:
-        with torch.no_grad():
-            for value, start in zip(values, initial, strict=True):
-                value.copy_(start)
-
+    schedule = Schedule(1000 if steps is None and minutes is None else steps, minutes)
+    loss = Loss(student, teacher, pairs, layer_weight, temperature)
+    training = Training(loss, trainer, schedule)
     try:
         shown = progress and processes.rank() == 0
-        bar = tqdm(desc="distill", total=steps, unit="step", file=sys.stderr, leave=False, disable=not shown)
-        modes = _modes(student, teacher, batchnorm)
-        with torch.inference_mode(False), torch.enable_grad(), modes, LayerErrors(pairs) as layers, bar:
+        bar = progress_bar("distill", shown, unit="step", total=schedule.steps)
+        with torch.inference_mode(False), torch.enable_grad(), _modes(student, teacher, batchnorm), loss, bar:
             processes.start_equal(student)
-            stream = _forever(batches, loader)
-            first = batch = next(stream)
-            while (done := max(len(losses) / steps if steps else 0, elapsed / (60 * minutes) if minutes else 0)) < 1:
-                rate = min(1, (runaway.steps + 1) / warm_up) * (1 + math.cos(math.pi * done)) / 2
-                for group, peak in zip(trainer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * rate / RETREAT**runaway.restarts
-                if losses:
-                    batch = next(stream)
-                losses.append(trainer.step(functools.partial(loss_and_gradients, batch, layers)))
-                bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.4g}")
-                if runaway.watch(losses[-1]):
-                    begin_anew()
-                    trainer.load_state_dict(copy.deepcopy(untrained))
-            if not processes.all_finite(student):
-                raise _not_finite("parameters are not finite", len(losses) - 1)
-            with torch.no_grad(), _buffers_kept(student):
-                last = loss_of(first, layers)[1]
-            if last > losses[0]:
-                begin_anew()
-                kept = False
+            result = training.run(_forever(batches, loader), bar)
+            kept = result <= training.losses[0]
+            if not kept:
+                training.undo()
             elif batchnorm == "train":
                 processes.average_buffers(student)
     except Exception:
-        begin_anew()
+        training.undo()
         raise
     finally:
-        for group, peak in zip(trainer.param_groups, peaks, strict=True):
-            group["lr"] = peak
-        student.zero_grad(set_to_none=True)
+        training.clean_up()
+    losses = training.losses
     if not kept:
         warn(
-            f"distill_: after {len(losses)} steps the loss on the first batch is {last:.4g}, before it was "
+            f"distill_: after {len(losses)} steps the loss on the first batch is {result:.4g}, before it was "
             f"{losses[0]:.4g}: the student has its initial parameters again; use a lower learning rate or more steps",
         )
-    result = last if kept else losses[0]
-    return DistillReport(losses, time.perf_counter() - started, tuple(pairs), runaway.restarts, kept, result)
+        result = losses[0]
+    return DistillReport(losses, time.perf_counter() - loss.started, tuple(pairs), training.restarts, kept, result)
 
 
 def _check_arguments(
@@ -345,7 +253,8 @@ def _optimizer(
 
 @contextmanager
 def _modes(student: nn.Module, teacher: nn.Module, batchnorm: str) -> Iterator[None]:
-    """Both in eval mode, but for what `distill_` says."""
+    """Within it both networks are in eval mode, except for the student's BatchNorm and recurrent layers: see
+    `distill_`."""
     with eval_mode(teacher), eval_mode(student):
         for module in student.modules():
             if isinstance(module, _BatchNorm):
@@ -355,32 +264,12 @@ def _modes(student: nn.Module, teacher: nn.Module, batchnorm: str) -> Iterator[N
         yield
 
 
-@contextmanager
-def _buffers_kept(student: nn.Module) -> Iterator[None]:
-    """Running statistics do not move: a look is no step."""
-    before = [buffer.clone() for buffer in student.buffers()]
-    yield
-    for buffer, value in zip(student.buffers(), before, strict=True):
-        buffer.copy_(value)
-
-
 def _forever(batches: Batches, loader: Any) -> Iterator[Batch]:
+    """The batches, over and over."""
     epoch = 0
     while True:
-        tell = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-        if tell is not None:  # torch.utils.data.DistributedSampler draws the same order again without it
-            tell(epoch)
+        set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:  # torch.utils.data.DistributedSampler draws the same order again without it
+            set_epoch(epoch)
         yield from batches
         epoch += 1
-
-
-def _not_finite(what: str, step: int, sizes: Tensor | None = None) -> RuntimeError:
-    broken = sizes is not None and not torch.isfinite(sizes).all()
-    advice = (
-        "the teacher's outputs are not finite on this batch"
-        if broken
-        else "the student's outputs are not finite before any training"
-        if step == 0 and sizes is not None
-        else "use a lower learning rate"
-    )
-    return RuntimeError(f"distill_: {what} at step {step + 1}; the student has its initial parameters again: {advice}")

@@ -1,7 +1,8 @@
-"""How far a student's outputs, and those of its layers, are from the teacher's: the parts of `distill_`'s loss.
+"""The parts of the loss of `distill_`: how far a student's outputs, and those of its layers, are from the teacher's.
 
-Every error is a pair of scalars `(numerator, denominator)` that can be summed over calls, batches and processes
-before it is divided: squared errors over the teacher's squares, or divergences over rows.
+Every error is a pair of scalars `(numerator, denominator)`, which can be summed over calls, batches and processes
+before it is divided. The denominators are the teacher's squares for squared errors, and numbers of rows for
+divergences.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Pairs = Mapping[str, tuple[FactorizedModule, nn.Module]]
 def layer_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
     """The student's factorized layers and the teacher's layers of the same names.
 
-    Raises ValueError if there are none, if the teacher lacks one, or if a BatchNorm is in one network only: folded
-    into a layer of the other it changes what that layer gives.
+    Raises ValueError if there are none, if the teacher lacks one, or if a BatchNorm is in one network only: it may be
+    folded into a layer of the other network, whose outputs then differ.
     """
     students, teachers = (
         dict((model.module if isinstance(model, DistributedDataParallel) else model).named_modules())
@@ -61,7 +62,8 @@ def layer_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
 
 
 def output_errors(outputs: list[Tensor], expected: list[Tensor], temperature: float | None) -> list[Error]:
-    """An error for each output. Raises ValueError where the two networks' outputs do not match, or are none."""
+    """One error per output: squared errors, or divergences if there is a temperature. Raises ValueError where the two
+    networks' outputs do not match, or where there are none."""
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, expected)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"distill_: student and teacher must give the same shapes, got {shapes[0]} and {shapes[1]}")
@@ -82,6 +84,7 @@ def squared_error(output: Tensor, target: Tensor) -> Error:
 
 
 def _divergence(output: Tensor, target: Tensor, temperature: float) -> Error:
+    """`temperature^2 KL(teacher, student)` summed over rows of logits, and the number of rows."""
     if output.dim() not in (2, 3):
         raise ValueError(
             "distill_: temperature takes logits with the classes along the last axis, [N, C] or [N, T, C], got an "
@@ -94,11 +97,11 @@ def _divergence(output: Tensor, target: Tensor, temperature: float) -> Error:
 
 
 class LayerErrors:
-    """The errors of the layers' outputs, measured where the layers return; a context that holds the hooks.
+    """The errors of the layers' outputs, measured by forward hooks, which are there while it is entered.
 
-    The teacher runs first and leaves a copy of each output (an in-place activation behind the layer would change
-    it); the student's layer compares with it at once, before anything can change its own. Calls are matched in
-    order.
+    The teacher runs first; each of its layers leaves a copy of its output, since an in-place activation behind the
+    layer would change the output itself. When the student's layer returns, its output is compared with the copy at
+    once. Calls are matched in order.
     """
 
     def __init__(self, pairs: Pairs) -> None:
@@ -120,7 +123,11 @@ class LayerErrors:
             handle.remove()
 
     def collect(self, like: Tensor) -> list[Error]:
-        """The errors since the last call, one a layer, summed over its calls; (0, 0) for a layer without any."""
+        """The errors since the last `collect`, one per layer, summed over its calls; (0, 0) for a layer without calls.
+
+        Args:
+            like: a tensor of the dtype and on the device that zeros are to have.
+        """
         errors = []
         for name, targets in self._targets.items():
             if targets:
@@ -154,5 +161,5 @@ class LayerErrors:
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of an op as a function that leaves its argument alone and returns a tensor of its own."""
+    """The activation of an op as a function that returns a new tensor and leaves its argument as it is."""
     return torch.clone if name == "none" else ACTIVATION_MODULES[name]()

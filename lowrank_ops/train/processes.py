@@ -1,4 +1,7 @@
-"""The processes of torch.distributed's default group, as training needs them; one process without it."""
+"""Training over the processes of torch.distributed's default group: equal starts, averages, checks.
+
+Without such a group there is one process.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from lowrank_ops.runtime.torch_internals import is_sharded
 
 
 def count() -> int:
+    """How many processes there are."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process."""
     return distributed.get_rank() if count() > 1 else 0
 
 
@@ -28,7 +33,8 @@ def mean(values: Tensor) -> Tensor:
 
 
 def start_equal(model: nn.Module) -> None:
-    """Gives every process the parameters and buffers of process 0, unless the model's wrapper sees to that."""
+    """Gives every process the parameters and buffers of process 0, except for sharded ones (FSDP2), and for those in
+    DistributedDataParallel, which does so itself."""
     if not isinstance(model, DistributedDataParallel):
         values = [value for value in (*model.parameters(), *model.buffers()) if not is_sharded(value)]
         _together(values, lambda flat: distributed.broadcast(flat, src=0))
@@ -41,14 +47,15 @@ def average_gradients(model: nn.Module) -> None:
     gradients = []
     for parameter in model.parameters():
         if parameter.requires_grad and not is_sharded(parameter):
-            if parameter.grad is None:  # not reached here, but perhaps elsewhere
+            if parameter.grad is None:  # this process' batch did not reach it; that of another may have
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     _together(gradients, mean)
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Averages floating-point buffers (BatchNorm's statistics). DistributedDataParallel hands on process 0's."""
+    """Averages floating-point buffers (BatchNorm's statistics) over the processes. With DistributedDataParallel, which
+    itself uses those of process 0, all processes get these."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if isinstance(model, DistributedDataParallel):
         _together(buffers, lambda flat: distributed.broadcast(flat, src=0))
@@ -64,7 +71,7 @@ def all_finite(model: nn.Module) -> bool:
 
 
 def _together(tensors: Sequence[Tensor], operation: Callable[[Tensor], object]) -> None:
-    """An in-place collective on several tensors: one call for each dtype, whatever their strides."""
+    """Applies an in-place collective to several tensors of any strides: one call per dtype."""
     if count() == 1:
         return
     with torch.no_grad():

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lowrank_ops import Budget, factorize_
 from lowrank_ops.budget import menu as options
-from lowrank_ops.budget import spending
 from lowrank_ops.budget.knapsack import Option, allocate
-from lowrank_ops.budget.menu import Choice, count_cost, options_for
-from lowrank_ops.model.sites import Site
+from lowrank_ops.budget.menu import Block, Offer, count_cost, options_for
+from lowrank_ops.model import example as example_module
+from lowrank_ops.model.example import Example
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.counts import count_macs, count_parameters
 
@@ -325,32 +325,31 @@ def _counted(monkeypatch: pytest.MonkeyPatch, scale: Callable[[nn.Module], float
         ),
     )
 
-    def whole(model: nn.Module, example_input: Tensor) -> float:
+    def whole(example: Example) -> float:
         shapes: list[float] = []
-        layers = [layer for layer in model.modules() if count_macs(layer) is not None]
+        layers = [layer for layer in example.model.modules() if count_macs(layer) is not None]
         handles = [
             layer.register_forward_hook(
                 lambda layer, args, out: shapes.append(1e-9 * scale(layer) * (count_macs(layer, args[0].shape) or 0))
             )
             for layer in layers
         ]
-        with torch.no_grad():
-            model(example_input)
+        example.run()
         for handle in handles:
             handle.remove()
         return sum(shapes) + 1e-5
 
-    monkeypatch.setattr(spending, "_seconds", whole)
-    monkeypatch.setattr(spending, "_share", lambda model, sites, example: 1 - 1e-5 / whole(model, example))
+    monkeypatch.setattr(Example, "seconds", whole)
+    monkeypatch.setattr(Example, "share_of", lambda example, layers: 1 - 1e-5 / whole(example))
 
 
 def test_a_latency_budget_counts_time_and_is_checked_on_the_whole_model(
     model: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _counted(monkeypatch, lambda module: 1.0)
-    before = spending._seconds(model, INPUT)
+    before = Example(model, INPUT).seconds()
     report = factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
-    assert 0.4 * before < spending._seconds(model, INPUT) <= 0.5 * before
+    assert 0.4 * before < Example(model, INPUT).seconds() <= 0.5 * before
     for layer in report.replaced:
         assert layer.ranks is not None and all(rank % 16 == 0 or rank < 16 for rank in layer.ranks)
 
@@ -372,7 +371,7 @@ def test_layers_timed_while_the_machine_is_slow_change_nothing(model: Network, m
 
 def test_the_share_of_the_layers_is_that_of_the_running_model(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0  # a clock that only the modules move
-    monkeypatch.setattr(spending, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(example_module, "time", SimpleNamespace(perf_counter=lambda: now))
 
     class Slow(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -388,7 +387,7 @@ def test_the_share_of_the_layers_is_that_of_the_running_model(monkeypatch: pytes
 
     layer = Slow(4, 4)
     model = nn.Sequential(layer, Rest())
-    assert spending._share(model, [Site(layer)], torch.ones(1, 4)) == pytest.approx(0.75)
+    assert Example(model, torch.ones(1, 4)).share_of([layer]) == pytest.approx(0.75)
     assert not layer._forward_hooks and not layer._forward_pre_hooks
 
 
@@ -396,16 +395,16 @@ def test_a_latency_that_the_layers_alone_underestimate_is_corrected(
     model: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _counted(monkeypatch, lambda module: 1.0)
-    alone = spending._seconds
+    alone = Example.seconds
 
-    def slower_together(model: nn.Module, example_input: Tensor) -> float:
-        factorized = any(isinstance(layer, FactorizedModule) for layer in model.modules())
-        return alone(model, example_input) * (1.2 if factorized else 1.0)
+    def slower_together(example: Example) -> float:
+        factorized = any(isinstance(layer, FactorizedModule) for layer in example.model.modules())
+        return alone(example) * (1.2 if factorized else 1.0)
 
-    monkeypatch.setattr(spending, "_seconds", slower_together)
-    before = slower_together(model, INPUT)
+    monkeypatch.setattr(Example, "seconds", slower_together)
+    before = Example(model, INPUT).seconds()
     factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
-    assert slower_together(model, INPUT) <= 0.5 * before
+    assert Example(model, INPUT).seconds() <= 0.5 * before
 
 
 @pytest.mark.parametrize("whole", [lambda alone: 0.75 * alone, lambda alone: 0.45 + 0.2 * alone])
@@ -414,17 +413,17 @@ def test_a_latency_budget_is_used_up(
 ) -> None:
     """Where blocks are faster together than one by one, and where they save little until much is taken away."""
     _counted(monkeypatch, lambda module: 1.0)
-    alone = spending._seconds
-    before = alone(model, INPUT)
+    alone = Example.seconds
+    before = Example(model, INPUT).seconds()
 
-    def together(model: nn.Module, example_input: Tensor) -> float:
-        factorized = any(isinstance(layer, FactorizedModule) for layer in model.modules())
-        taken = alone(model, example_input)
+    def together(example: Example) -> float:
+        factorized = any(isinstance(layer, FactorizedModule) for layer in example.model.modules())
+        taken = alone(example)
         return before * whole(taken / before) if factorized else taken
 
-    monkeypatch.setattr(spending, "_seconds", together)
+    monkeypatch.setattr(Example, "seconds", together)
     factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
-    assert 0.48 * before < together(model, INPUT) <= 0.5 * before
+    assert 0.48 * before < Example(model, INPUT).seconds() <= 0.5 * before
 
 
 def test_a_latency_that_only_the_layers_alone_reach_is_approached_and_warned_of(
@@ -432,21 +431,21 @@ def test_a_latency_that_only_the_layers_alone_reach_is_approached_and_warned_of(
 ) -> None:
     """Corrections never ask for less than the closest: that is what is left to do, and it is said."""
     _counted(monkeypatch, lambda module: 1.0)
-    alone, largest = spending._seconds, copy.deepcopy(model)
-    before = alone(model, INPUT)
+    alone, largest = Example.seconds, copy.deepcopy(model)
+    before = Example(model, INPUT).seconds()
     monkeypatch.setattr(
-        spending,
-        "_seconds",
-        lambda module, example: (
-            max(alone(module, example), 0.6 * before)
-            if any(isinstance(layer, FactorizedModule) for layer in module.modules())
-            else alone(module, example)
+        Example,
+        "seconds",
+        lambda example: (
+            max(alone(example), 0.6 * before)
+            if any(isinstance(layer, FactorizedModule) for layer in example.model.modules())
+            else alone(example)
         ),
     )
     with pytest.warns(UserWarning, match=r"budget of .* ms, but .* takes .* ms") as caught:
         report = factorize_(model, rank=Budget(latency=0.5, example_input=INPUT), progress=False)
     assert caught[0].filename == __file__
-    assert report.replaced and alone(model, INPUT) < 0.5 * alone(largest, INPUT)
+    assert report.replaced and alone(Example(model, INPUT)) < 0.5 * alone(Example(largest, INPUT))
 
 
 def test_a_layer_that_would_not_get_faster_is_left(model: Network, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,20 +467,18 @@ def test_the_errors_of_the_options_are_those_of_the_decompositions() -> None:
     torch.manual_seed(0)
     conv, linear = nn.Conv2d(24, 32, 3), nn.Linear(40, 24)
     weight = conv.weight.detach().double()
-    by_choice = {
-        option.choice: option.error for option in options_for(conv, weight, "tucker", count_parameters, 8, "c", 0)
-    }
+    by_block = {option.block: option.error for option in options_for(conv, weight, count_parameters, Offer("tucker"))}
     bases = [torch.linalg.svd(weight.transpose(0, mode).flatten(1), full_matrices=False)[0] for mode in (0, 1)]
     for in_rank, out_rank in ((8, 8), (16, 8), (8, 24)):
         left, right = bases[0][:, :out_rank], bases[1][:, :in_rank]
         projected = torch.einsum("tu,uv,vsij,sz,zy->tyij", left, left.T, weight, right, right.T)
         expected = float((weight - projected).square().sum())
-        assert by_choice[Choice("tucker", (in_rank, out_rank))] == pytest.approx(expected, rel=1e-9)
+        assert by_block[Block("tucker", (in_rank, out_rank))] == pytest.approx(expected, rel=1e-9)
     matrix = linear.weight.detach().double()
     values = torch.linalg.svdvals(matrix).square()
-    for option in options_for(linear, matrix, "tucker", count_parameters, 8, "l", 0):
-        if option.choice is not None:
-            assert option.error == pytest.approx(float(values[option.choice.rank :].sum()), rel=1e-9)
+    for option in options_for(linear, matrix, count_parameters, Offer("tucker")):
+        if option.block is not None:
+            assert option.error == pytest.approx(float(values[option.block.rank :].sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(32, 1, 3, 3), (64, 2, 3, 3), (8, 8, 1, 5), (32, 32, 3, 3)], ids=str)
@@ -490,7 +487,7 @@ def test_no_option_loses_more_than_the_weight(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=torch.float64)
     layer = nn.Conv2d(shape[1], shape[0], shape[2:])  # type: ignore[arg-type]
-    menu = options_for(layer, weight / weight.norm(), "cp", count_parameters, 8, "conv", 0)
+    menu = options_for(layer, weight / weight.norm(), count_parameters, Offer("cp"))
     assert len(menu) > 1 or shape[1] == 1  # as large as the weight at every rank then
     assert all(0 <= option.error <= 1 + 1e-9 for option in menu)
 
@@ -503,9 +500,9 @@ def test_no_option_loses_more_than_the_weight(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("method", ["tucker", "cp"])
 def test_the_costs_of_the_options_are_those_of_the_modules(layer: nn.Module, method: str) -> None:
     weight = layer.weight.detach().double()
-    found = options_for(layer, weight, method, count_cost("params", None), 8, "layer", 0)
+    found = options_for(layer, weight, count_cost("params", None), Offer(method))
     assert len(found) > 2
     for option in found[1:]:
-        module = options.empty_module(layer, option.choice)
+        module = options.empty_module(layer, option.block)
         assert option.cost == pytest.approx(count_parameters(module), abs=1e-6)
         assert option.cost < count_parameters(layer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import factorize_
-from lowrank_ops.calibrate import fitting
+from lowrank_ops.calibrate import fitting, normal_equations
 from lowrank_ops.calibrate.fitting import Regression, refit
 from lowrank_ops.calibrate.moments import Moments
 from lowrank_ops.calibrate.whitening import Whitening
@@ -191,7 +191,7 @@ def test_steps_from_a_near_solution_reach_the_best_of_the_rank(count: int, metri
     features, targets = _normal(count, 20), _normal(count, 12, seed=1)
     root = None if metric is None else Root.of_(triangle_of(metric))
     parts = [_regression(features, targets, torch.zeros(12, 20).double(), root)]
-    factored = fitting._Normal(parts).factored(1e-3, root)
+    factored = normal_equations.NormalEquations(parts).factored(1e-3, root)
     best = factored.solve(lambda _, targets: targets, 4)
     reached = best[0], best[1] + 0.1 * _normal(4, 20, seed=2), best[2]
     for _ in range(200):
@@ -201,9 +201,11 @@ def test_steps_from_a_near_solution_reach_the_best_of_the_rank(count: int, metri
 
 def test_behind_a_relu_each_strength_takes_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     decomposed: list[int] = []
-    leading_svd = fitting.leading_svd
+    leading_svd = normal_equations.leading_svd
     monkeypatch.setattr(
-        fitting, "leading_svd", lambda matrix, count, seed: decomposed.append(count) or leading_svd(matrix, count, seed)
+        normal_equations,
+        "leading_svd",
+        lambda matrix, count, seed: decomposed.append(count) or leading_svd(matrix, count, seed),
     )
     fitted, judged, present = _problem(400, 0.3)
     refit(fitted, judged, (torch.eye(10, 4).double(), torch.zeros(4, 40).double(), present[2]), 4, True)
@@ -296,13 +298,13 @@ def test_fewer_rows_than_features_give_the_same_map_by_the_smaller_system(
     rank: int | None, metric: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides: list[int] = []
-    cholesky = fitting.cholesky_
-    monkeypatch.setattr(fitting, "cholesky_", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
+    cholesky = normal_equations.cholesky_
+    monkeypatch.setattr(normal_equations, "cholesky_", lambda matrix: sides.append(len(matrix)) or cholesky(matrix))
     features, prior = _normal(12, 30), _normal(5, 30, seed=3)
     root = None if metric is None else Root.of_(triangle_of(metric))
     regression = _regression(features, _normal(12, 5, seed=1), prior, root)
     small = regression.solve(rank)
-    monkeypatch.setattr(fitting._Normal, "by_rows", property(lambda self: False))
+    monkeypatch.setattr(normal_equations.NormalEquations, "by_rows", property(lambda self: False))
     out, inner, bias = regression.solve(rank)
     assert sides == [12, 30]
     # fp64, the ridge makes the condition about a thousand

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import Budget, factorize_
-from lowrank_ops.calibrate import moment_groups
-from lowrank_ops.compress import factorize
+from lowrank_ops.calibrate import calibration, moment_groups
+from lowrank_ops.compress import work
 from lowrank_ops.model.batches import Batches
 from lowrank_ops.model.sites import Site, find_sites
 
@@ -77,18 +77,18 @@ def test_groups_give_the_same_factors_bit_for_bit(
     model: Backwards, rank: float | Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once: list[int] = []
-    gather = factorize.gather_moments
+    gather = calibration.gather_moments
 
     def spy(model: nn.Module, layers: Any, *args: Any, **kwargs: Any) -> Any:
         at_once.append(len(layers))
         return gather(model, layers, *args, **kwargs)
 
-    monkeypatch.setattr(factorize, "gather_moments", spy)
+    monkeypatch.setattr(calibration, "gather_moments", spy)
     other = copy.deepcopy(model)
     report = factorize_(other, rank=rank, calibration=_data(), progress=False)
     assert at_once == [4]
     at_once.clear()
-    monkeypatch.setattr(factorize, "room", lambda model: float("inf"))  # the rows of the fits stay
+    monkeypatch.setattr(work, "room", lambda model: float("inf"))  # the rows of the fits stay
     monkeypatch.setattr(moment_groups, "LEAST", 0)
     monkeypatch.setattr(moment_groups, "SHARE", 0.0)
     grouped = factorize_(model, rank=rank, calibration=_data(), progress=False)
@@ -130,13 +130,13 @@ def test_a_layer_without_rows_in_the_first_batch_keeps_its_place(
     monkeypatch.setattr(moment_groups, "SHARE", 0.0)
     monkeypatch.setattr(moment_groups, "moment_bytes", lambda layer: 4 * sum(size**2 for size in layer.weight.shape))
     fitted: list[str] = []
-    fit = factorize.fit_in_order_
+    fit = work.fit_in_order_
 
-    def spy(model: nn.Module, fits: Any, *args: Any) -> Any:
+    def spy(data: Any, fits: Any, *args: Any) -> Any:
         fitted.extend(each.site.names[0] for each in fits)
-        return fit(model, fits, *args)
+        return fit(data, fits, *args)
 
-    monkeypatch.setattr(factorize, "fit_in_order_", spy)
+    monkeypatch.setattr(work, "fit_in_order_", spy)
     torch.manual_seed(0)
     model = Experts(calls_empty)
     data = _data()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_ops import LowRankLinear, factorize_
 from lowrank_ops.calibrate import fit_in_order as calibration
-from lowrank_ops.compress import factorize
+from lowrank_ops.compress import work
 from lowrank_ops.model.sites import Site
 from lowrank_ops.nn.base import FactorizedModule
 
@@ -32,7 +32,7 @@ class Deep(nn.Module):
 
 
 def _calls_of(model: Deep, stages: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(factorize, "STAGES", stages)
+    monkeypatch.setattr(work, "STAGES", stages)
     Deep.called_in_all = 0
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(BATCHES * 32, 24, generator=generator)
@@ -58,13 +58,13 @@ def test_in_a_stage_the_layers_before_are_factorized(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     model = Deep()
     seen: list[bool] = []
-    record = factorize.fit_in_order_.__globals__["watch"]
+    record = calibration.watch
 
     def spy(model: Deep, watched: list, batch: object, seed: int = 0) -> None:
         seen.append(isinstance(model.layers[0], FactorizedModule))
         record(model, watched, batch, seed)
 
-    monkeypatch.setitem(factorize.fit_in_order_.__globals__, "watch", spy)
+    monkeypatch.setattr(calibration, "watch", spy)
     _calls_of(model, 1, monkeypatch)
     assert seen == [False, True] * BATCHES
 

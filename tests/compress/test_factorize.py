@@ -14,7 +14,8 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from lowrank_ops.budget.knapsack import Budget
-from lowrank_ops.compress.factorize import factorize_, fuse_
+from lowrank_ops.compress.factorize import factorize_
+from lowrank_ops.compress.fuse import fuse_
 from lowrank_ops.decompose.ranks import Energy
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.counts import count_macs, count_parameters

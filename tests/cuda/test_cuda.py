@@ -1,4 +1,4 @@
-"""The ops on CUDA tensors: values under every kernel, streams, graphs, memory, devices, what they say when they fail.
+"""The ops on CUDA tensors: values of every kernel, streams, graphs, devices, sizes, memory, messages of failed calls.
 
 Values, gradients and errors that do not depend on the device are in test_ops.py, test_autograd.py and test_errors.py,
 which run on the GPU too where there is one.
@@ -30,9 +30,9 @@ pytestmark = [
 ]
 
 KERNELS = [line["name"] for line in _C.gpu_kernels()]
-TF32 = "tf32"  # fp32 where torch's settings allow to round it
+TF32 = "tf32"  # float32 where torch's settings allow rounding it to tf32
 
-# On top of those of test_ops.py: what only tiles of a GPU can get wrong.
+# Besides the geometries of test_ops.py: those that only a GPU's tiles could get wrong.
 GPU_GEOMETRIES = {
     **GEOMETRIES,
     "tile edges": dict(n=3, s=72, t=200, r1=33, r2=130, h=17, w=33, kernel=(3, 3), padding=(1, 1)),
@@ -47,7 +47,7 @@ LINEAR_SIZES = [(5, 4, 3), (1, 1, 1), (64, 48, 16), (130, 67, 31), (512, 1000, 9
 
 
 def kernels_of(op: str) -> list[tuple[str, torch.dtype | str]]:
-    """Every kernel of an op with each dtype it takes: as the planner says of a GPU of ours."""
+    """Every kernel of an op with each dtype that it takes, according to the planner's word about an H100."""
     sizes, window = [2, 64, 12, 12, 64, 32, 32, 3, 3], [1, 1, 1, 1, 1, 1]
     if op == "lowrank_linear":
         sizes, window = [24, 64, 1, 1, 64, 32, 32, 1, 1], [1, 1, 0, 0, 1, 1]
@@ -57,7 +57,7 @@ def kernels_of(op: str) -> list[tuple[str, torch.dtype | str]]:
             tf32 = dtype == TF32
             described = (op, "float32" if tf32 else str(dtype).removeprefix("torch."), True, sizes, window, tf32)
             fitting = name.startswith(op) and not _C.plan_gpu_kernel(described, name, "H100")["reason"]
-            if fitting and not (tf32 and "simt" in name):  # there it is the same as fp32
+            if fitting and not (tf32 and "simt" in name):  # simt kernels treat it as float32
                 found.append((name, dtype))
     return found
 
@@ -81,7 +81,7 @@ def _no_forced_kernel() -> Iterator[None]:
 
 
 def library_calls(call: Call) -> tuple[Tensor, int]:
-    """The output, and how many library convolutions or matrix products it took: none when a kernel of ours ran.
+    """The output, and the number of library convolutions and matrix products of the call: none when a fused kernel ran.
 
     The call before is not counted: a kernel's first use in a process checks it against the library's convolutions.
     """
@@ -93,7 +93,7 @@ def library_calls(call: Call) -> tuple[Tensor, int]:
 
 
 def assert_runs(name: str, call: Call) -> None:
-    """That kernel runs, without a warning, and is right."""
+    """Asserts that this kernel runs, without a warning, and is right."""
     _C.force_gpu_kernel(name)
     with warnings.catch_warnings(), lowrank_ops.set_policy("auto"):
         warnings.filterwarnings("error", message="lowrank_ops")
@@ -102,8 +102,8 @@ def assert_runs(name: str, call: Call) -> None:
         op = getattr(lowrank_ops, call.problem.op)
         (found,) = lowrank_ops.explain(op, list(call.tensors.values()), verbose=False, **call.problem.options())
         reason = dict(found.rejections).get(name, "")
-        # The sm90a kernels take some problems only, and of slices less than explain() says of dense tensors; that they
-        # take theirs is test_cuda_kernels.py's to see.
+        # The sm90a kernels take only some problems, and fewer where tensors are slices (explain() speaks of dense
+        # ones). That they run where they should is tested in test_cuda_kernels.py.
         assert "sm90a" in name or " of shared memory, this GPU gives" in reason, f"the chain ran: {reason}"
         pytest.skip(reason)
     if call.problem.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
@@ -174,7 +174,7 @@ def test_a_batch_that_is_one_image_expanded() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_ieee_float32_is_not_rounded_to_tf32(op: str) -> None:
-    """Both by the planner's word and by the error."""
+    """Both the planner's word and the error of the result show it."""
     call = Problem(op, device="cuda", n=4, s=64, t=64, r1=32, r2=32, h=14, w=14).make()
     with lowrank_ops.set_policy("fused"):
         (found,) = lowrank_ops.explain(
@@ -196,7 +196,7 @@ def test_runs_are_equal_bit_by_bit(op: str) -> None:
 
 @pytest.mark.parametrize(("images", "stays"), [(8, True), (7, False)])
 def test_the_chain_of_a_large_nchw_image_stays_in_nchw(images: int, stays: bool) -> None:
-    """From 1.5 million output values on; below, images are copied for a core in channels_last."""
+    """From 1.5 million output values on. Below, the image is copied to suit a core in channels_last."""
     options = dict(s=16, t=64, r1=24, r2=24, h=56, w=56, kernel=(3, 3), padding=(1, 1))
     call = Problem("tucker_conv2d", device="cuda", dtype=torch.bfloat16, n=images, **options).make()
     call.tensors["core"] = call.tensors["core"].contiguous(memory_format=torch.channels_last)
@@ -218,9 +218,9 @@ def large_call(op: str, **options: object) -> Call:
 
 @pytest.mark.parametrize("op", OPS)
 def test_current_stream(op: str, fused_policy: None) -> None:
-    """The op waits for a producer on its own stream, and for nothing on the default one."""
+    """The op waits for a producer on the current stream, and for no work on the default stream."""
     call = large_call(op)
-    call.run()  # checks and plans are done
+    call.run()  # now the kernel is checked and the plan made
     expected = call.tensors["input"].clone()
     call.tensors["input"].zero_()
     side = torch.cuda.Stream()
@@ -259,8 +259,8 @@ def test_cuda_graph(op: str, policy: str) -> None:
 
 
 def test_a_graph_of_a_problem_whose_chain_runs_in_graphs_only() -> None:
-    """Called from Python it runs fused. Its library convolutions must have run before a graph records them: with
-    cudnn.benchmark they search for algorithms, which ends a capture."""
+    """Called from Python such a problem runs fused. Its library convolutions must run before a graph captures them, as
+    with cudnn.benchmark their first run searches for algorithms, which ends a capture."""
     problem = Problem("cp_conv2d", device="cuda", dtype=torch.bfloat16, layout=torch.channels_last, n=1, t=256)
     call = replace(problem, s=256, r1=256, h=14, w=14, kernel=(3, 3), padding=(1, 1)).make()
     former = torch.backends.cudnn.benchmark
@@ -283,7 +283,7 @@ import torch, lowrank_ops
 lowrank_ops.set_policy({policy!r})
 sizes = [(64, 96), (32, 96), (48, 32), (48,)]
 x, a, b, bias = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
-torch.nn.functional.linear(x, a)  # cuBLAS must be there before
+torch.nn.functional.linear(x, a)  # cuBLAS must have started before the capture
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
@@ -310,7 +310,7 @@ def run_script(text: str) -> str:
 
 @pytest.mark.parametrize("policy", ["auto", "fused", "measure"])
 def test_a_first_call_inside_a_graph(policy: str) -> None:
-    """Nothing can be checked or timed there: the chain runs, and capturing does not fail."""
+    """A capture allows neither checks nor timing: the chain runs, and the capture does not fail."""
     assert run_script(FIRST_CALL_IN_A_GRAPH.format(policy=policy)) == "right"
 
 
@@ -394,7 +394,7 @@ def needs(gigabytes: float) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("op", CONVS)
 def test_more_than_2_to_the_31_elements(op: str, layout: torch.memory_format, family: str) -> None:
-    """The last images are right: their offsets do not fit into 32 bits."""
+    """The last images, whose offsets do not fit into 32 bits, are right."""
     needs(14)
     n, s, h, w = 2**31 // (64 * 128 * 128) + 5, 64, 128, 128
     problem = Problem(op, device="cuda", dtype=torch.bfloat16, layout=layout, n=2, s=s, t=s, r1=16, r2=16, h=h, w=w)
@@ -433,7 +433,8 @@ def test_gradients(op: str, dtype: torch.dtype, layout: torch.memory_format, fus
 
 @pytest.mark.parametrize("op", OPS)
 def test_memory_of_a_training_step(op: str, fused_policy: None) -> None:
-    """Kept for backward: input and factors. A step also needs the gradients and a chunk of csrc/ops/backward.cpp."""
+    """Only input and factors are kept for backward. A step also needs the gradients and one chunk of
+    csrc/ops/backward.cpp."""
     call = large_call(op, n=64, s=128, t=128, r1=128, r2=128, h=56, w=56, kernel=(3, 3), padding=(1, 1))
     if op == "lowrank_linear":
         call = large_call(op, n=64, h=56 * 56, s=128, t=128, r1=128)
@@ -447,7 +448,7 @@ def test_memory_of_a_training_step(op: str, fused_policy: None) -> None:
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(output, leaves, torch.ones_like(output))
     extra = torch.cuda.max_memory_allocated() - before - 2 * output.nbytes - inputs
-    assert extra <= 3 * chunk, f"{extra / 2**20:.0f} MiB"  # twice for what convolutions of the library take
+    assert extra <= 3 * chunk, f"{extra / 2**20:.0f} MiB"  # two more chunks are allowed for the library's convolutions
 
 
 # ---- torch
@@ -487,7 +488,7 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compile(mode: str, fused_policy: None) -> None:
-    """fullgraph: not one break; reduce-overhead: inside CUDA graphs."""
+    """fullgraph forbids graph breaks; reduce-overhead runs the ops inside CUDA graphs."""
     torch.use_deterministic_algorithms(False)
     net, x = model(), torch.randn(4, 16, 14, 14, device="cuda")
     compiled = torch.compile(net, fullgraph=True, mode=mode)
@@ -512,7 +513,8 @@ def test_measure_times_once_and_remembers() -> None:
 
 
 def test_a_refused_kernel_gives_way_to_another() -> None:
-    """As after a failed check: the next best runs. Refusals last as long as the process, so not in this one."""
+    """After a failed check the kernel is refused and the next best runs. Refusals last as long as the process, so this
+    runs in another one."""
     said = run_script(
         """
 import torch, lowrank_ops

@@ -1,6 +1,6 @@
-"""What can be held of the CUDA build without a GPU: the build rule, and what nvcc makes of the kernels.
+"""Tests of the CUDA build that need no GPU: the build rule, and the kernels as nvcc compiles them.
 
-Compiles csrc/cuda/kernels for sm_80; with LOWRANK_OPS_ALL_ARCHITECTURES=1 for all that a release has.
+Compiles csrc/cuda/kernels for sm_80; with LOWRANK_OPS_ALL_ARCHITECTURES=1 for all architectures of a release.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from tests.support.paths import REPOSITORY, SIMULATOR
 
 ALL = os.environ.get("LOWRANK_OPS_ALL_ARCHITECTURES") == "1"
 DTYPES = {"sm90a": {"bf16", "fp16"}, "sm80": {"tf32", "bf16", "fp16"}, "simt": {"fp32", "bf16", "fp16"}}
-CASES = {"sm90a": (), "sm80": ("general", "common"), "simt": ("general",)}  # each of them for every architecture
+CASES = {
+    "sm90a": (),
+    "sm80": ("general", "common"),
+    "simt": ("general",),
+}  # each is compiled for every architecture
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def wanted() -> list[Architecture]:
 
 @pytest.fixture(scope="module")
 def folder(tools: Toolkit, wanted: list[Architecture]) -> Path:
-    """The compiled kernels: warnings are errors."""
+    """The folder of the compiled kernels. Warnings of the compiler are errors."""
     build_kernels.compile_kernels(tools, wanted)
     return build_kernels.folder_for(wanted)
 
@@ -57,7 +61,7 @@ def disassembled(folder: Path) -> list[Instantiation]:
 
 
 def test_every_kernel_of_the_table_was_compiled(report: list[Instantiation], wanted: list[Architecture]) -> None:
-    """In each dtype of its family, for each architecture."""
+    """Each in every dtype of its family, for every architecture."""
     built = {(one.kernel, one.dtype, one.case, one.architecture) for one in report}
     assert len(built) == len(report)
     for (_, family, _), kernel in kernel_report.table().items():
@@ -86,7 +90,7 @@ def test_tensor_core_kernels_use_no_local_memory(report: list[Instantiation]) ->
 
 
 def test_shared_memory_is_all_dynamic(report: list[Instantiation]) -> None:
-    """The planner counts what a launch asks for, and nothing else."""
+    """The planner counts only the dynamic shared memory of a launch."""
     for one in report:
         assert one.static_shared == 0, one
 
@@ -110,7 +114,7 @@ def test_hopper_kernels_use_what_hopper_has(disassembled: list[Instantiation]) -
 
 
 def test_simt_kernels_use_no_tensor_cores(disassembled: list[Instantiation]) -> None:
-    """They are the ones that keep fp32's precision."""
+    """They must keep the precision of float32."""
     plain = [one for one in disassembled if one.family == "simt"]
     assert plain
     for one in plain:
@@ -124,7 +128,7 @@ def test_the_committed_report_lists_every_kernel() -> None:
 
 
 def test_the_primitives_of_the_simulator_compile(tools: Toolkit, tmp_path: Path) -> None:
-    """For a GPU: test_cuda_kernels.py runs them there."""
+    """nvcc compiles them; test_cuda_kernels.py runs them on a GPU."""
     flags = [*build_kernels.FLAGS, f"-I{SIMULATOR}", "-arch=sm_80", "-c", "-o", str(tmp_path / "primitives.o")]
     done = subprocess.run(
         [tools.compiler, *flags, str(REPOSITORY / "tests/cuda/primitives.cu")], text=True, capture_output=True
@@ -225,7 +229,7 @@ def test_a_toolkit_without_its_runtime_is_refused(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_setup_says_what_is_missing(value: str, message: str, tmp_path: Path) -> None:
-    """Before anything is compiled."""
+    """It says so before anything is compiled."""
     environment = {**os.environ, "LOWRANK_OPS_CUDA": value, "CUDA_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)],

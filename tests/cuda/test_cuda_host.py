@@ -1,4 +1,5 @@
-"""What csrc/cuda tells a kernel, without a GPU: pointers, strides and widths of copies, carried out by the simulator.
+"""The parameters that csrc/cuda passes to a kernel (pointers, strides, widths of copies), without a GPU: the simulator
+runs the kernel with them.
 
 Needs a build with CUDA kernels, of any torch: `make check-cuda`.
 """
@@ -32,13 +33,13 @@ CUTS = {"tucker_conv2d": Cut(1, 4, 8), "cp_conv2d": Cut(1, 4, 8), "lowrank_linea
 
 
 def kernel_for(op: str) -> tuple[Kernel, str]:
-    """simt's small tile: the one that takes every dtype."""
+    """The simt kernel with the small tile, which takes every dtype, and its name."""
     (line,) = [line for line in _C.gpu_kernels() if (line["op"], line["family"], line["config"]) == (op, "simt", 1)]
     return Kernel(op, "simt", 1), line["name"]
 
 
 def described(call: Call) -> dict[str, Any]:
-    """What the kernel would be told."""
+    """The parameters that csrc/cuda would pass to the kernel."""
     problem, cut = call.problem, CUTS[call.problem.op]
     tensors = [call.tensors.get(name) for name in ("input", *FACTORS, "bias")]
     windows = [list(problem.stride), list(problem.padding), list(problem.dilation)]
@@ -49,10 +50,10 @@ def described(call: Call) -> dict[str, Any]:
 
 
 def simulate(call: Call, found: dict[str, Any]) -> Result:
-    """The kernel on exactly the numbers that csrc/cuda has given; `block_call` adds the bounds of the memory."""
+    """Runs the kernel with exactly the numbers that csrc/cuda gave; `block_call` adds the bounds of the tensors."""
     kernel, _ = kernel_for(call.problem.op)
     output: Tensor = found["output_tensor"]
-    kept = zip(("input", "core", "bias"), found["kept"], strict=True)  # of a linear layer the rows
+    kept = zip(("input", "core", "bias"), found["kept"], strict=True)  # a linear layer's input as rows
     tensors = {**call.tensors, **{name: tensor for name, tensor in kept if tensor is not None}}
     block = harness.block_call(kernel, CUTS[kernel.op], tensors, call.problem.options(), output, {})
     for side in ("input", "output"):
@@ -66,12 +67,12 @@ def simulate(call: Call, found: dict[str, Any]) -> Result:
         factor.row_stride, factor.column_stride = found[name]["row_stride"], found[name]["column_stride"]
         factor.tap_stride = (ctypes.c_int64 * 2)(*found[name]["tap_stride"])
     output.fill_(torch.nan)
-    code = harness.library().simt_run(ctypes.byref(block), ctypes.byref(harness._settings(None)))
-    return Result(output, code, json.loads(harness.library().simt_report().decode()))
+    code = harness.library().simulator_run(ctypes.byref(block), ctypes.byref(harness._settings(None)))
+    return Result(output, code, json.loads(harness.library().simulator_report().decode()))
 
 
 def assert_right(call: Call) -> dict[str, Any]:
-    """The simulator finds no mistake, and the values are right."""
+    """Asserts that the simulator finds no mistake and that the values are right."""
     found = described(call)
     result = simulate(call, found)
     assert (result.code, result.error) == (0, "")
@@ -100,7 +101,7 @@ def test_views(op: str, layout: torch.memory_format, dtype: torch.dtype, view: s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_widest_copies(op: str, dtype: torch.dtype) -> None:
-    """Channels of whole vectors in channels_last, a contiguous core: 16 bytes everywhere."""
+    """With whole vectors of channels in channels_last and a contiguous core all copies take 16 bytes."""
     call = Problem(op, s=32, t=24, r1=16, r2=8, dtype=dtype, layout=torch.channels_last, kernel=(3, 3)).make()
     if op == "tucker_conv2d":
         call.tensors["core"] = call.tensors["core"].contiguous()
@@ -117,7 +118,7 @@ def test_widths_follow_the_channels(channels: int, width: int) -> None:
     sizes = dict(s=channels, t=channels, r1=channels, r2=channels)
     call = Problem("tucker_conv2d", **sizes, dtype=torch.bfloat16, layout=torch.channels_last, kernel=(3, 3)).make()
     found = assert_right(call)
-    # Outputs are written in whole vectors or by elements.
+    # Outputs are written either in 16-byte vectors or in elements.
     assert found["planned_vectors"] == [width, width, 16 if width == 16 else 2]
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels one by one on a real GPU: what tests/support/simt holds of the simulated ones, of the hardware.
+"""The CUDA kernels one by one on a real GPU: the tests that tests/simt runs on the simulator, on the hardware.
 
 First the primitives alone against their host versions, then every kernel of the planner's table with the cuts of
 tests/support/simt/cases.py, at the edges of its tiles, against the fp64 reference.
@@ -51,7 +51,7 @@ def architecture() -> int:
 
 
 def name_for(kernel: Kernel) -> str:
-    """Its name in the table. Skips what this GPU is too old for."""
+    """The kernel's name in the table. Skips the test where this GPU cannot run it."""
     name = NAMES[kernel.op, kernel.family, kernel.config]
     if kernel.family == "sm90a" and architecture() != 90:
         pytest.skip(f"{name} runs on sm_90 alone, this GPU is sm_{architecture()}")
@@ -66,7 +66,7 @@ def name_for(kernel: Kernel) -> str:
 
 @pytest.fixture(scope="module")
 def primitives(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels of tests/support/simt/primitive_kernels.cuh as nvcc compiles them."""
+    """The kernels of tests/support/simt/primitive_kernels.cuh, compiled by nvcc."""
     if building.missing():
         pytest.skip(building.missing())
     tools = build_kernels.toolkit()
@@ -81,7 +81,7 @@ def primitives(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def both(primitives: ctypes.CDLL, name: str, data: Tensor, output: Tensor, *arguments: int, threads: int) -> Tensor:
-    """A primitive's output on the GPU; the simulator's goes into `output`."""
+    """Runs a primitive on both. Returns the GPU's output and writes the simulator's to ``output``."""
     found = torch.full_like(output, -1)
     numbers = (ctypes.c_int64 * 6)(*arguments)
     sizes = [ctypes.c_int64(tensor.nbytes) for tensor in (data, found)]
@@ -98,11 +98,11 @@ def random_words(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_multiply_add(primitives: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Sums of 17 terms in fp32, in any order."""
+    """The two may differ as sums of 17 terms in fp32 do that are added in another order."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}[dtype]
     depth = 32 // dtype.itemsize
     a, b, c = torch.randn(16, depth).to(dtype), torch.randn(8, depth).to(dtype), torch.randn(16, 8)
-    if dtype == torch.float32:  # without the bits that a GPU may or may not look at
+    if dtype == torch.float32:  # cuts off the bits that a GPU may or may not look at
         a, b = ((values.view(torch.int32) & ~0x1FFF).view(torch.float32) for values in (a, b))
     data = torch.cat([values.contiguous().view(torch.int32).flatten() for values in (a, b, c)])
     simulated = torch.zeros(16, 8)
@@ -136,13 +136,13 @@ def test_conversions(primitives: ctypes.CDLL, kind: int) -> None:
     data = (
         words if kind in (3, 4) else torch.cat([(words << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x1000, 0x1001)])
     )
-    if kind in (2, 7):  # a NaN's bits are not promised
+    if kind in (2, 7):  # the bits of a NaN are not specified
         data = data[~data.view(torch.float32).isnan()]
     if kind == 4:
         data = data[~data.to(torch.int16).view(torch.float16).isnan()]
     simulated = torch.zeros_like(data)
     found = both(primitives, "convert", data, simulated, data.numel(), kind, threads=128)
-    if kind == 7:  # the bounds as floats: which zero comes out of -0.0 is not promised either
+    if kind == 7:  # compared as floats: whether -0.0 becomes 0.0 is not specified either
         found, simulated = found.view(torch.float32), simulated.view(torch.float32)
     assert torch.equal(found, simulated)
 
@@ -151,7 +151,7 @@ def test_conversions(primitives: ctypes.CDLL, kind: int) -> None:
 
 
 def on_gpu(tensor: Tensor | None) -> Tensor | None:
-    """The same values with the same strides, in a copy of everything around them."""
+    """A copy on the GPU with the same values and strides, and of the whole storage around them."""
     if tensor is None:
         return None
     whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -159,7 +159,7 @@ def on_gpu(tensor: Tensor | None) -> Tensor | None:
 
 
 def launch(case: Case) -> Tensor:
-    """A case's kernel with its cut."""
+    """Runs a case's kernel with the case's cut."""
     name = name_for(case.kernel)
     problem, cut = case.call.problem, case.cut
     order = ("input", "in_factor", "core", "height_factor", "width_factor", "out_factor", "bias")
@@ -171,7 +171,7 @@ def launch(case: Case) -> Tensor:
 
 
 def assert_right(case: Case) -> None:
-    """Twice: the second time bit by bit the same."""
+    """Asserts that the result is right, and that a second launch gives the same bits."""
     output = launch(case)
     case.assert_right(Result(output.cpu(), 0, {"error": ""}))
     assert torch.equal(launch(case), output)
@@ -200,7 +200,8 @@ def test_several_tiles_a_multiprocessor(kernel: Kernel) -> None:
     assert_right(case_for_a_gpu(kernel, torch.bfloat16))
 
 
-# One case of each kernel that has everything: for compute-sanitizer, under which all of them would take hours.
+# For compute-sanitizer, under which all cases would take hours: one case per kernel, with as many features as it can
+# have.
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR], ids=identify)
 def test_sanitized(kernel: Kernel, dtype: torch.dtype) -> None:
     make = linear_case if kernel.op == "lowrank_linear" else convolution_case
@@ -222,7 +223,7 @@ HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP, WIDE) for dtype in HALVES]
 
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR, *HOPPERS], ids=identify)
 def test_the_check_before_first_use(kernel: Kernel, dtype: torch.dtype) -> None:
-    """A right kernel passes; one channel wrong is found."""
+    """A right kernel passes the check; one wrong channel fails it."""
     name = name_for(kernel)
     tf32 = kernel.family == "sm80" and dtype == torch.float32
     assert _C.check_gpu_kernel(name, name_of(dtype), tf32, 0, False) == ""
@@ -230,7 +231,7 @@ def test_the_check_before_first_use(kernel: Kernel, dtype: torch.dtype) -> None:
 
 
 def test_a_cut_beyond_the_gpu_is_refused() -> None:
-    """The message has everything that a report of it would need."""
+    """The message has all facts that a bug report needs."""
     kernel = CONVOLUTIONS[0][0]
     case = convolution_case("whole tiles", kernel, torch.bfloat16)
     options = dict(s=64, r1=4096, r2=64, h=20, w=20, layout=torch.channels_last)

@@ -1,4 +1,4 @@
-"""CP without cancelling terms: sensitivity, the error-preserving correction, what rounding then costs, progress."""
+"""CP without cancelling terms: sensitivity, the error-preserving correction, the effect of rounding, progress bars."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def directions() -> list[tuple[Tensor, Tensor]]:
-    """Orthonormal a and b for each of three axes."""
+    """Orthonormal vectors a and b for each of three axes."""
     bases = [torch.linalg.qr(randn(16, 2, seed=mode)).Q for mode in range(3)]
     return [(basis[:, 0], basis[:, 1]) for basis in bases]
 
 
 def border_rank_tensor() -> Tensor:
-    """(b o a o a + a o b o a + a o a o b) / sqrt(3): rank 3, approximated at will by two terms that grow and cancel."""
+    """(b o a o a + a o b o a + a o a o b) / sqrt(3): rank 3, but approximated as closely as wanted by two terms that
+    grow and cancel."""
     terms = [[pair[mode == other] for other, pair in enumerate(directions())] for mode in range(3)]
     return sum(torch.einsum("t,s,i->tsi", *term) for term in terms)[..., None] / 3**0.5
 
@@ -65,7 +66,7 @@ def two_terms(length: float, offset: float) -> list[Tensor]:
 
 
 def gradients(tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of the sensitivity and of the squared error, in all factors."""
+    """Gradients of the sensitivity and of the squared error with respect to all factors."""
     leaves = [factor.clone().requires_grad_() for factor in factors]
     change = sum(
         len(leaf) * math.prod((other.square().sum(0) for other in leaves if other is not leaf), start=1.0).sum()
@@ -90,7 +91,7 @@ each_case = pytest.mark.parametrize(("tensor", "rank"), CASES.values(), ids=CASE
 
 
 def test_the_sensitivity_is_that_of_the_weight_to_its_factors() -> None:
-    """With J the derivative of the weight, E |J noise|^2 = |J|^2."""
+    """The sensitivity is |J|^2 = E |J noise|^2, with J the derivative of the weight with respect to the factors."""
     factors = (randn(3, 10, seed=1), randn(3, 2, seed=2), randn(3, 4, seed=3), randn(12, 3, seed=4))
     derivatives = torch.autograd.functional.jacobian(reference.cp_weight, factors)
     assert sensitivity(factors) == pytest.approx(sum(float(part.square().sum()) for part in derivatives), rel=1e-12)
@@ -108,7 +109,7 @@ def test_the_sensitivity_in_one_dimension() -> None:
 
 def test_balanced_factors_are_the_same_terms_at_the_least_sensitivity() -> None:
     factors = random_factors(5)
-    factors[1][:, 2] = 0  # a term of norm 0 stays that
+    factors[1][:, 2] = 0  # a term of norm 0 keeps it
     found = balanced(factors)
     torch.testing.assert_close(tensor_of(found), tensor_of(factors))
     assert all((factor[:, 2] == 0).all() for factor in found)
@@ -147,8 +148,8 @@ def test_reports_have_it_of_cp_layers() -> None:
 def test_no_larger_error_and_less_sensitivity(tensor: Tensor, rank: int) -> None:
     plain, found = (cp_decompose(tensor, rank, iterations=50, corrections=sweeps) for sweeps in (0, 20))
     assert plain.restarts == found.restarts == 0
-    # The correction checks its own result, by the definition of the error, up to MARGIN. Storing scales by |W|^(1/4):
-    # 4 roundings of each element, whose terms may be MAX_TERM_RATIO longer than the weight.
+    # The correction keeps the error, by its definition, up to MARGIN. Storing the factors multiplies them by |W|^(1/4):
+    # 4 roundings of each element of terms that may be MAX_TERM_RATIO times as long as the weight.
     rounding = 8 * cp.MAX_TERM_RATIO * rank * torch.finfo(torch.float64).eps
     assert found.relative_error <= plain.relative_error * (1 + MARGIN) + rounding
     assert found.sensitivity < plain.sensitivity
@@ -174,7 +175,8 @@ def test_every_sweep_lowers_the_sensitivity(tensor: Tensor, rank: int) -> None:
 
 
 def test_where_it_ends_no_direction_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradients of sensitivity and error cancel for one multiplier: stationary in all factors together."""
+    """The gradients of sensitivity and error cancel for one multiplier: the point is stationary for all factors
+    together."""
     monkeypatch.setattr(correction, "TOLERANCE", 0.0)
     tensor, rank = unit(6, 5, 3, 3), 4
     plain = cp_decompose(tensor, rank, corrections=0)
@@ -187,15 +189,15 @@ def test_where_it_ends_no_direction_is_better(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_diverged_terms_come_back() -> None:
-    """From terms 81 times as long as their sum to what is known to be possible at that error."""
+    """Terms 81 times as long as their sum are corrected to the length that is known to be possible at that error."""
     tensor, diverged = border_rank_tensor(), two_terms(100, 0)
     bound = approximation_error(tensor, diverged)
-    # What they have too much: b o b o a and its likes / 100, b o b o b / 100^2.
+    # The terms' error: b o b o a and its permutations / 100, b o b o b / 100^2.
     assert bound == pytest.approx(math.hypot(1 / 100, 1e-4 / 3**0.5), rel=1e-9)
     assert float(strengths(diverged).norm()) > 80
     found = correct(tensor, diverged, 1000)
     assert approximation_error(tensor, found) <= bound * (1 + MARGIN)
-    # With the offset -1/2 only b o b o b / (4 length^2) is too much: at that error the terms can be this short.
+    # With the offset -1/2 the error is only b o b o b / (4 length^2), so terms of this length exist at that error.
     possible = two_terms((4 * 3**0.5 * bound) ** -0.5, -0.5)
     assert approximation_error(tensor, possible) == pytest.approx(bound, rel=1e-9)
     assert expected_change(found) <= 1.05 * expected_change(balanced(possible))
@@ -223,7 +225,7 @@ def test_rounding_does_less_damage_afterwards(dtype: torch.dtype) -> None:
         rounded = [factor.to(dtype).double() for factor in factors]
         return float((tensor_of(rounded) - tensor_of(factors)).norm())
 
-    # Four roundings of every term, each of half an eps of its elements at most.
+    # Four roundings per element of every term, each of at most half an eps.
     found = correct(tensor, diverged, 1000)
     most = float(strengths(found).sum()) * ((1 + torch.finfo(dtype).eps / 2) ** 4 - 1)
     assert damage(found) <= most < damage(balanced(diverged))
@@ -275,7 +277,7 @@ def test_the_bar_counts_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(cp, "tqdm", at_once)
     cp_decompose(randn(*SHAPE), 12, iterations=7, corrections=3, name="features.3")
     assert "features.3: CP, run 1" in capsys.readouterr().err
-    # parafac calls back before its first sweep as well.
+    # parafac also calls back before its first sweep.
     assert 1 + 7 < bars[0].n <= 1 + 7 + 3
     cp_decompose(randn(*SHAPE), 12, progress=False)
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Weights to factors: exactness, errors, restarts, memory, determinism, bad input."""
+"""Decompositions of weights: exactness, errors, restarts of CP, memory, determinism, bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cp_tensor(rank: int, shape: tuple[int, int, int, int] = SHAPE) -> Tensor:
 
 
 def degenerate_tensor() -> Tensor:
-    """Rank 4, border rank 2: approximated arbitrarily well by two terms that grow and cancel."""
+    """A tensor of rank 4 and border rank 2: two terms that grow and cancel approximate it as closely as wanted."""
     base, other = ([randn(length, seed=seed + i) for i, length in enumerate(SHAPE)] for seed in (0, 10))
     return sum(
         torch.einsum("t,s,i,j->tsij", *[other[m] if m == mode else base[m] for m in range(4)]) for mode in range(4)
@@ -51,7 +51,7 @@ def degenerate_tensor() -> Tensor:
 
 
 def dense(found: object) -> Tensor:
-    """The weight that the factors stand for, in fp64."""
+    """The product of the factors in fp64."""
     if isinstance(found, decompose.TuckerFactors):
         return reference.tucker_weight(*(f.double() for f in factors_of(found)))
     if isinstance(found, cp.CPFactors):
@@ -60,7 +60,7 @@ def dense(found: object) -> Tensor:
 
 
 def factors_of(found: object) -> list[Tensor]:
-    """In the order of the ops' arguments."""
+    """The factors in the order of the ops' arguments."""
     return [value for value in vars(found).values() if isinstance(value, Tensor)]
 
 
@@ -107,7 +107,7 @@ def test_svd_is_the_best_of_its_rank(dtype: torch.dtype) -> None:
         best = float((values[rank:].square().sum() / values.square().sum()).sqrt())
         assert best - 1e-12 <= found.relative_error <= best + (2 + 24) * rounding(dtype)
         assert found.in_factor.shape == (rank, 18) and found.out_factor.shape == (24, rank)
-        # Evenly split: both factors carry the square roots of the singular values.
+        # Both factors contain the square roots of the singular values.
         for norms in (found.in_factor.double().norm(dim=1), found.out_factor.double().norm(dim=0)):
             torch.testing.assert_close(norms, values[:rank].sqrt(), rtol=24 * rounding(dtype), atol=0)
 
@@ -117,7 +117,7 @@ def test_cp_recovers_exact_weights(dtype: torch.dtype) -> None:
     weight = cp_tensor(4).to(dtype)
     found = cp_decompose(weight, 4, tolerance=1e-13, iterations=2000)
     assert [list(f.shape) for f in factors_of(found)] == [[4, 18], [4, 3], [4, 5], [24, 4]]
-    # TensorLy reads the error off squared norms in fp64, hence sqrt(eps) there: it cannot see where to stop.
+    # TensorLy computes the error from squared norms in fp64, so it resolves it only to sqrt(eps).
     assert found.relative_error <= max(5 * rounding(dtype), rounding(torch.float64) ** 0.5)
     assert found.restarts == 0
 
@@ -163,7 +163,7 @@ def test_hooi_is_never_worse_than_hosvd_nor_than_tensorly(ranks: tuple[int, int]
 
 
 def test_tucker_bases_are_orthonormal() -> None:
-    # R1 = 18 exceeds what the core supports (R2 KH KW = 15): the basis is filled up, without a warning.
+    # R1 = 18 exceeds what the core supports (R2 KH KW = 15): the basis is completed, without a warning.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = tucker_decompose(randn(*SHAPE), (18, 1))
@@ -225,7 +225,7 @@ def test_tiny_and_huge_weights(method: Callable, view: Callable, scale: float) -
 def test_denormals_are_flushed(method: Callable, view: Callable, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny
     weight = randn(*SHAPE)
-    # Channels below the normal range: their rows of the factors come out denormal where nothing flushes them.
+    # Channels below the normal range: without flushing, their rows of the factors would be denormal.
     weight[:4] *= tiny * 0.1
     weight[:, :3] *= tiny * 0.1
     found = method(view(weight).to(dtype), 6)
@@ -366,7 +366,7 @@ def test_tensorly_s_backends_stay_as_they_were(method: Callable, view: Callable)
     bad[0] = float("nan")
 
     def backends() -> list[object]:
-        managers = tl.backend, tl.tenalg  # each has a backend of this thread and one of all others
+        managers = tl.backend, tl.tenalg  # each has one backend for this thread and one for all others
         return [found for manager in managers for found in (manager.current_backend(), manager._backend)]
 
     before = backends()

@@ -16,7 +16,7 @@ def weight(*shape: int) -> torch.Tensor:
 
 
 def with_spectrum(values: list[float], rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix whose singular values are exactly known."""
+    """A matrix with exactly known singular values."""
     generator = torch.Generator().manual_seed(1)
     left = torch.linalg.qr(torch.randn(rows, len(values), dtype=torch.float64, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(columns, len(values), dtype=torch.float64, generator=generator)).Q
@@ -60,7 +60,7 @@ def test_rounding_of_fractions(fraction: float, multiple: int, expected: int) ->
 
 def test_ceilings() -> None:
     assert tucker_ranks((2, 18), weight(64, 2, 3, 3)) == (2, 18)
-    # R2 = 0.5 * 64 = 32, but T's unfolding has rank 18 at most, and with R1 = 1 nine are all that count.
+    # R2 = 0.5 * 64 = 32, but the unfolding along T has at most rank 18, and R1 = 1 supports only 9.
     assert tucker_ranks((2, 0.5), weight(64, 2, 3, 3)) == (2, 18)
     assert tucker_ranks((1, 0.5), weight(64, 2, 3, 3)) == (1, 9)
     assert tucker_ranks((0.5, 1), weight(2, 64, 3, 3)) == (9, 1)

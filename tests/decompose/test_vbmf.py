@@ -1,4 +1,5 @@
-"""Ranks by variational Bayes: against the paper's formulas, planted ranks, noise, scales, where it can be given."""
+"""Ranks by variational Bayes: the paper's formulas, planted ranks, noise, scales, and the functions that accept
+VBMF."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def planted(rows: int, columns: int, rank: int, seed: int, strength: float = 2.0) -> Tensor:
-    """White noise of variance 1 plus orthogonal components, ``strength`` times as long as noise ever gets."""
+    """White noise of variance 1 plus orthogonal components, `strength` times as long as the noise's largest
+    component."""
     left = torch.linalg.qr(randn(rows, rank, seed=seed + 1000)).Q
     right = torch.linalg.qr(randn(columns, rank, seed=seed + 2000)).Q
     return strength * (rows**0.5 + columns**0.5) * left @ right.T + randn(rows, columns, seed=seed)
@@ -32,7 +34,7 @@ def rank_of(matrix: Tensor, multiple: int = 1) -> int:
 
 
 def rank_by_the_paper(matrix: Tensor) -> int:
-    """Term by term from the formulas, by a full SVD and SciPy; the noise variance by brute force, then refined."""
+    """The rank term by term from the formulas, by a full SVD and SciPy; the noise variance on a grid, then refined."""
     values = np.linalg.svd(matrix.numpy(), compute_uv=False)
     rows, columns = sorted(matrix.shape)
     a = rows / columns
@@ -69,7 +71,7 @@ def rank_by_the_paper(matrix: Tensor) -> int:
 def test_agrees_with_the_paper_s_formulas(shape: tuple[int, int]) -> None:
     found = set()
     for seed in range(4):
-        # From strong to drowned in the noise, where the threshold itself decides.
+        # From strong components to weak ones near the threshold, which then decides.
         for strength in (0.5, 0.8, 1.0, 2.0):
             matrix = planted(*shape, rank=7, seed=seed, strength=strength)
             expected = rank_by_the_paper(matrix)
@@ -103,7 +105,7 @@ def test_pure_noise_has_rank_one_not_zero(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype(dtype: torch.dtype) -> None:
-    # Rounding adds noise of 2^-9 of a value at most, far below the noise that there is.
+    # Rounding adds noise of at most 2^-9 of a value, far below the noise of the matrix.
     assert rank_of(planted(40, 100, 5, seed=0).to(dtype)) == 5
 
 
@@ -131,7 +133,7 @@ def test_zero_and_the_smallest_weights(shape: tuple[int, int]) -> None:
 
 
 def planted_weight() -> Tensor:
-    """``[24, 30, 3, 5]`` of Tucker ranks (2, 3) plus noise of a tenth of its magnitude."""
+    """`[24, 30, 3, 5]` of Tucker ranks (2, 3) plus noise of a tenth of its magnitude."""
     core, inner, out = randn(3, 2, 3, 5, seed=1), randn(2, 30, seed=2), randn(24, 3, seed=3)
     exact = torch.einsum("tb,baij,as->tsij", out, core, inner)
     return exact + 0.1 * exact.square().mean().sqrt() * randn(24, 30, 3, 5, seed=4)

@@ -1,4 +1,4 @@
-"""`to_chain` and `export_onnx`: plain layers that give what the blocks give, here and in ONNX Runtime."""
+"""`to_chain` and `export_onnx`: plain layers compute the same as the blocks, in torch and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_model_is_not_touched_and_shares_nothing() -> None:
 
 
 def absolute(model: nn.Module, input: Tensor) -> Tensor:
-    """The fp64 chain of absolute values without activation: what rounding errors are relative to."""
+    """The fp64 chain of absolute values without activation, to which rounding errors are relative."""
     (block,) = (copy.deepcopy(module) for module in model.modules() if isinstance(module, FactorizedModule))
     block.activation = "none"
     for parameter in block.double().parameters():
@@ -128,7 +128,8 @@ def test_arguments_options_and_eval_mode(as_keywords: bool, tmp_path: Path) -> N
 
 
 def test_the_exporter_of_torch_export(tmp_path: Path) -> None:
-    """It takes the mode that the model is in: eval, although this one is in train mode."""
+    """torch.export keeps the mode of the model, so `export_onnx` exports eval mode although this model is in train
+    mode."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed, which dynamo=True needs")
     model = TwoInputs().train()
     arguments = (IMAGE, torch.full((1,), 3.0))

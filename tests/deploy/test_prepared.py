@@ -1,4 +1,4 @@
-"""Weights packed once: `prepare_for_inference_`, `unprepare_`, and the ops that take what was packed."""
+"""Weights packed once: `prepare_for_inference_`, `unprepare_`, and the ops that take packed weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FACTORIES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(params=FACTORIES)
 def module(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    """With one way to run Tucker's core, prepared or not: bits are compared."""
+    """Modules with only one way to run Tucker's core, prepared or not, so that bits can be compared."""
     _C.set_cpu_winograd("2x2")
     yield FACTORIES[request.param]().eval()
     _C.set_cpu_winograd("auto")
@@ -72,7 +72,7 @@ def run_prepared(call: Call, packed: Tensor) -> Tensor:
 
 
 def poison(packed: Tensor, header: int = 384) -> Tensor:
-    """The same record of what was packed, but NaN for every weight: shows whether they are used."""
+    """The packed weights with the same record but NaN for every weight: an output of NaN shows that they were used."""
     damaged = packed.clone()
     damaged[header:] = 0xFF
     return damaged
@@ -104,7 +104,7 @@ def test_bitwise_the_ordinary_op(
     layout: torch.memory_format,
     dtype: torch.dtype,
 ) -> None:
-    """With Winograd's core wherever it can be and nowhere, on one thread and on three."""
+    """With Winograd's core wherever possible and nowhere, on one thread and on three."""
     call = Problem(op, dtype=dtype, layout=layout, activation="silu", **PROBLEMS[sizes]).make()
     packed = packed_for(call)
     # Factors of ranks of one are read as they lie, but in pairs.
@@ -138,7 +138,7 @@ def test_winograd_pays_sooner_where_its_weights_are_there(
     )
     assert "winograd" not in plain
     if _C.explain("tucker_conv2d", name, False, [9, *sizes[1:]], [1] * 6, "none", "cpu")["chosen"]["kernel"] != plain:
-        assert "_winograd" in prepared  # the CPU can: it does so for nine images
+        assert "_winograd" in prepared  # the CPU has Winograd kernels: they run nine images
     assert_output(call, run_prepared(call, packed_for(call)))
 
 
@@ -146,7 +146,7 @@ def test_winograd_pays_sooner_where_its_weights_are_there(
 @pytest.mark.parametrize("rank", [50, 64, 150])
 @pytest.mark.parametrize("rows", [1, 4, 8, 40, 300])
 def test_linear_threads_change_no_bit(fused_policy: None, rows: int, rank: int, dtype: torch.dtype) -> None:
-    """Fewer panels than threads: they are cut, or the rows are shared out."""
+    """With fewer panels than threads, panels are cut or rows are divided among the threads."""
     call = Problem("lowrank_linear", n=rows, s=4100, r1=rank, t=130, dtype=dtype).make()
     packed, threads = packed_for(call), torch.get_num_threads()
     try:
@@ -208,7 +208,7 @@ def test_the_planner_knows_that_packing_costs_nothing() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_of_another_instruction_set(fused_policy: None, isa: str, op: str) -> None:
-    """What they cannot read they do not read; what they pack themselves they do."""
+    """Kernels use weights packed for their own instruction set, and pack again what was packed for another one."""
     call = Problem(op, n=20, s=40, r1=33, r2=35, t=70, kernel=(3, 3), padding=(1, 1)).make()
     before = packed_for(call)
     try:
@@ -234,7 +234,7 @@ def test_policies(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_factors_that_were_not_packed(fused_policy: None, op: str) -> None:
-    """Others, changed ones, other views of the same memory: packed anew in the call."""
+    """Other factors, changed ones, other views of the same memory: the call packs them again."""
     call = Problem(op, n=20, s=40, r1=40, r2=40, t=40, kernel=(3, 3)).make()
     packed = poison(packed_for(call))
     names = [name for name in call.tensors if name in ("in_factor", "core", "out_factor")]
@@ -254,7 +254,7 @@ def test_factors_that_were_not_packed(fused_policy: None, op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_part_of_what_was_packed_is_not_read(fused_policy: None, op: str) -> None:
-    """The kernels would read beyond its end."""
+    """A truncated record is not used: the kernels would read beyond its end."""
     call = Problem(op, n=20, s=40, r1=40, r2=40, t=40, kernel=(3, 3)).make()
     packed = packed_for(call)
     assert_used(call, packed)
@@ -328,16 +328,16 @@ def test_gradients_tangents_autocast_and_vmap_are_the_ordinary_ops(op: str) -> N
         torch.testing.assert_close(y, Call(call.problem, {**call.tensors, "input": x}).run())
 
 
-# ---- modules
+# Modules ------------------------------------------------------------------------------------------------------
 
 
 def damage(module: nn.Module) -> None:
-    """From now on a call that uses what was packed gives NaN."""
+    """After this, a call that uses the packed weights gives NaN."""
     module._packing = module._packing._replace(panels=poison(module._packing.panels))
 
 
 def calls_prepared(module: nn.Module, x: Tensor) -> bool:
-    """Whether what was packed is what a call computes with."""
+    """Whether a call uses the packed weights."""
     packing = module._packing
     if packing is None:
         return False
@@ -398,7 +398,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_noticed(fused_policy: None, module: nn.Module, change: str) -> None:
-    """The module computes what a copy computes that never was prepared."""
+    """After a change the module computes the same as a copy that was never prepared."""
     prepare_for_inference_(module)
     with torch.no_grad():
         CHANGES[change](module)
@@ -416,7 +416,7 @@ def test_what_cannot_be_used_again_is_dropped(module: nn.Module, change: str) ->
 
 
 def test_the_memory_of_replaced_factors_is_not_given_away(module: nn.Module) -> None:
-    """Or other values could come to lie there with the same version."""
+    """Otherwise other values could be stored there with the same version."""
     prepare_for_inference_(module)
     place = module.in_factor.data_ptr()
     sizes = module.in_factor.shape
@@ -438,7 +438,7 @@ def test_copies_and_files_carry_nothing(module: nn.Module) -> None:
 
 
 def test_compiled(fused_policy: None, module: nn.Module) -> None:
-    """A compiled module takes what was packed, but for a 1-D core, which it sees through a view."""
+    """A compiled module uses packed weights, except for a 1-D core, which it sees through a view."""
     x = input_of(module)
     torch._dynamo.reset()
     with torch.no_grad():
@@ -469,7 +469,7 @@ def test_gradients_of_a_compiled_module(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_compiled_module_notices_changes(fused_policy: None, module: nn.Module, change: str) -> None:
-    for name, parameter in list(module.named_parameters()):  # versions 0, as a view made by compiled code has
+    for name, parameter in list(module.named_parameters()):  # version 0, as a view made by compiled code has
         setattr(module, name, nn.Parameter(parameter.detach().clone()))
     prepare_for_inference_(module)
     damage(module)
@@ -485,7 +485,7 @@ def test_a_compiled_module_notices_changes(fused_policy: None, module: nn.Module
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(module: nn.Module, strict: bool) -> None:
-    """What leaves the process is the ordinary op."""
+    """Programs that may leave the process contain the ordinary op."""
     x = input_of(module)
     prepare_for_inference_(module)
     torch._dynamo.reset()

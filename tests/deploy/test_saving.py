@@ -33,7 +33,7 @@ from lowrank_ops import (
 from lowrank_ops.deploy import saving
 from tests.support.paths import REPOSITORY
 
-# A class of its own module: the other process imports it from the same text.
+# As text, so that the other process can define the same class.
 SOURCE = """
 import torch
 from torch import nn
@@ -108,8 +108,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("method", "fold"), [("tucker", True), ("cp", False)])
 def test_another_process_gives_the_same_bits(path: Path, method: str, fold: bool) -> None:
-    """Of every tensor, and of the blocks on the inputs that they get there. The other layers are torch's own: which of
-    its convolutions and matrix products runs is for torch to choose."""
+    """Every tensor has the same bits, and every block's output on the input that it gets there. Other layers are
+    torch's, which chooses among its convolutions and matrix products, so their outputs may differ."""
     model = factorized(method, fold).to(memory_format=torch.channels_last)
     save(model, path)
     threads = torch.get_num_threads()
@@ -172,7 +172,7 @@ def test_everything_is_as_it_was(path: Path, dtype: torch.dtype, layout: torch.m
 
 
 def test_what_is_in_the_file(path: Path) -> None:
-    """Tied tensors once, no scratch buffer; other tools read the tensors by their names."""
+    """Tied tensors are stored once, non-persistent buffers not at all; other tools read the tensors by their names."""
     model = factorized()
     save(model, path)
     stored = load_file(path)
@@ -218,7 +218,7 @@ def test_one_block(path: Path) -> None:
 
 
 class Chains(nn.Module):
-    """What fuse_ finds: a chain in a longer Sequential, a whole one with an activation, one under another."""
+    """Chains that fuse_ finds: inside a longer Sequential, a whole Sequential with an activation, a nested one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Chains(nn.Module):
 
 
 def test_fused_chains(path: Path) -> None:
-    """Shorter nn.Sequentials, ranks above what a decomposition would have."""
+    """Fused chains make nn.Sequentials shorter, and have higher ranks than a decomposition would."""
     model = Chains()
     assert len(fuse_(model).replaced) == 4
     assert list(model.long._modules) == ["0", "1", "5"] and isinstance(model.whole, TuckerConv2d)
@@ -349,7 +349,7 @@ def test_files_that_are_refused(path: Path, damage: Callable[[Path], object], me
 
 @pytest.mark.parametrize("target", [network, factorized])
 def test_what_was_folded_is_taken_back(path: Path, target: Callable[..., nn.Module]) -> None:
-    """The biases, identities and activations of a file whose last tensor then does not fit."""
+    """If the last tensor of a file does not fit, the biases, identities and activations already put in are removed."""
     save(factorized(fold=True), path)
     edited_tensors(lambda tensors: tensors.update(offset=torch.zeros(3)))(path)
     model = target(seed=1)
@@ -437,7 +437,7 @@ def test_the_same_class_with_other_sizes_and_other_classes(path: Path) -> None:
 
 
 def test_two_threads_may_save_to_one_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that ends last wins; here the other one begins and ends in the middle of it."""
+    """The thread that ends last wins; here the other one begins and ends during its work."""
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
 
     def interrupted(*arguments: object, **options: object) -> None:

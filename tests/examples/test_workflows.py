@@ -61,7 +61,7 @@ def test_count_layer_weights_refuses_what_it_cannot_count() -> None:
 
 
 def vgg_widths(width: int) -> list[tuple[int, int]]:
-    """(in, out) channels of its convolutions but the first."""
+    """(in, out) channels of its convolutions except the first."""
     counts = [width * times for times in (1, 1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8)]
     return list(itertools.pairwise(counts))
 
@@ -126,7 +126,7 @@ def test_the_notebooks_chains_are_the_convolution_where_the_rank_is_enough(kind:
 
 @pytest.mark.parametrize("kind", ["tucker", "cp"])
 def test_tensorlys_chains_are_taken_over_unchanged(vgg: VGG19, kind: str) -> None:
-    """Block by block in fp64, each on the input that it gets in the network."""
+    """Compares block by block in fp64, each on the input that it gets in the network."""
     model = copy.deepcopy(vgg).double()
     make = (lambda conv: vgg19.tucker_chain(conv, vgg19.half_ranks(conv))) if kind == "tucker" else (
         lambda conv: vgg19.cp_chain(conv, 4)

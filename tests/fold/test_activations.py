@@ -1,4 +1,4 @@
-"""`fold_activations_`: an activation becomes the block's where nothing else can see the difference."""
+"""`fold_activations_`: an activation is folded into the block where nothing else uses the block's output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGE = torch.randn(2, 5, 9, 8, generator=torch.Generator().manual_seed(1), dtyp
 
 
 def assert_folds(model: nn.Module, input: Tensor, folded: list[tuple[str, str, str]]) -> None:
-    """Exactly these are folded; the output stays, and so does the state_dict."""
+    """Asserts that exactly these are folded, and that output and state_dict do not change."""
     model.double()
     expected, names = model(input.clone()), list(model.state_dict())
     assert expected.norm() > 0
@@ -91,7 +91,7 @@ def test_through_what_fold_batchnorm_leaves() -> None:
 
 
 class Uses(nn.Module):
-    """A block, an activation, and a forward that makes of them what it wants."""
+    """A block, an activation, and a forward that the test chooses."""
 
     def __init__(self, forward: Callable, activation: nn.Module | None = None) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_children_of_what_fx_cannot_trace() -> None:
 
 
 def test_several_places_under_what_fx_cannot_trace() -> None:
-    """The body's other call is not seen: its ReLU may also be called alone."""
+    """torch.fx does not see the other call of the body, so its ReLU might also be called alone."""
     model = Branch()
     model.parts.append(model.body[1])
     report = fold_activations_(model)

@@ -1,4 +1,5 @@
-"""`fold_batchnorm_` and `reestimate_batchnorm_`: equal in fp64, or left with the reason; unchanged after errors."""
+"""`fold_batchnorm_` and `reestimate_batchnorm_`: outputs equal in fp64, reasons for what is left, no change after
+errors."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ IMAGE = torch.randn(3, 5, 9, 8, generator=torch.Generator().manual_seed(1), dtyp
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with statistics, weights and biases that are not those of a new BatchNorm."""
+    """The model in float64 and eval mode, with random statistics, weights and biases in every BatchNorm."""
     model.double().eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
@@ -40,7 +41,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def assert_folds(model: nn.Module, input: Tensor, folded: list[tuple[str, str]], example: bool = False) -> nn.Module:
-    """Exactly these pairs are folded, the outputs stay."""
+    """Asserts that exactly these pairs are folded, and that the outputs do not change."""
     expected = model(input)
     assert expected.norm() > 0
     names = set(model.state_dict())
@@ -158,7 +159,7 @@ def test_train_mode_is_kept_and_statistics_are_folded() -> None:
 
 
 class Branch(nn.Module):
-    """fx cannot trace it: a branch on the input's size."""
+    """A module that torch.fx cannot trace, because of a branch on the input's size."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ def test_children_of_what_fx_cannot_trace() -> None:
 
 
 class Uses(nn.Module):
-    """One convolution, one BatchNorm, and a forward that makes of them what it wants."""
+    """One convolution, one BatchNorm, and a forward that the test chooses."""
 
     def __init__(self, forward) -> None:
         super().__init__()
@@ -339,7 +340,8 @@ def test_a_forward_of_the_instance_is_not_mistaken_for_that_of_its_class() -> No
 
 
 class Tapped(nn.Module):
-    """Calls a Sequential's layers itself, and keeps what is between; fx sees the whole Sequential elsewhere."""
+    """Calls a Sequential's layers one by one and keeps an intermediate result; elsewhere torch.fx sees the whole
+    Sequential called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,7 +383,7 @@ def test_example_input_shows_what_no_graph_does() -> None:
     ],
 )
 def test_what_counts_as_the_same_output(values: list[float], same: bool) -> None:
-    """sqrt(eps) of float64 is 1.5e-8, the norm sqrt(5); what is not finite must be so in the same places."""
+    """sqrt(eps) of float64 is 1.5e-8, the norm sqrt(5); values that are not finite must be in the same places."""
     before = torch.tensor([1.0, 2.0, float("-inf")], dtype=torch.float64)
     with nullcontext() if same else pytest.raises(RuntimeError, match="here: the output"):
         require_same([before], [torch.tensor(values, dtype=torch.float64)], "here")

@@ -67,7 +67,7 @@ def test_blocks_of_a_root_are_the_whole_root(block: int, monkeypatch: pytest.Mon
 
 
 class _Largest(TorchDispatchMode):
-    """The largest fp64 tensor that an operation gives."""
+    """Records the size of the largest fp64 tensor that any operation returns."""
 
     entries = 0
 
@@ -115,7 +115,7 @@ def test_no_fp64_copy_of_a_whole_root_is_made(name: str, monkeypatch: pytest.Mon
 def test_each_moment_is_factored_once_and_wide_sides_get_no_eigenvectors(
     rank: float | Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a ReLU follows, in whose alternation a layer is solved for many times."""
+    """Holds also where a ReLU follows, for which a layer is solved many times in turn."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 20), nn.ReLU(), nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 12))
     factored: list[int] = []

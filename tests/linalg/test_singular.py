@@ -1,4 +1,4 @@
-"""Leading singular vectors: what is decomposed, how the error is checked, and what happens where the check fails."""
+"""Leading singular vectors: which matrices are decomposed, the check of the error, and what happens where it fails."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def numbers(count: int = ROWS) -> Tensor:
 
 
 def plateau() -> Tensor:
-    """More equal singular values than the rank: nothing tells which are the leading ones."""
+    """A matrix with more equal singular values than the rank, so that the leading ones are not defined."""
     values = torch.full((ROWS,), 0.05, dtype=torch.float64)
     values[: 2 * RANK] = 1
     return values
@@ -81,7 +81,7 @@ def test_few_of_many_are_found_without_a_large_decomposition(spectrum: str, turn
         found = svd_decompose(matrix.T if turned else matrix, RANK)
     assert sides and max(sides) <= 2 * (RANK + 16)
     best = float((values[RANK:].square().sum() / values.square().sum()).sqrt())
-    # what the check promises, or the rounding of fp32 where nothing is lost
+    # the bound of the check, or the rounding of fp32 where nothing is cut off
     assert found.relative_error <= max((1 + singular.TOLERANCE) * best, 32 * torch.finfo(torch.float32).eps)
 
 
@@ -161,7 +161,7 @@ def test_a_convolution_is_decomposed_by_its_channels_only() -> None:
     weight = torch.randn(96, 40, 7, 5, generator=torch.Generator().manual_seed(0))
     with decomposed_sides() as sides:
         tucker_decompose(weight, (8, 8))
-    # two for the HOSVD, two a sweep of HOOI
+    # two for the HOSVD, two per sweep of HOOI
     assert set(sides) <= {96, 40} and len(sides) <= 2 + 2 * 10
 
 
@@ -200,7 +200,7 @@ def test_exact_where_it_is_asked_for(call: str, monkeypatch: pytest.MonkeyPatch)
     tried: list[int] = []
 
     def spy(matrix: Tensor, count: int, seed: int) -> None:
-        tried.append(count)  # and nothing found: exact then, too
+        tried.append(count)  # nothing was found, so the exact method runs
 
     monkeypatch.setattr(singular, "_randomized", spy)
     DECOMPOSING[call](True)
@@ -210,7 +210,7 @@ def test_exact_where_it_is_asked_for(call: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_exact_in_other_processes() -> None:
-    """To the bit what this process gives."""
+    """Another process gives the same bits as this one."""
     torch.manual_seed(0)
     layer = nn.Linear(ROWS, ROWS)
     found = []

@@ -1,4 +1,4 @@
-"""`weight` of the factorized modules: what code reads that takes them for nn.Linear, nn.Conv1d and nn.Conv2d."""
+"""`weight` of the factorized modules, for code that treats them as nn.Linear, nn.Conv1d and nn.Conv2d."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_a_missing_factor_is_not_reported_as_a_missing_weight() -> None:
 
 @kinds
 def test_other_tensors_take_its_values(kind: str) -> None:
-    """What copies a layer's weight into another: resized heads, pruned layers, a model's own `fuse()`."""
+    """Code that copies a layer's weight into another tensor: resized heads, pruned layers, a model's own `fuse()`."""
     module = make(kind).requires_grad_(False)
     expected = product(kind, module).float()
     copies = [dense_layer(kind).requires_grad_(False) for _ in range(4)]
@@ -233,7 +233,7 @@ def test_other_tensors_take_its_values(kind: str) -> None:
 
 
 def test_a_models_own_fuse_reads_the_right_weight() -> None:
-    """Ultralytics' and RepVGG's way to fold a BatchNorm, into a convolution of their own."""
+    """The way in which Ultralytics and RepVGG fold a BatchNorm, into a convolution of their own."""
     torch.manual_seed(0)
     conv, norm = make("tucker", bias=False), nn.BatchNorm2d(13).eval()
     nn.init.uniform_(norm.weight, 0.5, 2)
@@ -293,7 +293,8 @@ def test_recorded_programs_see_a_tensor(kind: str) -> None:
     for name, run in runs.items():
         torch.testing.assert_close(run(input), expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     doubled = {name: 2 * value.detach() for name, value in parameters.items()}
-    outputs = runs["fx"], Plain(reader.layer)  # the program reads the factors, not their product of that time
+    # the program reads the factors, not the product they had when it was recorded
+    outputs = runs["fx"], Plain(reader.layer)
     given = [torch.func.functional_call(model, doubled, (input,)) for model in outputs]
     torch.testing.assert_close(*given, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(given[0], expected)

@@ -1,4 +1,4 @@
-"""Initializers: what the product of the factors is, against the dense initializer; Frobenius decay against W."""
+"""Initializers: the product of the factors against the dense initializer; Frobenius decay against W."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_product_has_the_dense_weights_variance(make: functools.partial, ini
 
 @every_kind
 def test_stages_keep_the_size_of_their_input(make: functools.partial) -> None:
-    """All factors but the last have mean square 1 / (inputs per output), whatever the initializer's scale."""
+    """All factors except the last have mean square 1 / (inputs per output), whatever the initializer's scale."""
     for init in ("xavier_uniform", functools.partial(nn.init.normal_, std=50.0)):
         factors = make(dtype=torch.float64, init=init).factors()
         for name, factor in factors.items():
@@ -158,7 +158,7 @@ DENSE_DEFAULT = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
 
 def drawn(seed: int, *shape: int, init: Callable[[Tensor], Tensor] = DENSE_DEFAULT) -> Tensor:
-    """The draw of the dense weight that a spectral initialization starts with."""
+    """The draw of the dense weight with which a spectral initialization starts."""
     torch.manual_seed(seed)
     return init(torch.empty(shape, dtype=torch.float64))
 
@@ -298,7 +298,7 @@ def test_refused_initializers_leave_the_module_alone(make: functools.partial) ->
 
 
 def dense_norm_squared(module: nn.Module) -> Tensor:
-    """With gradients, through the dense weight."""
+    """The squared norm computed from the dense weight, with gradients."""
     factors = module.factors()
     if isinstance(module, LowRankLinear):
         weight = lowrank_ops.reference.linear_weight(**factors)

@@ -140,7 +140,7 @@ def test_sequential_round_trip(kind: type, rank: object, window: dict) -> None:
     torch.testing.assert_close(module.double()(input.double()), exact)  # same sums, same order of stages
     again = kind.from_sequential(sequential)
     assert again.rank == module.rank and again.activation == "relu" and not again.training
-    if kind is CPConv2d and max(module.kernel_size) == 1:  # its taps are multiplied into the first factor
+    if kind is CPConv2d and max(module.kernel_size) == 1:  # the chain multiplies the taps into its first factor
         assert torch.equal(again.width_factor, torch.ones(module.rank, 1))
         torch.testing.assert_close(again.double()(input.double()), exact)
         return

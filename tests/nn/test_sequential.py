@@ -13,14 +13,14 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 import lowrank_ops
-from lowrank_ops.compress.factorize import fuse_
+from lowrank_ops.compress.fuse import fuse_
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 
 S, T, R, R1, R2 = 6, 9, 7, 4, 5
 
 
 def tucker_chain(between: tuple[nn.Module, ...] = (), bias: bool = False, **core: object) -> nn.Sequential:
-    """As the TensorLy notebook and jacobgil's script build it: the dilation stands on the 1x1 stages too."""
+    """The chain as the TensorLy notebook and jacobgil's script build it, with the dilation on the 1x1 stages too."""
     dilation = core.get("dilation", 1)
     return nn.Sequential(
         nn.Conv2d(S, R1, 1, dilation=dilation, bias=bias),
@@ -81,7 +81,7 @@ def test_cp_recipe_of_the_notebook() -> None:
 @pytest.mark.parametrize("where", ["first", "second", "both"])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_cp_stride_on_either_stage(swapped: bool, stride: tuple[int, int], where: str, dilation: int) -> None:
-    """A stride before the other stage's window spreads that window: read as dilation, still equal."""
+    """A stride before the other stage's window spreads that window, which is read as dilation and equal."""
     strides = [stride if where in (place, "both") else 1 for place in ("first", "second")]
     if swapped:
         strides.reverse()
@@ -381,7 +381,7 @@ def test_no_chain_at_all() -> None:
 
 
 def network() -> nn.Sequential:
-    """Chains as a child of their own and within a longer nn.Sequential, with and without an activation."""
+    """Chains as modules of their own and inside a longer nn.Sequential, with and without an activation."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, S, 3),
@@ -404,7 +404,8 @@ def test_fuse_replaces_every_chain() -> None:
     with torch.no_grad():
         plain = copy.deepcopy(model).double()
     report = fuse_(model)
-    assert isinstance(model[1], TuckerConv2d) and model[1].activation == "none"  # its hook sees what it saw
+    # its hook sees the same values as before
+    assert isinstance(model[1], TuckerConv2d) and model[1].activation == "none"
     assert list(model[4]._modules) == ["0", "1", "6"] and isinstance(model[4][1], CPConv2d)
     assert model[4][1].activation == "relu" and not model[4][1].training
     assert list(model[7]._modules) == ["0", "1", "3"] and isinstance(model[7][1], LowRankLinear)

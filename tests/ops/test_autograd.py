@@ -1,4 +1,4 @@
-"""Gradients: values, layouts, what is saved, what a training step needs, and second derivatives."""
+"""Gradients: values, layouts, saved tensors, memory of a training step, and second derivatives."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_convolutions(device: str, op: str, geometry: str, layout: torch.memory_
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_merged_depthwise_stages(geometry: str) -> None:
-    """CP's gradients as GPUs compute them are those of the two stages, for any that are wanted."""
+    """CP's gradients as GPUs compute them equal those of the two stages, whichever gradients are wanted."""
     call = Problem("cp_conv2d", dtype=torch.float64, activation="silu", **GEOMETRIES[geometry]).make()
     problem, tensors, grad = call.problem, list(call.tensors.values()), output_gradient(call)
     window = [list(problem.stride), list(problem.padding), list(problem.dilation)]
@@ -66,7 +66,7 @@ def test_merged_depthwise_stages(geometry: str) -> None:
 
 
 def test_merged_depthwise_stages_refuse_what_the_op_refuses() -> None:
-    """Unchecked, one number for a window would be read beyond its end."""
+    """Without the check, a window of one number would be read beyond its end."""
     call = Problem("cp_conv2d").make()
     grad, tensors = output_gradient(call), list(call.tensors.values())
     for window in ([[1], [0, 0], [1, 1]], [[1, 1], [0, 0, 0], [1, 1]], [[1, 1], [0, 0], []]):
@@ -165,7 +165,7 @@ def test_empty_batch(op: str, layout: torch.memory_format) -> None:
 @pytest.mark.parametrize(("r1", "kernel"), [(16, (1, 4)), (24, (4, 4)), (1, (4, 3)), (1, (3, 7))], ids=str)
 @pytest.mark.parametrize("op", CONVS)
 def test_one_column_of_output(op: str, r1: int, kernel: tuple[int, int], policy: str, dtype: torch.dtype) -> None:
-    """torch 2.13's convolutions are wrong there."""
+    """torch 2.13's convolutions are wrong for outputs of one column."""
     sizes = dict(n=2, s=64, h=8, w=kernel[1], r1=r1, r2=8, t=16, kernel=kernel, stride=(1, 3))
     call = Problem(op, dtype=dtype, layout=torch.channels_last, activation="silu", **sizes).make()
     with lowrank_ops.set_policy(policy):
@@ -175,7 +175,7 @@ def test_one_column_of_output(op: str, r1: int, kernel: tuple[int, int], policy:
 
 @pytest.mark.parametrize("op", OPS)
 def test_strided_arguments_and_output_gradient(op: str) -> None:
-    """Every argument a slice of a larger tensor; the gradient of a sum, which is expanded from one number."""
+    """Every argument is a slice of a larger tensor, and the output gradient one expanded number, as `sum` gives it."""
     call = Problem(op, s=6, padding=(1, 1), activation="silu").make()
     for name, tensor in call.tensors.items():
         larger = torch.zeros([2 * size for size in tensor.shape])
@@ -287,7 +287,7 @@ def _peak_growth(path: str, layout: str, what: str) -> int:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_peak_memory_of_a_training_step(layout: str) -> None:
-    """The output, the input's gradient and a bounded rest; the chain needs every intermediate on top."""
+    """The peak is the output, the input's gradient and a bounded rest; the chain also needs every intermediate."""
     pixels, float_bytes = 32 * 96 * 96, 4
     output_and_gradient = pixels * (64 + 64) * float_bytes
     intermediates = pixels * (48 + 40 + 64) * float_bytes
@@ -298,7 +298,7 @@ def test_peak_memory_of_a_training_step(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_peak_memory_of_inference(layout: str) -> None:
-    """The output and tiles; the chain needs at least its smaller intermediate on top."""
+    """The peak is the output and tiles; the chain also needs at least its smaller intermediate."""
     pixels, float_bytes = 32 * 96 * 96, 4
     limit = pixels * 64 * float_bytes + pixels * 40 * float_bytes // 4
     assert _peak_growth("op", layout, "inference") <= limit < _peak_growth("chain", layout, "inference")
@@ -359,7 +359,7 @@ def test_second_derivatives_where_one_argument_comes_from_another() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_backward_ops_are_differentiable(op: str) -> None:
-    """Called directly on tensors that require grad; also with a bias that only the mask asks for."""
+    """Backward ops called directly on tensors that require grad, also where only the mask asks for a bias gradient."""
     call = Problem(op, dtype=torch.float64, activation="gelu").make()
     names = list(call.tensors)
     grad_output = output_gradient(call).requires_grad_()

@@ -1,5 +1,5 @@
-"""Models that torch.compile has compiled, before or after their first call: the functions of this package see what they
-wrap, and afterwards the compiled model computes what it is now."""
+"""Models that torch.compile has compiled, before or after their first call: the functions of this package work on the
+modules inside, and afterwards the compiled model computes the changed model."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ def test_folding_activations_preparing_and_explaining(compile_: Callable[[nn.Mod
     assert [entry.name for entry in prepare_for_inference_(model)] == ["2.0", "5"]
     torch.testing.assert_close(outputs(model), outputs(plain))
     shown = [(entry.op, entry.problem) for entry in explain(model, INPUT)]
-    assert shown == [(entry.op, entry.problem) for entry in explain(plain, INPUT)]  # prepared, it may take another path
+    # prepared, the module may run on another path
+    assert shown == [(entry.op, entry.problem) for entry in explain(plain, INPUT)]
     assert not any("_orig_mod" in name for name, _ in to_chain(model).named_modules())
     torch.testing.assert_close(to_chain(model)(INPUT), outputs(plain))
 

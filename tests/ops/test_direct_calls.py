@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import lowrank_ops
 from lowrank_ops import _C
+from lowrank_ops.ops import functional
 from lowrank_ops.ops.extension import ops_for
 from tests.support.problems import OPS, Problem
 
@@ -21,7 +22,7 @@ CONVS = ("tucker_conv2d", "cp_conv2d")
 
 
 class Fresh(tuple):
-    """Its items are what __getitem__ makes when it is asked for them: ones."""
+    """A tuple whose items are made by __getitem__ at each access: ones."""
 
     def __getitem__(self, place: Any) -> Any:
         return int("1")
@@ -131,8 +132,40 @@ def test_modes_and_subclasses_see_the_call(op: str) -> None:
     assert isinstance(found, Logged) and torch.equal(found.as_subclass(Tensor), wanted)
 
 
+class Noted:
+    """Ops whose names are noted when they are called."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        self.called.append(op)
+        return getattr(_C, op)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
+def test_modules_call_the_ops_by_the_same_function(monkeypatch: pytest.MonkeyPatch, prepared: bool) -> None:
+    noted = Noted()
+    monkeypatch.setattr(functional, "ops_for", lambda *tensors: noted)
+    calls: list[tuple[torch.nn.Module, tuple[int, ...], str]] = [
+        (lowrank_ops.TuckerConv2d(4, 5, 3, 2), (1, 4, 5, 5), "tucker_conv2d"),
+        (lowrank_ops.TuckerConv1d(4, 5, 3, 2), (1, 4, 5), "tucker_conv2d"),
+        (lowrank_ops.CPConv2d(4, 5, 3, 2), (1, 4, 5, 5), "cp_conv2d"),
+        (lowrank_ops.CPConv1d(4, 5, 3, 2), (1, 4, 5), "cp_conv2d"),
+        (lowrank_ops.LowRankLinear(4, 5, 2), (3, 4), "lowrank_linear"),
+    ]
+    with torch.no_grad():
+        for module, shape, op in calls:
+            module.eval()
+            if prepared:
+                lowrank_ops.prepare_for_inference_(module)
+            module(torch.ones(shape))
+            assert noted.called.pop() == (f"{op}_prepared" if prepared else op)
+    assert not noted.called
+
+
 def test_other_threads_run_meanwhile() -> None:
-    """The interpreter's lock is given back during a call."""
+    """The interpreter's lock is released during a call."""
     started, ticks = threading.Event(), [0]
     stop = threading.Event()
 

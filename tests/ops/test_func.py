@@ -1,4 +1,4 @@
-"""torch.func over factorized modules: what grad, vmap and their compositions give is what the plain chain gives."""
+"""torch.func over factorized modules: grad, vmap and their compositions give the same as for the plain chain."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def per_sample(block: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def one_by_one(block: Any, x: Tensor) -> dict[str, Tensor]:
-    """The same by ordinary backward passes, which run the ops' own backward."""
+    """The same gradients by ordinary backward passes, which run the ops' own backward."""
     names, parameters = zip(*block.named_parameters(), strict=True)
     rows = [torch.autograd.grad(block(sample).square().sum(), parameters) for sample in x]
     return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
@@ -179,7 +179,7 @@ def test_vmap_over_backward_passes(case: tuple[Any, nn.Module, Tensor]) -> None:
 
 
 def test_ordinary_calls_inside_a_transform_keep_the_kernels(case: tuple[Any, nn.Module, Tensor]) -> None:
-    """What does not depend on the transformed variable runs below it, as one op."""
+    """A call that does not depend on the transformed variable runs as one op."""
     block, _, input = case
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found, torch.no_grad():
         grad(lambda scale: (block(input) * scale).sum())(torch.ones((), dtype=input.dtype))

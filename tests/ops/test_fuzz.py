@@ -11,7 +11,7 @@ from tests.support.budgets import assert_gradients, assert_output
 from tests.support.calls import SMOOTH, output_gradient
 from tests.support.problems import ACTIVATIONS, DTYPES, LAYOUTS, OPS, Problem
 
-FORWARD_EXAMPLES = 700  # for each of the three ops and each policy
+FORWARD_EXAMPLES = 700  # per op and policy
 BACKWARD_EXAMPLES = 300
 
 run = settings(
@@ -28,7 +28,7 @@ run = settings(
 
 
 def channels() -> st.SearchStrategy[int]:
-    """Mostly small; at times around the widths of vectors and matrix tiles."""
+    """Channel counts: mostly small, sometimes near the widths of vectors and matrix tiles."""
     return st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 48, 64, 65]))
 
 
@@ -38,7 +38,7 @@ def problems(draw: st.DrawFn, op: str, activations: tuple[str, ...] = ACTIVATION
         return draw(st.integers(least, most)), draw(st.integers(least, most))
 
     kernel, stride, padding, dilation = pair(1, 5), pair(1, 4), pair(0, 5), pair(1, 3)
-    # At least as large as the kernel's reach less the padding: the output has a pixel.
+    # At least the kernel's reach minus the padding, so that the output has a pixel.
     reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(kernel, padding, dilation, strict=True)]
     h, w = (max(1, least) + extra for least, extra in zip(reach, pair(0, 11), strict=True))
     return Problem(
@@ -68,7 +68,7 @@ def test_forward(op: str, policy: str) -> None:
     @given(problems(op))
     def check(problem: Problem) -> None:
         call = problem.make()
-        # Padding may leave nothing of the input in the kernel's reach, an activation may cut all to zero.
+        # The kernel may reach only padding, and an activation may set everything to zero.
         assume(call.exact().any())
         assert_output(call, call.run())
 

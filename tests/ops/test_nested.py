@@ -1,4 +1,4 @@
-"""Nested tensors (torch.nested): linear layers take the jagged ones, everything else says what to do."""
+"""Nested tensors (torch.nested): linear layers take jagged ones; all other uses raise errors that say what to do."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_convolutions(
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_merged_depthwise_stages(geometry: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    """The chain that GPUs run for CP gives what the two stages give, one after the other."""
+    """The merged depthwise stage that GPUs run for CP gives the same as the two stages one after the other."""
     call = Problem("cp_conv2d", dtype=dtype, layout=layout, activation="relu", **GEOMETRIES[geometry]).make()
     window = [call.problem.stride, call.problem.padding, call.problem.dilation]
     output = _C.merged_cp_chain(*call.tensors.values(), *window, "relu")
@@ -83,7 +83,8 @@ EXACT_ACTIVATIONS: dict[str, tuple[Callable[[float], float], Callable[[float], f
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_float64_activations_are_exact(device: str, activation: str, policy: str) -> None:
-    """The specification, the op and both gradients, against Python's own arithmetic: a library may err as one."""
+    """The reference, the op and both gradients against Python's own arithmetic, because torch may have the same error
+    in all three."""
     function, derivative = EXACT_ACTIVATIONS[activation]
     values = torch.linspace(-7.9, 7.9, 98, dtype=torch.float64)  # none at a kink
     expected = torch.tensor([function(x) for x in values.tolist()], dtype=torch.float64)
@@ -177,7 +178,7 @@ def test_bitwise_equal_for_any_number_of_threads(
 ) -> None:
     sizes = dict(n=batch, s=70, t=90, r1=40, r2=33, h=29, w=31, kernel=(3, 3), padding=(1, 1))
     call = Problem(op, dtype=dtype, layout=layout, activation="silu", **sizes).make()
-    with lowrank_ops.set_policy("fused"):  # the chain's bits are the library's business
+    with lowrank_ops.set_policy("fused"):  # the library may compute other bits for the chain
         assert_same_bits_for_any_threads(call.run, (1, 2, 3, 4))
 
 
@@ -210,7 +211,7 @@ def test_arguments_are_left_alone(op: str, policy: str) -> None:
 
 @pytest.mark.parametrize("op", CONVS)
 def test_equals_the_dense_convolution(op: str) -> None:
-    """The factors stand for one convolution weight; the op gives that convolution."""
+    """The op computes the convolution with the product of the factors."""
     problem = Problem(op, dtype=torch.float64, stride=(2, 1), padding=(1, 2), dilation=(1, 2))
     tensors = problem.make().tensors
     factors = [tensor for name, tensor in tensors.items() if name not in ("input", "bias")]

@@ -1,4 +1,4 @@
-"""What the dispatcher, the compiler and autocast know about the ops."""
+"""Registration of the ops: fake kernels, torch.compile, torch.export, autocast and vmap."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_opcheck_backward(op: str, layout: torch.memory_format, requires_grad: b
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_fake_kernels_give_the_real_metadata(op: str, layout: torch.memory_format, t: int, s: int, n: int) -> None:
-    """Shape, dtype and strides, forward and backward, where sizes of 0 and 1 make a layout ambiguous."""
+    """Shape, dtype and strides agree, forward and backward, also where sizes of 0 and 1 make a layout ambiguous."""
     call = Problem(op, n=n, s=s, t=t, layout=layout, padding=(1, 1)).make()
     grad_output = torch.ones(call.exact().shape)
     real = [call.run(), *backward_op(call, grad_output, [True] * len(call.tensors))]

@@ -1,4 +1,4 @@
-"""Factorized modules under torch's own tools: torch.fx, torch.jit, FlopCounterMode; what computes a layer's weight."""
+"""Factorized modules under torch's tools: torch.fx, torch.jit, FlopCounterMode, and tools that compute a weight."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_symbolic_trace_takes_blocks_as_leaves() -> None:
 
 
 def test_feature_extractors_name_and_reach_blocks() -> None:
-    """What torchvision's create_feature_extractor does: nodes named by the module called, the graph cut at one."""
+    """As torchvision's create_feature_extractor: nodes are named after the called module, and the graph is cut at
+    one."""
 
     class NodePaths(fx.Tracer):
         def __init__(self) -> None:
@@ -176,7 +177,7 @@ def test_flops_are_the_chains(block: FactorizedModule, input: Tensor, prepared: 
 
 @each_block
 def test_flops_of_backward(block: FactorizedModule, input: Tensor) -> None:
-    """Each product's two gradients, as torch counts them, and the products before that are computed again."""
+    """Both gradients of each product, as torch counts them, and the earlier products that are computed again."""
     stages = [
         flops(lambda layer=layer, x=x: layer(x))
         for layer, x in zip(block.to_sequential(), stage_inputs(block, input), strict=True)
@@ -193,7 +194,7 @@ def test_flops_of_backward(block: FactorizedModule, input: Tensor) -> None:
 
 
 def height_tap(block: FactorizedModule, input: Tensor) -> int:
-    """A 1-D CP block is a 2-D op whose height factor has one tap: a product that its chain does without."""
+    """The product with the one-tap height factor of a 1-D CP block, which its chain does not have."""
     return 2 * block.rank * input.shape[0] * input.shape[2] if isinstance(block, CPConv1d) else 0
 
 

@@ -82,7 +82,7 @@ def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
 
 
 def test_the_table_has_every_configuration_of_every_op() -> None:
-    text = (CSRC / "kernels" / "geometry.h").read_text()
+    text = (CSRC / "plan/geometry.h").read_text()
     for family, array in (("sm80", "kSm80Configs"), ("simt", "kSimtConfigs")):
         body = text.split(f"{array}[] = {{", 1)[1].split("};", 1)[0]
         count = len(re.findall(r"^\s*\{", body, re.M))
@@ -253,7 +253,7 @@ def test_small_problems_use_images_or_splits() -> None:
     alone = plan(Problem(n=1, s=256, t=256, h=14, w=14, r1=64, r2=64), "tucker_conv2d_sm80_128x64", "A100")
     assert alone["splits"] > 1 and any("T split over" in note for note in alone["notes"])
     many = plan(Problem(n=4096, s=64, t=64, h=4, w=4, r1=16, r2=16), "tucker_conv2d_sm80_128x32", "A100")
-    assert many["tile"][0] > 1 and any(f"{many['tile'][0]} images a tile" in note for note in many["notes"])
+    assert many["tile"][0] > 1 and any(f"{many['tile'][0]} images per tile" in note for note in many["notes"])
 
 
 def test_a_problem_that_fills_the_gpu_has_tiles_without_bank_conflicts() -> None:

@@ -1,4 +1,5 @@
-"""The sm90a kernels on the emulator of Hopper (simt/emulator.h): values, and that it notices what is broken."""
+"""The sm90a kernels on the emulator of Hopper (tests/support/simt/emulator.h): their values are right, and broken
+kernels are noticed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("kernel", "mutation"), MUTATIONS, ids=str)
 def test_a_broken_kernel_is_noticed(kernel: Kernel, mutation: str) -> None:
-    """By the emulator, or by the result."""
+    """Either the emulator reports a fault, or the result is wrong."""
     case = hopper_case(kernel, "much of everything", torch.bfloat16)
     name, _, number = mutation.partition(" ")
     harness.hopper_mutate(**{name: int(number or 1)})

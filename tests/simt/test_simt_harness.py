@@ -1,4 +1,4 @@
-"""The simulator itself: it computes what the hardware computes, and sees the mistakes that it is for."""
+"""The simulator itself: it computes like the hardware, counts costs, and reports the mistakes that it is made for."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def launch(name: str, *arguments: int, threads: int = 64, shared_bytes: int = 40
 
 
 def fragments(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """A matrix as words: 8 a row."""
+    """A matrix as words: 8 per row."""
     return values.to(dtype).contiguous().view(torch.int32)
 
 
 def truncated(values: Tensor) -> Tensor:
-    """fp32 as the tensor cores see it: tf32."""
+    """fp32 values as the tensor cores see them: tf32, the low 13 bits cut off."""
     return (values.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -67,7 +67,7 @@ def test_multiply_add(dtype: str) -> None:
 def test_load_matrices(name: str) -> None:
     data, output = torch.randint(2**31, (32, 4), dtype=torch.int32), torch.zeros(32, 4, dtype=torch.int32)
     assert harness.selftest(name, data, output).error == ""
-    # Lane i gets of matrix m the word i % 4 of row i / 4.
+    # Lane i gets word i % 4 of row i / 4 of each matrix.
     assert torch.equal(output, data.view(4, 8, 4).permute(1, 2, 0).reshape(32, 4))
 
 
@@ -75,7 +75,7 @@ def test_load_matrices_shifted_is_seen() -> None:
     data = words(128).view(32, 4)
     output = torch.zeros(32, 4, dtype=torch.int32)
     result = harness.selftest("matrices", data, output, settings=Settings(shift_load_matrices=16))
-    assert "uninitialized read" in result.error  # the padding between rows
+    assert "uninitialized read" in result.error  # it read the padding between rows
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -99,7 +99,7 @@ def converted(kind: int, data: Tensor) -> Tensor:
 
 
 def floats() -> Tensor:
-    """Bits of fp32 numbers: random ones, and those around every rounding boundary of the narrow formats."""
+    """The bits of fp32 numbers: random ones, and those around every rounding boundary of the 16-bit formats."""
     every16 = torch.arange(2**16, dtype=torch.int32)
     boundaries = [
         (every16 << 16) + offset for offset in (-1, 0, 1, 0x7FFF, 0x8000, 0x8001, 0x0FFF, 0x1000, 0x1001, 0x3000)
@@ -123,7 +123,7 @@ def test_narrow_rounds_to_nearest_even(kind: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), [(5, torch.bfloat16), (6, torch.float16)])
 def test_narrow_pair(kind: int, dtype: torch.dtype) -> None:
-    """The first in the low half."""
+    """The first number is in the low half of the word."""
     data = floats()
     found = converted(kind, data).view(torch.int16).view(-1, 2)
     values = data.view(torch.float32)
@@ -158,11 +158,11 @@ def test_round_to_tf32() -> None:
     unit = truncated(values.abs()).view(torch.int32).add(0x2000).view(torch.float32).double() - truncated(values.abs())
     error = found.double().abs() - values.double().abs()
     finite &= unit.isfinite()
-    # At most half a unit of the last place, and at a tie away from zero.
+    # The error is at most half a unit in the last place, and ties go away from zero.
     assert (error.abs() <= unit / 2)[finite].all() and (error != -unit / 2)[finite].all()
 
 
-# ---- Shared memory: values, and what must be reported
+# ---- Shared memory: values, and mistakes that must be reported
 
 
 @pytest.mark.parametrize(("name", "bytes_"), [("copy_4", 4), ("copy_8", 8), ("copy_16", 16), ("copy_lean", 16)])
@@ -173,7 +173,7 @@ def test_copies_arrive(order: str, name: str, bytes_: int) -> None:
     result = harness.selftest(name, data, output, 3, threads=64, settings=ORDERS[order])
     assert result.error == ""
     expected = data.view(64, -1).clone()
-    expected[::3] = 0  # not valid
+    expected[::3] = 0  # those copies are not valid
     assert torch.equal(output.view(64, -1), expected)
 
 
@@ -181,7 +181,7 @@ def test_skipping_the_zero_fill_changes_the_result() -> None:
     data, output = words(128), torch.zeros(128, dtype=torch.int32)
     result = harness.selftest("copy_4", data, output, 3, threads=64, settings=Settings(skip_zero_fill=True))
     assert result.error == ""
-    assert (output.view(64, 2)[::3] == 0xDEADBEEF - 2**32).all()  # what was there before
+    assert (output.view(64, 2)[::3] == 0xDEADBEEF - 2**32).all()  # the old contents
 
 
 @pytest.mark.parametrize("order", (0, 1, 2))
@@ -222,7 +222,7 @@ def test_halves_of_a_word_are_apart() -> None:
 
 @pytest.mark.parametrize("epochs", (3, 10_000))
 def test_many_epochs(epochs: int) -> None:
-    """More barriers than an epoch's bits can count: no false alarm, and the last race is still seen."""
+    """More barriers than the bits of an epoch can count cause no false alarm, and the last race is still seen."""
     result = launch("many_epochs", epochs, 0)
     assert result.error == ""
     assert (result.output[:64] == epochs).all()
@@ -297,7 +297,7 @@ def test_lanes_may_diverge_between_meetings() -> None:
     }.items(),
 )
 def test_accesses_outside(case: int, message: str) -> None:
-    storage = torch.zeros(4096, dtype=torch.int32)  # of its own: `in` and `out` are far apart in it
+    storage = torch.zeros(4096, dtype=torch.int32)  # `in` and `out` lie far apart in one storage
     data, output = storage[64:80], storage[2064:2080]
     result = harness.selftest("outside", data, output, case, 64, shared_bytes=64)
     assert message in result.error
@@ -324,10 +324,10 @@ def test_copies_that_are_not_valid_read_nothing() -> None:
         (4, 64, 16),
         (4, 128, 32),
         (4, 132, 1),
-        (8, 8, 1),  # half a warp at a time
+        (8, 8, 1),  # half a warp is served at a time
         (8, 16, 2),
         (8, 72, 1),
-        (16, 16, 1),  # eight lanes at a time
+        (16, 16, 1),  # eight lanes are served at a time
         (16, 32, 2),
         (16, 128, 8),
         (16, 80, 1),
@@ -337,7 +337,7 @@ def test_bank_conflicts(bytes_: int, stride: int, ways: int) -> None:
     result = launch("strided_shared", bytes_, stride, 0, 32, threads=32, shared_bytes=8192)
     assert result.error == ""
     assert result.worst_conflict("load_shared") == ways
-    assert result.worst_conflict("load_shared", "primitives.cuh") == 0  # none there
+    assert result.worst_conflict("load_shared", "primitives.cuh") == 0  # no access is attributed to that file
     if stride >= bytes_:
         assert result.worst_conflict("store_shared", "selftest.cpp") == ways
 
@@ -382,7 +382,7 @@ def test_instructions_of_lanes_that_skip_some(order: int) -> None:
     assert result.traffic("in")["requests"] == 31
     assert result.traffic("in")["bytes"] == 4 * 496
     assert (result.traffic("out", "written")["requests"], result.traffic("out", "written")["sectors"]) == (1, 4)
-    # In each of 4 rounds one load by all lanes and three by every second one, each of 4 sectors.
+    # In each of 4 rounds all lanes do one load and every second lane three; a load reads 4 sectors.
     result = launch("guarded", threads=32, order=order)
     assert (result.traffic("in")["requests"], result.traffic("in")["sectors"]) == (16, 64)
     assert (result.traffic("out", "written")["requests"], result.traffic("out", "written")["sectors"]) == (4, 16)
@@ -392,7 +392,7 @@ def test_the_shifted_tensor_only() -> None:
     result = launch("strided_global", 4, 4, 0, 32, threads=32, shift_buffer=0)
     assert torch.equal(result.output[:32], torch.arange(2, 34, dtype=torch.int32))
     last = launch("strided_global", 4, 4, 4 * 4064, 32, threads=32, shift_buffer=0)
-    assert last.error == "" and last.output[-1] == 4095  # stays inside
+    assert last.error == "" and last.output[-1] == 4095  # the shift does not leave the tensor
     other = launch("strided_global", 4, 4, 0, 32, threads=32, shift_buffer=1)
     assert torch.equal(other.output[:32], torch.arange(1, 33, dtype=torch.int32))
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels on the simulator : every kernel of the planner's table, in every dtype that it takes,
-on shapes at the edges of its tiles, against the fp64 reference."""
+"""The CUDA kernels on the simulator: every kernel of the planner's table, in every dtype that it takes, on shapes at
+the edges of its tiles, against the fp64 reference."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ COMMON = {
 
 @pytest.mark.parametrize(("kernel", "dtype"), [pair for pair in KERNELS if pair[0].family == "sm80"], ids=identify)
 def test_which_cases_are_common(kernel: Kernel, dtype: torch.dtype) -> None:
-    """Those run the lean kernel, the others the general one."""
+    """Common cases (common_case.h) run the lean kernel, the others the general one."""
     linear = kernel.op == "lowrank_linear"
     make, names = (linear_case, LINEAR_CASES) if linear else (convolution_case, CONVOLUTION_CASES)
     found = {name for name in names if harness.is_common_case(*make(name, kernel, dtype).launch())}
@@ -84,7 +84,7 @@ def test_activations(kernel: Kernel, dtype: torch.dtype, activation: str) -> Non
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_problems(seed: int) -> None:
-    """Any window, any tile that fits, any number of stages and splits; lanes in shuffled order."""
+    """Random windows, tiles that fit, numbers of slots and splits; lanes run in shuffled order."""
     draw = random.Random(seed)
     kernel, dtype = draw.choice(CONVOLUTIONS)
     pixels = harness.shape_of(kernel).pixels
@@ -93,7 +93,7 @@ def test_random_problems(seed: int) -> None:
     cut = Cut(draw.randint(1, pixels // (tile_h * tile_w)), tile_h, tile_w, draw.randint(2, 4), draw.randint(1, 2))
     kernel_size, stride, dilation = pair(1, 4), pair(1, 3), pair(1, 3)
     out = draw.randint(1, 2 * tile_h), draw.randint(1, 2 * tile_w)
-    # No more padding than leaves an input.
+    # At most so much padding that some input is left.
     padding = tuple(
         draw.randint(0, min(4, ((size - 1) * step + apart * (taps - 1)) // 2))
         for size, step, apart, taps in zip(out, stride, dilation, kernel_size, strict=True)
@@ -128,7 +128,7 @@ def test_the_order_of_threads_does_not_matter(kernel: Kernel, dtype: torch.dtype
 
 
 def test_what_a_kernel_does_not_take_is_an_error() -> None:
-    """cudaErrorInvalidValue, and nothing written."""
+    """The launcher returns cudaErrorInvalidValue, and nothing is written."""
     refused = 0
     for kernel in harness.kernels():
         for dtype in set(harness.DTYPES) - set(dtypes_of(kernel)):
@@ -161,7 +161,7 @@ PLANNED = {
 @pytest.mark.parametrize("name", PLANNED)
 @pytest.mark.parametrize("op", ("tucker_conv2d", "cp_conv2d"))
 def test_what_the_planner_chooses(op: str, name: str, gpu: str, layout: torch.memory_format) -> None:
-    """Every kernel in one of its dtypes, cut by the planner, with the shared memory of that GPU."""
+    """Every kernel in one of its dtypes with the planner's cut for that GPU, and with that GPU's shared memory."""
     for number, kernel in enumerate(kernel for kernel in harness.kernels() if kernel.op == op):
         dtype = dtypes_of(kernel)[number % 3]
         case = Case(kernel, Cut(), Problem(op, dtype=dtype, layout=layout, **PLANNED[name]).make())
@@ -172,7 +172,8 @@ def test_what_the_planner_chooses(op: str, name: str, gpu: str, layout: torch.me
 
 
 def test_under_sanitizers() -> None:
-    """Every kernel in one dtype, on every case in turn: arrays, shifts, overflows, and the simulator's own memory."""
+    """Sanitizers check arrays, shifts, overflows and the simulator's own memory: every kernel in one dtype on one case,
+    with the cases in turn."""
     launches, cases = [], []
     for number, (kernel, dtype) in enumerate(KERNELS):
         if kernel.op == "lowrank_linear":
@@ -186,7 +187,7 @@ def test_under_sanitizers() -> None:
 
 
 def test_the_sanitizers_see_more_than_the_simulator() -> None:
-    """A bias that is shorter than the simulator was told."""
+    """They notice a bias that is shorter than the simulator was told."""
     kernel, cut, tensors, options, output = linear_case("whole tiles", *LINEAR[0]).launch()
     bias = tensors["bias"]
     short = {**tensors, "bias": bias[:-8].clone()}

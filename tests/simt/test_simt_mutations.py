@@ -1,5 +1,5 @@
-"""Whether the simulator would notice: every barrier of every kernel left out in turn, an index shifted, the halo's
-zeros not written, copies not waited for. Each must end in an error or in a result beyond its budget."""
+"""The simulator notices broken kernels: each barrier of each kernel is left out in turn, an index is shifted, zeros of
+the halo are not written, copies are not waited for. Each must end in an error or in a result beyond its budget."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TENSORS = {
     "cp_conv2d": ("input", "in_factor", "height_factor", "width_factor", "out_factor", "bias"),
     "lowrank_linear": ("input", "in_factor", "out_factor", "bias"),
 }
-# The order in which module.cpp makes them known.
+# The order in which tests/support/simt/module.cpp registers them.
 _BUFFERS = ("input", "output", "in_factor", "core", "height_factor", "width_factor", "out_factor", "bias")
 
 
@@ -42,10 +42,10 @@ def identify(value: object) -> str | None:
 
 
 def problem(kernel: Kernel, dtype: torch.dtype) -> Case:
-    """One CTA in the middle of an image's edge, several chunks in every stage."""
+    """One CTA whose halo reaches beyond the image, with several chunks in every stage."""
     linear = kernel.op == "lowrank_linear"
     case = linear_case("whole tiles", kernel, dtype) if linear else _convolution(kernel, dtype)
-    case.call.tensors["bias"] *= 1000  # or a wrong one would drown in the rounding of bf16
+    case.call.tensors["bias"] *= 1000  # otherwise a wrong bias would drown in the rounding of bf16
     return case
 
 
@@ -114,5 +114,5 @@ def test_shifted_matrices_are_noticed(kernel: Kernel, dtype: torch.dtype) -> Non
     ("kernel", "dtype"), [pair for pair in KERNELS if pair[0].op != "lowrank_linear"], ids=identify
 )
 def test_missing_zeros_of_the_halo_are_noticed(kernel: Kernel, dtype: torch.dtype) -> None:
-    """What lies there instead is NaN in the first chunk's slot and another chunk's values later."""
+    """Instead of zeros there is NaN in the first chunk's slot, and another chunk's values later."""
     assert_noticed(problem(kernel, dtype), Settings(count=False, skip_zero_fill=True))

@@ -1,5 +1,5 @@
-"""What the CUDA kernels read and write, counted on the simulator: every tensor as often as the design says, the output
-once and in full sectors, shared memory without bank conflicts."""
+"""The traffic of the CUDA kernels, counted on the simulator: they read every tensor as often as the design says, write
+the output once and in full sectors, and have no bank conflicts in shared memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def identify(value: object) -> str | None:
 
 
 def whole_tiles(kernel: Kernel, dtype: torch.dtype, layout: torch.memory_format, stride: int = 1) -> Case:
-    """Several whole tiles of one image, ranks and channels of whole passes. NCHW: tiles 16 wide, whole sectors."""
+    """Images of several whole tiles, ranks and channels of whole passes. NCHW: tiles are 16 wide, for whole sectors."""
     shape, (th, tw) = shape_of(kernel), tile_of(kernel)
     if stride == 2:
         th, tw = th // 2, 8
@@ -56,7 +56,7 @@ def whole_tiles(kernel: Kernel, dtype: torch.dtype, layout: torch.memory_format,
 
 
 def halo_positions(case: Case) -> int:
-    """Input positions that the tiles read, all together: each tile's own and those around it that lie in the image."""
+    """How many input positions the tiles read in all: each tile's own, and those around it that lie in the image."""
     p, cut = case.call.problem, case.cut
 
     def along(size: int, out: int, tile: int, axis: int) -> int:
@@ -90,7 +90,7 @@ def test_traffic_of_convolutions(kernel: Kernel, dtype: torch.dtype, layout: tor
     case.assert_right(result)
     problem, report = case.call.problem, result.report
     assert report["launches"] == 1
-    # The input once, and once more for each tile that has a position in its halo.
+    # Each position is read once, and once more for each further tile that has it in its halo.
     read, pixels = result.traffic("input"), problem.n * problem.h * problem.w
     halo_share = halo_positions(case) / pixels - 1
     assert halo_share < (case.cut.h + 2) * (case.cut.w + 2) / (case.cut.h * case.cut.w) - 1
@@ -116,17 +116,18 @@ def test_traffic_of_linear(kernel: Kernel, dtype: torch.dtype) -> None:
     assert_written_once(result, result.output.numel() * dtype.itemsize)
 
 
-# A warp's sums go to the hidden tiles once a stage, four lanes to a row: rows an odd multiple of 16 bytes apart are
-# right for the reads of the main loops, but meet in some banks when a lane stores more than 4 bytes.
+# At the end of a stage a warp stores its sums to the hidden tile, four lanes per row. Rows that are an odd multiple of
+# 16 bytes apart are right for the reads of the main loops, but meet in some banks when a lane stores more than 4 bytes.
+# Largest conflict by size of an element:
 STAGE_ENDS = {2: 1, 4: 2, 8: 2}
-# CP's depthwise stages go along lines of the hidden tile; with fewer than 64 channels of 2 bytes a warp has two lines.
+# CP's depthwise stages walk along lines of the hidden tile; a warp has two lines below 64 channels of 2 bytes.
 DEPTHWISE = 2
 
 
 @pytest.mark.parametrize("stride", (1, 2))
 @pytest.mark.parametrize(("kernel", "dtype"), CONVOLUTIONS, ids=identify)
 def test_bank_conflicts(kernel: Kernel, dtype: torch.dtype, stride: int) -> None:
-    """None in the main loops at stride 1, at most two-way at stride 2."""
+    """The main loops have none at stride 1, and at most two-way conflicts at stride 2."""
     case = whole_tiles(kernel, dtype, CHANNELS_LAST, stride)
     result = case.run()
     case.assert_right(result)
@@ -147,7 +148,7 @@ def test_bank_conflicts(kernel: Kernel, dtype: torch.dtype, stride: int) -> None
 
 @pytest.mark.parametrize(("kernel", "dtype"), CONVOLUTIONS, ids=identify)
 def test_bank_conflicts_in_nchw(kernel: Kernel, dtype: torch.dtype) -> None:
-    """The products as in channels_last; copies of single elements and the output's way back cost more."""
+    """The products have none, as in channels_last; copies of single elements and staging the output have some."""
     case = whole_tiles(kernel, dtype, torch.contiguous_format)
     result = case.run()
     case.assert_right(result)

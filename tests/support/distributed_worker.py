@@ -81,7 +81,8 @@ def batches(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def learn(student: nn.Module, teacher: nn.Module, data: Any, **options: Any) -> list[float]:
     optimizer = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    return distill_(student, teacher, data, optimizer=optimizer, progress=False, **{"steps": STEPS, **options}).losses
+    options = {"steps": STEPS, "optimizer": optimizer, **options}
+    return distill_(student, teacher, data, progress=False, **options).losses
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -154,11 +155,15 @@ def results(rank: int) -> dict[str, Any]:
         losses = learn(model, teacher, mine)
         found[f"{name} student"] = (losses, state(model))
 
-    model = copy.deepcopy(student)
+    unequal = copy.deepcopy(student)
     if rank == 1:  # process 0's values count
-        for parameter in model.parameters():
+        for parameter in unequal.parameters():
             parameter.data.mul_(2)
+    model = copy.deepcopy(unequal)
     found["unequal start"] = (learn(model, teacher, mine), state(model))
+    wild = functools.partial(torch.optim.Adam, lr=1.0)
+    for name, model in (("restart", student), ("unequal restart", unequal)):
+        found[name] = learn(copy.deepcopy(model), teacher, mine, optimizer=wild, steps=12)
     for name in ("plain", "ddp"):
         model = WRAPPERS[name](student)
         learn(model, teacher, mine, batchnorm="train")

@@ -1,4 +1,4 @@
-"""Warnings point at the user's line, whatever lies between it and ours."""
+"""Warnings point at the user's line, whatever packages lie between it and this one."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops
-import lowrank_ops.train.distill as distill_module
+import lowrank_ops.train.training as training
 from lowrank_ops import CPConv2d, LowRankLinear, TuckerConv2d, distill_
 from lowrank_ops.nn.base import FactorizedModule
 
@@ -258,7 +258,7 @@ class Recording(torch.optim.SGD):
 def test_time_ends_it(pair: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a second at each look: one a step, the first before all of them."""
     seconds = itertools.count()
-    monkeypatch.setattr(distill_module, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
     student, teacher = pair
     optimizer = Recording(student.parameters(), lr=1e-3)
     assert quiet(student, teacher, images(), minutes=5 / 60, optimizer=optimizer).steps == 5

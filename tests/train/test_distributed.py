@@ -105,6 +105,12 @@ def test_plain_students_start_from_the_first_process(processes: Results) -> None
         assert_same(found["unequal start"][1], found["plain student"][1])
 
 
+def test_plain_students_begin_anew_from_the_first_process(processes: Results) -> None:
+    for found in processes:
+        assert max(found["restart"]) > 3 * found["restart"][0]  # it has run away
+        assert found["unequal restart"] == found["restart"]
+
+
 @pytest.mark.parametrize("wrapper", ["plain", "ddp"])
 def test_batchnorm_statistics_agree(processes: Results, wrapper: str) -> None:
     first, second = (found[f"{wrapper} statistics"] for found in processes)

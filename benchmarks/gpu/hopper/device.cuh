@@ -15,21 +15,21 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 DEVICE uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
-// Its address; swizzled layouts need it aligned to 1024 bytes.
+// The address of the dynamic shared memory; swizzled layouts need it aligned to 1024 bytes.
 DEVICE uint32_t shared_base() {
   const uint32_t address = shared_address(shared_memory);
   if (address % 1024 != 0) __trap();
   return address;
 }
 
-// The tile of the tests is a step of a 3x3 convolution (9 taps) with bf16 data: 8x8 output pixels, which read 10x10
-// input pixels (the halo), from 64 channels to 64. `Hidden` is the input, a factor the 64x64 weights of one tap.
+// The tile of the tests is a part of a 3x3 convolution (9 taps) of bf16 data from 64 channels to 64: 8x8 output pixels,
+// which read 10x10 input pixels (the halo). "Hidden" names the input, "factor" the 64x64 weights of one tap.
 constexpr int kHalo = 10, kPixels = kHalo * kHalo, kTile = 64, kTaps = 9;
-constexpr int kPlane = kPixels * 16;     // bytes of 8 channels of all input pixels
+constexpr int kPlane = kPixels * 16;     // bytes of 8 channels of all input pixels (without swizzle)
 constexpr int kHiddenBytes = 13 * 1024;  // bytes of the input, rounded up
 constexpr int kFactorBytes = kTile * kTile * 2;
 
-// Makes writes to shared memory visible to wgmma and to the copy engine.
+// Makes this thread's writes to shared memory visible to wgmma and TMA.
 DEVICE void fence_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -38,7 +38,7 @@ DEVICE void fence_proxy() {
 DEVICE void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// After barrier_init, before other threads, CTAs of the cluster or the copy engine use the barriers.
+// To be called after barrier_init, before other threads, CTAs of the cluster or TMA use the barriers.
 DEVICE void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   fence_proxy();
@@ -54,11 +54,11 @@ DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
-// Arrives, and makes the phase wait for so many bytes of copies.
+// Arrives, and makes the phase wait for `bytes` bytes of copies.
 DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Whether the phase of this parity is complete; waits a little for it.
+// Waits for a short time for the phase of this parity. Returns whether it is complete.
 DEVICE bool try_phase(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

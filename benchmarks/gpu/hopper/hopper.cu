@@ -1,12 +1,12 @@
-// Measures what kernels for Hopper may assume of the hardware: matrix descriptors of wgmma with shifted starts, rates
-// of the tensor cores, the copy engine, barriers, and memory. One program that needs nothing but CUDA:
+// Measures the properties of the hardware that kernels for Hopper rest on: matrix descriptors of wgmma with shifted
+// starts, rates of the tensor cores, TMA, barriers, and memory. One program that needs nothing but CUDA:
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o build/hopper benchmarks/gpu/hopper/*.cu
 //   build/hopper [--seconds S] [NAME]    all tests, or those whose names begin with NAME; --list prints the names
 //
 // Every test runs in a process of its own, so that a fault or a hang costs that test alone, and prints one line of
-// JSON. "ok" is true (right, or measured to the end), false (wrong numbers) or null (not finished; the line has the
-// figures up to there).
+// JSON. "ok" is true (results right, or all rates measured), false (wrong results) or null (not finished; the line has
+// the results so far).
 //
 // Sources: PTX ISA 8.x, sections "Asynchronous warpgroup-level matrix instructions", "mbarrier", "cp.async.bulk".
 #include <cuda_runtime.h>
@@ -47,11 +47,11 @@ const Test kTests[] = {{"wgmma_shifted", test_wgmma_shifted},
                        {"l2_bandwidth", test_l2_bandwidth},
                        {"cp_async_issue", test_cp_async_issue}};
 
-// The limit of one test.
+// The time limit of one test.
 constexpr double kTestSeconds = 8;
 
-// In the child process: runs one test. Half a second before the parent kills this process, a thread prints the figures
-// that there are.
+// In the child process: runs one test. Half a second before the parent would kill this process, a thread prints the
+// results so far.
 int run_test(const char* name, double seconds) {
   for (const Test& test : kTests) {
     if (std::strcmp(name, test.name) != 0) continue;
@@ -74,7 +74,7 @@ int run_test(const char* name, double seconds) {
   return 2;
 }
 
-// The line of a test that printed none itself.
+// Prints the line of a test that could not print it itself.
 void print_failure(const char* name, const std::string& why) {
   std::printf("{\"test\": \"%s\", \"ok\": null, \"error\": \"%s\"}\n", name, why.c_str());
   std::fflush(stdout);
@@ -118,13 +118,13 @@ void print_device() {
     report.number("memory_bytes", double(properties.totalGlobalMem));
     report.number("driver", driver);
     report.number("runtime", runtime);
-    // A context here keeps the driver awake between the tests' processes.
+    // A context in this process keeps the driver loaded between the tests' processes.
     if (attribute(cudaDevAttrComputeMode) == cudaComputeModeDefault) CHECK(cudaFree(nullptr));
   });
   report.print();
 }
 
-// Runs all tests whose names begin with `prefix`, in so many seconds altogether.
+// Runs all tests whose names begin with `prefix`, in `seconds` altogether.
 int run_tests(const char* program, const char* prefix, double seconds) {
   const auto start = std::chrono::steady_clock::now();
   print_device();

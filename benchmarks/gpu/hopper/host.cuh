@@ -45,17 +45,17 @@ inline int multiprocessors() {
   return attribute(cudaDevAttrMultiProcessorCount);
 }
 
-// Dynamic shared memory, in bytes, of which only one CTA fits on a multiprocessor.
+// So much dynamic shared memory, in bytes, that only one CTA fits on a multiprocessor.
 constexpr int kOneCta = 150 * 1024;
 
-// How to launch a kernel: its size and, if not the defaults, its attributes.
+// How to launch a kernel: its size, and attributes other than the defaults.
 struct Launch {
   int ctas = 1, threads = 128, shared = 0, cluster = 1;
   bool cooperative = false, dependent = false;
   cudaStream_t stream = nullptr;
 };
 
-// The same as the runtime takes it. Not copyable, since `config` points to `attributes`.
+// A Launch in the form that the CUDA runtime takes. Not copyable, since `config` points to `attributes`.
 struct Configuration {
   cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config{};
@@ -101,7 +101,7 @@ int resident_ctas(const Launch& how, void (*kernel)(Params...)) {
   int count = 0, each = how.cluster;
   if (how.cluster > 1) {
     CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config));
-  } else {  // without a cluster size that function may count 0
+  } else {  // without a cluster cudaOccupancyMaxActiveClusters may return 0
     CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, how.threads, size_t(how.shared)));
     each = multiprocessors();
   }
@@ -153,9 +153,9 @@ inline double from_bf16(uint16_t bits) {
 }
 // Values in [-1, 1), the same in every run.
 inline std::vector<uint16_t> random_bf16(size_t count, unsigned seed) {
-  std::mt19937 engine(seed);
+  std::mt19937 generator(seed);
   std::vector<uint16_t> values(count);
-  for (uint16_t& value : values) value = to_bf16(float(int(engine() >> 8) - (1 << 23)) / float(1 << 23));
+  for (uint16_t& value : values) value = to_bf16(float(int(generator() >> 8) - (1 << 23)) / float(1 << 23));
   return values;
 }
 

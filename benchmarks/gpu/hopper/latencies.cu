@@ -1,4 +1,4 @@
-// What it costs to wait: barriers of the grid, of clusters and in shared memory, copies shared by a cluster, launches.
+// The cost of waiting: barriers of the grid, of clusters and in shared memory, copies shared by a cluster, launches.
 #include <algorithm>
 #include <string>
 
@@ -8,7 +8,7 @@
 namespace hopper {
 namespace {
 
-// A barrier of all CTAs: one thread of each adds to a counter and waits until all have.
+// A barrier of all CTAs: one thread of each adds to a counter and waits until all have done so.
 __global__ void __launch_bounds__(128, 1) grid_barrier_kernel(unsigned* counter, int iterations) {
   for (int i = 1; i <= iterations; ++i) {
     __syncthreads();
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(128) cluster_barrier_kernel(long long* clocks,
   if (threadIdx.x == 0) clocks[blockIdx.x] = clock64() - start;
 }
 
-// Threads write to (or read from) the shared memory of the CTA of rank own ^ other: 64 KB per iteration, 16 bytes a
+// Threads write to (or read from) the shared memory of the CTA of rank own ^ other: 64 KB per iteration, 16 bytes per
 // thread at a time.
 DEVICE void write_remote(uint32_t remote, int iterations) {
   for (int i = 0; i < iterations; ++i) {
@@ -64,8 +64,8 @@ DEVICE void write_remote(uint32_t remote, int iterations) {
     }
   }
 }
-// The place in the 64 KB moves on by 512 bytes per iteration: with the same addresses in all iterations the assembler
-// moves the loads out of the loop, `volatile` or not.
+// The place in the 64 KB moves on by 512 bytes per iteration: with equal addresses in all iterations the assembler
+// would move the loads out of the loop, `volatile` or not.
 DEVICE uint32_t read_remote(uint32_t remote, int iterations) {
   uint32_t sum = 0, place = threadIdx.x * 16;
 #pragma unroll 1
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(512) remote_kernel(uint32_t* sink, long long* 
     write_remote(remote, iterations);
   else
     sum = read_remote(remote, iterations);
-  cluster_barrier();  // until then others use the memory of this CTA, and stores may be under way
+  cluster_barrier();  // before this, others use the memory of this CTA, and stores may be under way
   if (threadIdx.x == 0) clocks[blockIdx.x] = clock64() - start;
   sink[blockIdx.x * 512 + threadIdx.x] = sum;
 }
@@ -207,53 +207,53 @@ void test_latencies_mbarrier() {
 
 namespace {
 
-// All CTAs of a cluster need the same blocks of 32 KB. With `multicast` each copies its part of a block to all of them,
-// without it each copies the whole block for itself.
-constexpr int kBlock = 32 * 1024, kStages = 4;
+// All CTAs of a cluster need the same blocks of 32 KB. With `multicast` each CTA copies its part of a block to all of
+// them; without, each copies the whole block for itself.
+constexpr int kBlock = 32 * 1024, kSlots = 4;
 
 template <bool multicast>
 __global__ void __launch_bounds__(64, 1)
     multicast_kernel(const unsigned char* source, int tiles, int iterations, int size, unsigned* differences) {
-  const uint32_t base = shared_base(), full = base + kStages * kBlock, empty = full + kStages * 8;
+  const uint32_t base = shared_base(), full = base + kSlots * kBlock, empty = full + kSlots * 8;
   const uint32_t rank = cluster_rank();
   const int group = int(blockIdx.x) / size, groups = int(gridDim.x) / size;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kSlots; ++i) {
       barrier_init(full + i * 8, 1);
       barrier_init(empty + i * 8, multicast ? size : 1);
     }
     barrier_init_done();
   }
   cluster_barrier();
-  if (threadIdx.x == 0) {  // producer: a slot is free once every CTA that gets the copy has read it
+  if (threadIdx.x == 0) {  // producer: a slot is free when every CTA that receives the copy has read it
     const int share = multicast ? kBlock / size : kBlock, offset = multicast ? int(rank) * share : 0;
     for (int i = 0; i < iterations; ++i) {
-      const int stage = i % kStages;
-      if (i >= kStages) barrier_wait(empty + stage * 8, (i / kStages - 1) % 2);
-      barrier_expect(full + stage * 8, kBlock);
+      const int slot = i % kSlots;
+      if (i >= kSlots) barrier_wait(empty + slot * 8, (i / kSlots - 1) % 2);
+      barrier_expect(full + slot * 8, kBlock);
       const unsigned char* from = source + size_t((group + i * groups) % tiles) * kBlock + offset;
-      const uint32_t to = base + stage * kBlock + offset;
+      const uint32_t to = base + slot * kBlock + offset;
       if constexpr (multicast)
-        bulk_load_to(to, from, share, full + stage * 8, uint16_t((1 << size) - 1));
+        bulk_load_to(to, from, share, full + slot * 8, uint16_t((1 << size) - 1));
       else
-        bulk_load(to, from, share, full + stage * 8);
+        bulk_load(to, from, share, full + slot * 8);
     }
   } else if (threadIdx.x == 32) {  // consumer
     for (int i = 0; i < iterations; ++i) {
-      const int stage = i % kStages;
-      barrier_wait(full + stage * 8, i / kStages % 2);
+      const int slot = i % kSlots;
+      barrier_wait(full + slot * 8, i / kSlots % 2);
       if constexpr (multicast)
-        for (int to = 0; to < size; ++to) barrier_arrive_at(empty + stage * 8, to);
+        for (int to = 0; to < size; ++to) barrier_arrive_at(empty + slot * 8, to);
       else
-        barrier_arrive(empty + stage * 8);
+        barrier_arrive(empty + slot * 8);
     }
   }
   __syncthreads();
-  // Every thread waits for the last phase itself, so that it sees what the copies wrote.
+  // Every thread waits for the last phase itself, so that it sees the copied data.
   const int last = iterations - 1;
-  barrier_wait(full + last % kStages * 8, last / kStages % 2);
+  barrier_wait(full + last % kSlots * 8, last / kSlots % 2);
   const uint4* expected = reinterpret_cast<const uint4*>(source + size_t((group + last * groups) % tiles) * kBlock);
-  const uint4* got = reinterpret_cast<const uint4*>(shared_memory + last % kStages * kBlock);
+  const uint4* got = reinterpret_cast<const uint4*>(shared_memory + last % kSlots * kBlock);
   unsigned wrong = 0;
   for (int i = int(threadIdx.x); i < kBlock / 16; i += 64)
     wrong += got[i].x != expected[i].x || got[i].w != expected[i].w;
@@ -267,7 +267,7 @@ void multicast_rate(int size, const unsigned char* source, int tiles) {
   attempt(key, [&] {
     constexpr int kIterations = 400;
     unsigned* differences = allocate<unsigned>(1);
-    Launch how{multiprocessors() / size * size, 64, kStages * kBlock + 1024, size};
+    Launch how{multiprocessors() / size * size, 64, kSlots * kBlock + 1024, size};
     how.ctas = std::min(how.ctas, resident_ctas(how, multicast_kernel<multicast>));
     const double ms =
         median_ms([&] { launch(how, multicast_kernel<multicast>, source, tiles, kIterations, size, differences); });
@@ -316,7 +316,7 @@ void test_latencies_launch() {
         };
         double ms = 0;
         if (graph) {
-          launch(how, dependent ? dependent_kernel : empty_kernel);  // loads it before the capture
+          launch(how, dependent ? dependent_kernel : empty_kernel);  // loads the kernel before the capture
           CHECK(cudaStreamSynchronize(how.stream));
           cudaGraph_t captured;
           cudaGraphExec_t executable;

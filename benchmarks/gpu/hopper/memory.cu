@@ -7,12 +7,12 @@
 namespace hopper {
 namespace {
 
-constexpr int kThreads = 512, kChunk = kThreads * 4;  // a chunk in vectors of 16 bytes
+constexpr int kThreads = 512, kChunk = kThreads * 4;  // kChunk: vectors of 16 bytes per chunk
 
 enum class Work { kRead, kWrite, kCopy };
 
-// Buffers are read or written in chunks of 32 KB, which the CTAs take in turn: `total` chunks in all, of a buffer of
-// `chunks`, again and again.
+// Reads or writes a buffer of `chunks` chunks of 32 KB again and again, `total` chunks in all. The CTAs take chunks in
+// turn.
 template <Work work>
 __global__ void __launch_bounds__(kThreads)
     stream_kernel(const uint4* from, uint4* to, int chunks, int total, uint32_t* sink) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   if (sum == 0x5EED) *sink = sum;
 }
 
-// The same by cp.async to shared memory.
+// Reads a buffer in the same way, by cp.async to shared memory.
 __global__ void __launch_bounds__(kThreads) stream_async_kernel(const uint4* from, int chunks, int total) {
   const uint32_t base = shared_base() + threadIdx.x * 16;
   int stage = 0;
@@ -89,14 +89,14 @@ void test_l2_bandwidth() {
 
 namespace {
 
-// Nothing but cp.async of 16 bytes: kCopies per thread and stage, then a wait until at most kSlots - 1 stages are still
-// under way.
+// Only cp.async of 16 bytes: kCopies per thread and chunk, then a wait until at most kSlots - 1 chunks are still under
+// way.
 template <int kWarps, int kSlots, int kCopies>
 __global__ void __launch_bounds__(kWarps * 32)
     copy_issue_kernel(const unsigned char* source, long long* clocks, int iterations) {
   constexpr int kStep = kWarps * 32 * 16, kStage = kStep * kCopies, kUnrolled = 6;  // a multiple of 2 and of 3 slots
   const uint32_t base = shared_base() + threadIdx.x * 16;
-  // A CTA reads up to 1.5 MB again and again; the 24 MB of all CTAs stay in L2.
+  // A CTA reads at most 1.5 MB again and again; the 24 MB of all CTAs stay in L2.
   const unsigned char* start = source + size_t(blockIdx.x) % 396 * 40960 + threadIdx.x * 16;
   __syncthreads();
   const long long begin = clock64();
@@ -121,13 +121,13 @@ template <int kWarps, int kSlots, int kCopies>
 void copy_issue(const unsigned char* source, long long* clocks) {
   const int bytes = kWarps * 32 * 16 * kCopies * kSlots, sms = multiprocessors();
   for (int ctas : {1, 2, 3}) {
-    const int shared = (ctas == 1 ? 200 : ctas == 2 ? 110 : 74) * 1024;  // so many fit, and no more
+    const int shared = (ctas == 1 ? 200 : ctas == 2 ? 110 : 74) * 1024;  // exactly this many CTAs fit
     if (bytes > shared) continue;
     const std::string key = "warps" + std::to_string(kWarps) + "_stages" + std::to_string(kSlots) + "_copies" +
                             std::to_string(kCopies) + "_ctas" + std::to_string(ctas);
     attempt(key, [&] {
       const int iterations = 4096 / (kWarps * kCopies);
-      const double instructions = double(iterations) * 6 * kCopies * kWarps * ctas;  // of a multiprocessor
+      const double instructions = double(iterations) * 6 * kCopies * kWarps * ctas;  // per multiprocessor
       const Launch how{sms * ctas, kWarps * 32, shared};
       const double ms =
           median_ms([&] { launch(how, copy_issue_kernel<kWarps, kSlots, kCopies>, source, clocks, iterations); });

@@ -1,4 +1,4 @@
-// How fast the tensor cores multiply: wgmma by where its operands are, and mma.sync.
+// How fast the tensor cores multiply: wgmma with operands in several places and layouts, and mma.sync.
 #include <string>
 
 #include "host.cuh"
@@ -7,8 +7,8 @@
 namespace hopper {
 namespace {
 
-// Where an operand is: in shared memory (shifted: at the places of the nine taps; plain: without swizzle) or in
-// registers.
+// The place and layout of an operand: in registers, or in shared memory (plain: without swizzle; shifted: starting at
+// the pixels of the nine taps).
 enum class Source { kSwizzled, kSwizzledShifted, kPlain, kPlainShifted, kRegisters };
 
 template <Source source>
@@ -18,7 +18,7 @@ DEVICE uint64_t a_descriptor(uint32_t base) {
   if (source == Source::kPlain) return descriptor(base, kTile * 16, 128, kNoSwizzle);
   return descriptor(base, kPlane, kHalo * 16, kNoSwizzle);
 }
-// What to add to the descriptor for step k of 16 channels and for this tap, in units of 16 bytes.
+// The offset that step k of 16 channels and this tap add to the descriptor, in units of 16 bytes.
 template <Source source>
 constexpr DEVICE int a_step(int tap, int k) {
   const int pixels = tap / 3 * kHalo + tap % 3;
@@ -132,7 +132,7 @@ void test_wgmma_rate() {
 
 namespace {
 
-// mma.sync from registers alone: 16 independent products per warp and iteration.
+// mma.sync with operands in registers: 64 products per warp and iteration, with 16 independent sums.
 __global__ void __launch_bounds__(512, 1)
     mma_rate_kernel(const uint4* source, float* sink, long long* clocks, int iterations) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(source) + threadIdx.x * 24;
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(512, 1)
   sink[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
-// ldmatrix and mma.sync: a warp multiplies a tile of kRows x 64 with K = 64 per iteration, and loads the operands of a
+// ldmatrix and mma.sync: per iteration a warp multiplies a tile of kRows x 64 with K = 64. It loads the operands of a
 // step of K = 16 during the step before. Rows are padded by 16 bytes against bank conflicts.
 constexpr int kRowBytes = 128 + 16;
 

@@ -11,14 +11,14 @@ namespace hopper {
 constexpr uint64_t kNoSwizzle = 0, kSwizzle128 = 1;
 
 // The descriptor of a K-major matrix. Rows come in groups of 8, and K in steps of 16 bytes:
-// `stride` is the distance in bytes between groups of rows, `leading` that between steps of K (with the 128-byte
-// swizzle it has no effect), `base` the field "base offset" for matrices that do not start at a multiple of 1024 bytes.
+// `stride` is the distance in bytes between groups of rows, `leading` the one between steps of K (without effect with
+// the 128-byte swizzle), `base` the field "base offset" for matrices that do not start at a multiple of 1024 bytes.
 DEVICE uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride, uint64_t layout, uint32_t base = 0) {
   return uint64_t((start & 0x3FFFF) >> 4) | uint64_t((leading & 0x3FFFF) >> 4) << 16 |
          uint64_t((stride & 0x3FFFF) >> 4) << 32 | uint64_t(base & 7) << 49 | layout << 62;
 }
 
-// The descriptor of the matrix `steps` x 16 bytes further on. It changes only the low half: one instruction.
+// The descriptor of the matrix that lies `steps` x 16 bytes further on. Only the low half changes, by one instruction.
 DEVICE uint64_t advance(uint64_t matrix, int steps) {
   return (matrix & 0xFFFFFFFF00000000) | (uint32_t(matrix) + uint32_t(steps));
 }
@@ -41,8 +41,8 @@ DEVICE void pin(float (&sums)[count]) {
 }
 
 // wgmma m64nNk16, bf16, K-major A and B: sums += A B, with A from shared memory or from registers.
-// Warp w holds rows 16 w to 16 w + 15. A lane's sums 4 j and 4 j + 1 are of row lane / 4, 4 j + 2 and 4 j + 3 of row
-// lane / 4 + 8; of both rows they are columns 8 j + lane % 4 * 2 and the next.
+// Warp w holds rows 16 w to 16 w + 15. A lane's sums 4 j and 4 j + 1 are of row lane / 4, sums 4 j + 2 and 4 j + 3 of
+// row lane / 4 + 8; in both rows they are columns 8 j + lane % 4 * 2 and the next.
 // clang-format off
 #define SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)

@@ -1,4 +1,4 @@
-// What every test uses: its report (a line of JSON) and error checks. Also the list of the tests.
+// Shared by all tests: the report (a line of JSON), error checks, and the list of the tests.
 #pragma once
 
 #include <cuda_runtime.h>

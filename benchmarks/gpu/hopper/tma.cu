@@ -1,4 +1,4 @@
-// The copy engine: are boxes right that cross the border of the image, and how fast are boxes of several shapes?
+// TMA: are boxes right that cross the border of the image, and how fast are boxes of several shapes?
 #include <string>
 #include <vector>
 
@@ -12,7 +12,7 @@ namespace {
 __global__ void __launch_bounds__(128) tma_box_kernel(const __grid_constant__ CUtensorMap map, Box box, int c, int x,
                                                       int y, int n, uint32_t bytes, uint4* out) {
   const uint32_t base = shared_base(), barrier = base + 16 * 1024;
-  fill_shared(base, out, int(bytes) / 16);  // the marks that the host wrote: nothing may be left of them
+  fill_shared(base, out, int(bytes) / 16);  // the host's marks, all of which the copy must overwrite
   if (threadIdx.x == 0) {
     barrier_init(barrier, 1);
     barrier_init_done();
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(128) tma_box_kernel(const __grid_constant__ CU
   for (int i = int(threadIdx.x); i < int(bytes) / 16; i += 128) out[i] = shared[i];
 }
 
-// The number of elements of a 10x10 box at (c, x, y, n) that differ from what they should be.
+// The number of elements of a 10x10 box at (c, x, y, n) that are wrong.
 int box_differences(Box box, const std::vector<uint16_t>& got, const std::vector<uint16_t>& image, int size,
                     int channels, int c, int x, int y, int n) {
   int differences = 0;
@@ -118,7 +118,7 @@ void tma_rate(void* images, int count) {
     const int loads = count * kTilesPerImage / 2;
     for (const bool l2 : {false, true}) {
       const int distinct = l2 ? 8 * kTilesPerImage : count * kTilesPerImage;
-      // From memory: all tiles once, more than L2 holds; from L2: 13 MB again and again.
+      // From memory: all tiles once, which are more than L2 holds. From L2: the same 13 MB again and again.
       const int loads_now = l2 ? loads : count * kTilesPerImage;
       const double ms = median_ms([&] { launch(how, tma_rate_kernel<box>, map, distinct, loads_now); }, 3);
       report.number(name + (l2 ? "_l2_gbps" : "_hbm_gbps"), double(loads_now) * kTileBytes / ms * 1e-6);

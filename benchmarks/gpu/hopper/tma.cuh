@@ -1,4 +1,4 @@
-// The copy engine (TMA): tensor maps on the host, copies on the device.
+// TMA, the unit that copies boxes of tensors: tensor maps on the host, copies on the device.
 #pragma once
 
 #include <cuda.h>
@@ -14,12 +14,12 @@
 
 namespace hopper {
 
-// A box of an image batch [n][height][width][channels]: so many channels of a rectangle of pixels of one image. In
-// shared memory it is [pixel][channel], but for k8x8: [channel / 8][pixel][channel % 8], by a map of five dimensions.
+// A box of an image batch [n][height][width][channels]: 64 or 8 channels of a rectangle of pixels of one image. It lies
+// in shared memory as [pixel][channel]; k8x8, by a map of five dimensions, as [channel / 8][pixel][channel % 8].
 enum class Box { k64, k64Swizzled, k8, k8x8 };
 inline const char* const kBoxNames[4] = {"box64", "box64_swizzled", "box8", "box8x8"};
 
-// cuTensorMapEncodeTiled, asked of the driver: nothing is linked with it.
+// cuTensorMapEncodeTiled, looked up at run time: nothing is linked with the driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
   if (!encode) {
@@ -72,13 +72,14 @@ DEVICE void tma_load_5d(uint32_t shared, const CUtensorMap* map, uint32_t barrie
       "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(c8), "r"(n)
       : "memory");
 }
-// A copy without a tensor map, of consecutive bytes.
+// A copy of consecutive bytes, without a tensor map.
 DEVICE void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
                "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// The same to all CTAs of the cluster whose bit is set in `ctas`, each to this address and this barrier of its own.
+// The same copy to all CTAs of the cluster whose bit is set in `ctas`, each with its own memory and barrier at these
+// addresses.
 DEVICE void bulk_load_to(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "

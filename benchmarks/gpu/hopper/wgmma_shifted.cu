@@ -1,5 +1,5 @@
-// Is wgmma right if A starts anywhere in a tile in shared memory? A 3x3 convolution then needs one copy of its input:
-// every tap is a product whose A starts some pixels further on.
+// Is wgmma right if A starts anywhere in a tile in shared memory? If so, a 3x3 convolution needs only one copy of its
+// input: every tap is a product whose A starts some pixels further on.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -25,8 +25,8 @@ DEVICE void store_sums(float* out, const float (&sums)[32]) {
   for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * kTile + i / 4 * 8 + column + i % 2] = sums[i];
 }
 
-// Both operands without swizzle: hidden as [8][100 pixels][8], factors as [9][8][64 rows][8].
-// With `registers`, A comes from registers, with the elements where the sums of another wgmma would be.
+// Both operands lie without swizzle: hidden as [8][100 pixels][8], factors as [9][8][64 rows][8]. With `registers`, A
+// comes from registers instead, its elements in the places that the sums of another wgmma would have.
 template <bool registers>
 DEVICE void multiply_tap(float (&sums)[32], const uint32_t* hidden, uint32_t base, int tap) {
   const int row = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
@@ -40,7 +40,7 @@ DEVICE void multiply_tap(float (&sums)[32], const uint32_t* hidden, uint32_t bas
       wgmma_fence();  // the registers of A were just written
       wgmma(sums, a, b_matrix);
       wgmma_commit();
-      wgmma_wait<0>();  // before the next ones are
+      wgmma_wait<0>();  // before the next elements are written there
     } else {
       const uint32_t a = base + tap_pixels(tap) * 16 + k * 2 * kPlane;
       wgmma(sums, descriptor(a, kPlane, kHalo * 16, kNoSwizzle), b_matrix);
@@ -52,7 +52,7 @@ DEVICE void multiply_tap(float (&sums)[32], const uint32_t* hidden, uint32_t bas
   }
 }
 
-// Every tap alone, then the sum of all nine: out is [10][64][64].
+// Computes every tap alone, then the sum of all nine: out is [10][64][64].
 template <bool registers>
 __global__ void __launch_bounds__(128) shifted_kernel(const uint16_t* hidden, const uint16_t* factors, float* out) {
   const uint32_t base = shared_base();
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(128) shifted_kernel(const uint16_t* hidden, co
   }
 }
 
-// sums [64, 64] of one product, in double: row m is the pixel start + m / 8 * group + m % 8.
+// Adds one product to sums [64, 64], in double. Row m is the pixel start + m / 8 * group + m % 8.
 void add_product(std::vector<double>& sums, const std::vector<uint16_t>& hidden, const std::vector<uint16_t>& factors,
                  int tap, int start, int group) {
   for (int m = 0; m < kTile; ++m)
@@ -96,7 +96,7 @@ void add_product(std::vector<double>& sums, const std::vector<uint16_t>& hidden,
     }
 }
 
-// The largest difference in units of the largest expected value; infinite where a value is no number.
+// The largest difference, relative to the largest expected value; infinite if a result is not finite.
 double relative_error(const float* got, const std::vector<double>& expected) {
   double worst = 0, largest = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
@@ -142,13 +142,13 @@ void test_wgmma_shifted() {
 namespace {
 
 // The 128-byte swizzle: a pixel is a row of 128 bytes, and its 16 bytes number c are stored at place c ^ (pixel % 8),
-// as the copy engine does.
+// as TMA does.
 struct SwizzleCase {
   int shift, group;  // in pixels: where A starts, and the distance between groups of 8 rows
   uint32_t base_offset;
 };
 
-// One product for one tap a CTA.
+// One product for one case per CTA.
 __global__ void __launch_bounds__(128)
     swizzle_kernel(const uint16_t* hidden, const uint16_t* factors, const SwizzleCase* cases, float* out) {
   const uint32_t base = shared_base();
@@ -210,7 +210,7 @@ void test_wgmma_swizzle_shifted() {
     const std::string key = "stride_" + std::to_string(cases[first].group * 128) + "_" + base;
     report.list(key + "_right_shifts", right);
     report.number(key + "_max_error", *std::max_element(errors.begin(), errors.end()));
-    if (first == 0 && (right.empty() || right[0] != 0)) report.wrong();  // not even the unshifted one
+    if (first == 0 && (right.empty() || right[0] != 0)) report.wrong();  // not even the unshifted start is right
     if (cases[first].group == kHalo && taps == kTaps && best.empty()) best = base;
   }
   report.list("shifts", std::vector<double>(shifts.begin(), shifts.end()));

@@ -1,19 +1,20 @@
 // Linear layers of few rows: dot products with the weight as it lies in memory, [columns, depth], vectors along the
 // depth. Packing would touch every weight twice; here each is read once, which is all that matters when it is used for
-// few rows. A convolution's first stage with a rank of one is the same with pixels for the weight's rows
-// (cpu/channel_sum.h), and so is a core with one output channel, a tap at a time (cpu/tucker.cpp).
+// few rows. The first stage of a convolution with a rank of one is the same, with pixels in place of the weight's rows
+// (cpu/channel_sum.h), and so is a core with one output channel, one tap at a time (cpu/direct_core.cpp).
 //
 //               weight rows n .. n + 2
-//               w0   w1   w2          each step: three loads of weights, one of the input a row, 3 * kRows
+//               w0   w1   w2          each step: three loads of weights, one of the input per row, 3 * kRows
 //   input row 0 acc  acc  acc         multiply-adds; the lanes of each sum are added at the end
 //   input row 1 acc  acc  acc
 //
-// Several deep rows would fall out of L1 between one group of columns and the next: the depth is cut into blocks of
-// kDotBlockBytes, and the accumulators of up to kDotColumns columns wait in memory. The order of a sum is the same for
-// any number of rows and columns.
+// Several deep rows would be evicted from L1 between one group of columns and the next. So the depth is divided into
+// blocks of kDotBlockBytes, and the accumulators of at most kDotColumns columns wait in memory. The order of a sum is
+// the same for any number of rows and columns.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/prefetch.h"
 #include "cpu/kernels/vector.h"
 
 namespace lowrank_ops {
@@ -24,11 +25,11 @@ constexpr int kDotRows = 8;
 #else
 constexpr int kDotRows = 2;
 #endif
-constexpr int kDotBlockBytes = 2048;  // of a row: eight of them are half of an L1 of 32 KB
-constexpr int kAskedBytes = 2048;     // that weights in memory are asked for ahead of their use
-constexpr int kDotColumns = 48;       // whose accumulators are kept between blocks
+constexpr int kDotBlockBytes = 2048;  // per row: those of eight rows are half of an L1 of 32 KB
+constexpr int kPrefetchBytes = 2048;  // how far ahead of their use weights in memory are prefetched
+constexpr int kDotColumns = 48;       // columns whose accumulators are kept between blocks
 
-// Columns of a block of so many rows: accumulators, a vector a column and one of the input fit the registers.
+// Columns of a block of so many rows: the accumulators, one vector per column and one of the input fit the registers.
 constexpr int dot_columns(int rows) {
 #if defined(__AVX512F__)
   return rows <= 2 ? 8 : rows <= 6 ? 4 : 3;
@@ -88,7 +89,8 @@ static inline V add_lanes(V (&block)[kLanes]) {
   return block[0];
 }
 
-// Loaded once: left alone, the compiler reads it from memory again for every column, and loads become the bottleneck.
+// Keeps a value in a register. Otherwise the compiler reads it from memory again for every column, and loads become the
+// bottleneck.
 template <typename V>
 static inline V in_register(V v) {
 #if defined(__x86_64__)
@@ -97,8 +99,8 @@ static inline V in_register(V v) {
   return v;
 }
 
-// A part of the depth of a block of columns, [begin, end): the accumulators come from `partial` unless it is the first
-// part, and go there unless it is the last. `input` points to the part of the block's first row.
+// A part of the depth of a block of columns, [begin, end). The accumulators come from `partial` unless it is the first
+// part, and go there unless it is the last. `input` points to this part of the block's first row.
 struct DotPart {
   const void* input;
   int64_t begin, end;
@@ -106,11 +108,29 @@ struct DotPart {
   bool first, last;
 };
 
-template <typename Dot, int kRows, int kColumns, bool kAhead = false>
-__attribute__((noinline)) static void dot_block(const DotCall& call, const DotPart& part, int64_t row, int64_t column) {
+// Adds up the lanes of each accumulator and writes the sums of a block.
+template <typename Dot, int kRows, int kColumns>
+__attribute__((always_inline)) static inline void write_sums(const typename Dot::V (&acc)[kRows][kColumns],
+                                                             typename Dot::Accumulator* sums, int64_t sums_stride) {
   using V = typename Dot::V;
   using T = typename Dot::Accumulator;
   constexpr int kLanes = Vector<T>::kLanes;
+  T total[(kRows * kColumns + kLanes - 1) / kLanes * kLanes];
+#pragma GCC unroll 4
+  for (int first = 0; first < kRows * kColumns; first += kLanes) {
+    V block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      block[i] = first + i < kRows * kColumns ? acc[(first + i) / kColumns % kRows][(first + i) % kColumns] : V{};
+    store(total + first, add_lanes(block));
+  }
+  for (int r = 0; r < kRows; ++r) memcpy(sums + r * sums_stride, total + r * kColumns, kColumns * sizeof(T));
+}
+
+template <typename Dot, int kRows, int kColumns, bool kPrefetches = false>
+__attribute__((noinline)) static void dot_block(const DotCall& call, const DotPart& part, int64_t row, int64_t column) {
+  using V = typename Dot::V;
+  using T = typename Dot::Accumulator;
   const auto* input = static_cast<const typename Dot::Input*>(part.input) - part.begin;
   const auto* weight = static_cast<const typename Dot::Weight*>(call.weight) + column * call.weight_stride;
   V acc[kRows][kColumns];
@@ -131,7 +151,7 @@ __attribute__((noinline)) static void dot_block(const DotCall& call, const DotPa
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
       w[c] = Dot::weight(weight + c * call.weight_stride + k);
-      if constexpr (kAhead) __builtin_prefetch(weight + (kColumns + c) * call.weight_stride + k, 0, 2);
+      if constexpr (kPrefetches) __builtin_prefetch(weight + (kColumns + c) * call.weight_stride + k, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -157,31 +177,22 @@ __attribute__((noinline)) static void dot_block(const DotCall& call, const DotPa
       for (int c = 0; c < kColumns; ++c) static_cast<V*>(part.partial)[r * kColumns + c] = acc[r][c];
     return;
   }
-  T* sums = static_cast<T*>(call.sums) + row * call.sums_stride + column;
-  T total[(kRows * kColumns + kLanes - 1) / kLanes * kLanes];
-#pragma GCC unroll 4
-  for (int first = 0; first < kRows * kColumns; first += kLanes) {
-    V block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      block[i] = first + i < kRows * kColumns ? acc[(first + i) / kColumns % kRows][(first + i) % kColumns] : V{};
-    store(total + first, add_lanes(block));
-  }
-  for (int r = 0; r < kRows; ++r) memcpy(sums + r * call.sums_stride, total + r * kColumns, kColumns * sizeof(T));
+  write_sums<Dot, kRows, kColumns>(acc, static_cast<T*>(call.sums) + row * call.sums_stride + column, call.sums_stride);
 }
 
-// Of short columns little but the adding of lanes is left: it wants whole vectors of sums, 1 x 16 or 4 x 4 (AVX-512).
+// Whether adding up the lanes takes most of the time. It is fastest for whole vectors of sums: 1 x 16 or 4 x 4
+// (AVX-512).
 template <typename Dot>
 static inline bool is_short(const DotCall& call) {
   return call.depth <= 16 * Dot::kStep;
 }
 
-// Asks for `count` columns, kAskedBytes ahead of `column` or just behind it where they are longer.
+// Prefetches `count` columns, kPrefetchBytes after `column` or right after it where they are longer than that.
 template <typename Dot>
-__attribute__((always_inline)) static inline void ask_for_columns(const DotCall& call, int64_t column, int64_t count) {
+__attribute__((always_inline)) static inline void prefetch_columns(const DotCall& call, int64_t column, int64_t count) {
   constexpr int64_t kBytes = sizeof(typename Dot::Weight);
   const int64_t bytes = call.depth * kBytes, stride = call.weight_stride * kBytes, block = count * stride;
-  const int64_t ahead = (kAskedBytes + block - 1) / block * block;
+  const int64_t ahead = (kPrefetchBytes + block - 1) / block * block;
   const char* first = static_cast<const char*>(call.weight) + column * stride + ahead;
   if (bytes == stride)
     prefetch_rows<false>(first, 1, block, block);
@@ -194,18 +205,19 @@ template <typename Dot, int kRows>
 static void dot_columns_of(const DotCall& call, DotPart part, int64_t row, int64_t column, int64_t end) {
   using V = typename Dot::V;
   constexpr int kColumns = dot_columns(kRows);
-  // The hardware prefetches along a weight's row, and starts anew in each block of each. Asking for the next columns
-  // brings 13 to 22 GB/s for eight rows and weights in memory; short or few rows it costs more than it brings.
+  // The hardware prefetches along a weight's row, and has to start anew in every block of every row. Prefetching the
+  // next columns raises 13 GB/s to 22 for eight rows and weights in memory; for short columns or few rows it costs more
+  // than it gains.
   if constexpr (kRows >= 4) {
     for (; call.depth > 8 * Dot::kStep && column + kColumns <= end; column += kColumns) {
       dot_block<Dot, kRows, kColumns, true>(call, part, row, column);
       part.partial = static_cast<V*>(part.partial) + kRows * kColumns;
     }
   }
-  if constexpr (kRows == 1) {  // more columns are more streams from memory than its prefetching can follow
+  if constexpr (kRows == 1) {  // long columns: so many streams are more than the hardware's prefetching can follow
     constexpr int kLanes = Vector<typename Dot::Accumulator>::kLanes;
     for (; is_short<Dot>(call) && column + kLanes <= end; column += kLanes) {
-      if (call.far_weight) ask_for_columns<Dot>(call, column, kLanes);
+      if (call.far_weight) prefetch_columns<Dot>(call, column, kLanes);
       dot_block<Dot, 1, kLanes>(call, part, row, column);
       part.partial = static_cast<V*>(part.partial) + kLanes;
     }

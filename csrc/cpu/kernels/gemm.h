@@ -1,7 +1,7 @@
 // The register kernel behind every stage: kRows x (kVectors * lanes) sums live in registers over all taps and all of
 // the depth, then bias, activation and conversion are applied on the way out.
 //
-//            B panel [taps][depth / group][width][group], one row a step, kVectors vectors
+//            B panel [taps][depth / group][width][group], one row per step, kVectors vectors
 //            +--------+--------+--------+--------+
 //   A[row 0] |  acc   |  acc   |  acc   |  acc   |     each step: kVectors loads of B, kRows broadcasts of A,
 //   A[row 1] |  acc   |  acc   |  acc   |  acc   |     kRows * kVectors multiply-adds
@@ -10,20 +10,22 @@
 // Rows of A lie `row_stride` apart, so a window that slides over a channels-last row buffer needs no im2col: KW taps of
 // a row are one depth of KW * R1 contiguous elements when the dilation is 1.
 //
-// Against oneDNN's brgemm on a Zen 4 core (118 GFLOP/s fp32, 236 bf16), 64 columns: depth 64: 114 here, 113 there;
-// depth 256: 117 and 117; bf16 225 and 232 here, not offered there. brgemm generates code for each shape and thread,
-// and writes its sums to memory between taps.
+// GFLOP/s on a Zen 4 core (its peak: 118 in fp32, 236 in bf16), 64 columns, here and with oneDNN's brgemm:
+//   depth 64:  fp32 114 and 113, bf16 225 (brgemm does not offer bf16 there)
+//   depth 256: fp32 117 and 117, bf16 232
+// brgemm generates code for each shape and thread, and writes its sums to memory between taps.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/prefetch.h"
 #include "cpu/kernels/vector.h"
 
 namespace lowrank_ops {
 namespace LOWRANK_ISA {
 
 #if defined(__AVX512F__)
-// 32 registers, for the sums, the vectors of B and one of A. A spilled sum costs little on Zen 4 (7x4 runs at 117 of
-// 118 GFLOP/s), but on Zen 5 its way through memory is longer than a step: 7x4 runs at 253 of 270 GFLOP/s (bf16: 450 of
+// 32 registers hold the sums, the vectors of B and one of A. A spilled sum costs little on Zen 4 (7x4 runs at 117 of
+// 118 GFLOP/s), but on Zen 5 a store and a load take longer than a step: 7x4 runs at 253 of 270 GFLOP/s (bf16: 450 of
 // 545), 6x4 at 266 (532).
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows[kMaxVectors + 1] = {0, 14, 14, 8, 6};
@@ -33,7 +35,7 @@ constexpr int kMaxVectors = 2;
 constexpr int kMaxRows[kMaxVectors + 1] = {0, 12, 6};
 #endif
 
-// How elements multiply: `Element` in memory, `Scalar` is what one broadcast takes of A (a pair for bf16).
+// How elements multiply: `Element` is their type in memory, left() broadcasts one element of A (bf16: a pair).
 template <typename T>
 struct Multiply {
   using Element = T;
@@ -101,7 +103,7 @@ static __attribute__((always_inline)) inline void finish(typename Multiply::V (&
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[row][v] = clamp_below(acc[row][v], V{});
   } else if (call.activation != Activation::kNone) {
-    V spilled[kRows][kVectors];  // an addressable copy keeps the sums themselves in registers on the other paths
+    V spilled[kRows][kVectors];  // a copy in memory, so that the sums stay in registers on the other paths
     memcpy(&spilled, &acc, sizeof(acc));
     for (int row = 0; row < kRows; ++row)
       for (int v = 0; v < kVectors; ++v) spilled[row][v] = activate(spilled[row][v], call.activation);
@@ -116,19 +118,20 @@ static __attribute__((always_inline)) inline void finish(typename Multiply::V (&
   }
 }
 
-// Memory that a later block will touch, asked for on the way: `stride` bytes further at each step of the depth.
-struct Asked {
+// Memory that later calls will touch, prefetched along the depth: one line per step, each `stride` bytes after the
+// last.
+struct PacedPrefetch {
   const char* next = nullptr;
   int64_t stride = 0;
 };
 
-template <typename Multiply, int kRows, int kVectors, bool kAsks>
-static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked) {
+template <typename Multiply, int kRows, int kVectors, bool kPrefetches>
+static void multiply_block(const GemmCall& call, int64_t first_row, PacedPrefetch prefetch) {
   using V = typename Multiply::V;
   using Element = typename Multiply::Element;
   constexpr int kLanes = Vector<typename Multiply::Accumulator>::kLanes;
   constexpr int kGroup = Multiply::kGroup;
-  constexpr int kBases = (kRows + 2) / 3;  // one pointer for three rows: x86 addresses reach base + {0, 1, 2} * stride
+  constexpr int kBases = (kRows + 2) / 3;  // one pointer per three rows: x86 addresses reach base + {0, 1, 2} * stride
   V acc[kRows][kVectors];
   if (call.initial) {
     const auto* initial = static_cast<const typename Multiply::Accumulator*>(call.initial);
@@ -156,9 +159,9 @@ static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) right[v] = Multiply::right(b + v * kLanes * kGroup);
       b += step;
-      if constexpr (kAsks) {
-        __builtin_prefetch(asked.next, 0, 2);
-        asked.next += asked.stride;
+      if constexpr (kPrefetches) {
+        __builtin_prefetch(prefetch.next, 0, 2);
+        prefetch.next += prefetch.stride;
       }
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) {
@@ -172,15 +175,15 @@ static void multiply_block(const GemmCall& call, int64_t first_row, Asked asked)
 }
 
 // Runs `rows` rows in blocks as even as possible: 15 rows are 8 + 7, not 14 + 1.
-template <typename Multiply, int kVectors, bool kAsks, int kRows = kMaxRows[kVectors]>
-static inline void dispatch_rows(const GemmCall& call, int64_t first_row, int64_t rows, Asked asked) {
+template <typename Multiply, int kVectors, bool kPrefetches, int kRows = kMaxRows[kVectors]>
+static inline void dispatch_rows(const GemmCall& call, int64_t first_row, int64_t rows, PacedPrefetch prefetch) {
   if constexpr (kRows == 1) {
-    multiply_block<Multiply, 1, kVectors, kAsks>(call, first_row, asked);
+    multiply_block<Multiply, 1, kVectors, kPrefetches>(call, first_row, prefetch);
   } else {
     if (rows == kRows)
-      multiply_block<Multiply, kRows, kVectors, kAsks>(call, first_row, asked);
+      multiply_block<Multiply, kRows, kVectors, kPrefetches>(call, first_row, prefetch);
     else
-      dispatch_rows<Multiply, kVectors, kAsks, kRows - 1>(call, first_row, rows, asked);
+      dispatch_rows<Multiply, kVectors, kPrefetches, kRows - 1>(call, first_row, rows, prefetch);
   }
 }
 
@@ -204,21 +207,22 @@ static inline void dispatch_width(const GemmCall& call) {
       prefetch_rows<true>(static_cast<const char*>(call.out) + (row + kMost) * call.out_stride * bytes, count,
                           call.out_stride * bytes, call.width * bytes);
     }
-    Asked asked;
-    if (call.ahead_lines > 0) {
-      const int64_t first = call.ahead_lines * row / call.rows, last = call.ahead_lines * (row + count) / call.rows;
-      // A line a step, what is more than that at once: many at once keep the block's own loads waiting. Blocks of one
-      // vector have no slot for one more load in a step.
+    PacedPrefetch prefetch;
+    if (call.prefetch_lines > 0) {
+      const int64_t first = call.prefetch_lines * row / call.rows,
+                    last = call.prefetch_lines * (row + count) / call.rows;
+      // One line per step; only those that are more than the steps are prefetched at once, because many at once keep
+      // the block's own loads waiting. Blocks of one vector have no slot for one more load in a step.
       const int64_t lines = last - first, steps = kVectors > 1 ? call.num_taps * call.depth / Multiply::kGroup : 0;
       const int64_t paced = lines < steps ? lines : steps;
-      const char* line = call.ahead + 64 * first;
+      const char* line = call.prefetch + 64 * first;
       prefetch_rows<false>(line, 1, 0, 64 * (lines - paced));
-      if (paced > 0) asked = {line + 64 * (lines - paced), (64 * paced + steps - 1) / steps};
+      if (paced > 0) prefetch = {line + 64 * (lines - paced), (64 * paced + steps - 1) / steps};
     }
-    if (kVectors > 1 && asked.stride > 0)
-      dispatch_rows<Multiply, kVectors, (kVectors > 1)>(call, row, count, asked);
+    if (kVectors > 1 && prefetch.stride > 0)
+      dispatch_rows<Multiply, kVectors, (kVectors > 1)>(call, row, count, prefetch);
     else
-      dispatch_rows<Multiply, kVectors, false>(call, row, count, asked);
+      dispatch_rows<Multiply, kVectors, false>(call, row, count, prefetch);
     row += count;
   }
 }
@@ -228,7 +232,7 @@ static void gemm(const GemmCall& call) {
   dispatch_width<Multiply>(call);
 }
 
-// For sums that something else left in memory.
+// The same end of a product for sums that another kernel left in memory.
 template <typename T>
 static void finish_sums(const void* sums, int64_t sums_stride, const GemmCall& call) {
   using V = typename Vector<T>::Type;

@@ -1,9 +1,11 @@
-// What the CPU kernels of one instruction set offer. Plain C++: no torch headers. Each `kernels_<isa>.cpp` compiles the
-// same templates with its own flags and fills one `KernelTable`; csrc/cpu/isa.cpp picks a table at run time.
+// The kernels that each CPU instruction set has, and the arguments of their calls. Plain C++: no torch headers. Each
+// `kernels_<isa>.cpp` compiles the same templates with its own flags and fills one `KernelTable`; csrc/cpu/isa.cpp
+// picks a table at run time.
 //
-// Words used here. A *tile* is a scratch matrix [pixels, channels] in L2. A *panel* is up to `panel_width` output
-// channels of a weight, packed [taps][depth / group][width][group]: the vector direction is the output channel, `group`
-// is 2 for the bf16 dot product (pairs along the depth) and 1 otherwise.
+// Words used here. A *tile* is a scratch matrix [pixels, channels] in L2. A *panel* is a block of at most `panel_width`
+// output channels of a weight, packed [taps][depth / group][width][group]: vectors run along the output channels,
+// `group` is 2 for the bf16 dot product (pairs along the depth) and 1 otherwise. An *element* is a value of a tile or a
+// packed weight, an *accumulator* one of a sum.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +15,8 @@
 namespace lowrank_ops {
 
 // out[m, 0:width] = activation(bias + sum over taps and k of taps[tap][m * row_stride + k] * weight[tap][k][0:width])
-// for `rows` rows and one panel. Each output is one sum in a fixed order (taps, then k), whatever `rows` is; with
-// `initial` it goes on from there, so that a depth cut into blocks gives the same bits.
+// for `rows` rows and one panel. Each output is one sum in a fixed order (taps, then k), whatever `rows` is. With
+// `initial` the sum continues from there, so that a depth divided into blocks gives the same bits.
 struct GemmCall {
   const void* const* taps;  // num_taps pointers to the first row of A
   int64_t num_taps;
@@ -22,9 +24,9 @@ struct GemmCall {
   int64_t rows;
   int64_t row_stride;                        // elements between rows of A
   const void* weight;                        // the packed panel
-  const void* const* tap_weights = nullptr;  // where each tap's part of it begins; nullptr: one behind the other
-  int64_t width;                             // columns to write, up to panel_width
-  int64_t weight_columns = 0;  // of the panel, where these are some of it (one tap only); 0: `width`, in whole vectors
+  const void* const* tap_weights = nullptr;  // where the part of each tap begins; nullptr: one behind the other
+  int64_t width;                             // columns to write, at most panel_width
+  int64_t weight_columns = 0;  // of the whole panel, where `width` is a part of it (one tap only); 0: it is all of it
   void* out;
   int64_t out_stride;  // elements between rows of out
   DType out_type;
@@ -32,11 +34,11 @@ struct GemmCall {
   Activation activation;
   const void* initial = nullptr;  // accumulators [rows, initial_stride] to begin with, readable as bias is
   int64_t initial_stride = 0;
-  bool far_input = false;   // A comes from memory rather than from a tile: ask for the next block's rows early
+  bool far_input = false;   // A comes from memory, not from a tile: prefetch the rows of the next blocks
   bool far_output = false;  // the same for out
-  // What later calls will touch, asked for evenly while this one computes: whole cache lines.
-  const char* ahead = nullptr;
-  int64_t ahead_lines = 0;
+  // Cache lines that later calls will touch: their prefetches are spread over this call.
+  const char* prefetch = nullptr;
+  int64_t prefetch_lines = 0;
 };
 using GemmFunction = void (*)(const GemmCall&);
 
@@ -74,10 +76,10 @@ struct PackCall {
 using PackFunction = void (*)(const PackCall&);
 
 // out[r, o, c] = sum over kw of width_factor[kw, c] * V[r, o * stride + kw * dilation, c], V[r, p, c] = sum over kh of
-// height_factor[kh, c] * rows[r + kh][p, c]: CP's two depthwise stages for output rows that see rows one further each.
-// Accumulator type throughout but for `out`. `channels` is a multiple of the lanes; pixels of all matrices are
-// `channel_stride` apart, as are taps of the factors. A `channel_stride` of 1 is a plane of one channel, its factors in
-// the first of the lanes.
+// height_factor[kh, c] * rows[r + kh][p, c]: CP's two depthwise stages, for output rows whose windows are one row
+// apart. All values are accumulators, except those of `out`, which are elements. `channels` is a multiple of the lanes.
+// Pixels of all matrices and taps of the factors are `channel_stride` apart; 1 stands for a plane of one channel, whose
+// factors lie in the first of the lanes.
 struct DepthwiseCall {
   const void* const* rows;  // kh + out_rows - 1 pointers to [in_pixels, channels]
   int64_t out_rows, out_row_stride;
@@ -93,8 +95,8 @@ struct DepthwiseCall {
 using DepthwiseFunction = void (*)(const DepthwiseCall&);
 
 // sums[m, n] = sum over k of input[m, k] * weight[n, k], for a weight of the tensor's own type as it lies in memory and
-// up to kMostDotRows rows. More than one row deeper than `dot_depth` lie block by block: [depth / dot_depth][rows]
-// [input_stride = dot_depth], so that a block of all rows stays in L1.
+// at most kMostDotRows rows. Several rows that are deeper than `dot_depth` lie block by block, so that a block of all
+// rows stays in L1: [depth / dot_depth][rows][input_stride = dot_depth].
 constexpr int64_t kMostDotRows = 8;
 struct DotCall {
   const void* input;  // elements
@@ -105,7 +107,7 @@ struct DotCall {
   int64_t columns, depth;
   void* sums;  // accumulators
   int64_t sums_stride;
-  bool far_weight = false;  // one row, short columns: these come from memory, ask for the next ones early
+  bool far_weight = false;  // one row, short columns: they come from memory, prefetch the next ones
   // One row only: the products of `num_taps` such weights with inputs of their own, added up.
   int64_t num_taps = 1;
   const void* const* tap_weights = nullptr;  // instead of `weight`
@@ -113,8 +115,8 @@ struct DotCall {
 };
 using DotFunction = void (*)(const DotCall&);
 
-// sums[p] = sum over channels of in[channel * channel_stride + p] * factor[channel]: an image of the tensor's own type,
-// factor and sums accumulators.
+// sums[p] = sum over channels of in[channel * channel_stride + p] * factor[channel]. The image has the tensor's own
+// type; factor and sums are accumulators.
 struct PlaneCall {
   const void* in;
   int64_t channel_stride, channels, pixels;
@@ -124,7 +126,7 @@ struct PlaneCall {
 using PlaneFunction = void (*)(const PlaneCall&);
 
 // out[o] = sum over kh and kw of rows[kh][o * stride + kw * dilation] * weight[kh * kw_count + kw]: a window over a
-// plane of one channel. Elements that are accumulators throughout.
+// plane of one channel. All values are elements, which have the accumulators' type here.
 struct WindowCall {
   const void* const* rows;
   int64_t kh_count, kw_count;
@@ -147,12 +149,13 @@ struct SpreadCall {
 };
 using SpreadFunction = void (*)(const SpreadCall&);
 
-// out[m, :] = activation(sums[m, :] + bias): finishes accumulators left in memory (rows and the last six fields of the
-// call). Sums and bias are readable up to whole vectors.
+// out[m, :] = activation(sums[m, :] + bias), for sums that another kernel left in memory. Only `rows`, `width`, `out`,
+// `out_stride`, `out_type`, `bias` and `activation` of the call are read. Sums and bias are readable up to whole
+// vectors.
 using FinishFunction = void (*)(const void* sums, int64_t sums_stride, const GemmCall& call);
 
-// Winograd's transforms (winograd.h, plan/patches.h). Input: rows [columns, channels] of hidden accumulators -> out
-// [places, out_patches, channels] of elements, patches 0 to `patches`. Channels: whole vectors.
+// Winograd's input transform (cpu/kernels/winograd.h, plan/patches.h): rows [columns, channels] of hidden
+// accumulators -> the first `patches` of out [places, out_patches, channels], elements. Channels fill whole vectors.
 constexpr int kMostPatchRows = 4;
 struct WinogradInputCall {
   const void* rows[kMostPatchRows + 2];
@@ -163,8 +166,9 @@ struct WinogradInputCall {
 };
 using WinogradInputFunction = void (*)(const WinogradInputCall&);
 
-// sums [places, sums_patches, sums_stride] of accumulators -> a patch's rows of `columns` output pixels, elements,
-// `out_stride` apart, `width` channels (whole vectors). Rows beyond the image are nullptr.
+// Winograd's output transform: sums [places, sums_patches, sums_stride], accumulators -> the rows of a row of patches.
+// Each is `columns` output pixels of elements, `out_stride` apart, with `width` channels (whole vectors). Rows beyond
+// the image are nullptr.
 struct WinogradOutputCall {
   const void* sums;
   int64_t sums_patches, sums_stride;
@@ -176,7 +180,7 @@ struct WinogradOutputCall {
 using WinogradOutputFunction = void (*)(const WinogradOutputCall&);
 
 struct WinogradKernels {
-  int64_t input_rows = 0;  // 0: not there
+  int64_t input_rows = 0;  // that the input transform reads; 0: these kernels do not exist
   WinogradInputFunction input = nullptr;
   WinogradOutputFunction output = nullptr;
   PackFunction pack = nullptr;  // rows of taps into a panel of all places
@@ -192,18 +196,18 @@ struct ComputeKernels {
   int64_t dot_depth;    // elements
   GemmFunction gemm;
   DepthwiseFunction depthwise;
-  // Indexed by the tensor's DType (order of the enum); nullptr where it makes no sense.
+  // Indexed by the tensor's DType (order of the enum); nullptr for types that these kernels do not compute with.
   LoadFunction load[4];
   StoreFunction store[4];
   PackFunction pack[4];
   DotFunction dot[4];
   PlaneFunction planes[4];
-  WindowFunction window;     // nullptr: elements are no accumulators
+  WindowFunction window;     // nullptr where elements and accumulators are of two types
   SpreadFunction spread[4];  // the same
   FinishFunction finish;
-  // Of elements with fp32 sums, and of weights of that very type. 4x4 outputs in fp32 only: bf16 errors would be four
-  // times those of the direct core.
-  WinogradKernels winograd[4] = {};  // indexed by Winograd
+  // Indexed by Winograd. For fp32 sums and for weights of the elements' own type; 4x4 outputs in fp32 only: in bf16
+  // their errors would be four times those of the direct core.
+  WinogradKernels winograd[4] = {};
 };
 
 struct KernelTable {

@@ -1,14 +1,14 @@
-// Images in planes, vectors along their pixels.
+// Kernels for images in planes, with vectors along the pixels.
 //
-// The sums over the channels: the first stage of a block with a rank of one, in NCHW (cpu/channel_sum.h). Vectors along
-// the pixels, kPlanes channels at a time: so many streams from memory can be prefetched, all channels' could not.
+// Sums over the channels are the first stage of a block with a rank of one, in NCHW (cpu/channel_sum.h). kPlanes
+// channels are added at a time: the hardware can prefetch that many streams, but not one for each of all channels.
 //
 //                     pixels
 //   channel k         v0  v1  v2  ...   * factor[k]
 //    ...                                             added to sums v0 v1 v2 ..., which wait in L1 for the next channels
 //   k + kPlanes - 1   v0  v1  v2  ...
 //
-// A sum runs over the channels in their order, wherever its pixel lies.
+// Each sum runs over the channels in their order, whichever pixel it belongs to.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -20,7 +20,7 @@ namespace LOWRANK_ISA {
 constexpr int kPlanes = 8;
 constexpr int kBlock = 4;  // vectors of a plane that go through a loop together
 
-// Channels [channel, channel + kCount) for all pixels; the first ones begin the sums.
+// Adds channels [channel, channel + kCount) for all pixels; channel 0 begins the sums.
 template <typename T, typename In, int kCount>
 static inline void add_channels(const PlaneCall& call, int64_t channel) {
   using V = typename Vector<T>::Type;
@@ -54,12 +54,12 @@ static void add_planes(const PlaneCall& call) {
   for (; channel < call.channels; ++channel) add_channels<T, In, 1>(call, channel);
 }
 
-// CP's depthwise stages for a plane: vectors along the pixels, which the taps see shifted.
+// CP's depthwise stages for a plane: vectors along the pixels, each tap reads them at its own offset.
 //
 //   rows kh    p p p p p p p p ...   * height_factor[kh], added  -> column  p p p p p p p p ...
 //   column     p p p p p p p p ...   * width_factor[kw], each kw from kw * dilation on, added -> out
 //
-// With a stride neighbouring outputs read pixels apart: one output at a time.
+// With a stride, the outputs of a vector would read pixels that are not neighbours: one output at a time.
 template <typename T>
 static void depthwise_plane(const DepthwiseCall& call) {
   using V = typename Vector<T>::Type;
@@ -98,11 +98,11 @@ static void depthwise_plane(const DepthwiseCall& call) {
   }
 }
 
-// Tucker's core for ranks of one: vectors along the pixels, which the taps see shifted.
+// Tucker's core for ranks of one: vectors along the pixels, each tap reads them at its own offset.
 //
 //   rows kh    p p p p p p p p ...   * weight[kh, kw], from kw * dilation on, added in the order of the taps -> out
 //
-// With a stride, sums are taken at every pixel, and those of outputs picked.
+// With a stride, sums are computed at every pixel, and those that are outputs are written.
 template <typename T>
 static void plane_window(const WindowCall& call) {
   using V = typename Vector<T>::Type;

@@ -1,8 +1,10 @@
 // Fills the KernelTable of one instruction set.
 #pragma once
 
+#include "cpu/kernels/depthwise.h"
 #include "cpu/kernels/dot.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/pack.h"
 #include "cpu/kernels/plane.h"
 #include "cpu/kernels/tile.h"
 #include "cpu/kernels/winograd.h"
@@ -50,7 +52,7 @@ static const ComputeKernels kComputeDouble = {
     &finish_sums<double>,
 };
 
-// bf16 tiles and weights in pairs; the GEMM is filled in by whoever has the instruction.
+// bf16 tiles and weights in pairs. `gemm` and `dot` are nullptr where the instruction set has no bf16 products.
 constexpr ComputeKernels compute_bfloat16(GemmFunction gemm, DotFunction dot) {
   return {
       DType::kBFloat16,

@@ -32,7 +32,7 @@ struct Half {
   uint16_t bits;
 };
 
-// An accumulator vector: kLanes floats or doubles, and the integers of the same shape.
+// A vector of accumulators: kLanes floats or doubles, and the vectors of integers of the same shape.
 template <typename T>
 struct Vector;
 template <>
@@ -150,7 +150,7 @@ static inline void store(Half* p, Float v) {
 #endif
 }
 
-// ---- the first `count` lanes only: what lies behind belongs to somebody else. Lanes not loaded are zero.
+// ---- the first `count` lanes only; memory behind them is not touched. Lanes that are not loaded are zero.
 #if defined(__AVX512F__)
 static inline Float load_part(const float* p, int64_t count) {
   return (Float)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
@@ -179,7 +179,7 @@ static inline void store_part(Half* p, Float v, int64_t count) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), narrow);
 }
 #else
-// Through memory, for types and machines without masks.
+// For types and machines without masked loads: by way of memory.
 template <typename Element>
 static inline auto load_part(const Element* p, int64_t count) {
   Element whole[kVectorBytes / 4];
@@ -196,7 +196,8 @@ static inline Double load_part(const double* p, int64_t count) {
   const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
   return (Double)_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes));
 }
-// The first `bytes` of up to 32, in powers of two: masked stores take some 40 instructions on older AMD CPUs.
+// Stores the first `bytes` of these 32 bytes, in powers of two: a masked store takes some 40 instructions on older AMD
+// CPUs.
 static inline void store_bytes(void* to, __m128i low, __m128i high, int64_t bytes) {
   char* p = static_cast<char*>(to);
   if (bytes & 16) {
@@ -223,7 +224,7 @@ static inline void store_bytes(void* to, __m128i low, __m128i high, int64_t byte
 template <typename Element, typename V>
 static inline void store_part(Element* p, V v, int64_t count) {
   if (count == int64_t(sizeof(V) / sizeof(v[0]))) return store(p, v);
-  Element whole[kVectorBytes / sizeof(Element)];  // of registers, once the compiler has seen through the two loads
+  Element whole[kVectorBytes / sizeof(Element)];  // the compiler keeps it in registers
   store(whole, v);
   const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(whole));
   const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(whole) + 1);
@@ -236,7 +237,7 @@ static inline void store_part(Element* p, V v, int64_t count) {
   store(whole, v);
   memcpy(static_cast<void*>(p), whole, size_t(count) * sizeof(Element));
 }
-// One by one: a vector that is read from memory waits for the parts that were just written there.
+// Value by value: reading a vector from memory would wait for its parts, which were just written there.
 static inline Float load_part(const float* p, int64_t count) {
   return Float{p[0], count > 1 ? p[1] : 0, count > 2 ? p[2] : 0, count > 3 ? p[3] : 0};
 }
@@ -252,7 +253,7 @@ template <typename V>
 static inline V select(decltype(V{} < V{}) mask, V a, V b) {
   return mask ? a : b;
 }
-// A NaN must stay one, as in torch: comparisons are written so that NaN takes the branch that keeps it.
+// A NaN must stay a NaN, as in torch: comparisons are written so that a NaN takes the branch that keeps it.
 template <typename V>
 static inline V clamp_below(V v, V bound) {
   return select<V>(v < bound, bound, v);
@@ -290,7 +291,7 @@ static inline Double silu(Double x) {
   for (int i = 0; i < Vector<double>::kLanes; ++i) y[i] = x[i] / (1 + ::exp(-x[i]));
   return y;
 }
-// gelu calls the C library's erf a lane at a time: exact, and slow only where somebody asks for gelu.
+// gelu calls the C library's erf lane by lane: exact, and slow only in calls that use gelu.
 static inline Float gelu(Float x) {
   Float y;
   for (int i = 0; i < Vector<float>::kLanes; ++i) y[i] = 0.5f * x[i] * (1.f + ::erff(x[i] * 0.70710678118654752f));
@@ -321,8 +322,9 @@ static inline V activate(V v, Activation activation) {
   return v;
 }
 
-// ---- transposition of a kLanes x kLanes block in registers. Two rounds of interleaving within 128 bits, then two that
-// exchange 128-bit lanes: no index registers and no operand overwritten, so that all of it fits 32 registers.
+// ---- transposition of a kLanes x kLanes block in registers. Two rounds of interleaving within 128 bits are followed
+// by two that exchange 128-bit lanes: they need no index registers and overwrite no operand, so that 32 registers
+// suffice.
 #if defined(__AVX512F__)
 static inline void transpose(Float (&row)[16]) {
   __m512 even[16], quad[16];
@@ -353,7 +355,7 @@ static inline void transpose(Float (&row)[16]) {
 }
 #endif
 
-// The same for other widths: log2(kLanes) rounds of interleaving halves.
+// The same for other widths: log2(kLanes) rounds that interleave halves.
 template <typename V, int kLanes>
 static inline void transpose(V (&row)[kLanes]) {
   typedef decltype(V{} < V{}) Index;
@@ -372,15 +374,6 @@ static inline void transpose(V (&row)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) row[i] = next[i];
   }
-}
-
-// Asks for the memory that a later block will touch; hardware prefetchers stop at every page. Inlined in any case: gcc
-// takes a function that only prefetches for one without effects, and drops the calls of it.
-template <bool kWrite>
-__attribute__((always_inline)) static inline void prefetch_rows(const char* first, int64_t rows, int64_t row_bytes,
-                                                                int64_t used_bytes) {
-  for (int64_t row = 0; row < rows; ++row, first += row_bytes)
-    for (int64_t byte = 0; byte < used_bytes; byte += 64) __builtin_prefetch(first + byte, kWrite, 2);
 }
 
 }  // namespace LOWRANK_ISA

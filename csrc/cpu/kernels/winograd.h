@@ -12,12 +12,14 @@
 // sums over groups of three taps.
 //
 // The matrices come from the points at which polynomials are evaluated: m = 2 from 0, +-1, infinity; m = 3 from +-3/8,
-// +-5/4, infinity; m = 4 from 0, +-3/4, +-3/2, infinity. Errors grow with m and depend on the points. With these, whose
-// constants in A and B are exact in fp32, those of 4x4 outputs are 2 to 3 times the direct sum's (6 times with 0, +-1,
-// +-2), those of lines are the direct sum's in fp32 and 1.5 times that in bf16 (2.0 with 0, +-1, 2).
+// +-5/4, infinity; m = 4 from 0, +-3/4, +-3/2, infinity. Errors grow with m and depend on the points. The constants
+// that these points give in A and B are exact in fp32. With them the errors of 4x4 outputs are 2 to 3 times the direct
+// sum's (6 times with 0, +-1, +-2); those of lines equal the direct sum's in fp32 and are 1.5 times as large in bf16
+// (2.0 times with 0, +-1, 2).
 //
-// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4. Summed over the input
-// channels, each place is a matrix product [patches, R1] x [R1, R2]; `place` numbers them row by row.
+// Summed over the input channels, each *place* (an element of the product *) is a matrix product [patches, R1] x [R1,
+// R2]. Places are numbered row by row. Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016,
+// section 4.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -130,7 +132,8 @@ struct Transform<4> {
   }
 };
 
-// Neighbouring patches share two columns: each is transformed along the height once.
+// Transforms the columns of a patch along the height, then its rows. Neighbouring patches share two columns, which are
+// transformed along the height once.
 template <int kOutputs, typename Hidden, typename Out>
 static void winograd_input(const WinogradInputCall& call) {
   constexpr int kSide = kOutputs + 2;
@@ -138,7 +141,7 @@ static void winograd_input(const WinogradInputCall& call) {
   const int64_t place_stride = call.out_patches * call.channels;
   for (int64_t channel = 0; channel < call.channels; channel += kLanesFloat) {
     Float columns[kSide][kSide];  // of the patch, each along the height
-    // Beyond the last column that an output needs, at the image's edge only, nothing is wanted: any finite values do.
+    // No output reads columns beyond the last one (at the image's edge): any finite values may stand for them.
     const auto load_column = [&](int64_t column, Float(&transformed)[kSide]) {
       const int64_t at = (column < call.columns ? column : call.columns - 1) * call.channels + channel;
       Float values[kSide];
@@ -255,13 +258,13 @@ struct FilterBlock {
     const int64_t left = call.padded_depth / kUnit - unit;
     return left < kLanesFloat ? left : kLanesFloat;
   }
-  // One tap of them, [unit][filter]; zeros beyond the weight.
+  // One tap of the block, [unit][filter]; zeros beyond the weight.
   void load_tap(int64_t tap, Float (&values)[kLanesFloat]) const {
     const T* source = static_cast<const T*>(call.weight) + column * call.row_stride + tap * call.depth + unit * kUnit;
     const int64_t left = call.depth - unit * kUnit;
     const int64_t bytes = (left < kLanesFloat * kUnit ? left : kLanesFloat * kUnit) * int64_t(sizeof(T));
     for (int filter = 0; filter < kLanesFloat; ++filter, source += call.row_stride) {
-      __builtin_prefetch(source + kLanesFloat * kUnit);  // of the next units
+      __builtin_prefetch(source + kLanesFloat * kUnit);  // the next units
       if (column + filter >= call.width || tap >= call.num_taps)
         values[filter] = Float{};
       else if (bytes == kVectorBytes)
@@ -295,8 +298,8 @@ static inline void pack_filters(const PackCall& call, const PackBlock& pack_bloc
 }
 
 // Rows [9][depth] of a weight -> a panel [places][padded_depth / group][panel_stride][group], rounded to the weight's
-// own type. Along the width it is transformed row of places by row of places: all of them at once would write too many
-// streams, which lie powers of two apart.
+// own type. The transform along the width writes one row of places after the other: all places at once would be too
+// many streams, which lie powers of two apart.
 template <int kOutputs, typename T>
 static void pack_winograd(const PackCall& call) {
   constexpr int kSide = kOutputs + 2, kUnit = FilterBlock<T>::kUnit;

@@ -15,7 +15,7 @@ namespace lowrank_ops {
 
 template <int size, typename Sum>
 LOWRANK_OPS_INLINE void activate(Sum (&values)[size], Activation activation) {
-  // One switch for all of them. Comparisons leave a NaN a NaN.
+  // One switch for all values. The comparisons are written such that a NaN stays a NaN.
   const auto each = [&](auto function) {
 #pragma unroll
     for (Sum& x : values) x = function(x);

@@ -1,23 +1,33 @@
-// A factorized block as one kernel: what every op, dtype and architecture shares.
+// A factorized block as one kernel: the code that all ops, dtypes and architectures of the simt and sm80 families
+// share.
 //
 //   input tile with halo ─(1)→ hidden [halo, R1] ─(2)→ second [pixels, R2] ─(3)→ output tile [pixels, T]
 //      global, streamed          shared memory           shared memory            global, written once
 //
 // (1) in_factor, the 1x1 convolution at the block's entry. The halo's positions come in passes of Config::halo_rows()
-//     (one, where the tile is chosen well), S in chunks of 64 bytes. Positions outside the image stay zero.
-// (2) Tucker: core as an implicit matrix product out of shared memory; a tap is a shift of the rows that a lane
-//     addresses. CP: the two depthwise stages, in place. Linear: nothing.
-// (3) out_factor over T in passes of Config::columns() channels, with bias and activation.
+//     (one pass, where the tile is chosen well), S in chunks of 64 bytes. Positions outside the image stay zero.
+// (2) Tucker: the core as a matrix product out of shared memory, without im2col: a tap is a shift of the rows that a
+//     lane addresses. CP: the two depthwise stages, in place. Linear: nothing.
+// (3) out_factor, T in passes of Config::columns() channels, with bias and activation.
 //
 // The chunks of all three stages (of input and in_factor, of core, of out_factor) are one stream through a ring buffer
-// of `stages` slots in shared memory: copies of the next stage's first chunks are under way while the last ones of a
-// stage are multiplied. Per chunk: wait for one's own copies, one barrier (everybody's copies are there, and everybody
-// is done with the chunk before, whose slot is free), start the copies of a later chunk, multiply.
+// of Geometry::stages slots in shared memory: the first chunks of a stage are copied while the last chunks of the stage
+// before are multiplied. Per chunk a thread waits for its own copies, meets all threads at one barrier (now the copies
+// of all threads are there, and the slot of the chunk before is free), starts the copies of a later chunk, and
+// multiplies.
 //
-// The stream of chunks, the addresses of the products and the way of the output come in two kinds each: general, and
-// lean for the common case (common_case.h), with far fewer instructions.
+// The stream of chunks, the addresses of the products and the output come in two versions each: a general one, and a
+// lean one for the common case (common_case.h), which takes far fewer instructions.
 //
-// Warps form a grid of warps_m x warps_n over pixels x columns; the warp tile is that of the engine's `multiply`.
+// Threads: warps form a grid over pixels and columns. `tiles` is Config::halo_tiles in stage 1, pixel_tiles afterwards.
+//
+//                     8 * rank_tiles columns   8 * rank_tiles   ... warps_n of these
+//   16 * tiles pixels         warp 0            warp warps_m
+//   16 * tiles pixels         warp 1            warp warps_m + 1
+//   ... warps_m of these
+//
+// A lane holds, of each 16 x 8 tile of sums, rows lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next
+// (engine_sm80.cuh, engine_simt.cuh).
 #pragma once
 
 #include <type_traits>
@@ -40,7 +50,7 @@ class Block {
                        rank_tiles = config.rank_tiles;
   static constexpr int element = Kernel::element, input_stride = Kernel::input_stride;
   static constexpr bool has_core = Kernel::has_core, lean = Kernel::lean;
-  // What copies and products take: the lean kernel computes with 32 bits.
+  // The type of addresses in shared memory: the lean kernel computes them with 32 bits.
   using Address = std::conditional_t<lean, SharedAddress, unsigned char*>;
   using Output = std::conditional_t<lean, LeanOutput<Kernel>, GeneralOutput<Kernel>>;
   using Stream = std::conditional_t<lean, LeanStream<Kernel>, GeneralStream<Kernel>>;
@@ -87,10 +97,10 @@ class Block {
   const SharedLayout& l;
   unsigned char* const shared;
   const int thread, lane, warp_m, warp_n;
-  const int s_bytes, r1_bytes, r2_bytes;  // of a row: of the input, and of the hidden tiles, rounded up to whole steps
+  const int s_bytes, r1_bytes, r2_bytes;  // bytes per row of input and hidden tiles, the latter in whole steps
   const Passes passes;
   Stream stream;
-  int copy_slot = 0, multiply_slot = 0;  // the next chunk to be copied, the next to be multiplied: bytes of the ring
+  int copy_slot = 0, multiply_slot = 0;  // of the next chunk to copy, to multiply: offsets in the ring
 
   static LOWRANK_OPS_DEVICE Passes passes_of(const KernelParams& params) {
     const int split = params.splits.remainder(int(block_index()));
@@ -98,7 +108,7 @@ class Block {
     return {first, first + params.split_passes + (split < params.longer_splits ? 1 : 0)};
   }
 
-  // The tile's first image, first input position (may lie outside) and first output.
+  // The tile's first image, first input position (which may lie outside the image) and first output.
   struct Tile {
     int image, y, x, out_y, out_x;
   };
@@ -111,13 +121,13 @@ class Block {
     return {images * g.tile_n, y * g.rows.original_stride - g.rows.padding,
             x * g.columns.original_stride - g.columns.padding, y, x};
   }
-  // TileAxis::output(index, 0).
+  // The same as TileAxis::output(index, 0), without a division.
   static LOWRANK_OPS_DEVICE int first_output(const TileAxis& axis, const Divider& lattice, int index) {
     const int tile = lattice.quotient(index);
     return index - tile * axis.lattice + tile * axis.tile * axis.lattice;
   }
 
-  // Where the lean kernel's tables count from.
+  // The addresses from which the offsets in the lean kernel's tables count.
   LOWRANK_OPS_DEVICE const unsigned char* input_of(const Tile& tile) {
     return static_cast<const unsigned char*>(p.input) +
            (tile.image * p.input_stride[0] + most(tile.y, 0) * p.input_stride[2] +
@@ -130,8 +140,9 @@ class Block {
                element;
   }
 
-  // Global offsets of the halo's positions and of the tile's pixels, and the hidden row where a pixel's window begins.
-  // General: in elements from the tensor's beginning, -1 outside. Lean: in 16 bytes from the tile's, kNowhere outside.
+  // Writes three tables: the global offset of every halo position and of every pixel of the tile, and the row of the
+  // hidden tile where a pixel's window begins. Offsets are in elements from the beginning of the tensor, -1 outside;
+  // those of the lean kernel are in units of 16 bytes from input_of and output_of, kNowhere outside.
   LOWRANK_OPS_DEVICE void write_tables(const Tile& tile) {
     const TileAxis &rows = g.rows, &columns = g.columns;
     const int halo_h = rows.halo(), halo_w = columns.halo(), halo = g.halo();
@@ -154,7 +165,8 @@ class Block {
       store_offset(l.halo_offset, i, inside, image, y, x, p.input_stride, params.lean.input_stride, most(tile.y, 0),
                    most(tile.x, 0));
     }
-    // Stage 2 reads a core's windows where they lie in the halo; depthwise stages have moved their results together.
+    // Tucker's windows begin at positions of the halo, `stride` apart. CP's depthwise stages leave results side by
+    // side.
     const int row_stride = has_core ? rows.stride : 1, column_stride = has_core ? columns.stride : 1;
     const int pixels = g.pixels();
 #pragma unroll 1
@@ -184,7 +196,7 @@ class Block {
     copy_slot = next_slot(copy_slot);
   }
 
-  // The slot of the next chunk, arrived; its stage.
+  // Waits for the next chunk, starts the copies of a later one, and returns the address of the chunk's slot.
   template <int stage>
   LOWRANK_OPS_DEVICE Address next_chunk() {
     if (g.stages == 2)
@@ -200,8 +212,8 @@ class Block {
     return address(l.slots + slot);
   }
 
-  // sum += A B^T over `bytes` of K. A: `a` + `a_row`. B: `b`, this warp's rows `b_stride` apart. Lean: a_row and `b`
-  // are the lane's.
+  // sum += A B^T over `bytes` of K. Rows of A lie at `a` + `a_row`; the warp's rows of B at `b`, `b_stride` bytes
+  // apart. In the lean kernel a_row and `b` already include the lane's offsets (a_place, first_b).
   template <int tiles>
   LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[tiles][rank_tiles][4], Address a,
                                    const int (&a_row)[tiles][Engine::a_rows], Address b, int b_stride, int bytes) {
@@ -220,8 +232,8 @@ class Block {
     return row * stride;
   }
 
-  // Writes a warp tile of sums into a hidden tile: `row` of its first row, `byte` of its first column. Rows end with a
-  // whole tile of 16, and bytes with a whole tile of 8 columns, in fp64 with half of one.
+  // Writes a warp's sums into a hidden tile, from row `row` and byte `byte` of a row on. The hidden tile has `rows`
+  // rows, a multiple of 16, of `bytes` bytes, a multiple of 8 columns (in fp64: of 4).
   template <int tiles>
   LOWRANK_OPS_DEVICE void store_hidden(const Sum (&sum)[tiles][rank_tiles][4], unsigned char* hidden, int row_stride,
                                        int row, int rows, int byte, int bytes) {
@@ -314,10 +326,11 @@ class Block {
   }
 };
 
-// Multiply-adds hold elements widened to sums: in fp64, bf16 and fp16 that takes the registers of a third CTA.
+// CTAs per multiprocessor that the compiler has to fit into the registers. Kernels of the simt family hold widened
+// elements beside the sums; in fp64, bf16 and fp16 these take the registers of a third CTA.
 template <typename Kernel, Family family>
 constexpr int resident_ctas() {
-  // Shared memory can hold three CTAs of 2-byte elements.
+  // The lean kernel's shared memory is small enough for three CTAs where elements have 2 bytes.
   const int ctas = Kernel::config.resident(Kernel::lean && Kernel::element == 2);
   return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
 }

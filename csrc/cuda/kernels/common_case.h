@@ -1,25 +1,26 @@
-// The common case, for which a lean kernel is compiled: channels lie side by side (channels_last) in input and output,
-// and 16 bytes can be copied at a time everywhere. Every other case runs the general kernel.
+// The common case, which a lean kernel runs: channels lie side by side (channels_last) in input and output, and all
+// copies can take 16 bytes. The general kernel runs every other case.
 //
-// Here is what the host prepares for the lean kernel: strides in units of 16 bytes, and the steps by which the
-// addresses of a factor's copies move. Plain C++.
+// This file computes, on the host, the lean kernel's parameters: strides in units of 16 bytes, and the steps by which
+// the addresses of a factor's copies move. Plain C++.
 #pragma once
 
 #include "cuda/kernels/launch.h"
 
 namespace lowrank_ops {
 
-// A factor as a stream of chunks: a chunk is `chunk` bytes of each of Config::columns() rows. For each pass over the
-// rows, for each tap: one chunk after the other along a row. Strides and steps are in bytes.
+// A factor as a stream of chunks. A chunk is `chunk` bytes of each of Config::columns() rows. The chunks follow each
+// other along a row, then for each tap of a line of taps, for each line of taps, and for each pass over the rows.
+// Strides and steps are in bytes.
 struct FactorStream {
   const unsigned char* data = nullptr;
   int64_t row = 0;            // from one row to the next
-  int64_t next_tap = 0;       // what is added to an address behind the last chunk of a row, for the next tap ...
+  int64_t next_tap = 0;       // added to an address behind the last chunk of a row, for the next tap ...
   int64_t next_tap_line = 0;  // ... then behind the last tap of a line of taps ...
   int64_t next_pass = 0;      // ... and then behind the last line
-  uint32_t copy = 0;          // from one copy of a thread to its next one, in units of 16 bytes
+  uint32_t copy = 0;          // from one copy of a thread to its next one in the same chunk, in units of 16 bytes
   int rows = 0, row_bytes = 0;
-  int chunk = 0, log2_vectors = 0;  // a row's part of a chunk, in bytes and as log2 of vectors of 16 bytes
+  int chunk = 0, log2_vectors = 0;  // a row's part of a chunk: bytes; log2 of its number of 16-byte vectors
   int passes = 0, taps_h = 1, taps_w = 1;
 };
 
@@ -28,7 +29,7 @@ struct LeanParams {
   uint32_t input_stride[3] = {}, output_stride[3] = {};  // n, h, w in units of 16 bytes
 };
 
-// Whether offsets within a tile, in units of 16 bytes, fit into 32 bits: `positions` of n, h and w.
+// Whether offsets within a tile of `positions` (n, h, w), in units of 16 bytes, fit into 32 bits.
 inline bool fits_32_bits(const int64_t (&stride)[4], const int64_t (&positions)[3], int element) {
   constexpr int64_t limit = int64_t(kVectorBytes) << 31;
   int64_t left = limit / element;
@@ -52,14 +53,14 @@ inline bool is_common_case(const BlockParams& p, bool has_core, int element) {
   const int64_t tile[3] = {images, least(g.rows.out, (g.rows.tile - 1) * g.rows.lattice + 1),
                            least(g.columns.out, (g.columns.tile - 1) * g.columns.lattice + 1)};
   const auto row_fits = [&](const Factor& factor) {
-    return factor.row_stride * element < (int64_t(kVectorBytes) << 20);  // times 512 rows: 32 bits
+    return factor.row_stride * element < (int64_t(kVectorBytes) << 20);  // with 512 rows an offset fits into 32 bits
   };
   return vectors && bias && fits_32_bits(p.input_stride, halo, element) &&
          fits_32_bits(p.output_stride, tile, element) && row_fits(p.in_factor) && row_fits(p.out_factor) &&
          (!has_core || row_fits(p.core));
 }
 
-// `chunk`: bytes of a row in a chunk; `columns`: rows of a pass.
+// The stream of a factor of `rows` rows of `row_bytes` bytes, `chunk` bytes per row and chunk.
 inline FactorStream factor_stream(const Factor& factor, int rows, int row_bytes, int chunk, int taps_h, int taps_w,
                                   const Config& config, int element) {
   FactorStream f;

@@ -1,4 +1,4 @@
-// From global to shared memory: 16 bytes at a time, in copies as wide as pointers and strides allow.
+// Copies from global to shared memory, as wide as pointers and strides allow (at most 16 bytes).
 #pragma once
 
 #include "cuda/kernels/engine_simt.cuh"
@@ -6,9 +6,10 @@
 
 namespace lowrank_ops {
 
-// Copies elements source[0], source[stride], ... to 16 bytes of shared memory, in copies of less than 16; those from
-// `count` on become zeros. `width` is BlockParams' vector of the tensor: copies of 8 or 4 bytes are asynchronous, and
-// count is then a multiple of what one of them takes; 2-byte elements that lie apart pass through registers.
+// Copies elements source[0], source[stride], ... to 16 bytes of shared memory by copies of less than 16 bytes; elements
+// from number `count` on become zeros. `width` is the tensor's `vector` in BlockParams. Copies of 8 or 4 bytes are
+// asynchronous, and `count` is then a multiple of the elements of one copy. 2-byte elements that lie apart pass through
+// registers.
 template <typename Element>
 LOWRANK_OPS_DEVICE void copy_vector(unsigned char* shared, const Element* source, int64_t stride, int count,
                                     int width) {
@@ -33,16 +34,17 @@ LOWRANK_OPS_DEVICE void copy_vector(unsigned char* shared, const Element* source
   }
 }
 
-// The row that a thread copies to: `index` counts rows of `1 << log2_vectors` vectors of 16 bytes, one more apart.
-// Taking neighbouring rows, eight threads with 2 or 4 vectors a row would meet in some banks; rows 2 or 4 apart do not.
+// The row of shared memory that a thread copies to, number `index` in the order of the threads; a row has `1 <<
+// log2_vectors` vectors of 16 bytes and one of padding. With 2 or 4 vectors per row, eight threads that took
+// neighbouring rows would meet in some banks; in rows 2 or 4 apart they do not.
 LOWRANK_OPS_DEVICE int spread_rows(int index, int log2_vectors) {
   if (log2_vectors == 2) return (index & ~7) | (index & 1) << 2 | (index & 6) >> 1;
   if (log2_vectors == 1) return (index & ~7) | (index & 3) << 1 | (index & 4) >> 2;
   return index;
 }
 
-// A chunk of a factor: `rows` rows from `first_row` on, `1 << log2_bytes` bytes of columns from `first_column` on, of
-// those the first `used_bytes`. Rows and columns outside the factor become zeros.
+// Copies a chunk of a factor: `rows` rows from `first_row` on, and of each row `1 << log2_bytes` bytes from column
+// `first_column` on, of which only the first `used_bytes` are read. Rows and columns outside the factor become zeros.
 template <typename Element>
 LOWRANK_OPS_DEVICE void copy_factor(unsigned char* shared, const Factor& factor, int64_t tap_offset, int first_row,
                                     int rows, int all_rows, int first_column, int all_columns, int log2_bytes,

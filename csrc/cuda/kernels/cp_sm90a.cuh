@@ -1,5 +1,5 @@
-// The fused CP block on Hopper: the copy engine brings boxes of the input and parts of the factors, two warpgroups
-// multiply from shared memory and compute the depthwise stages from it.
+// The fused CP block on Hopper: TMA copies boxes of the input and parts of the factors to shared memory; from there two
+// warpgroups multiply and compute the depthwise stages.
 //
 // A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 14x8
 // pixels of the output. Its ranks are computed in parts of 64:
@@ -11,8 +11,9 @@
 //   in registers, as operand A                      -------->    after the last part
 //                                                  out_factor
 //
-// Stage 1 computes the transpose, ranks x pixels = [64, S] [S, 80]. The depthwise stage reads hidden pixels of both
-// warpgroups, hence a barrier of both before it. Stage 1 of the next part and stage 3 of the part before run under it.
+// Stage 1 computes the transpose, ranks x pixels = [64, S] [S, 80] per warpgroup. The depthwise stage (stage 2) reads
+// hidden pixels of both warpgroups, so both meet at a barrier before it. While it runs, the tensor cores compute stage
+// 1 of the next part and stage 3 of the part before.
 //
 //   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp
 //   warpgroup 1   halo pixels 80 to 159, rows 8 to 13 (its last warp has none)
@@ -21,17 +22,18 @@
 // Shared memory (cp_sm90a.h), from the bottom:
 //
 //   input     slices [160 pixels][64 channels] in the 128-byte swizzle, of one tile
-//   ring      slots through which both factors stream anew for every tile, a part of the ranks each: of in_factor
-//             [slices][64 ranks][64 channels], of out_factor [T][64 ranks], same swizzle
-//   hidden    2 tiles [160 pixels][64 ranks] in rows of 128 + 16 bytes, free of bank conflicts; the 16 bytes of the
-//             first tile's rows hold the barriers, one per row, those of the second the bias, 4 channels per row
-//   weights   of each pair of ranks 12 floats: 3 taps down, 3 across
+//   ring      slots through which both factors stream anew for every tile; a slot holds a part of the ranks, of
+//             in_factor [slices][64 ranks][64 channels] or of out_factor [T][64 ranks], in the same swizzle
+//   hidden    2 tiles [160 pixels][64 ranks] in rows of 128 + 16 bytes, free of bank conflicts. The 16 bytes behind
+//             the first tile's rows hold the barriers, one per row; those of the second tile the bias, 4 channels each
+//   weights   12 floats per pair of ranks: 3 taps down, 3 across
 //
 // Barriers:
 //
-//   full[slot], empty[slot]   of the ring: a part has arrived; the 8 warps are done with it
-//   slice_full[slice]         a slice of the tile's input has arrived
-//   input_free                the 8 warps have issued and awaited their last stage 1 of the tile
+//   full[slot]          a part has arrived in the slot of the ring
+//   empty[slot]         all 8 warps are done with the part in the slot
+//   slice_full[slice]   a slice of the tile's input has arrived
+//   input_free          all 8 warps have finished their last stage 1 of the tile
 #pragma once
 
 #include "cuda/kernels/hopper_tiles.cuh"
@@ -43,18 +45,18 @@ struct CpParams {
   CUtensorMap input;              // [N, H, W, S], boxes of a halo x 64 channels
   CUtensorMap in_factor;          // [R, S], boxes 64 x 64
   CUtensorMap out_factor;         // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
-  const uint16_t *down, *across;  // [R, 3] by these strides, in elements
+  const uint16_t *down, *across;  // [R, 3], with the strides below, in elements
   int64_t down_rank, down_tap, across_rank, across_tap;
   const uint16_t* bias;  // [T] or null
   uint16_t* output;      // [N, OH, OW, T], dense
   CpSm90a layout;
   Tiles tiles;
-  int t, r, height, width;  // of the output
+  int t, r, height, width;  // T, R, and the size of the output
   int padding_h, padding_w;
   Activation activation;
 };
 
-// Addresses of the barriers: in the padding of the rows of the first hidden tile.
+// Addresses of the barriers, which lie in the padding of the first hidden tile's rows.
 struct CpBarriers {
   static constexpr int kMostSlices = CpSm90a::kMostChannels / CpSm90a::kSlice;
   uint32_t first;
@@ -82,8 +84,8 @@ LOWRANK_OPS_HOPPER uint32_t bias_place(uint32_t base, const CpSm90a& l, int chan
 
 // ---- The thread that copies
 
-// The parts of a tile's factors go through the ring in the order in which they are used: in_factor's part 0 and 1,
-// out_factor's 0, in 2, out 1, ..., the last two of out_factor.
+// The parts of a tile's factors go through the ring in the order of their use: parts 0 and 1 of in_factor, part 0 of
+// out_factor, part 2 of in_factor, part 1 of out_factor, ..., the last two of out_factor.
 struct CpProducer {
   const CpParams& p;
   uint32_t base;
@@ -104,7 +106,7 @@ struct CpProducer {
     ring.next(p.layout.slots);
   }
 
-  // The tile's input, and behind its first slice the first part of in_factor.
+  // Loads the tile's input and, after its first slice, the first part of in_factor.
   LOWRANK_OPS_HOPPER void load_input(const TilePlace& place) {
     for (int s = 0; s < p.layout.slices; ++s) {
       const uint32_t full = barriers.slice_full(s);
@@ -132,9 +134,9 @@ struct CpProducer {
 
 // ---- The threads that compute
 
-// One 16-byte column of ranks (8, of which a lane has two) of a part: 3 taps down, rounded, and 3 across, for the
-// lane's two pixels. `pixels` is the address of the first of the halo's 4x3 pixels that they need, of the lane's ranks
-// of the column.
+// The depthwise stages of one 16-byte column of a part, which is 8 ranks, two per lane: 3 taps down, rounded, then 3
+// across, for the lane's two output pixels. `pixels`: address of the lane's two ranks in the first of the 4x3 halo
+// pixels that these need.
 template <bool half>
 LOWRANK_OPS_HOPPER void depthwise(uint32_t (&results)[2], uint32_t pixels, uint32_t weights) {
   float w[12];  // two ranks of each tap
@@ -174,10 +176,10 @@ struct CpGroup {
   uint32_t base;
   CpBarriers barriers;
   int group, warp, lane;
-  int row;         // of the output tile, the first of the warp's two
-  bool inside;     // which the last warp's are not
-  RingPlace ring;  // of the next part to be waited for
-  RingPlace done;  // of the next part to be given back: they are in the order in which they were waited for
+  int row;         // the first of the warp's two rows of the output tile
+  bool inside;     // whether these rows lie inside the tile: false in the last warp
+  RingPlace ring;  // of the next part to wait for
+  RingPlace done;  // of the next part to give back; parts are given back in the order in which they were waited for
 
   LOWRANK_OPS_HOPPER CpGroup(const CpParams& params, uint32_t shared, const CpBarriers& shared_barriers,
                              int warp_of_cta, int lane_of_warp)
@@ -190,7 +192,7 @@ struct CpGroup {
         row(warp_of_cta * 2),
         inside(warp_of_cta * 2 < CpSm90a::kTileHeight) {}
 
-  // The address of the next part.
+  // Waits for the next part and returns its address.
   LOWRANK_OPS_HOPPER uint32_t wait_part() {
     const uint32_t at = base + p.layout.ring + ring.slot * p.layout.slot_bytes;
     wait_phase(barriers.full(ring.slot), ring.parity);
@@ -203,8 +205,9 @@ struct CpGroup {
     done.next(p.layout.slots);
   }
 
-  // Where lanes store vectors, the rows of out_factor are permuted within 32 such that a lane's sums
-  // 16 b + 4 j + e (+ 2 for the second row) are channel 32 b + 8 (lane % 4) + 2 j + e.
+  // Sets the sums to the bias. So that a lane can store 8 neighbouring channels, the rows of out_factor are permuted
+  // within 32 (cp_sm90a_launch.cuh): a lane's sum 16 b + 4 j + e (+ 2 for its second row) is channel 32 b + 8 (lane %
+  // 4) + 2 j + e.
   LOWRANK_OPS_HOPPER void start_with_bias(float (&sums)[channels / 2]) {
 #pragma unroll
     for (int b = 0; b < channels / 32; ++b) {
@@ -253,8 +256,8 @@ struct CpGroup {
                            pack<half>(hidden[4 * j + 6], hidden[4 * j + 7]));
   }
 
-  // The depthwise stage, to an operand in registers. Half of it precedes the wait for stage 3 of the part before, which
-  // still reads that operand.
+  // The depthwise stage: leaves its results in registers, as an operand of stage 3. Half of them are computed before
+  // the wait for stage 3 of the part before, which still reads that operand.
   LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[4][4], uint32_t tile, int part) {
     const uint32_t pixels = tile + (row * CpSm90a::kHaloWidth + lane / 4) * CpSm90a::kPitch + lane % 4 * 4;
     const uint32_t weights = base + p.layout.weights + (part * 32 + lane % 4) * CpSm90a::kPairBytes;
@@ -267,7 +270,7 @@ struct CpGroup {
     wgmma_wait<1>();
 #pragma unroll
     for (int k = 0; k < 4; ++k) pin(second[k]);
-    if (part > 0) release_part();  // out_factor's of the part before
+    if (part > 0) release_part();  // the part of out_factor that the part before has multiplied by
     if (!inside) return;
 #pragma unroll
     for (int column = 0; column < 4; ++column)
@@ -310,8 +313,8 @@ struct CpGroup {
     }
   }
 
-  // `turn`: which of the hidden tiles is next. They alternate from tile to tile, too: the barrier of the next part is
-  // what tells that all have read the one before.
+  // Computes one tile. `turn`: which of the two hidden tiles is written next. They alternate across tiles, too: whoever
+  // is behind the barrier of the next part knows that all warps have read the hidden tile of the part before.
   LOWRANK_OPS_HOPPER void compute(const TilePlace& place, uint32_t parity, int& turn) {
     float sums[channels / 2], hidden[40];
     start_with_bias(sums);
@@ -329,7 +332,7 @@ struct CpGroup {
       if (part + 1 < p.layout.parts)
         stage1(hidden, false, parity);
       else
-        wgmma_commit();  // of nothing: what is pending is counted alike in all parts
+        wgmma_commit();  // an empty group, so that wgmma_wait counts alike in all parts
       stage2(second, tile, part);
       stage3(sums, second);
       wgmma_wait<1>();  // stage 1 of the next part
@@ -340,7 +343,7 @@ struct CpGroup {
     wgmma_wait<0>();
 #pragma unroll
     for (int k = 0; k < 4; ++k) pin(second[k]);
-    release_part();  // the last of out_factor
+    release_part();  // the last part of out_factor
     pin(sums);
     activate(sums, p.activation);
     store(sums, place);

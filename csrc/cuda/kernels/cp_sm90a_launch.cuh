@@ -1,4 +1,4 @@
-// From the parameters of a call to those of the sm90a CP kernel, and its instances.
+// Turns the parameters of a call into those of the sm90a CP kernel, and chooses the kernel's instance.
 #pragma once
 
 #include "cuda/kernels/cp_sm90a.cuh"
@@ -7,7 +7,7 @@
 
 namespace lowrank_ops::hopper {
 
-// False: the driver has made no tensor maps for these tensors.
+// False: the driver made no tensor maps for these tensors.
 inline bool cp_params(CpParams& to, const BlockParams& block, DType dtype) {
   using L = CpSm90a;
   const Geometry& g = block.geometry;

@@ -1,21 +1,27 @@
 // CP's depthwise stages, in place in the hidden tile [positions, R].
 //
 // A thread owns two neighbouring channels of one line (a column of the tile for the height factor, a row for the width
-// factor) and walks along it. Output i needs inputs from i * stride >= i on, and the thread writes it to position i
-// after reading them, so nobody reads what was overwritten. Neighbouring lanes hold neighbouring channels: no bank
-// conflicts.
+// factor) and walks along it. Output i needs the inputs from i * stride on, and i * stride >= i. The thread writes
+// output i to position i after reading its inputs, so it overwrites nothing that is still needed. Neighbouring lanes
+// hold neighbouring channels, without bank conflicts.
+//
+//             x →  one thread of the height stage: channels c, c + 1 of column x, rows from top to bottom
+//        y ┌────────────┐
+//        ↓ │  │ hidden  │  positions [image, y, x], each with R channels
+//          │  ▼ tile    │
+//          └────────────┘  the width stage: one thread per two channels and row, from left to right
 #pragma once
 
 #include "cuda/kernels/epilogue.cuh"
 
 namespace lowrank_ops {
 
-// What a thread works on: two channels of a line. Steps of a whole CTA's threads from one to the next are taken by
-// adding: nothing is divided in the loop.
+// The work item of a thread: two channels of a line. The thread's next item is as many items away as the CTA has
+// threads; that step is an addition, so nothing is divided in the loop.
 struct DepthwiseWork {
-  int pair, line, image;  // pair of channels; line of an image of the tile
+  int pair, line, image;  // pair of channels; line within its image
 
-  // All of them: `pairs` x `lines` an image. `steps`: from one of a thread's to its next one.
+  // Moves on by `steps`. An image has `pairs` x `lines` items.
   LOWRANK_OPS_DEVICE void advance(const DepthwiseWork& steps, int pairs, int lines) {
     pair += steps.pair;
     line += steps.line;
@@ -35,7 +41,7 @@ struct DepthwiseWork {
   }
 };
 
-// One stage: the factor's weights of two channels, row_stride and tap_stride elements apart, and the axis.
+// One stage for two channels of a line: the factor, with taps tap_stride elements apart, and the axis.
 template <typename Kernel>
 class DepthwiseLine {
   using Element = typename Kernel::Element;
@@ -45,7 +51,7 @@ class DepthwiseLine {
   LOWRANK_OPS_DEVICE DepthwiseLine(const Factor& factor, int64_t tap_stride, const TileAxis& axis, int step)
       : factor(factor), tap_stride(tap_stride), axis(axis), step(step) {}
 
-  // The weights from now on are those of this channel and, where there is a `second`, the next.
+  // Selects the weights of this channel and, where there is a `second` one, of the next.
   LOWRANK_OPS_DEVICE void set_channel(int channel, bool second) {
     weights = static_cast<const Element*>(factor.data) + channel * factor.row_stride;
     has_second = second;
@@ -56,7 +62,7 @@ class DepthwiseLine {
         for (int i = 0; i < 2; ++i) common[tap][i] = weight(tap, i);
   }
 
-  // `line`: its first position.
+  // `line`: address of the line's first position.
   LOWRANK_OPS_DEVICE void run(unsigned char* line) const {
     if (is_common())
       three_taps(line);
@@ -83,7 +89,7 @@ class DepthwiseLine {
     widen_pair(Element{}, load_shared<Packed<Element>>(from), wide);
   }
 
-  // Every input is loaded once; blocks of outputs, so that loads need not wait for the stores before them.
+  // Loads every input once. Outputs come in blocks of four, so that the loads of a block precede its stores.
   LOWRANK_OPS_DEVICE void three_taps(unsigned char* line) const {
     Sum before[2][2];
     load(line, before[0]);
@@ -93,7 +99,8 @@ class DepthwiseLine {
 #pragma unroll 1
     for (; left > 0; --left) line = three_taps_of<1>(line, before);
   }
-  // `before`: the first two inputs; those of the next outputs on return, as is the line.
+  // Computes `outputs` outputs from `line` on; `before` holds their first two inputs. On return `before` holds those of
+  // the next outputs; returns the next outputs' position.
   template <int outputs>
   LOWRANK_OPS_DEVICE unsigned char* three_taps_of(unsigned char* line, Sum (&before)[2][2]) const {
     Sum input[outputs + 2][2];
@@ -122,7 +129,7 @@ class DepthwiseLine {
     return place[outputs];
   }
 
-  // Blocks of 8 outputs share the loads of a tap's weights.
+  // Blocks of 8 outputs share the load of a tap's weights.
   LOWRANK_OPS_DEVICE void any_taps(unsigned char* line) const {
     constexpr int block = 8;
     for (int first = 0; first < axis.tile; first += block) {
@@ -147,8 +154,8 @@ class DepthwiseLine {
   }
 };
 
-// One stage on the whole tile: `lines` an image, `line_step` positions apart, and `step` from one position of a line to
-// the next. `of_image`: positions of an image.
+// One stage on the whole tile. An image has `of_image` positions and `lines` lines; lines begin `line_step` positions
+// apart, and the positions of a line are `step` apart.
 template <typename Kernel>
 LOWRANK_OPS_DEVICE void depthwise_stage(unsigned char* hidden, int row_bytes, const Geometry& g, const Factor& factor,
                                         int64_t tap_stride, const TileAxis& axis, int lines, int line_step, int step,
@@ -166,7 +173,8 @@ LOWRANK_OPS_DEVICE void depthwise_stage(unsigned char* hidden, int row_bytes, co
   }
 }
 
-// Both stages. The result of output pixel (image, y, x) lies at position (image * HH + y) * HW + x.
+// Both stages. The result of output pixel (image, y, x) then lies at position (image * HH + y) * HW + x of the hidden
+// tile, where HH and HW are the halo's height and width.
 template <typename Kernel>
 LOWRANK_OPS_DEVICE void depthwise(unsigned char* hidden, int row_bytes, const BlockParams& p, int thread) {
   const Geometry& g = p.geometry;

@@ -1,12 +1,12 @@
-// A function of the CUDA driver, looked up at run time: nothing is linked with the driver, and a machine without one
-// can still import this library.
+// Looks up functions of the CUDA driver at run time: nothing is linked with the driver, so that a machine without one
+// can import this library too.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace lowrank_ops {
 
-// As of CUDA 12.0; null where there is no driver, or an older one.
+// The function in its version of CUDA 12.0. Null: there is no driver, or an older one.
 inline void* driver_function(const char* name) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -15,7 +15,7 @@ inline void* driver_function(const char* name) {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
 #endif
-  if (error != cudaSuccess) cudaGetLastError();  // or it would be found after the next launch
+  if (error != cudaSuccess) cudaGetLastError();  // otherwise the check after the next launch would find this error
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
 }
 

@@ -1,16 +1,16 @@
-// Products by ordinary multiply-adds, on any architecture and in any dtype (bf16 and fp16 with fp32 sums).
+// Products of a warp by ordinary multiply-adds, on any architecture and in any dtype (bf16 and fp16 with fp32 sums).
 //
-// The same warp tile and the same place for every sum as on tensor cores: of each 16 x 8 tile a lane holds rows
-// lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and + 1. A warp tile of 32 x 64 in fp32 is then 4 rows x 16 columns a
-// lane: 20 loads of 16 bytes for 256 multiply-adds. Lanes of equal lane / 4 load the same row of A (8 rows a warp),
-// lanes of equal lane % 4 the same row of B (4 rows): broadcasts, in different banks.
+// A warp computes the same tile as on tensor cores, and each sum is held by the same lane: in each 16 x 8 tile a lane
+// holds rows lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next. For 32 x 64 sums in fp32 that is 4 rows x 16
+// columns per lane: 20 loads of 16 bytes for 256 multiply-adds. Lanes of equal lane / 4 load the same row of A (8 rows
+// per warp), lanes of equal lane % 4 the same row of B (4 rows): broadcasts, in different banks.
 #pragma once
 
 #include "cuda/kernels/primitives.cuh"
 
 namespace lowrank_ops {
 
-// 16 bytes of elements.
+// 16 bytes of neighbouring elements.
 template <typename Element>
 struct alignas(kVectorBytes) Vector {
   static constexpr int size = kVectorBytes / int(sizeof(Element));
@@ -29,7 +29,7 @@ struct MultiplyAdds {
     return {{narrow<Element, Sum>(first), narrow<Element, Sum>(second)}};
   }
 
-  // As TensorCores::multiply.
+  // The same contract as TensorCores::multiply (engine_sm80.cuh).
   template <int M, int N>
   static LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[M][N][4], const unsigned char* a, const int (&a_row)[M][a_rows],
                                           const unsigned char* b, int b_stride, int bytes, int lane) {

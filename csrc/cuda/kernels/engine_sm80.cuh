@@ -1,8 +1,9 @@
-// Products on tensor cores by mma.sync (Ampere and everything after it): bf16, fp16, and fp32 rounded to tf32.
+// Products of a warp on tensor cores by mma.sync (Ampere and all later architectures): bf16, fp16, and fp32 rounded to
+// tf32.
 //
 // A warp multiplies A [16 * M, K] by B [8 * N, K] transposed, both with K contiguous in shared memory. K goes in steps
-// of 32 bytes: 16 elements of 2 bytes or 8 of 4, for which ldmatrix and mma address alike. ldmatrix loads four 8 x
-// 16-byte matrices; lanes give the rows:
+// of 32 bytes: 16 elements of 2 bytes or 8 of 4; ldmatrix and mma take the same addresses for both. One ldmatrix loads
+// four matrices of 8 rows x 16 bytes, and each lane gives the address of one row:
 //
 //     A tile, 16 rows       B, two tiles of 8 columns (rows in memory)
 //     lanes  0-7  | 16-23   lanes  0-7  |  8-15
@@ -21,12 +22,12 @@ struct TensorCores {
   using Element = ElementType;
   using Sum = float;
 
-  // Rows of a 16-row tile of A that a lane addresses: `a_rows` of them.
+  // A lane addresses `a_rows` rows of a 16-row tile of A; number `i` of them is row a_row(lane, i).
   static constexpr int a_rows = 1;
   static LOWRANK_OPS_DEVICE int a_row(int lane, int) { return lane % 16; }
 
-  // sum += A B^T over `bytes` of K. a_row: byte offsets from `a` of the rows that this lane addresses; rows of B lie
-  // `b_stride` bytes apart.
+  // sum += A B^T over `bytes` bytes of K. a_row: byte offsets from `a` of the rows that this lane addresses. Rows of B
+  // lie `b_stride` bytes apart from `b` on.
   template <int M, int N>
   static LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[M][N][4], const unsigned char* a, const int (&a_row)[M][a_rows],
                                           const unsigned char* b, int b_stride, int bytes, int lane) {
@@ -55,14 +56,14 @@ struct TensorCores {
     }
   }
 
-  // What a lane adds to the addresses of its rows of A and of its warp's rows of B (multiply_lean).
+  // For multiply_lean: the lane's offsets from a row of A, and from the first of its warp's rows of B.
   static LOWRANK_OPS_DEVICE int a_column(int lane) { return lane / 16 * 16; }
   static LOWRANK_OPS_DEVICE int b_place(int lane, int b_stride) {
     return (lane / 16 * 8 + lane % 8) * b_stride + lane / 8 % 2 * 16;
   }
 
-  // As multiply, with addresses that hold the lane's part already. Four steps of K at once, as 16-bit ranks of 64 and
-  // 128 have them: one address for every tile of A and every two of B, constants for the steps.
+  // Like multiply, with addresses that include the lane's offsets. Runs four steps of K at a time where it can, as
+  // ranks of 64 and 128 in 16 bits allow: one address per tile of A and per two tiles of B, constants for the steps.
   template <int M, int N>
   static LOWRANK_OPS_DEVICE void multiply_lean(Sum (&sum)[M][N][4], SharedAddress a, const int (&a_row)[M][a_rows],
                                                SharedAddress b, int b_stride, int bytes) {
@@ -89,7 +90,7 @@ struct TensorCores {
   static LOWRANK_OPS_DEVICE auto narrow_both(Sum first, Sum second) { return narrow_pair<Element>(first, second); }
 
  private:
-  // One step of K at constant byte `k`.
+  // One step of K, `k` bytes behind the addresses.
   template <int M, int N>
   static LOWRANK_OPS_DEVICE void step(Sum (&sum)[M][N][4], const SharedAddress (&a)[M], const SharedAddress (&b)[N / 2],
                                       int k) {
@@ -112,7 +113,7 @@ struct TensorCores {
     }
   }
 
-  // The tensor cores would cut the low bits off.
+  // Rounds fp32 to tf32; the tensor cores themselves would cut the low bits off.
   static LOWRANK_OPS_DEVICE void round(uint32_t (&words)[4]) {
     if constexpr (sizeof(Element) == 4)
 #pragma unroll

@@ -1,5 +1,9 @@
-// From sums to the output: bias, activation, and a detour through shared memory, so that global memory sees whole
-// vectors (channels_last) or neighbouring pixels (NCHW).
+// From a warp's sums to the output: bias, activation, and a detour through shared memory, so that global memory sees
+// whole vectors (channels_last) or neighbouring pixels (NCHW).
+//
+//   registers                  staging: 16 rows of 32 sums       output
+//   16 pixels x 8 N channels   written by (row, two columns)     channels_last: a lane takes 16 bytes of a pixel
+//   (engine_*.cuh)             ───────────────────────────►      NCHW: 16 lanes take the 16 pixels of a channel
 #pragma once
 
 #include "cuda/kernels/activation.cuh"
@@ -8,8 +12,8 @@
 
 namespace lowrank_ops {
 
-// `size` neighbouring sums, 16 bytes at a time. Where two loads are needed, every other row takes them in the other
-// order: then the eight lanes of a phase, four to a row, find all banks.
+// Loads `size` neighbouring sums, 16 bytes at a time. Where that takes two loads, odd rows take them in the reverse
+// order: then the eight lanes that are served together, four per row, read from different banks.
 template <int size, typename Sum>
 LOWRANK_OPS_DEVICE void load_sums(Sum (&values)[size], const Sum* sums, int row) {
   constexpr int per_load = Vector<Sum>::size;
@@ -32,7 +36,7 @@ LOWRANK_OPS_DEVICE void load_sums(Sum (&values)[size], const Sum* sums, int row)
   }
 }
 
-// Bias, activation and rounding of the sums of neighbouring channels.
+// Adds the bias to the sums of neighbouring channels, applies the activation and rounds.
 template <typename Element, int size, typename Sum>
 LOWRANK_OPS_DEVICE void finish(Element (&result)[size], Sum (&values)[size], const BlockParams& p, int channel) {
   const Element* bias = static_cast<const Element*>(p.bias);
@@ -44,11 +48,11 @@ LOWRANK_OPS_DEVICE void finish(Element (&result)[size], Sum (&values)[size], con
   for (int i = 0; i < size; ++i) result[i] = narrow<Element, Sum>(values[i]);
 }
 
-// Writes the sums of 16 pixels x 8 * N channels of one warp, 32 channels at a time. `staging` is the warp's own;
-// `pixel_offset` the table's entries of these 16 pixels (element offsets into the output, negative: none there).
+// Writes the sums of 16 pixels x 8 * N channels of one warp, 32 channels at a time. `staging` is the warp's own part;
+// `pixel_offset` holds the table's entries of these 16 pixels: element offsets into the output, negative for none.
 //
-// Staged are sums, so that bias and activation are compiled once and not for every register. Rows are 40 sums apart:
-// the stores of two sums a lane fall into different banks.
+// The sums themselves are staged, so that bias and activation are compiled once and not for every register. Rows are 40
+// sums apart, so that the lanes' stores of two sums fall into different banks.
 template <typename Element, int N, typename Sum>
 LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* staging, const unsigned char* pixel_offset,
                                      const BlockParams& p, int first_channel, int lane) {
@@ -80,7 +84,7 @@ LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* stag
         store_global(output + offset + first_channel + channel, vector);
       }
     } else {
-      // Neighbouring lanes take what lies side by side in memory: channels, or pixels where channels lie apart.
+      // Neighbouring lanes take neighbours in memory: channels, or pixels where channels lie apart.
       const int64_t channel_stride = p.output_stride[1];
 #pragma unroll 1
       for (int i = lane; i < 16 * columns; i += 32) {
@@ -99,7 +103,7 @@ LOWRANK_OPS_DEVICE void write_output(const Sum (&sum)[N][4], unsigned char* stag
   }
 }
 
-// The output of a warp, whatever its layout. `pixel_offset`: the table's entries of the warp's pixels.
+// The output of a warp, for any layout. `pixel_offset`: the table's entries of the warp's pixels.
 template <typename Kernel>
 class GeneralOutput {
   static constexpr int tiles = Kernel::config.pixel_tiles, rank_tiles = Kernel::config.rank_tiles;
@@ -112,10 +116,10 @@ class GeneralOutput {
                                    const unsigned char* pixel_offset, unsigned char*, int lane)
       : p(params.block), staging(staging), pixel_offset(pixel_offset), lane(lane) {}
 
-  struct Bias {};  // loaded where it is added
+  struct Bias {};  // empty: `finish` loads the bias where it adds it
   LOWRANK_OPS_DEVICE Bias load_bias(int) const { return {}; }
 
-  // Channels from `channel` on; there are at least some.
+  // Writes the channels from `channel` on, which must be less than T.
   LOWRANK_OPS_DEVICE void write(const Sum (&sum)[tiles][rank_tiles][4], Bias, int channel) const {
 #pragma unroll
     for (int m = 0; m < tiles; ++m)

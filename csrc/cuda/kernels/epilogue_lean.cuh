@@ -1,8 +1,12 @@
-// The output in the common case (common_case.h): a warp's sums to whole 16-byte vectors of channels.
+// The output in the common case (common_case.h): from a warp's sums to whole 16-byte vectors of channels.
 //
-// Bias and activation are applied where the sums are, in registers; then the elements themselves, rounded once, take
-// the detour through shared memory. Which activation it is, is decided once for a pass. Only the costly ones (with
-// divisions, exp or erf) go as in the general kernel: sums are staged, so that they are compiled once.
+// Bias and activation are applied to the sums in registers. Then the elements, rounded once, take the detour through
+// shared memory. The activation is chosen once per pass. Only costly ones (with divisions, exp or erf) go the way of
+// the general kernel, which stages sums, so that they are compiled once.
+//
+//   registers                              staging: 16 rows of elements    output
+//   lane: rows lane / 4 and lane / 4 + 8,  padded to an odd multiple of    16 bytes of a pixel per lane; neighbouring
+//   columns lane % 4 * 2 and the next      16 bytes                        lanes take neighbouring vectors of a row
 #pragma once
 
 #include "cuda/kernels/copy.cuh"
@@ -16,12 +20,12 @@ class LeanOutput {
   using Element = typename Kernel::Element;
   static constexpr int element = Kernel::element, tiles = Kernel::config.pixel_tiles,
                        rank_tiles = Kernel::config.rank_tiles;
-  // Staged are 16 pixels x `columns` channels. In rows an odd multiple of 16 bytes apart neighbouring lanes store 4
-  // bytes (2 elements) to different banks; for 8 bytes rows lie 160 bytes apart.
+  // 16 pixels x `columns` channels are staged at a time. In rows that are an odd multiple of 16 bytes apart,
+  // neighbouring lanes store 4 bytes (2 elements) to different banks. With 4-byte elements rows lie 160 bytes apart.
   static constexpr int columns = element == 2 ? 8 * rank_tiles : kStagedColumns, parts = 8 * rank_tiles / columns;
   static constexpr int row_bytes = element == 2 ? columns * element + kVectorBytes : kStagedStride * element;
   static constexpr int size = kVectorBytes / element, vectors = columns / size, copies = 16 * vectors / 32;
-  // The costly activations: sums, `sum_stride` between two rows.
+  // For costly activations: columns of staged sums, and the distance of two rows in sums.
   static constexpr int sum_columns = element == 2 ? kLeanStagedColumns : kStagedColumns,
                        sum_stride = element == 2 ? kLeanStagedStride : kStagedStride;
   static_assert(16 * most(row_bytes, sum_stride * 4) <= lean_staging(Kernel::config, element), "it must fit");
@@ -40,8 +44,7 @@ class LeanOutput {
         offset[m][i] = load_shared<uint32_t>(pixel_offset + (m * 16 + row_of(i)) * offset_bytes);
   }
 
-  // Of the columns whose sums a lane holds. Loaded before the products of a pass, so that nobody waits for it behind
-  // them.
+  // The bias of the columns whose sums a lane holds. It is loaded before the products of a pass, which hide the wait.
   struct Bias {
     Packed<Element> pair[rank_tiles];
   };
@@ -55,7 +58,7 @@ class LeanOutput {
     return bias;
   }
 
-  // Channels from `channel` on; there are at least some.
+  // Writes the channels from `channel` on, which must be less than T.
   LOWRANK_OPS_DEVICE void write(Sums sum, const Bias& bias, int channel) const {
     if (p.activation > Activation::kRelu6) return write_costly(sum, channel);
     float wide[rank_tiles][2];
@@ -74,10 +77,11 @@ class LeanOutput {
   unsigned char* const staging;
   const unsigned char* const pixel_offset;  // the table's entries of the warp's pixels
   unsigned char* const tile;
-  const int lane, vector;          // the vector of a row that this lane writes
-  uint32_t offset[tiles][copies];  // and where its rows lie: from `tile` on, in units of 16 bytes
+  const int lane, vector;          // the 16-byte vector of a row that this lane writes
+  uint32_t offset[tiles][copies];  // where its rows lie in the output: from `tile` on, in units of 16 bytes
 
-  // Of the lane's copies. Four vectors to a row: eight lanes find all banks in rows that lie four apart.
+  // The row of the lane's copy number `i`. With four vectors per row, eight lanes read from all banks where their two
+  // rows lie four apart.
   LOWRANK_OPS_DEVICE int row_of(int i) const {
     return spread_rows(lane / vectors, vectors == 4 ? 2 : 3) + i * (32 / vectors);
   }
@@ -112,14 +116,14 @@ class LeanOutput {
     }
   }
 
-  // 16 pixels x `sum_columns` channels at a time, as sums; one loop for all of them.
+  // Stages 16 pixels x `sum_columns` channels at a time, as sums, in one loop.
   LOWRANK_OPS_DEVICE void write_costly(Sums sum, int first_channel) const {
     constexpr int per_tile = 8 * rank_tiles / sum_columns, all = tiles * per_tile;
 #pragma unroll 1
     for (int part = 0; part < all; ++part) {
       const int m = part / per_tile, channel = first_channel + part % per_tile * sum_columns;
 #pragma unroll
-      for (int i = 0; i < all; ++i)  // registers have no index: one branch each
+      for (int i = 0; i < all; ++i)  // registers cannot be indexed: one branch per part
         if (i == part) stage_sums(sum[i / per_tile], i % per_tile * (sum_columns / 8));
       warp_barrier<Barrier::kStagingWritten>();
       write_staged(m, channel);

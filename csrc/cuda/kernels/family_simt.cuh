@@ -1,4 +1,5 @@
-// One op in plain multiply-adds: fp32, bf16 and fp16 in both configurations, fp64 in the smaller one.
+// The simt family for one op, multiplying without tensor cores: fp32, bf16 and fp16 in both configurations, fp64 in the
+// smaller one.
 #pragma once
 
 #include "cuda/kernels/block.cuh"
@@ -8,7 +9,7 @@ namespace lowrank_ops {
 
 template <Op op, typename Element>
 cudaError_t launch_simt(const BlockParams& params, int config, cudaStream_t stream) {
-  static_assert(kNumSimtConfigs == 2, "one case a configuration");
+  static_assert(kNumSimtConfigs == 2, "one case per configuration");
   using Engine = MultiplyAdds<Element, float>;
   switch (config) {
     case 0:

@@ -1,4 +1,4 @@
-// One op on tensor cores: every configuration in every dtype that has an mma.sync.
+// The sm80 family for one op, on tensor cores: every configuration in every dtype that mma.sync takes.
 #pragma once
 
 #include "cuda/kernels/block.cuh"
@@ -8,7 +8,7 @@ namespace lowrank_ops {
 
 template <Op op, typename Element>
 cudaError_t launch_sm80(const BlockParams& params, int config, cudaStream_t stream) {
-  static_assert(kNumSm80Configs == 5, "one case a configuration");
+  static_assert(kNumSm80Configs == 5, "one case per configuration");
   switch (config) {
     case 0:
       return launch_block<op, TensorCores<Element>, Family::kSm80, 0>(params, stream);

@@ -1,6 +1,6 @@
-// What the sm90a kernels need of the hardware, mostly one instruction per function: mbarriers, the copy engine (TMA)
-// and the products of a warpgroup (wgmma). Under g++ the same functions come from tests/support/simt/emulator.h, which
-// runs the kernels on a CPU.
+// The instructions that the sm90a kernels need, mostly one per function: mbarriers, TMA (the unit that copies boxes of
+// tensors) and wgmma (the products of a warpgroup, 128 threads). Under g++ the same functions come from
+// tests/support/simt/emulator.h, which runs the kernels on a CPU.
 //
 // Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix
 // Instructions".
@@ -20,7 +20,7 @@
 
 namespace lowrank_ops::hopper {
 
-// Dynamic shared memory, as an address. Swizzled layouts need it aligned to 1024 bytes.
+// Dynamic shared memory. Swizzled layouts need its address aligned to 1024 bytes.
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 LOWRANK_OPS_HOPPER uint32_t shared_base() {
@@ -29,23 +29,24 @@ LOWRANK_OPS_HOPPER uint32_t shared_base() {
   return address;
 }
 
-// ---- mbarriers, by their addresses in shared memory
+// ---- mbarriers, named by their addresses in shared memory
 
 LOWRANK_OPS_HOPPER void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// After barrier_init, before other threads or the copy engine use the barriers.
+// To be called after barrier_init, before other threads or TMA use the barriers.
 LOWRANK_OPS_HOPPER void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 LOWRANK_OPS_HOPPER void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives, and makes the phase wait for so many bytes of copies.
+// Arrives, and makes the phase wait for `bytes` bytes of copies.
 LOWRANK_OPS_HOPPER void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Waits for the phase of this parity to complete: 0 is the first phase, 1 is complete at once on a fresh barrier.
+// Waits until the phase of this parity is complete. On a fresh barrier parity 0 is its first phase, and waiting for
+// parity 1 returns at once.
 LOWRANK_OPS_HOPPER void wait_phase(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -54,20 +55,21 @@ LOWRANK_OPS_HOPPER void wait_phase(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// Among the 128 threads of a warpgroup.
+// A barrier of the 128 threads of a warpgroup.
 LOWRANK_OPS_HOPPER void group_barrier(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
-// Among the 256 threads of the first two warpgroups.
+// A barrier of the 256 threads of the first two warpgroups.
 LOWRANK_OPS_HOPPER void both_groups_barrier() {
   asm volatile("bar.sync 3, 256;" ::: "memory");
 }
-// Makes this thread's writes to shared memory visible to wgmma and to the copy engine.
+// Makes this thread's writes to shared memory visible to wgmma and TMA.
 LOWRANK_OPS_HOPPER void fence_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- The copy engine: boxes of a tensor, what lies outside of it as zeros
+// ---- TMA: copies of boxes of a tensor. Loads fill what lies outside of the tensor with zeros; stores leave it out.
+// Coordinates a, b, c, ... begin with the innermost axis.
 
 LOWRANK_OPS_HOPPER void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b) {
   asm volatile(
@@ -100,7 +102,7 @@ LOWRANK_OPS_HOPPER void store_box(const CUtensorMap* map, uint32_t shared, int a
 LOWRANK_OPS_HOPPER void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until at most `pending` groups of this thread's stores have not yet read shared memory.
+// Waits until all but at most `pending` groups of this thread's stores have read shared memory.
 template <int pending>
 LOWRANK_OPS_HOPPER void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
@@ -111,12 +113,12 @@ LOWRANK_OPS_HOPPER void wait_stores() {
 
 // ---- wgmma
 
-// The descriptor of a matrix of rows of 128 bytes in the 128-byte swizzle; `stride` bytes lie between groups of 8 rows.
+// The descriptor of a matrix with rows of 128 bytes in the 128-byte swizzle. Groups of 8 rows lie `stride` bytes apart.
 LOWRANK_OPS_HOPPER uint64_t swizzled(uint32_t start, uint32_t stride) {
   return uint64_t((start & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t((stride & 0x3FFFF) >> 4) << 32 |
          uint64_t(1) << 62;
 }
-// The same matrix `bytes` further on. It changes only the low half: one instruction.
+// The descriptor of the matrix that lies `bytes` further on. Only the low half changes, by one instruction.
 LOWRANK_OPS_HOPPER uint64_t further(uint64_t matrix, int bytes) {
   return (matrix & 0xFFFFFFFF00000000) | (uint32_t(matrix) + uint32_t(bytes / 16));
 }
@@ -143,9 +145,9 @@ LOWRANK_OPS_HOPPER void pin(uint32_t (&values)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
-// wgmma m64nNk16 with N = 2 x `count`, K-major A and B: sums += A B, with A from shared memory or from registers. Warp
-// w holds rows 16 w to 16 w + 15. A lane's sums 4 j and 4 j + 1 are of row lane / 4, 4 j + 2 and 4 j + 3 of row lane /
-// 4 + 8; of both rows they are columns 8 j + lane % 4 * 2 and the next.
+// wgmma m64nNk16: sums [64, N] += A [64, 16] B [16, N], both operands K-major, A from shared memory or from registers.
+// Each thread holds N / 2 sums. Warp w holds rows 16 w to 16 w + 15. A lane's sums 4 j and 4 j + 1 are of row lane / 4,
+// sums 4 j + 2 and 4 j + 3 of row lane / 4 + 8; in both rows they are columns 8 j + lane % 4 * 2 and the next.
 // clang-format off
 #define SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
@@ -196,8 +198,9 @@ WGMMA(256, PLACES128, SUMS128, "%128", "%129", "%130", "%131", "%132")
 
 // ---- Between registers and shared memory
 
-// 8x8 matrices of 2-byte elements to rows of 16 bytes; lanes 8 i to 8 i + 7 give the rows of matrix i. A lane holds row
-// lane / 4, columns lane % 4 * 2 and + 1 of each matrix, and with `transposed` column lane / 4 and two rows.
+// stmatrix: stores 8x8 matrices of 2-byte elements as rows of 16 bytes; lanes 8 i to 8 i + 7 give the addresses of the
+// rows of matrix i. From each matrix a lane holds row lane / 4, columns lane % 4 * 2 and the next; with `transposed` it
+// holds column lane / 4 and two rows.
 template <bool transposed>
 LOWRANK_OPS_HOPPER void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   if constexpr (transposed)
@@ -232,7 +235,7 @@ LOWRANK_OPS_HOPPER float widen(uint16_t bits) {
     value = __uint_as_float(uint32_t(bits) << 16);
   return value;
 }
-// Of a pair, its first and its second element.
+// The first and the second of two packed elements, widened.
 template <bool half>
 LOWRANK_OPS_HOPPER float widen_low(uint32_t both) {
   if constexpr (half) return widen<true>(uint16_t(both));
@@ -262,7 +265,7 @@ LOWRANK_OPS_HOPPER void store_global(uint16_t* to, uint32_t a, uint32_t b, uint3
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// A warpgroup's share of the registers, per thread.
+// Raises or lowers the number of registers per thread of the calling warpgroup.
 template <int count>
 LOWRANK_OPS_HOPPER void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));

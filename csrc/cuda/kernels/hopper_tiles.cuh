@@ -1,8 +1,8 @@
-// How the persistent CTAs of the sm90a kernels walk over tiles and over the slots of a ring.
+// How the persistent CTAs of the sm90a kernels walk over the tiles of the output and over the slots of a ring buffer.
 #pragma once
 
 #include "cuda/kernels/hopper.cuh"
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops::hopper {
 
@@ -11,10 +11,10 @@ struct TilePlace {
   int x, y, n;
 };
 
-// Tiles of the output, those of an image line by line.
+// All tiles of the output, numbered image by image, and line by line within an image.
 struct Tiles {
-  Divider across, of_image;  // tiles of a line, of an image
-  int count, height, width;  // of all images; pixels of a tile
+  Divider across, of_image;  // divide by the tiles per line, per image
+  int count, height, width;  // tiles of all images; pixels per tile
 
   LOWRANK_OPS_HOPPER TilePlace place(int tile) const {
     const int n = of_image.quotient(tile), rest = tile - n * of_image.divisor, row = across.quotient(rest);
@@ -26,7 +26,8 @@ inline Tiles tiles_of(const Geometry& g) {
           g.columns.tile};
 }
 
-// A slot, and the parity of its use: 0 on the first way around the ring, 1 on the second, and so on.
+// A slot of the ring, and the parity of the present round: 0 in the first round, 1 in the second, and so on
+// alternately.
 struct RingPlace {
   int slot = 0;
   uint32_t parity = 0;

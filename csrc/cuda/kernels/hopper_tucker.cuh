@@ -1,4 +1,4 @@
-// What the sm90a Tucker kernels share: their parameters, and the ways of a thread's sums into shared memory.
+// Shared by the two sm90a Tucker kernels: their parameters, and how a thread's sums get into shared memory.
 #pragma once
 
 #include "cuda/kernels/hopper_tiles.cuh"
@@ -22,7 +22,8 @@ struct TuckerParamsOf {
 
 constexpr int kTuckerRow = 128;  // bytes of a row in shared memory, in the 128-byte swizzle
 
-// Sums [64 ranks, `rows` pixels] of a warpgroup, rounded, to a tile [rows pixels][64 ranks] in shared memory.
+// Rounds the sums [64 ranks, `rows` pixels] of a warpgroup and stores them as a tile [rows pixels][64 ranks] in shared
+// memory.
 template <bool half, int rows>
 LOWRANK_OPS_HOPPER void store_ranks(uint32_t tile, const float (&sums)[rows / 2], int warp, int lane) {
   // Lanes 8 m to 8 m + 7 give the pixels of matrix m: ranks 16 warp + 8 (m % 2), pixels 8 (m / 2) + lane % 8.
@@ -39,7 +40,7 @@ LOWRANK_OPS_HOPPER void store_ranks(uint32_t tile, const float (&sums)[rows / 2]
   }
 }
 
-// Sums [64 pixels, 64 channels] begin as the bias of the channels, which lies in shared memory as floats.
+// Sets the sums [64 pixels, 64 channels] to the channels' bias, which lies in shared memory as floats.
 LOWRANK_OPS_HOPPER void start_with_bias(float (&sums)[32], uint32_t bias, int lane) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -50,7 +51,8 @@ LOWRANK_OPS_HOPPER void start_with_bias(float (&sums)[32], uint32_t bias, int la
   }
 }
 
-// Values [64 pixels, 64 channels] of a warpgroup, rounded, to rows of shared memory.
+// Rounds the values [64 pixels, 64 channels] of a warpgroup and stages them as rows [64 pixels][64 channels] in shared
+// memory.
 template <bool half>
 LOWRANK_OPS_HOPPER void stage_chunk(uint32_t staged, const float (&values)[32], int warp, int lane) {
   const uint32_t row = staged + (warp * 16 + lane % 8) * kTuckerRow;
@@ -65,14 +67,16 @@ LOWRANK_OPS_HOPPER void stage_chunk(uint32_t staged, const float (&values)[32], 
                             pack<half>(values[4 * j + 12 + 2 * upper], values[4 * j + 13 + 2 * upper]));
 }
 
-// The same to one of two places over the group's hidden tile, and from there to memory by the copy engine: chunk number
-// `chunk` of the tile's channels. The group's first thread has to wait for these stores before it ends.
+// Writes chunk number `chunk` of the tile's output channels: stages it at one of two places over the group's hidden
+// tile, from where TMA stores it. The group's first thread has to wait for these stores before it ends.
 template <bool half>
 LOWRANK_OPS_HOPPER void store_chunk(const CUtensorMap* output, uint32_t hidden, const float (&values)[32], int chunk,
                                     const TilePlace& at, int group, int warp, int lane) {
   const bool first_thread = warp == 0 && lane == 0;
   const uint32_t staged = hidden + chunk % 2 * 64 * kTuckerRow;
-  if (chunk != 1) {  // chunk 0: all warps have read the hidden tile. Later: the chunk before the last has left
+  // Chunk 0 waits until all warps have read the hidden tile; chunk 2 and later ones until TMA has read the place that
+  // the chunk staged two before.
+  if (chunk != 1) {
     if (chunk > 1 && first_thread) wait_stores_read<1>();
     group_barrier(group);
   }
@@ -85,7 +89,7 @@ LOWRANK_OPS_HOPPER void store_chunk(const CUtensorMap* output, uint32_t hidden, 
   }
 }
 
-// All threads of the CTA put the bias into shared memory as floats, zeros beyond T or without one.
+// All threads of the CTA put the bias into shared memory as floats: zeros beyond T, and where there is no bias.
 template <bool half, class Layout>
 LOWRANK_OPS_HOPPER void store_bias(const TuckerParamsOf<Layout>& p, uint32_t base) {
   const uint16_t* const bias = static_cast<const uint16_t*>(p.bias);

@@ -1,4 +1,4 @@
-// Launches an sm90a kernel: persistent CTAs, no more than multiprocessors.
+// Launches an sm90a kernel: persistent CTAs, at most one per multiprocessor.
 #pragma once
 
 #include "cuda/kernels/primitives.cuh"

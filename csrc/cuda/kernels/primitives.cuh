@@ -1,6 +1,6 @@
-// Everything the kernels need of the hardware, by name: PTX under nvcc; under g++ the host versions of
-// tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels touch shared and
-// global memory through these functions only, so that nothing escapes the checks.
+// All instructions that the simt and sm80 kernels need, as functions. Under nvcc they are PTX; under g++ they are the
+// host versions in tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels
+// touch shared and global memory through these functions only, so that nothing escapes the checks.
 //
 // Sources: PTX ISA 8.x, sections "Warp-level matrix instructions" (mma, ldmatrix) and "cp.async".
 #pragma once
@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/launch.h"
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -23,7 +23,7 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
-struct Tf32 {  // storage of fp32 that the tensor cores round to tf32
+struct Tf32 {  // stored as fp32, rounded to tf32 where it is multiplied
   float value;
 };
 
@@ -39,7 +39,7 @@ struct alignas(2 * sizeof(Element)) Pair {
   Element value[2];
 };
 
-// The same, as it is loaded and stored: 16-bit elements as one word.
+// The type that two neighbouring elements are loaded and stored as: 16-bit elements as one word.
 template <typename Element, bool narrow = sizeof(Element) == 2>
 struct PackedPair {
   using Type = Pair<Element>;
@@ -51,8 +51,8 @@ struct PackedPair<Element, true> {
 template <typename Element>
 using Packed = typename PackedPair<Element>::Type;
 
-// Every place of a kernel where threads of a CTA (or lanes of a warp) wait for each other has a number, so that a test
-// can leave each out in turn.
+// Every place in a kernel where threads of a CTA (or lanes of a warp) wait for each other has a number, so that a test
+// can leave out each of them in turn.
 enum class Barrier : int {
   kTables,          // the tables of offsets are written before copies read them
   kChunk,           // a chunk has arrived for all threads; its predecessor's slot is free again
@@ -114,13 +114,14 @@ LOWRANK_OPS_DEVICE void store_global(void* address, const Value& value) {
   *static_cast<Value*>(address) = value;
 }
 
-// A place in shared memory as instructions take it, 32 bits: adding to it costs one instruction, and a constant none.
+// An address in shared memory as instructions take it, in 32 bits: adding to it costs one instruction, adding a
+// constant none.
 using SharedAddress = uint32_t;
 LOWRANK_OPS_DEVICE SharedAddress shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 4, 8 or 16 bytes from global to shared memory asynchronously; zeros where not `valid`.
+// Copies 4, 8 or 16 bytes from global to shared memory asynchronously. Not `valid`: writes zeros and reads nothing.
 template <int bytes>
 LOWRANK_OPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -133,7 +134,7 @@ LOWRANK_OPS_DEVICE void copy_async(void* shared, const void* global, bool valid)
                  "n"(bytes), "r"(size)
                  : "memory");
 }
-// `vectors` times 16 bytes behind `base`, by one instruction whatever the compiler thinks of loops.
+// The address `vectors` times 16 bytes behind `base`. In assembly, so that it stays one instruction in loops, too.
 template <typename Byte>  // const or not
 LOWRANK_OPS_DEVICE Byte* vectors_behind(Byte* base, uint32_t vectors) {
   Byte* sum;
@@ -141,8 +142,8 @@ LOWRANK_OPS_DEVICE Byte* vectors_behind(Byte* base, uint32_t vectors) {
   return sum;
 }
 
-// Copies 16 bytes asynchronously; zeros where `valid` is 0, and nothing is read then. The hardware takes this as a
-// predicate (cp.async's `ignore-src`). Orders nothing by itself: commit_copies and wait_copies do.
+// Copies 16 bytes asynchronously; where `valid` is 0 it writes zeros and reads nothing (cp.async's `ignore-src`, a
+// predicate). It does not order other memory accesses: commit_copies and wait_copies do.
 LOWRANK_OPS_DEVICE void copy_async_if(SharedAddress shared, const void* global, uint32_t valid) {
   asm volatile(
       "{\n.reg .pred ignored;\nsetp.eq.u32 ignored, %2, 0;\n"
@@ -152,14 +153,14 @@ LOWRANK_OPS_DEVICE void copy_async_if(SharedAddress shared, const void* global, 
 LOWRANK_OPS_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
-// Waits until at most `pending` of this thread's committed groups are under way.
+// Waits until at most `pending` of this thread's committed groups of copies are under way.
 template <int pending>
 LOWRANK_OPS_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
 }
 
-// ldmatrix: four 8x8 matrices of 16-bit elements (8x4 of 32 bits). Lane i gives the address of row i % 8 of matrix
-// i / 8 (16 bytes, aligned) and gets, of each matrix, the 32 bits at row lane / 4, word lane % 4.
+// ldmatrix: loads four 8x8 matrices of 16-bit elements (8x4 of 32 bits). Lane i gives the address of row i % 8 of
+// matrix i / 8 (16 bytes, aligned). From each matrix it gets the 32 bits at row lane / 4, word lane % 4.
 LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -167,15 +168,15 @@ LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], const void* row) 
                : "memory");
 }
 
-// The same from an address; orders nothing, the barriers around it do.
+// The same from a 32-bit address. It does not order other memory accesses: the barriers around it do.
 LOWRANK_OPS_DEVICE void load_matrices(uint32_t (&matrices)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                : "r"(row));
 }
 
-// mma: sum [16, 8] += a [16, K] x b [K, 8], K = 16 (bf16, fp16) or 8 (tf32), fp32 sums. A lane holds, of sum, rows
-// lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and + 1.
+// mma: sum [16, 8] += a [16, K] x b [K, 8], K = 16 (bf16, fp16) or 8 (tf32), fp32 sums. Each lane holds four sums: rows
+// lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next.
 LOWRANK_OPS_DEVICE void multiply_add(BFloat16, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
@@ -200,7 +201,7 @@ LOWRANK_OPS_DEVICE uint32_t round_to_tf32(uint32_t bits) {
   return rounded;
 }
 
-// Conversions, to nearest even.
+// Conversions between elements and sums; narrowing rounds to nearest even.
 LOWRANK_OPS_DEVICE float widen(BFloat16 value) {
   return __uint_as_float(uint32_t(value.bits) << 16);
 }
@@ -216,7 +217,7 @@ LOWRANK_OPS_DEVICE float widen(float value) {
 LOWRANK_OPS_DEVICE double widen(double value) {
   return value;
 }
-// Two neighbours, loaded as one word.
+// Widens two neighbouring elements that were loaded together.
 LOWRANK_OPS_DEVICE void widen_pair(BFloat16, const Words<1>& pair, float (&wide)[2]) {
   wide[0] = __uint_as_float(pair.word[0] << 16);
   wide[1] = __uint_as_float(pair.word[0] & 0xffff0000);
@@ -252,7 +253,7 @@ template <>
 LOWRANK_OPS_DEVICE double narrow<double, double>(double value) {
   return value;
 }
-// Two neighbours at once, in memory's order: one instruction for 16-bit elements (sm_80 and later).
+// Rounds two neighbouring elements, in their order in memory: one instruction for 16-bit elements (sm_80 and later).
 template <typename Element>
 LOWRANK_OPS_DEVICE Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second);
 template <>
@@ -272,7 +273,7 @@ LOWRANK_OPS_DEVICE Words<2> narrow_pair<Tf32>(float first, float second) {
   return {{__float_as_uint(first), __float_as_uint(second)}};
 }
 
-// The larger or the smaller of two; a NaN stays one.
+// The larger or the smaller of two values; a NaN stays a NaN.
 LOWRANK_OPS_DEVICE float at_least(float value, float low) {
   asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(low));
   return value;
@@ -282,7 +283,7 @@ LOWRANK_OPS_DEVICE float at_most(float value, float high) {
   return value;
 }
 
-// Puts one kernel onto a stream. Shared memory above 48 KB must be allowed kernel by kernel.
+// Puts one kernel onto a stream. CUDA wants shared memory above 48 KB to be allowed for each kernel.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
                    const Params& params) {

@@ -1,4 +1,4 @@
-// The stream of chunks, whatever strides, alignment and memory format the tensors have.
+// The stream of chunks (block.cuh) in the general case: any strides, alignment and memory format of the tensors.
 #pragma once
 
 #include "cuda/kernels/copy.cuh"
@@ -25,11 +25,12 @@ class GeneralStream {
         r1_bytes(l.hidden_row - kVectorBytes),
         r2_bytes(l.second_row - kVectorBytes) {}
 
-  // Once the table of the halo is written.
+  // To be called once the table of the halo is written.
   LOWRANK_OPS_DEVICE void begin() {}
 
-  // Starts the copies of the next chunk into `slot`, and closes their group (an empty one at the end, so that counting
-  // groups stays simple). All factors are copied by one piece of code, whose arguments are chosen here.
+  // Starts the copies of the next chunk into `slot` and closes their group. Behind the last chunk it closes empty
+  // groups, so that wait_copies counts alike everywhere. One piece of code, whose arguments are chosen here, copies all
+  // factors.
   template <int>
   LOWRANK_OPS_DEVICE void start(unsigned char* slot) {
     if (next.pass < (next.stage == 3 ? passes.last : kAnyPass)) {
@@ -62,14 +63,15 @@ class GeneralStream {
   unsigned char* const shared;
   const int thread;
   const Passes passes;
-  const int s_bytes, r1_bytes, r2_bytes;  // of a row: of the input, and of the hidden tiles, rounded up to whole steps
+  const int s_bytes, r1_bytes, r2_bytes;  // bytes per row of input and hidden tiles, the latter in whole steps
 
   struct Cursor {
-    int stage = 1, halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0, byte = 0;  // pass over columns; byte of a row
+    int stage = 1, halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0,
+        byte = 0;  // `pass`: over the columns; `byte`: of a row
   } next;
   static constexpr int kAnyPass = 1 << 30;
 
-  // The cursor at the end of a row of chunks.
+  // Moves the cursor on at the end of a row of chunks.
   LOWRANK_OPS_DEVICE void advance(bool in, bool core) {
     next.byte = 0;
     if (core) {
@@ -92,8 +94,8 @@ class GeneralStream {
 
   static LOWRANK_OPS_DEVICE int log2(int power) { return power == 32 ? 5 : power == 64 ? 6 : power == 128 ? 7 : 8; }
 
-  // 64 bytes of channels of the halo's positions. Neighbouring threads copy what lies side by side in memory: the
-  // channels of a position, or positions of a row where channels lie apart (NCHW).
+  // Copies 64 bytes of channels of a pass of halo positions. Neighbouring threads copy neighbours in memory: the
+  // channels of a position, or the positions of a row where channels lie apart (NCHW).
   LOWRANK_OPS_DEVICE void copy_input(unsigned char* slot) {
     constexpr int vectors = kInputChunkBytes / kVectorBytes, rows = config.halo_rows();
     const Element* input = static_cast<const Element*>(p.input);
@@ -114,7 +116,7 @@ class GeneralStream {
         copy(spread_rows(copied / vectors, 2), copied % vectors,
              [](unsigned char* to, const Element* from, int count) { copy_async<kVectorBytes>(to, from, count > 0); });
       }
-      static_assert(rows * vectors % config.threads() == 0, "every thread copies as much");
+      static_assert(rows * vectors % config.threads() == 0, "all threads copy equally much");
     } else {
       const bool side_by_side = channel_stride == 1;
 #pragma unroll 1

@@ -1,9 +1,9 @@
-// The stream of chunks in the common case (common_case.h): all copies take 16 bytes.
+// The stream of chunks (block.cuh) in the common case (common_case.h): all copies take 16 bytes.
 //
 // From chunk to chunk the addresses of a thread's copies move by constant steps. So a thread keeps one pointer into the
-// input and one into the factor at hand, a bit for every copy that has something to read, and offsets of the halo's
-// positions in units of 16 bytes, which one instruction scales and adds to the pointer. Nothing is divided, and strides
-// are multiplied by at the beginning of a stage alone.
+// input, one pointer into the present factor, one bit per copy (whether there is something to read), and the offsets of
+// its halo positions in units of 16 bytes, which one instruction scales and adds to the pointer. Nothing is divided,
+// and only the beginning of a stage multiplies by strides.
 #pragma once
 
 #include "cuda/kernels/copy.cuh"
@@ -11,30 +11,30 @@
 
 namespace lowrank_ops {
 
-constexpr uint32_t kNowhere = 0xffffffff;  // in the tables of the lean kernel: outside of the tensor
+constexpr uint32_t kNowhere = 0xffffffff;  // an entry of the lean kernel's tables: outside of the tensor
 
 template <typename Kernel>
 class LeanStream {
   static constexpr Config config = Kernel::config;
   static constexpr int threads = Kernel::threads, columns = config.columns();
-  // Of stage 1, where every thread has as many copies of the input.
+  // Stage 1: vectors per position, positions per pass, and copies of the input per thread, which are equally many.
   static constexpr int vectors = kInputChunkBytes / kVectorBytes, input_rows = config.halo_rows(),
                        input_copies = input_rows * vectors / threads;
-  static_assert(input_rows * vectors % threads == 0 && input_copies <= 32, "a bit of a mask each");
+  static_assert(input_rows * vectors % threads == 0 && input_copies <= 32, "one bit of a mask per copy");
 
  public:
   LOWRANK_OPS_DEVICE LeanStream(const KernelParams& params, unsigned char* shared, int thread, Passes passes)
       : params(params), shared(shared), thread(thread), passes(passes) {}
 
-  // `tile`: where the offsets of the table count from.
+  // `tile`: the address that the table's offsets count from.
   LOWRANK_OPS_DEVICE void begin(const unsigned char* tile) {
     input_tile = tile;
     begin_factor(params.lean.in_factor, 0);
     begin_halo_pass();
   }
 
-  // Starts the copies of the next chunk into `slot`, and closes their group (an empty one at the end). `stage`: the
-  // first one that chunks can be of still; those before it are not compiled.
+  // Starts the copies of the next chunk into `slot` and closes their group, which is empty behind the last chunk.
+  // `stage`: the earliest stage that the chunk can belong to; code for earlier ones is not compiled.
   template <int stage>
   LOWRANK_OPS_DEVICE void start(SharedAddress slot) {
     if (stage == 1 && at_stage == 1)
@@ -52,14 +52,14 @@ class LeanStream {
   const int thread;
   const Passes passes;
 
-  // Where the stream stands: the same in all threads.
+  // The position of the stream, the same in all threads.
   int at_stage = 1, halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0, byte = 0;
-  // This thread's copies of the factor: the first one's source, its place in a slot, its first byte in a chunk's row;
-  // rows of the factor from the first copy's on; a bit for each copy that has a row.
+  // This thread's copies of the factor. Of the first copy: its source, its offset in a slot, its first byte in a
+  // chunk's row, and the rows of the factor from its row on; for each copy a bit: whether it has a row.
   const unsigned char* factor = nullptr;
   int place = 0, vector_byte = 0, rows_left = 0;
   uint32_t factor_mask = 0;
-  // And of the input; they have the same place in stage 1.
+  // This thread's copies of the input, which have the same `place` in stage 1.
   const unsigned char *input_tile = nullptr, *input = nullptr;
   uint32_t input_offset[input_copies] = {}, input_mask = 0;
 
@@ -82,7 +82,7 @@ class LeanStream {
     mask_rows(f.log2_vectors);
   }
 
-  // Behind the last chunk of a row. True: behind the last pass.
+  // Moves on from the last chunk of a row. True: that was the last pass.
   template <bool taps>
   LOWRANK_OPS_DEVICE bool next_row(const FactorStream& f) {
     byte = 0;
@@ -100,7 +100,7 @@ class LeanStream {
     return ++pass == f.passes;
   }
 
-  // The positions of the halo that this thread copies.
+  // Looks up the halo positions that this thread copies in this pass.
   LOWRANK_OPS_DEVICE void begin_halo_pass() {
     input = input_tile + vector_byte;
     input_mask = 0;
@@ -155,16 +155,16 @@ class LeanStream {
     if (next_chunk(f)) next_row<false>(f);
   }
 
-  // True: that was the last of a row.
+  // Moves on by one chunk. True: that was the last one of a row.
   LOWRANK_OPS_DEVICE bool next_chunk(const FactorStream& f) {
     factor += f.chunk;
     byte += f.chunk;
     return byte >= f.row_bytes;
   }
 
-  // The sizes that chunk_bytes (geometry.h) can choose.
+  // One case per size that chunk_bytes (geometry.h) can choose.
   LOWRANK_OPS_DEVICE void copy_factor(SharedAddress slot, const FactorStream& f) {
-    static_assert(kStepBytes == 32 && kMaxChunkBytes == 256, "one case a size");
+    static_assert(kStepBytes == 32 && kMaxChunkBytes == 256, "one case per size");
     if (f.log2_vectors == 3)
       copy_rows<3>(slot, f);
     else if (f.log2_vectors == 2)

@@ -1,4 +1,4 @@
-// tensor_map.h by the driver's cuTensorMapEncodeTiled.
+// Implements tensor_map.h with the driver's cuTensorMapEncodeTiled.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -24,7 +24,7 @@ inline bool encode(CUtensorMap& map, const Boxes& boxes, DType dtype) {
   for (int axis = 0; axis < boxes.axes; ++axis) {
     sizes[axis] = cuuint64_t(boxes.size[axis]);
     box[axis] = cuuint32_t(boxes.box[axis]);
-    // Nobody walks along an axis of one element: whatever stride it has, any will do.
+    // An axis of one element is never walked along: its stride may be anything that the driver accepts.
     if (axis > 0) strides[axis - 1] = boxes.size[axis] == 1 ? kStrideUnit : cuuint64_t(boxes.stride[axis]) * kElement;
   }
   return encode_tiled(&map, dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,

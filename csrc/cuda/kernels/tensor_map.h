@@ -1,4 +1,4 @@
-// Tensor maps: how the copy engine of Hopper walks a tensor. Host code.
+// Tensor maps: they tell TMA, Hopper's unit for copies of boxes, how a tensor lies in memory. Host code.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,9 @@
 
 namespace lowrank_ops::hopper {
 
-// A tensor of up to 5 axes, the innermost first; strides in elements, that of the innermost axis is 1. Boxes of `box`
-// elements lie in shared memory as rows of 128 bytes in the 128-byte swizzle: box[0] is 64 elements of 2 bytes.
+// A tensor of at most 5 axes, the innermost first, and the boxes that are copied of it. Strides are in elements; that
+// of the innermost axis is 1. A box lies in shared memory as rows of 128 bytes in the 128-byte swizzle: box[0] is 64
+// elements of 2 bytes.
 struct Boxes {
   const void* data;
   int axes;
@@ -17,8 +18,8 @@ struct Boxes {
   int box[5];
 };
 
-// False: there is no driver that can, or it refuses (an address or a stride that is no multiple of 16 bytes, say). In
-// tensor_map.cuh, for tests in tests/support/simt/hopper.cpp.
+// Makes a tensor map. False: no driver here can, or it refuses (for example an address or a stride that is no multiple
+// of 16 bytes). Defined in tensor_map.cuh, for tests in tests/support/simt/hopper.cpp.
 inline bool encode(CUtensorMap& map, const Boxes& boxes, DType dtype);
 
 }  // namespace lowrank_ops::hopper

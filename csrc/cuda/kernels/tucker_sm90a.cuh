@@ -1,5 +1,4 @@
-// The fused Tucker-2 block on Hopper: the copy engine brings boxes of the input, warpgroups multiply from shared
-// memory.
+// The fused Tucker-2 block on Hopper: TMA copies boxes of the input to shared memory, from where warpgroups multiply.
 //
 // A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... A tile is 8x8 pixels
 // of the output (the 64 rows of a wgmma); with a 3x3 core:
@@ -8,32 +7,32 @@
 //   slices [100 of 104 pixels][64 channels]        -------->   [104 rows][64] in shared memory   -------->
 //                                                  in_factor                                       core
 //   second: 8x8 pixels, R2 ranks                    stage 3    out: 8x8 pixels, chunks of 64 channels
-//   in registers, as operand A                     -------->   staged over the hidden tile, stored by the copy engine
+//   in registers, as operand A                     -------->   staged over the hidden tile, stored by TMA
 //                                                 out_factor
 //
-// All matrices in shared memory have rows of 128 bytes in the 128-byte swizzle, what a box lacks (channels, ranks,
-// pixels beyond a border) arrives as zeros. Stage 1 computes the transpose, ranks x pixels = [64, S] [S, 104], so that
-// 100 pixels cost 104 columns and not 128 rows. Stage 2's taps are views of the hidden tile: the 8x8 pixels of a tap
-// are 8 groups of 8 rows, a halo's width apart.
+// All matrices in shared memory have rows of 128 bytes in the 128-byte swizzle. Elements of a box that lie outside of
+// the tensor (channels, ranks, pixels beyond a border) arrive as zeros. Stage 1 computes the transpose, ranks x pixels
+// = [64, S] [S, 104], so that 100 pixels cost 104 columns and not 128 rows. Stage 2 reads its taps out of the hidden
+// tile: the 8x8 pixels of a tap are 8 groups of 8 rows, which lie a halo's width apart.
 //
 //   warpgroups 0, 1    every other tile of the CTA, all three stages
 //   warpgroup 2        one thread: all copies to shared memory, in the order of the tiles
 //
-// Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their way
-// out | in_factor: slices [64 ranks][64 channels] | taps [R2][64 ranks] | out_factor: parts [64 channels][64 ranks] |
-// the ring: slots [104 pixels][64 channels].
+// Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | per group a hidden tile, over which two chunks of
+// the output are staged later | in_factor: slices [64 ranks][64 channels] | core: taps [R2][64 ranks] | out_factor:
+// parts [64 channels][64 ranks] | the ring: slots [104 pixels][64 channels].
 //
-// Barriers (one thread's copies complete the bytes of a phase):
+// Barriers (from whom -> to whom; TMA completes a phase when all its bytes have arrived):
 //
-//   full[group][n]   the slice n of the group has arrived, n modulo slots   producer -> group
-//   empty[slot]      the 4 warps of a group are done with the slot          group -> producer
-//   in_ready, core_ready, out_ready   a factor has arrived, once            producer -> all groups
+//   full[group][n]   slice number n, modulo slots, of the group has arrived   producer -> group
+//   empty[slot]      the 4 warps of a group are done with the slot            group -> producer
+//   in_ready, core_ready, out_ready   a factor has arrived, once              producer -> both groups
 //
-// Why `full` is not one barrier per slot: a wait names its phase by a parity only, so whoever waits may be at most one
-// phase behind. The slots go round among the groups, and a group may come to a slot while the slice before, which is
-// the other group's, has not arrived yet: the parity would be that of the phase before it, and the group would go on at
-// once. Of a barrier of its own the group sees every phase, and one per slot is enough: more slices of it cannot be on
-// their way.
+// Why `full` is not one barrier per slot: a wait names its phase by a parity only, so a waiting group may be at most
+// one phase behind. Both groups share the slots. A group may come to a slot before the other group's slice, which uses
+// the slot first, has arrived. The barrier's last complete phase would then have the parity that the group waits for,
+// and the group would go on too early. A barrier of the group's own shows it every phase, and one per slot suffices, as
+// no more slices can be on their way.
 #pragma once
 
 #include "cuda/kernels/hopper_tucker.cuh"
@@ -88,11 +87,12 @@ LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, 
              chunk * TuckerSm90a::kSlice);
 }
 
-// All slices of the tiles, in the order in which the groups take them; the factors where nothing waits for them before.
+// Copies all slices of the CTA's tiles, in the order in which the groups take them, and core and out_factor once the
+// first slices are on their way.
 LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
   load_in_factor(p, base, barriers);
   RingPlace ring, of_group[TuckerSm90a::kGroups];
-  bool late = true, second = false;  // whether core and out_factor are still to come; whose tile it is
+  bool late = true, second = false;  // core and out_factor are still to come; the tile is the second group's
   for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x)) {
     const TilePlace at = p.tiles.place(tile);
     RingPlace place = second ? of_group[1] : of_group[0];
@@ -120,15 +120,15 @@ LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barr
 // A thread of warpgroup `group`; `half`: fp16, else bf16; `ranks` and `rows` as in TuckerSm90a.
 template <bool half, int ranks, int rows>
 struct TuckerGroup {
-  static constexpr int kSteps = ranks / 16;  // of the inner products over ranks
+  static constexpr int kSteps = ranks / 16;  // steps of the inner products over ranks
 
   const TuckerParams& p;
   Barriers barriers;
   uint32_t base;
   int group, warp, lane;
   uint32_t hidden;
-  RingPlace arrival;  // of the group's next slice
-  int slot;           // where it lies
+  RingPlace arrival;  // place of the group's next slice among its own barriers
+  int slot;           // the slot of that slice
 
   LOWRANK_OPS_HOPPER TuckerGroup(const TuckerParams& params, uint32_t shared, const Barriers& shared_barriers,
                                  int warp_of_cta, int lane_of_warp)
@@ -143,8 +143,8 @@ struct TuckerGroup {
 
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
 
-  // Stage 1: hidden' [64 ranks, halo pixels] = in_factor input'. A slot is given back when the products of the next
-  // slice have been issued and its own are done.
+  // Stage 1: hidden' [64 ranks, halo pixels] = in_factor input' (' is the transpose). A slot is given back when its
+  // products are done, which is awaited after those of the next slice have been issued.
   LOWRANK_OPS_HOPPER void stage1(float (&sums)[rows / 2]) {
 #pragma unroll
     for (int j = 0; j < rows / 2; ++j) sums[j] = 0;
@@ -178,13 +178,13 @@ struct TuckerGroup {
 
   LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[rows / 2]) {
     if (first_thread()) wait_stores_read<0>();
-    group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
+    group_barrier(group);  // all warps have read the previous hidden tile, TMA the chunks staged over it
     if (warp * 16 < ranks) store_ranks<half, rows>(hidden, sums, warp, lane);
     fence_proxy();
     group_barrier(group);
   }
 
-  // Stage 2: the core's taps are windows of the hidden tile. The sums, rounded, are an operand A of stage 3.
+  // Stage 2: each tap of the core multiplies a window of the hidden tile. The rounded sums are operand A of stage 3.
   LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
     float sums[ranks / 2];
 #pragma unroll

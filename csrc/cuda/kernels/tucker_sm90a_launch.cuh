@@ -1,4 +1,4 @@
-// From the parameters of a call to those of the sm90a Tucker kernels, and the instances of the narrow one.
+// Turns the parameters of a call into those of the sm90a Tucker kernels, and chooses the instance of the narrow kernel.
 #pragma once
 
 #include "cuda/kernels/launch.h"
@@ -7,8 +7,8 @@
 
 namespace lowrank_ops::hopper {
 
-// False: the driver has made no tensor maps for these tensors. `in_rows`, `core_rows`: ranks in a box of in_factor (R1)
-// and of the core (R2).
+// False: the driver made no tensor maps for these tensors. `in_rows`: ranks R1 per box of in_factor; `core_rows`: ranks
+// R2 per box of the core.
 template <class L>
 bool tucker_params(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, const L& layout, int in_rows,
                    int core_rows) {

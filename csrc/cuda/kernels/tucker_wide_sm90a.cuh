@@ -1,5 +1,5 @@
-// The fused Tucker-2 block on Hopper for ranks up to 128, and for factors that do not fit into shared memory: all three
-// factors stream through one ring of slots, and two warpgroups with a tile each read every block of it.
+// The fused Tucker-2 block on Hopper for ranks of at most 128, and for factors that do not fit into shared memory: all
+// three factors stream through one ring of slots, and two warpgroups with a tile each read every block of it.
 //
 // A CTA stays on its multiprocessor and computes the tiles blockIdx.x, blockIdx.x + gridDim.x, ..., two at a time. A
 // tile is 8x8 pixels of the output (the 64 rows of a wgmma); with a 3x3 core and ranks of two parts of 64:
@@ -8,7 +8,7 @@
 //   slices [100 of 104 pixels][64 channels]        -------->   parts [104 rows][64] in shared       -------->
 //                                                 in_factor    memory                                 core
 //   second: 8x8 pixels, R2 ranks                    stage 3    out: 8x8 pixels, chunks of 64 channels
-//   in registers, as operand A                     -------->   staged over the hidden tile, stored by the copy engine
+//   in registers, as operand A                     -------->   staged over the hidden tile, stored by TMA
 //                                                 out_factor
 //
 // The blocks of a turn (two tiles), in the order of their use:
@@ -17,20 +17,23 @@
 //   for each tap, each part of R1     core        [128 ranks of R2][64 ranks of R1]
 //   for each chunk of T               out_factor  parts of R2 [64 channels][64 ranks]
 //
-// As in tucker_sm90a.cuh, stage 1 computes the transpose, 64 ranks x 104 pixels per part, and stage 2's taps are views
-// of the hidden tile. All matrices have rows of 128 bytes in the 128-byte swizzle; what a box lacks arrives as zeros.
+// As in tucker_sm90a.cuh, stage 1 computes the transpose, 64 ranks x 104 pixels per part, and stage 2 reads its taps
+// out of the hidden tile. All matrices have rows of 128 bytes in the 128-byte swizzle; elements outside of a tensor
+// arrive as zeros.
 //
-//   warpgroups 0, 1    every other tile of the CTA, all three stages; a group without a tile in the last turn gives
-//                      the blocks back
+//   warpgroups 0, 1    every other tile of the CTA, all three stages; a group without a tile in the last turn only
+//                      gives the blocks back
 //   warpgroup 2        one thread: all copies to shared memory
 //
-// Shared memory (tucker_wide_sm90a.h), from the bottom: barriers, bias | hidden tile of each group, two chunks on their
-// way out | ring of slices of each group | ring of blocks.
+// Shared memory (tucker_wide_sm90a.h), from the bottom: barriers, bias | per group a hidden tile, over which two chunks
+// of the output are staged later | per group a ring of slices of the input | the ring of blocks of the factors.
 //
-// Barriers, of each ring's slots:
+// Barriers, two per slot of each ring (from whom -> to whom):
 //
-//   full     a slice or a block has arrived                                      producer -> group, both groups
-//   empty    the 4 warps of the group, or the 8 of both, are done with it        -> producer
+//   full     a slice has arrived                            producer -> group
+//            a block has arrived                            producer -> both groups
+//   empty    the 4 warps of the group are done with it      group -> producer
+//            the 8 warps of both groups are done with it    both groups -> producer
 #pragma once
 
 #include "cuda/kernels/hopper_tucker.cuh"
@@ -40,7 +43,7 @@ namespace lowrank_ops::hopper {
 
 using WideParams = TuckerParamsOf<TuckerWideSm90a>;
 
-// Slots in shared memory, and the addresses of their barriers.
+// A ring buffer: its slots in shared memory, and the addresses of their barriers.
 struct Ring {
   uint32_t barriers, data;
   int slots, slot_bytes;
@@ -70,7 +73,7 @@ static_assert((TuckerWideSm90a::kMostSlots + TuckerWideSm90a::kGroups * kMaxStag
 
 // ---- The thread that copies
 
-// Waits for the slot, and tells it how many bytes will arrive.
+// Waits until the slot is empty, and announces `bytes` bytes to its `full` barrier.
 LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int bytes) {
   wait_phase(ring.empty(place.slot), place.parity ^ 1);
   barrier_expect(ring.full(place.slot), uint32_t(bytes));
@@ -79,9 +82,9 @@ LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int 
 struct WideProducer {
   const WideParams& p;
   uint32_t base;
-  RingPlace block, slice;  // the groups' slices are in step: the last turn alone may lack the second group's
+  RingPlace block, slice;  // `slice` serves both groups' rings: only in the last turn may the second group have none
 
-  // The input's slices of a turn, each behind its block of in_factor.
+  // Copies the input's slices of a turn, each after the block of in_factor that it is multiplied by.
   LOWRANK_OPS_HOPPER void load_inputs(int tile) {
     const Ring blocks = block_ring(base, p.layout);
 #pragma unroll 1
@@ -141,10 +144,10 @@ struct WideProducer {
 
 // ---- The threads that compute
 
-// What a warp reads of a ring. Slots are given back in the order in which they were waited for.
+// A warp's place in a ring that it reads. Slots are given back in the order in which they were waited for.
 struct RingReader {
   Ring ring;
-  RingPlace next, oldest;  // to be waited for, to be given back
+  RingPlace next, oldest;  // the next slot to wait for; the oldest that is not given back yet
 
   LOWRANK_OPS_HOPPER uint32_t wait() {
     const uint32_t at = ring.at(next.slot);
@@ -163,7 +166,7 @@ struct RingReader {
 template <bool half, int r1_parts, int r2_parts>
 struct WideGroup {
   using L = TuckerWideSm90a;
-  static constexpr int kSteps = 4 * r2_parts;  // of stage 3's inner products
+  static constexpr int kSteps = 4 * r2_parts;  // steps of stage 3's inner products
 
   const WideParams& p;
   uint32_t base;
@@ -183,8 +186,8 @@ struct WideGroup {
 
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
 
-  // Stage 1: hidden' [64 ranks of each part, halo pixels] = in_factor input'. A slot is given back when the products of
-  // the next slice have been issued and its own are done.
+  // Stage 1: hidden' [64 ranks of each part, halo pixels] = in_factor input' (' is the transpose). A slot is given back
+  // when its products are done, which is awaited after those of the next slice have been issued.
   LOWRANK_OPS_HOPPER void stage1(float (&sums)[r1_parts][L::kRows / 2]) {
 #pragma unroll
     for (int part = 0; part < r1_parts; ++part) {
@@ -217,7 +220,7 @@ struct WideGroup {
 
   LOWRANK_OPS_HOPPER void store_hidden(const float (&sums)[r1_parts][L::kRows / 2]) {
     if (first_thread()) wait_stores_read<0>();
-    group_barrier(group);  // all warps have read the hidden tile before, and the copy engine what was staged over it
+    group_barrier(group);  // all warps have read the previous hidden tile, TMA the chunks staged over it
 #pragma unroll
     for (int part = 0; part < r1_parts; ++part)
       store_ranks<half, L::kRows>(hidden + part * L::kSliceBytes, sums[part], warp, lane);
@@ -225,7 +228,7 @@ struct WideGroup {
     group_barrier(group);
   }
 
-  // Stage 2: the core's taps are windows of the hidden tile. The sums, rounded, are an operand A of stage 3.
+  // Stage 2: each tap of the core multiplies a window of the hidden tile. The rounded sums are operand A of stage 3.
   LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
     float sums[32 * r2_parts];
 #pragma unroll
@@ -296,7 +299,8 @@ struct WideGroup {
     }
   }
 
-  // A turn without a tile. Blocks are given back once they have arrived, or two uses of a slot would count as one.
+  // A turn without a tile. Each block is given back only after it has arrived: otherwise `empty` could count two uses
+  // of a slot as one.
   LOWRANK_OPS_HOPPER void skip() {
 #pragma unroll 1
     for (int block = 0; block < p.layout.blocks(p.taps_h * p.taps_w); ++block) {

@@ -1,4 +1,4 @@
-// From the parameters of a call to those of the sm90a Tucker kernel for wide ranks, and its instances.
+// Turns the parameters of a call into those of the wide sm90a Tucker kernel, and chooses the kernel's instance.
 #pragma once
 
 #include "cuda/kernels/tucker_sm90a_launch.cuh"
@@ -6,7 +6,7 @@
 
 namespace lowrank_ops::hopper {
 
-// False: the driver has made no tensor maps for these tensors.
+// False: the driver made no tensor maps for these tensors.
 inline bool wide_params(WideParams& to, const BlockParams& block, DType dtype) {
   using L = TuckerWideSm90a;
   const L layout = wide_sm90a_layout(block.geometry);

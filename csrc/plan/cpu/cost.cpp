@@ -5,17 +5,7 @@
 namespace lowrank_ops {
 namespace {
 
-struct Stages {
-  double in, middle, out;  // multiply-adds per image
-};
-
-Stages multiply_adds(const Problem& p, double in_pixels) {
-  const double out_pixels = double(p.oh) * p.ow;
-  const double core = p.op == Op::kTucker ? out_pixels * p.r1 * p.r2 * p.kh * p.kw : depthwise_sums(p);
-  return {in_pixels * p.s * p.r1, core, out_pixels * p.r2 * p.t};
-}
-
-// An image's patches by Winograd.
+// The number of Winograd's patches per image.
 double winograd_patches(const Problem& p, Winograd winograd) {
   const Patch patch = patch_of(winograd);
   return double(ceil_div(p.oh, patch.rows)) * double(ceil_div(p.ow, patch.columns));
@@ -32,20 +22,6 @@ Stages fused_stages(const Problem& p, const CpuTile& tile, double in_pixels) {
 
 }  // namespace
 
-double depthwise_sums(const Problem& p) {
-  return p.op == Op::kCP ? double(p.oh) * p.r1 * (double(p.w) * p.kh + double(p.ow) * p.kw) : 0.0;
-}
-
-double packed_elements(const Problem& p) {
-  const double core = p.op == Op::kTucker ? double(p.r1) * p.r2 * p.kh * p.kw : 0.0;
-  return double(p.s) * p.r1 + core + double(p.r2) * p.t;
-}
-
-double block_flops(const Problem& p) {
-  const Stages stages = multiply_adds(p, double(p.h) * p.w);
-  return 2.0 * p.n * (stages.in + stages.middle + stages.out);
-}
-
 double fused_flops(const Problem& p, const CpuTile& tile) {
   double in_pixels = double(p.h) * p.w;
   if (p.op != Op::kLinear) {
@@ -61,7 +37,8 @@ double fused_flops(const Problem& p, const CpuTile& tile) {
   return 2.0 * p.n * (stages.in + stages.middle + stages.out);
 }
 
-// For one channel in and one out: kernels/winograd.h.
+// Additions of the transforms (cpu/kernels/winograd.h), per patch: about as many for the input transform of one channel
+// of R1 as for the output transform of one channel of R2.
 double winograd_sums(const Problem& p, Winograd winograd) {
   if (winograd == Winograd::kNone) return 0;
   const double sums = winograd == Winograd::k2x2 ? 24 : winograd == Winograd::k4x4 ? 140 : 10;
@@ -82,26 +59,6 @@ double strip_multiply_adds(const Problem& p, const CpuTile& tile, int64_t first,
   const Stages stages = fused_stages(p, tile, in_pixels);
   const double part = double(last - first) / p.oh * std::min(1.0, double(tile.columns) / p.ow);
   return stages.in + (stages.middle + stages.out) * part;
-}
-
-double weight_elements(const Problem& p) {
-  return packed_elements(p) + (p.op == Op::kCP ? double(p.r1) * (p.kh + p.kw) : 0.0);
-}
-
-double image_elements(const Problem& p) {
-  return double(p.n) * (double(p.s) * p.h * p.w + double(p.t) * p.oh * p.ow);
-}
-
-double block_bytes(const Problem& p) {
-  const double elements = image_elements(p) + weight_elements(p);
-  return elements * element_bytes(p.dtype);
-}
-
-double hidden_bytes(const Problem& p) {
-  double elements = double(p.h) * p.w * p.r1;
-  if (p.op == Op::kTucker) elements += double(p.oh) * p.ow * p.r2;
-  if (p.op == Op::kCP) elements += (double(p.oh) * p.w + double(p.oh) * p.ow) * p.r1;
-  return 2.0 * p.n * elements * element_bytes(p.dtype);
 }
 
 }  // namespace lowrank_ops

@@ -1,4 +1,4 @@
-// What the cost model counts (cost.h), and the seconds that it makes of it.
+// The counts of the cost model (cost.h), and the seconds that it predicts from them.
 #include <algorithm>
 #include <string_view>
 #include <utility>
@@ -8,8 +8,8 @@
 namespace lowrank_ops {
 namespace {
 
-// The register blocks of an instruction set (cpu/kernels/gemm.h): vectors of a panel, and the rows of a block that is
-// so many vectors wide.
+// The register blocks of an instruction set (cpu/kernels/gemm.h): the lanes of a vector, the vectors of a full panel,
+// and the rows of a block by its width in vectors.
 struct Registers {
   int64_t lanes, vectors;
   int64_t rows[5];
@@ -49,7 +49,7 @@ double floor_sum(int64_t n, int64_t m, int64_t a, int64_t b) {
     sum += double(n - 1) * double(n) / 2 * double(a / m) + double(n) * double(b / m);
     a %= m;
     b %= m;
-    const int64_t last = a * n + b;  // a line that climbs less than a step a point: count along the other axis
+    const int64_t last = a * n + b;  // the line climbs less than one step per point: count along the other axis
     n = last / m;
     b = last % m;
     std::swap(m, a);
@@ -57,16 +57,16 @@ double floor_sum(int64_t n, int64_t m, int64_t a, int64_t b) {
   return sum;
 }
 
-// The share of a window's taps that see the image, over all output rows (columns).
+// The share of the windows' taps that lie inside the image, over all output rows (columns).
 double share_inside(const Axis& axis) {
-  // Over all taps, the outputs for which the tap is at a position below z: ceil((z - tap * dilation) / stride), at
-  // least 0 and at most all.
-  const auto taps_before = [&](int64_t z) {  // the taps that are themselves below it
+  // pairs_below(z) counts the pairs of a tap and an output that lie below z: for each tap ceil((z - tap * dilation) /
+  // stride) outputs, at least 0 and at most all.
+  const auto taps_before = [&](int64_t z) {  // the taps that lie below z for output 0
     return std::min(ceil_div(std::max<int64_t>(z, 0), axis.dilation), axis.kernel);
   };
   const auto pairs_below = [&](int64_t z) {
     const int64_t of_some = taps_before(z), of_all = taps_before(z - (axis.out - 1) * axis.stride);
-    const int64_t least = z - (of_some - 1) * axis.dilation;  // of the last tap that counts, from which the sum ascends
+    const int64_t least = z - (of_some - 1) * axis.dilation;  // the distance of the last such tap, where the sum begins
     return double(of_all) * double(axis.out) +
            (of_some > of_all ? floor_sum(of_some - of_all, axis.stride, axis.dilation, least + axis.stride - 1) : 0);
   };
@@ -107,12 +107,12 @@ FusedStages fused_products_of(const Problem& p, const CpuTile& tile) {
   return {in, core, {images * double(ceil_div(p.oh, rows)), rows * columns, p.r2, p.t}};
 }
 
-// What a stage does, in whole vectors.
+// The counts of one stage, in whole vectors.
 struct StageCounts {
   double products = 0, steps = 0, values = 0, dots = 0, taps = 0;
 };
 
-// Of the first stage, whose product this is.
+// Counts the first stage, which computes this product.
 StageCounts first_counts(const Registers& registers, const Product& product, FirstStage way) {
   const double pixels = product.calls * double(product.rows), width = padded(registers, product.width);
   if (way == FirstStage::kDots) return {pixels * padded(registers, product.depth), 0, pixels, pixels};
@@ -123,8 +123,7 @@ StageCounts first_counts(const Registers& registers, const Product& product, Fir
   return {pixels * double(product.depth) * width, steps(registers, product), pixels * width};
 }
 
-// Of Tucker's core. Winograd does the same with fewer products; of the direct core, taps outside the image are left
-// out.
+// Counts Tucker's core. Winograd computes it with fewer products; the direct core leaves out taps outside the image.
 StageCounts core_counts(const Registers& registers, const Product& product, const Problem& p, const CpuTile& tile,
                         CoreStage way) {
   if (p.op != Op::kTucker) return {};
@@ -136,9 +135,10 @@ StageCounts core_counts(const Registers& registers, const Product& product, cons
     const double outer = double(p.n) * (double(p.h) * p.w * p.s * p.r1 + double(p.oh) * p.ow * p.r2 * p.t);
     share = std::max(fused_products(p, tile) - outer, 0.0) / direct;
   } else {
-    // Columns alike enough to leave out taps together: of those one by one, a single column.
+    // Rows of taps outside the image are left out; columns only where there is a single output column. (Runs of columns
+    // with the same taps, as cpu/direct_core.cpp has them, are not counted.)
     share = share_inside(row_axis(p)) * (p.ow == 1 ? share_inside(column_axis(p)) : 1);
-    const int64_t runs = column_axis(p).dilation == 1 ? p.kh : p.kh * p.kw;  // of elements that a window sees
+    const int64_t runs = column_axis(p).dilation == 1 ? p.kh : p.kh * p.kw;  // of elements, per window
     counts.taps = product.calls * panels(registers, product.width) * double(runs) * share;
     if (way == CoreStage::kDots)
       counts = {pixels * double(runs) * padded(registers, product.depth / runs), 0, pixels, pixels, counts.taps};
@@ -152,12 +152,12 @@ StageCounts core_counts(const Registers& registers, const Product& product, cons
   return counts;
 }
 
-// Multiply-adds and additions between the stages' products: CP's depthwise stages, Winograd's transforms.
+// The feature "depthwise": multiply-adds of CP's depthwise stages, additions of Winograd's transforms.
 double middle_sums(const Registers& registers, const Problem& p, const CpuCaps& caps, const CpuTile& tile) {
   if (p.op != Op::kCP) return p.op == Op::kTucker ? double(p.n) * winograd_sums(p, tile.winograd) : 0;
   if (p.r1 > 1 || in_pairs(p, caps) || tile.unpacked)
     return double(p.n) * depthwise_sums(p) / double(p.r1) * padded(registers, p.r1);
-  // A plane: vectors along the pixels, and with a stride one output at a time.
+  // A plane has vectors along the pixels, and with a stride it computes one output at a time.
   const double outputs = p.stride[1] == 1 ? padded(registers, p.ow) : double(p.ow * registers.lanes);
   return double(p.n) * double(p.oh) * (double(p.kh) * padded(registers, p.w) + double(p.kw) * outputs);
 }
@@ -185,7 +185,7 @@ Features fused_features(const Problem& p, const CpuCaps& caps, const CpuTile& ti
   const Registers registers = registers_of(caps);
   if (tile.unpacked) return unpacked_features(p, caps, tile, registers);
   const FusedStages stages = fused_products_of(p, tile);
-  // A linear layer whose weights are packed piece by piece has panels for any rank.
+  // A linear layer that packs its weights block by block has panels for any rank.
   const FirstStage way = p.op == Op::kLinear && tile.depth > 0 ? FirstStage::kPanels : first_stage(p);
   const StageCounts in = first_counts(registers, stages.in, way);
   const auto products = [&](const Product& product) {
@@ -268,13 +268,14 @@ Features chain_features(const Problem& p, const CpuCaps& caps) {
 
 namespace {
 
-// From cost_constants.inc: nanoseconds for each feature, of an op, a dtype and a layout on a class of instruction sets.
+// A line of cost_constants.inc: nanoseconds per feature, for an op, a dtype and a layout on a class of instruction
+// sets.
 struct Constants {
   std::string_view isa;
   Op op;
   DType dtype;
   Layout layout;  // of a linear layer always kContiguous
-  int ones;       // ranks of one, of a Tucker block: libraries have convolutions of their own for one channel
+  int ones;       // how many ranks of a Tucker block are one: libraries have special convolutions for one channel
   Features fused, chain;
 };
 constexpr Constants kConstants[] = {
@@ -282,7 +283,7 @@ constexpr Constants kConstants[] = {
 };
 
 const Constants* constants_for(const Problem& p, const CpuCaps& caps) {
-  // fp32 is the same for all that have 16 lanes; who has no bf16 products converts.
+  // fp32 is the same for all instruction sets of 16 lanes; those without bf16 products convert to fp32.
   const bool wide = caps.isa != "generic" && caps.isa != "avx2";
   const std::string_view isa = !wide                                              ? std::string_view(caps.isa)
                                : p.dtype == DType::kBFloat16 && caps.bfloat16_dot ? "avx512bf16"

@@ -10,99 +10,53 @@
 
 namespace lowrank_ops {
 
-Axis::Axis(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
-    : in(in),
-      out(output_size(in, kernel, stride, padding, dilation)),
-      kernel(kernel),
-      step(kernel == 1 ? stride : std::gcd(stride, dilation)),
-      stride(stride / step),
-      dilation(kernel == 1 ? 1 : dilation / step),
-      padding(padding) {}
-
-int64_t element_bytes(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-
-const char* name_of(Op op) {
-  return op == Op::kTucker ? "tucker_conv2d" : op == Op::kCP ? "cp_conv2d" : "lowrank_linear";
-}
-
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat:
-      return "float32";
-    case DType::kDouble:
-      return "float64";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kHalf:
-      return "float16";
-  }
-  return "";
-}
-
-const char* name_of(Policy policy) {
-  switch (policy) {
-    case Policy::kAuto:
-      return "auto";
-    case Policy::kFused:
-      return "fused";
-    case Policy::kChain:
-      return "chain";
-    case Policy::kMeasure:
-      return "measure";
-  }
-  return "";
-}
-
-std::string by_policy(Policy policy) {
-  return std::string("the policy is \"") + name_of(policy) + "\"";
-}
-
 namespace {
 
 constexpr int64_t kPixelsPerStep = 56;  // enough rows of A to pay for streaming a weight panel out of L2
 constexpr int64_t kLinearRows = 112;
-// Far from L2, reading and writing in longer turns is up to a fifth faster (Zen 5): a linear layer's rows, as their
-// hidden values fit an eighth of L2, and the pixels of convolutions whose first stage asks for its own input.
+// Images beyond L2 are read and written in longer steps, which is at most a fifth faster (Zen 5): a linear layer's
+// rows, as long as their hidden values fit an eighth of L2, and the pixels of convolutions whose first stage prefetches
+// its own input.
 constexpr int64_t kMostLinearRows = 512;
 constexpr int64_t kFarPixelsPerStep = 500;
-constexpr int64_t kPlanePixelsPerStep = 4096;  // of planes that are spread: long runs in each of the output's
-constexpr int64_t kFewRows = 8;                // up to here a linear layer reads its weights unpacked, CP its factors,
-constexpr int64_t kStreamedRows = 512;         // up to here a block of them is packed while all rows use it
-constexpr int64_t kStreamedBytes = 2048;       // of a row, at most, for such a block
-constexpr int64_t kFewestColumns = 28;
-constexpr int64_t kPatchesPerStep = 28;     // Winograd: rows of its GEMMs, so that these are worth their calls;
-constexpr int64_t kDeepPatchesPerStep = 8;  // with 36 places of more than one vector, staying near counts for more
-constexpr int64_t kFewestSummed = 8;        // channels of a pixel, for a dot product to fill vectors
-constexpr int64_t kFewestRanks = 8;         // Winograd 4x4 and lines: shorter sums do not average their errors enough
-constexpr int64_t kMostNearBytes =
-    8 << 20;                            // of input, output and weights: larger blocks are asked for ahead of their use
-constexpr double kMostPlacesBytes = 3;  // Winograd 4x4: its weight, of L2; larger ones are read too slowly
+constexpr int64_t kPlanePixelsPerStep = 4096;  // where the last stage spreads a plane: long runs per output channel
+constexpr int64_t kFewRows = 8;                // at most so many rows (CP: pixels) read the weights unpacked
+constexpr int64_t kStreamedRows = 512;         // at most so many rows stream through blocks of the weights
+constexpr int64_t kStreamedBytes = 2048;       // the most bytes of a row that meet such a block
+constexpr int64_t kFewestColumns = 28;         // of a tile that is narrower than the image
+// Winograd: patches are the rows of its GEMMs, which must be worth their calls. With 36 places of more than one vector
+// it matters more that the patches stay in L2.
+constexpr int64_t kPatchesPerStep = 28;
+constexpr int64_t kDeepPatchesPerStep = 8;
+constexpr int64_t kFewestSummed = 8;         // channels of a pixel, for a dot product to fill vectors
+constexpr int64_t kFewestRanks = 8;          // Winograd 4x4 and lines: shorter sums do not average their errors enough
+constexpr int64_t kMostNearBytes = 8 << 20;  // of input, output and weights: larger blocks are prefetched
+constexpr double kMostPlacesBytes = 3;       // Winograd 4x4: its weight per byte of L2; larger ones are read too slowly
 
-// What the core stage of an image takes, in multiply-adds. Winograd saves 5 of 9 products an output (2x2), 3 of 4 (4x4)
-// or 4 of 9 (lines), and costs transforms of hidden values and sums and more weight to transform, pack and read.
+// The cost of an image's core stage, in multiply-adds. Winograd saves 5 of 9 products per output (2x2), 3 of 4 (4x4) or
+// 4 of 9 (lines); it has to transform hidden values and sums, and to transform, pack and read a larger weight.
 double core_cost(const Problem& p, bool prepared, Winograd winograd) {
   const double values = double(p.r1) * p.r2;
   if (winograd == Winograd::kNone) return double(p.oh) * p.ow * p.kh * p.kw * values;
   const Patch patch = patch_of(winograd);
   const double products = double(patch.places) * tap_groups(winograd, p.kw) * values;
   const double patches = double(ceil_div(p.oh, patch.rows)) * ceil_div(p.ow, patch.columns);
-  // What a transform of one value costs an output, what one value of the weight costs more than in the direct core:
-  // transformed and packed, or, prepared, only read. In fp32 6 were measured at one thread (512 channels, 7x7) and up
-  // to 40 at two that share a panel: 9 is between. It cannot depend on the threads, as bits must not.
-  // In bf16 the direct core runs ranks of 16 as fast, on images beyond L2 up to 1.14 times as fast (Zen 5).
+  // transform: cost of the transforms per value and output. weight: extra cost per weight value over the direct core,
+  // for transforming and packing it, or for reading it if it is prepared. In fp32, 6 were measured at one thread (512
+  // channels, 7x7) and at most 40 at two that share a panel: 9 is between. The cost must not depend on the number of
+  // threads, because the bits of a result must not.
+  // In bf16 the direct core is as fast for ranks of 16, and at most 1.14 times as fast on images beyond L2 (Zen 5).
   const double transform = p.dtype == DType::kFloat ? 16 : winograd == Winograd::kLine ? 32 : 44;
   const double weight = prepared ? 10 : p.dtype == DType::kFloat ? 9 : 14;
-  // Packing it keeps the other threads of a small call waiting.
+  // The other threads of a small call wait while the larger weight is packed.
   const double call = prepared ? 0 : 3e5;
   return patches * (products + double(patch.rows * patch.columns) * transform * double(p.r1 + p.r2)) +
          (weight * products + call) / double(std::max<int64_t>(p.n, 1));
 }
 
-// How the core is to be run, what is predicted to be fastest first; the direct way, which always fits, comes last.
+// The ways to run the core, in order of their predicted speed; the direct core, which is always possible, comes last.
 std::array<Winograd, 3> core_ways(const Problem& p, const CpuCaps& caps, bool prepared) {
-  std::array<Winograd, 3> ways{};  // a window has two kinds of patches at most
+  std::array<Winograd, 3> ways{};  // at most two kinds of patches are possible for a window
   if (p.op != Op::kTucker) return ways;
   int count = 0;
   for (const Winograd winograd : kPatches)
@@ -114,14 +68,15 @@ std::array<Winograd, 3> core_ways(const Problem& p, const CpuCaps& caps, bool pr
   return ways;
 }
 
-// Whether weights are read where they lie, for so many rows. Panels that are there already are read in one stream: 1.2
-// to 1.5 times as fast, where rows and vectors of the rank make enough sums to hide the latency of an addition.
+// Whether weights are read unpacked, for `rows` rows. Prepared panels are read in one stream, which is 1.2 to 1.5 times
+// as fast where rows and vectors of the rank make enough sums to hide the latency of an addition.
 bool reads_unpacked(const Problem& p, int64_t rows, bool prepared) {
   return rows <= kFewRows && !(prepared && rows * ceil_div(p.r1, kAlign) >= 4);
 }
 
-// Up to some MB in L3 hardware prefetching does as well, and asking costs what it takes (Zen 5: up to 12 % of a call,
-// 25 of sums over 32 channels); beyond, not asking costs up to half, of sums over 8 channels two thirds.
+// Whether input and output are to be prefetched. Up to some MB in L3, hardware prefetching does as well, and prefetches
+// only cost time (Zen 5: at most 12 % of a call, 25 % with sums over 32 channels). Beyond that, calls without
+// prefetches lose at most half (with sums over 8 channels two thirds).
 bool is_far(const Problem& p, const CpuCaps& caps) {
   return block_bytes(p) > double(std::max(caps.l2_bytes / 4 * 5, std::min(caps.l3_bytes / 4, kMostNearBytes)));
 }
@@ -153,7 +108,7 @@ CpuTile linear_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   return tile;
 }
 
-// CP of few pixels in all: all of them at once.
+// CP of few pixels in all: one tile holds all of them.
 CpuTile few_pixels_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   const TileSizes sizes(p, caps);
   CpuTile tile;
@@ -166,14 +121,14 @@ CpuTile few_pixels_tile(const Problem& p, const CpuCaps& caps, bool prepared) {
   return tile;
 }
 
-// Half of L2 for the tiles; the other half for weights streaming by and the input. Parts of a line compute the hidden
-// values that its taps share twice: as few as possible.
+// Half of L2 for the tiles; weights and the input stream through the other half. Lines get more, for fewer and wider
+// tiles: neighbouring tiles both compute the hidden values that their taps share.
 int64_t most_scratch(const CpuCaps& caps, Winograd winograd) {
   return winograd == Winograd::kLine ? caps.l2_bytes / 4 * 3 : caps.l2_bytes / 2;
 }
 
-// Nothing where ranks are too large for all of Winograd's places even in the narrowest tile. That is decided before the
-// threads are known to the tile: bits must not depend on them.
+// The tile of a convolution; nothing where ranks are too large for all of Winograd's places even in the narrowest tile.
+// That is decided before the tile is divided among threads: bits must not depend on their number.
 std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool prepared, Winograd winograd) {
   const auto [converted, element, sum, r1, r2] = TileSizes(p, caps);
   CpuTile tile;
@@ -196,21 +151,21 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
     tile.rows = rows_of(std::max(step, pixels));
   }
   tile.columns = p.ow;
-  // What a step touches of input and output has to stay in L2 beside its tile until it is used.
+  // The input and output of a step have to stay in L2, beside its tile, from their prefetch to their use.
   const auto footprint = [&](int64_t tile_rows) {
     const int64_t touched = tile_rows * tile.columns * (p.s + p.t) * element;
     return scratch(tile_rows, tile.columns) + (tile.far ? touched : 0);
   };
   const auto fits = [&](int64_t tile_rows) { return footprint(tile_rows) <= caps.l2_bytes / 4 * 3; };
-  // Winograd's many places leave less.
+  // Winograd's many places leave less room.
   const auto too_large = [&] {
     return scratch(tile.rows, tile.columns) > most_scratch(caps, winograd) ||
            (winograd == Winograd::k4x4 && footprint(tile.rows) > caps.l2_bytes / 5 * 3);
   };
   while (transforms && too_large() && tile.rows > patch.rows)
-    tile.rows = round_up(tile.rows / 2, patch.rows);  // large ranks: fewer patches for each reading of the weights
+    tile.rows = round_up(tile.rows / 2, patch.rows);  // large ranks: fewer patches per pass over the weights
   if (too_large() && tile.columns > kFewestColumns) {
-    // The fewest parts whose columns fit or are few, by halving: narrower tiles never take more.
+    // Bisection finds the fewest parts whose tiles fit, or are narrow: narrower tiles never take more memory.
     int64_t too_few = 1, parts = p.ow;
     const auto take = [&](int64_t count) { tile.columns = round_up(ceil_div(p.ow, count), patch.columns); };
     while (parts - too_few > 1) {
@@ -220,11 +175,11 @@ std::optional<CpuTile> conv_tile(const Problem& p, const CpuCaps& caps, bool pre
     }
     take(parts);
   }
-  // CP's window of stride 1 reads the hidden rows that two output rows share once for both.
+  // CP's kernel for stride 1 reads a hidden row once for two output rows.
   const bool shares_rows = p.op == Op::kCP && rows.stride == 1 && rows.dilation == 1 && tile.rows == 1 && p.oh > 1;
   if (shares_rows && scratch(2, tile.columns) <= caps.l2_bytes / 2 && fits(2)) tile.rows = 2;
-  // Sums over channels ask for nothing but their own input: the output would be asked for while it is written.
-  tile.ahead = tile.far && fits(tile.rows) && first_stage(p) == FirstStage::kPanels;
+  // A first stage of sums over channels prefetches only its own input: output prefetches would be late.
+  tile.spreads_prefetches = tile.far && fits(tile.rows) && first_stage(p) == FirstStage::kPanels;
   tile.scratch_bytes = scratch(tile.rows, tile.columns);
   if (transforms && caps.winograd_auto && tile.scratch_bytes > most_scratch(caps, winograd)) return std::nullopt;
   if (caps.threads > 1) share_out(p, caps, scratch, tile);
@@ -296,45 +251,37 @@ bool tile_is_too_large(const Problem& p, const CpuTile& tile) {
   return p.op != Op::kLinear && tile.scratch_bytes > kMostKeptBytes;
 }
 
-// The chain would run in fp32 (library_dtype of ops.h), and is no candidate.
-bool chain_needs_float32(const Problem& p) {
-  const int width = p.column ? 0 : 1;  // the axis that is the call's width
-  const int64_t kernel_width = p.column ? p.kh : p.kw;
-  return p.op != Op::kLinear && p.dtype == DType::kBFloat16 &&
-         library_bfloat16_fails(kernel_width, p.stride[width], p.padding[width]);
-}
-
 }  // namespace
 
-CpuChoice choose_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
-  CpuChoice choice;
-  choice.tile = choice.one_thread_tile = cpu_tile(p, caps, prepared);
+CpuPlan make_cpu_plan(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
+  CpuPlan plan;
+  plan.tile = plan.one_thread_tile = cpu_tile(p, caps, prepared);
   if (caps.threads > 1) {
     CpuCaps one_thread = caps;
     one_thread.threads = 1;
-    choice.one_thread_tile = cpu_tile(p, one_thread, prepared);
+    plan.one_thread_tile = cpu_tile(p, one_thread, prepared);
   }
-  choice.fused_seconds = fused_seconds(p, caps, choice.one_thread_tile);
-  choice.chain_seconds = chain_seconds(p, caps);
-  const bool chain_is_faster = choice.chain_seconds > 0 && choice.chain_seconds < choice.fused_seconds;
+  plan.fused_seconds = fused_seconds(p, caps, plan.one_thread_tile);
+  plan.chain_seconds = chain_seconds(p, caps);
+  const bool chain_is_faster = plan.chain_seconds > 0 && plan.chain_seconds < plan.fused_seconds;
   if (policy == Policy::kFused || policy == Policy::kChain) {
-    choice.chain = policy == Policy::kChain;
-  } else if (tile_is_too_large(p, choice.one_thread_tile)) {
-    choice.chain = true;
-    choice.other_possible = false;
+    plan.chain = policy == Policy::kChain;
+  } else if (tile_is_too_large(p, plan.one_thread_tile)) {
+    plan.chain = true;
+    plan.other_possible = false;
   } else if (chain_needs_float32(p)) {
-    choice.other_possible = false;
+    plan.other_possible = false;
   } else {
-    choice.chain = chain_is_faster;
+    plan.chain = chain_is_faster;
   }
-  return choice;
+  return plan;
 }
 
 Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool prepared) {
-  const CpuChoice choice = choose_cpu(p, caps, policy, prepared);
+  const CpuPlan choice = make_cpu_plan(p, caps, policy, prepared);
   Decision decision;
   Plan fused, chain;
-  fused.path = "fused";
+  fused.path = Path::kFused;
   fused.tile = choice.tile;
   fused.kernel = fused_kernel(p, caps, fused.tile);
   fused.flops = fused_flops(p, fused.tile);
@@ -347,7 +294,7 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   const Features fused_counts = fused_features(p, caps, choice.one_thread_tile), chain_counts = chain_features(p, caps);
   fused.features.assign(fused_counts.begin(), fused_counts.end());
   chain.features.assign(chain_counts.begin(), chain_counts.end());
-  chain.path = "chain";
+  chain.path = Path::kChain;
   chain.kernel = "chain of torch ops";
   chain.flops = block_flops(p);
   chain.bytes = block_bytes(p) + hidden_bytes(p);
@@ -375,20 +322,6 @@ Decision plan_cpu(const Problem& p, const CpuCaps& caps, Policy policy, bool pre
   else
     reason = "predicted to be slower";
   decision.rejections.push_back({other.kernel, reason});
-  return decision;
-}
-
-Decision plan_other(const Problem& p, const std::string& why, Policy policy) {
-  Decision decision;
-  decision.chosen.path = "chain";
-  decision.chosen.kernel = "chain of torch ops";
-  decision.chosen.flops = block_flops(p);
-  decision.chosen.bytes = block_bytes(p) + hidden_bytes(p);
-  std::string reason = why;
-  if (policy == Policy::kChain) reason = by_policy(policy) + ", and " + why;
-  if (policy == Policy::kFused) reason += ": the chain runs although " + by_policy(policy);
-  if (policy == Policy::kMeasure) reason += ": there is nothing to measure";
-  decision.rejections.push_back({"fused", reason});
   return decision;
 }
 

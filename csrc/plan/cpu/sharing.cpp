@@ -16,15 +16,15 @@ TileSizes::TileSizes(const Problem& p, const CpuCaps& caps)
 
 namespace {
 
-// CP's depthwise stages and Winograd's transforms read sums of whole vectors, or of a plane; Tucker's direct core
-// elements, in pairs at most.
+// CP's depthwise stages and Winograd's transforms read accumulators in whole vectors, or in a plane. Tucker's direct
+// core reads elements, at most in pairs.
 int64_t hidden_pixel_bytes(const Problem& p, const TileSizes& sizes, Winograd winograd) {
   if (p.op == Op::kCP && p.r1 == 1 && sizes.element == sizes.sum) return sizes.sum;
   if (p.op == Op::kCP || winograd != Winograd::kNone) return sizes.r1 * sizes.sum;
   return round_up(p.r1, int64_t(2)) * sizes.element;
 }
 
-bool stages_input(const Problem& p, const TileSizes& sizes) {
+bool copies_input(const Problem& p, const TileSizes& sizes) {
   const FirstStage way = first_stage(p);
   if (way == FirstStage::kPlanes) return false;
   return p.layout == Layout::kContiguous || (sizes.converted && way == FirstStage::kPanels);
@@ -40,12 +40,12 @@ ConvScratch::ConvScratch(const Problem& p, const CpuCaps& caps, Winograd winogra
       tap_groups_(tap_groups(winograd, p.kw)),
       hidden_pixel_bytes_(hidden_pixel_bytes(p, sizes_, winograd)),
       tile_pixel_bytes_(sizes_.r2 * sizes_.element),
-      // Rows that the kernel cannot read where they lie are staged, as is an output in NCHW.
-      staged_channels_(stages_input(p, sizes_) ? round_up(p.s, kAlign) : 0),
-      stored_columns_(p.layout == Layout::kContiguous ? 64 : 0) {
+      // Rows that the kernel cannot read where they lie are copied, as is an output in NCHW.
+      copied_channels_(copies_input(p, sizes_) ? round_up(p.s, kAlign) : 0),
+      copied_columns_(p.layout == Layout::kContiguous ? 64 : 0) {
   if (spreads_plane(p, winograd, in_pairs(p, caps))) {
     tile_pixel_bytes_ = sizes_.element;
-    stored_columns_ = 0;
+    copied_columns_ = 0;
   }
 }
 
@@ -55,27 +55,28 @@ int64_t ConvScratch::operator()(int64_t tile_rows, int64_t tile_columns) const {
   const int64_t inputs = patch_rows * (row_patches + tap_groups_ - 1);
   const int64_t places = patch_.places * (inputs * sizes_.r1 * sizes_.element +
                                           patch_rows * row_patches * std::min<int64_t>(sizes_.r2, 64) * sizes_.sum);
-  const int64_t staged = span * staged_channels_ * sizes_.element + pixels * stored_columns_ * sizes_.sum;
-  return places + rows_.span(tile_rows) * span * hidden_pixel_bytes_ + pixels * tile_pixel_bytes_ + staged;
+  const int64_t copied = span * copied_channels_ * sizes_.element + pixels * copied_columns_ * sizes_.sum;
+  return places + rows_.span(tile_rows) * span * hidden_pixel_bytes_ + pixels * tile_pixel_bytes_ + copied;
 }
 
 namespace {
 
-// Costs of coordination between two threads, in multiply-adds of one of them. Measured on two Zen 4 and two Zen 5
-// cores; how far apart two cores are (a common L3 or not) changes it by a factor of five, and on a virtual machine from
-// one minute to the next: the figures lean to the distant ones, where a wrong choice costs more. More threads were not
-// measured: their costs below are upper bounds of how these grow.
-constexpr double kWait = 2e5;          // a wait for the other; the rest is for cores that other processes use too
+// Costs of thread coordination, in multiply-adds of one thread. Measured with two threads on Zen 4 and on Zen 5. Costs
+// differ by a factor of five between two cores with a common L3 and two without, and on a virtual machine from one
+// minute to the next. The figures are nearer to those of distant cores, where a wrong plan costs more. More threads
+// were not measured: the functions below are upper bounds of how costs grow with them.
+constexpr double kWait = 2e5;          // waiting for the other thread, with a margin for cores that other processes use
 constexpr double kRegion = 2 * kWait;  // waking a thread and waiting for it
 constexpr double kHandedOn = 80;       // reading an element that another core has just written: 0.1 to 0.9 ns
 constexpr double kPacked = 13;         // packing an element of a factor
-constexpr int64_t kPanelVectors = 4;   // of a full panel
+constexpr int64_t kPanelVectors = 4;   // per full panel
 
-// A stage of a team: every thread claims its share, and says that it is done, through one counter each, one at a time.
+// One stage of a team: every thread changes two counters, to claim its share and to report that it is done, and only
+// one thread can change a counter at a time.
 double wait_of(int64_t threads) {
   return kWait * double(threads) / 2;
 }
-// A parallel region: its threads are woken, and meet at the end, in rounds that double their number.
+// A parallel region wakes its threads, and waits for them at the end, in rounds that double their number.
 double region_of(int64_t threads) {
   return threads < 2 ? 0 : kRegion * std::ceil(std::log2(double(threads)));
 }
@@ -92,7 +93,8 @@ double largest_task(const Problem& p, const CpuTile& tile, int64_t strip) {
   return largest;
 }
 
-// Elements of the factors whose panels cannot be handed out whole: each thread of a team reads what others have packed.
+// Elements of the factors whose panels cannot be divided evenly among a team's threads: each thread reads panels that
+// another one has packed.
 double shared_elements(const Problem& p, int64_t threads) {
   const auto uneven = [&](int64_t columns) {
     return ceil_div(ceil_div(columns, kAlign), kPanelVectors) % threads != 0 ? 1.0 : 0.0;
@@ -101,8 +103,9 @@ double shared_elements(const Problem& p, int64_t threads) {
          (p.op == Op::kTucker ? uneven(p.r2) * p.r1 * p.r2 * p.kh * p.kw : 0);
 }
 
-// Elements that the stages of a team hand on: a stage takes some output channels and reads all of its input. CP's
-// depthwise stages keep to the channels that the thread has computed, but the leader writes the zeros around the image.
+// Elements that a thread of a team may read from another: in each stage it computes some output channels from all input
+// channels. CP's depthwise stages read the channels that the same thread has computed, but the leader writes the zeros
+// around the image.
 double handed_on(const Problem& p, const CpuTile& tile) {
   const Patch patch = patch_of(tile.winograd);
   double elements = double(p.oh) * p.ow * p.r2 + double(p.h + 2 * p.padding[0]) * (p.w + 2 * p.padding[1]) * p.r1;
@@ -113,11 +116,12 @@ double handed_on(const Problem& p, const CpuTile& tile) {
   return double(images(p)) * elements;
 }
 
-// A team: no halo and no thread idle, but threads wait for each other after each stage, and read what others wrote.
+// The cost of a team: it has no halo and no idle thread, but threads wait for each other after each stage, and read
+// what others wrote.
 double team_cost(const Problem& p, const CpuTile& team, int64_t threads) {
   const double tasks = double(images(p) * ceil_div(p.ow, team.columns)), steps = ceil_div(p.oh, team.rows);
   const double waits = tasks * steps * (team.winograd == Winograd::kNone ? 3 : 4);
-  const double others = double(threads - 1) / double(threads);  // their part of what all have written
+  const double others = double(threads - 1) / double(threads);  // the other threads' part of all that was written
   double cost = region_of(threads) + fused_flops(p, team) / 2 / double(threads) + waits * wait_of(threads) +
                 kHandedOn * handed_on(p, team) * others;
   if (!team.prepared)
@@ -125,7 +129,7 @@ double team_cost(const Problem& p, const CpuTile& team, int64_t threads) {
   return cost;
 }
 
-// How many of the threads should form a team: 2, 4, 8, ... or all. 0: a call without one costs less than `otherwise`.
+// How many of the threads should form a team: 2, 4, 8, ... or all; 0 where none costs less than `otherwise`.
 int64_t team_size(const Problem& p, const CpuTile& team, const CpuCaps& caps, double otherwise) {
   if (caps.teams != Teams::kAuto) return caps.teams == Teams::kAlways ? caps.threads : 0;
   int64_t best = 0;
@@ -154,7 +158,7 @@ void share_out(const Problem& p, const CpuCaps& caps, const ConvScratch& scratch
   }
   const int64_t strip = round_up(ceil_div(p.oh, tile.strips), even), tasks = parts * ceil_div(p.oh, strip);
   const double task = largest_task(p, tile, strip), packing = tile.prepared ? 0 : kPacked * packed_elements(p);
-  // A thread has to find more to do than what waking it takes.
+  // Waking a thread must not take longer than its tasks.
   tile.tasks_each = int64_t(std::clamp(kRegion / task, 1.0, double(tasks)));
   const int64_t busy = ceil_div(tasks, tile.tasks_each);  // threads with tasks, if there were enough
   double cost =
@@ -166,13 +170,13 @@ void share_out(const Problem& p, const CpuCaps& caps, const ConvScratch& scratch
     tile.tasks_each = parts;
     cost = cost_alone;
   }
-  CpuTile team = alone;  // longer steps, fewer waits
+  CpuTile team = alone;  // with longer steps, for fewer waits
   while (team.rows + even <= p.oh && scratch(team.rows + even, team.columns) <= caps.l2_bytes / 2) team.rows += even;
   team.rows = round_up(ceil_div(p.oh, ceil_div(p.oh, team.rows)), even);
   if (const int64_t size = team_size(p, team, caps, cost); size > 1) {
     tile = team;
     tile.team = size;
-    tile.ahead = false;
+    tile.spreads_prefetches = false;
     tile.scratch_bytes = ceil_div(scratch(tile.rows, tile.columns), tile.team);
   }
 }

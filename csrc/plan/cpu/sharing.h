@@ -1,4 +1,4 @@
-// What a convolution's tiles hold, and how the threads of a CPU divide the tiles.
+// The sizes of a convolution's tiles, and how the threads of a CPU divide the tiles.
 #pragma once
 
 #include "plan/cpu/planner.h"
@@ -10,11 +10,11 @@ constexpr int64_t kAlign = 16;  // columns of a tile: the lanes of the widest ve
 struct TileSizes {
   bool converted;        // elements are fp32, whatever the tensors are
   int64_t element, sum;  // bytes
-  int64_t r1, r2;        // of whole vectors
+  int64_t r1, r2;        // ranks, rounded up to whole vectors
   TileSizes(const Problem& problem, const CpuCaps& caps);
 };
 
-// Bytes of scratch for a tile of so many output rows and columns.
+// The bytes of scratch memory for a tile of some output rows and columns.
 class ConvScratch {
  public:
   ConvScratch(const Problem& problem, const CpuCaps& caps, Winograd winograd);
@@ -25,12 +25,12 @@ class ConvScratch {
   const Axis rows_, columns_;
   const Patch patch_;
   int64_t tap_groups_, hidden_pixel_bytes_, tile_pixel_bytes_;
-  int64_t staged_channels_;  // 0: the kernel reads the input where it lies
-  int64_t stored_columns_;   // 0: it writes the output where it lies
+  int64_t copied_channels_;  // of an input pixel; 0: the kernel reads the input where it lies
+  int64_t copied_columns_;   // of the output, before it is transposed; 0: the kernel writes the output directly
 };
 
-// Divides a tile that one thread would take among caps.threads: strips, teams, how many tasks a thread takes. Results
-// do not depend on it: each output is one sum in one thread.
+// Divides the tile of one thread among caps.threads: strips, teams, and how many tasks a thread takes. Results do not
+// depend on the division: each output is one sum in one thread.
 void share_out(const Problem& problem, const CpuCaps& caps, const ConvScratch& scratch, CpuTile& tile);
 
 }  // namespace lowrank_ops

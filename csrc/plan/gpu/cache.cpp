@@ -1,4 +1,4 @@
-// plan_gpu for every call: a plan is searched for once a problem and remembered.
+// plan_gpu for every call: the plan of a problem is searched once and remembered.
 #include <unordered_map>
 
 #include "plan/gpu/planner.h"
@@ -7,11 +7,11 @@
 namespace lowrank_ops {
 namespace {
 
-// A decision takes about 5 KB.
+// The state that all calls share. A remembered decision takes about 5 KB.
 struct Shared {
   PlanCache<SharedDecision> plans;
   int only = -1;
-  std::unordered_map<int, std::vector<std::string>> refused;  // by device
+  std::unordered_map<int, std::vector<std::string>> refused;  // per device: per kernel, the reason
 };
 Shared& shared() {
   static Shared instance;

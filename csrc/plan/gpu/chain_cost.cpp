@@ -1,9 +1,9 @@
-// What the chain of library ops takes on a GPU (gpu_cost.h).
+// The predicted time of the chain of library ops on a GPU (cost.h).
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "plan/cpu/cost.h"
+#include "plan/counts.h"
 #include "plan/gpu/cost.h"
 
 namespace lowrank_ops {
@@ -11,7 +11,8 @@ namespace {
 
 #include "plan/gpu/cost_constants.inc"
 
-constexpr double kLibraryPixels = 128, kLibraryColumns = 64, kLibraryDepth = 256;  // a tile; of a split of the depth
+constexpr double kLibraryPixels = 128, kLibraryColumns = 64,
+                 kLibraryDepth = 256;  // a library's tile: pixels x columns; least depth per split
 constexpr double kLibrarySplits = 8;
 
 bool on_tensor_cores(const Problem& p) {
@@ -25,7 +26,7 @@ double library_flops(const Problem& p, const GpuCaps& caps) {
   return rate > 0 ? rate : caps.fp32_flops;
 }
 
-// One library call: a product of pixels x columns x depth, or a depthwise convolution of as many multiply-adds.
+// One library call: a product of pixels x columns x depth, or a depthwise convolution of `depthwise` multiply-adds.
 struct Call {
   double pixels = 0, columns = 0, depth = 0;
   double in_bytes = 0, out_bytes = 0, weight_bytes = 0, depthwise = 0;
@@ -57,7 +58,7 @@ std::vector<Call> calls_of(const Problem& p) {
   return calls;
 }
 
-// Seconds of the products if they ran at the library's best rate: whole tiles, on as many multiprocessors as get one.
+// Seconds of a call's products at the library's best rate: whole tiles, on those multiprocessors that get a tile.
 double product_seconds(const Call& call, const Problem& p, const GpuCaps& caps) {
   const double tile_columns = call.columns <= kLibraryColumns / 2 ? kLibraryColumns / 2 : kLibraryColumns;
   const double ctas = std::ceil(call.pixels / kLibraryPixels) * std::ceil(call.columns / tile_columns);
@@ -72,7 +73,7 @@ ChainFeatures chain_features(const Problem& p, const GpuCaps& caps) {
   const std::vector<Call> calls = calls_of(p);
   ChainFeatures found{};
   const double memory = caps.memory_bytes_per_second;
-  // What the call before has just written is still in L2 if it fits there.
+  // The output of the call before is still in L2 if it fits there.
   const auto moved = [&](double bytes, bool resident) { found[resident ? kWarmBytes : kColdBytes] += bytes / memory; };
   for (size_t i = 0; i < calls.size(); ++i) {
     const Call& call = calls[i];
@@ -91,7 +92,7 @@ ChainFeatures chain_features(const Problem& p, const GpuCaps& caps) {
       found[kTransposedBytes] += (call.in_bytes + call.out_bytes) / memory;
     }
   }
-  if (p.activation != Activation::kNone) {  // a kernel of its own
+  if (p.activation != Activation::kNone) {  // the activation is a kernel of its own
     ++found[kKernels];
     moved(2 * calls.back().out_bytes, 2 * calls.back().out_bytes <= caps.l2_bytes / 2.0);
   }
@@ -100,7 +101,7 @@ ChainFeatures chain_features(const Problem& p, const GpuCaps& caps) {
 
 Plan chain_plan(const Problem& p, const GpuCaps& caps) {
   Plan plan;
-  plan.path = "chain";
+  plan.path = Path::kChain;
   plan.kernel = "chain of torch ops";
   plan.flops = block_flops(p);
   plan.bytes = block_bytes(p) + hidden_bytes(p);

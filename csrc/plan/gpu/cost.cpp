@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-#include "plan/cpu/cost.h"
+#include "plan/counts.h"
 #include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
@@ -11,19 +11,19 @@ namespace {
 
 #include "plan/gpu/cost_constants.inc"
 
-// What more warps on a scheduler add to the clocks of each: they wait for each other's instructions.
+// The share by which each further warp on a scheduler slows all of them: they wait for each other's instructions.
 constexpr double kContention = 0.12;
 constexpr int kSchedulers = 4;
-constexpr double kMemoryShare = 0.9;   // of the bandwidth that the list of GPUs has (a copy: 0.89 on an H200)
-constexpr double kProductShare = 0.9;  // of the peak rate of mma.sync, or of multiply-adds
-constexpr double kOtherLines = 3;      // times the clocks of a sum: lines of other than three taps with a stride of 1
-constexpr double kFusedCall = 10e-6;   // of the CPU, until a call of ours returns (H200's host, Sapphire Rapids)
+constexpr double kMemoryShare = 0.9;   // of the bandwidth in known_gpus.cpp (a copy reaches 0.89 on an H200)
+constexpr double kProductShare = 0.9;  // of the peak rate of mma.sync, wgmma or the FMA units
+constexpr double kOtherLines = 3;      // clocks per multiply-add, relative to a line of three taps with a stride of 1
+constexpr double kFusedCall = 10e-6;   // CPU time until a fused call returns (an H200's host, Sapphire Rapids)
 
-// Registers of a thread beside its sums (fragments, addresses, loop state), as ptxas of CUDA 13.0 reports for sm_80 and
+// Registers per thread beside its sums (fragments, addresses, loop state), as ptxas of CUDA 13.0 reports for sm_80 and
 // sm_90: 93 to 124 in the kernels of CP and linear, 110 to 132 in Tucker's.
 constexpr int kOtherRegisters = 104, kOtherTuckerRegisters = 120, kMostRegisters = 255;
-constexpr int kRegisters = 65536, kMaxCtas = 16;  // of a multiprocessor; the least of all architectures
-constexpr int64_t kReservedShared = 1024;         // the system's, of each CTA's shared memory
+constexpr int kRegisters = 65536, kMaxCtas = 16;  // per multiprocessor; kMaxCtas: the least of all architectures
+constexpr int64_t kReservedShared = 1024;         // the system's part of each CTA's shared memory
 
 double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   if (p.dtype == DType::kDouble) return caps.fp64_flops;
@@ -41,8 +41,9 @@ const FusedConstants& constants_of(const Problem& p, const GpuKernel& kernel) {
   return words ? kSm80Words : kSm80Halves;
 }
 
-// How often ldmatrix must repeat for bank conflicts, on average: eight neighbouring pixels of a tile read rows of the
-// hidden tile, which are odd multiples of 16 bytes apart, so that rows of equal remainder by 8 share their banks.
+// How often ldmatrix has to read because of bank conflicts, on average (1: no conflicts). Eight neighbouring pixels of
+// a tile read rows of the hidden tile. Rows are an odd multiple of 16 bytes apart, so those with equal remainder by 8
+// share their banks.
 double bank_conflicts(const Geometry& g) {
   constexpr int kRows = 8;
   const int line = g.columns.halo() * g.rows.stride;
@@ -58,14 +59,14 @@ double bank_conflicts(const Geometry& g) {
   return double(repeats) / groups;
 }
 
-// Products of a warp, of `tiles` x the configuration's columns, along `steps` steps of depth.
+// kProducts of a warp: `tiles` tiles of 16 rows times the warp's columns, over `steps` steps of depth.
 double products(const Config& c, bool simt, int tiles, double steps) {
-  // A step of multiply-adds is 16 x 8 x 8 of them, 32 of each thread, in four-byte elements.
+  // Without tensor cores a step is 16 x 8 x 8 multiply-adds in four-byte elements, 32 per thread.
   return tiles * c.rank_tiles * steps * (simt ? 0.5 : 1);
 }
 
-// One tile's work, counted for a warp. Passes, chunks and rows are those that the kernel goes through, padding
-// included.
+// The work of one CTA, counted per warp or per thread as FusedFeature says. Passes, chunks and rows are those that the
+// kernel goes through, padding included.
 class Counter {
  public:
   Counter(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l)
@@ -84,26 +85,26 @@ class Counter {
     found_[kWaits] = found_[kChunks] / (g.stages - 1);
   }
   FusedFeatures found() const { return found_; }
-  // Multiply-adds of a CTA on tensor cores (or FMA units), and beside them.
+  // Multiply-adds per CTA: of the matrix products, and of the depthwise stages.
   double multiply_adds() const { return multiply_adds_; }
   double depthwise_sums() const { return depthwise_; }
 
  private:
-  // `vectors` of 16 bytes, in copies of `width`.
+  // Copies `vectors` vectors of 16 bytes, `width` bytes at a time.
   void copy(double vectors, int64_t width) {
     const bool asynchronous = width >= 4 && (width > element_ || element_ <= 4);
-    const double a_thread = vectors / c_.threads();
+    const double per_thread = vectors / c_.threads();
     if (asynchronous)
-      found_[kCopies] += a_thread * double(kVectorBytes / width);
+      found_[kCopies] += per_thread * double(kVectorBytes / width);
     else
-      found_[kLoads] += a_thread * double(kVectorBytes / element_);
+      found_[kLoads] += per_thread * double(kVectorBytes / element_);
   }
   void multiply(int tiles, double steps, double conflicts = 1) {
     found_[kProducts] += products(c_, simt_, tiles, steps) * (1 + 0.25 * (conflicts - 1));
     const double warps = c_.warps_m * c_.warps_n;
     multiply_adds_ += warps * 16 * tiles * 8 * c_.rank_tiles * steps * (kStepBytes / element_);
   }
-  // Chunks of a factor: `passes` over the configuration's columns, `rows_bytes` of a row, `chunk` bytes at a time.
+  // Streams a factor: `passes` passes over its rows, each row's `row_bytes` in chunks of `chunk` bytes.
   void stream(double passes, double row_bytes, int chunk, int tiles, double conflicts = 1) {
     const double chunks_of_row = double(ceil_div(int64_t(row_bytes), chunk));
     found_[kChunks] += passes * chunks_of_row;
@@ -150,7 +151,8 @@ class Counter {
   double multiply_adds_ = 0, depthwise_ = 0;
 };
 
-// How many rounds of CTAs the busiest multiprocessor goes through, lengthened by what its warps wait for each other.
+// How many rounds of CTAs the busiest multiprocessor goes through, each lengthened by the contention of its warps.
+// `together`: CTAs that a multiprocessor holds at a time.
 double rounds(const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps, int64_t together) {
   const auto contention = [&](double ctas) {
     return 1 + kContention * std::max(0.0, ctas * kernel.shape.threads() / 32 / kSchedulers - 1);
@@ -161,7 +163,7 @@ double rounds(const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps, i
   return double(whole) * contention(double(together)) + (rest > 0 ? contention(double(last)) : 0);
 }
 
-// One CTA's counts, as often as the busiest multiprocessor goes through them.
+// One CTA's counts times the rounds of the busiest multiprocessor.
 FusedFeatures features_of(const Counter& counter, const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps,
                           int64_t together) {
   FusedFeatures found = counter.found();
@@ -173,7 +175,7 @@ FusedFeatures features_of(const Counter& counter, const Geometry& g, const GpuKe
 }  // namespace
 
 double clock_of(const GpuCaps& caps) {
-  const int lanes = caps.architecture <= 80 ? 64 : 128;  // FMA units of a multiprocessor
+  const int lanes = caps.architecture <= 80 ? 64 : 128;  // FMA units per multiprocessor
   return caps.fp32_flops / (2.0 * lanes * caps.multiprocessors);
 }
 
@@ -197,7 +199,7 @@ FusedFeatures fused_features(const Problem& p, const GpuKernel& kernel, const Ge
 
 namespace {
 
-// Fills in everything of a plan but its time. Returns what that is made of.
+// Fills in everything of a plan but its times. Returns the features that they are computed from.
 FusedFeatures count(Plan& plan, const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const SharedLayout& l) {
   const Geometry& g = plan.geometry;
   plan.shared_bytes = l.bytes;
@@ -214,7 +216,7 @@ FusedFeatures count(Plan& plan, const Problem& p, const GpuKernel& kernel, const
   plan.ctas = g.ctas();
   plan.waves = double(plan.ctas) / double(sms * together);
   plan.flops = 2 * double(plan.ctas) * (counter.multiply_adds() + counter.depthwise_sums());
-  // Neighbours' halos and the input's further passes come out of L2, as long as the CTAs at work fit into it.
+  // Neighbours' halos and further passes over the input come out of L2, as long as the tiles at work fit into it.
   const double tile_bytes = double(g.halo()) * g.s * element_bytes(p.dtype);
   const double at_work = double(std::min(plan.ctas, sms * together)) * tile_bytes;
   if (l.r1_passes > 1 && at_work > caps.l2_bytes / 2.0)

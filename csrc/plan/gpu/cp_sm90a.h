@@ -1,34 +1,34 @@
-// The sm90a CP kernel's cut: what it takes, and where things lie in shared memory. The planner, the launcher and the
-// kernel share it. Plain C++17.
+// The sm90a CP kernel's sizes and its layout of shared memory, for the planner, the launcher and the kernel. Plain
+// C++17.
 #pragma once
 
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops {
 
-// A tile is 14x8 pixels of the output, its halo 16x10: the window is 3x3. Matrices in shared memory have rows of 128
-// bytes, 64 channels or ranks of 2 bytes, but the hidden tiles, whose rows are 16 bytes longer.
+// A tile is 14x8 pixels of the output, its halo 16x10, as the window is 3x3. Matrices in shared memory have rows of 128
+// bytes: 64 channels or ranks of 2 bytes. Rows of the hidden tiles are 16 bytes longer.
 struct CpSm90a {
   static constexpr int kTileHeight = 14, kTileWidth = 8, kTaps = 3;
   static constexpr int kHaloHeight = 16, kHaloWidth = 10, kHaloPixels = 160;
   static constexpr int kRowBytes = 128, kSlice = 64, kPitch = 144;
   static constexpr int kSliceBytes = kHaloPixels * kRowBytes, kHiddenBytes = kHaloPixels * kPitch;
-  static constexpr int kBlockBytes = kSlice * kRowBytes;  // of 64 rows of a factor
-  static constexpr int kPairBytes = 48;                   // of the depthwise weights of two ranks, as floats
+  static constexpr int kBlockBytes = kSlice * kRowBytes;  // 64 rows of a factor
+  static constexpr int kPairBytes = 48;                   // the depthwise weights of two ranks, as floats
   static constexpr int kThreads = 384;                    // two warpgroups that compute, and one that copies
   static constexpr int kMostChannels = 256;               // S, T
   static constexpr int kMostRank = 1024;
-  static constexpr int kMostBytes = 232448;  // of a CTA's shared memory on every GPU of this architecture
+  static constexpr int kMostBytes = 232448;  // shared memory of one CTA on every GPU of this architecture
 
-  int slices = 0, parts = 0;  // of 64 input channels, of 64 ranks
+  int slices = 0, parts = 0;  // slices of 64 input channels, parts of 64 ranks
   int channels = 0;           // T, padded to 64, 128 or 256
-  int slots = 0;              // of the ring of the factors' parts
+  int slots = 0;              // slots of the ring that the factors' parts stream through
 
-  // Offsets in shared memory; bytes of a slot.
+  // Offsets in shared memory; bytes per slot; bytes in all.
   int ring = 0, hidden = 0, weights = 0, slot_bytes = 0, bytes = 0;
 };
 
-// `g.stages` are the slots of the ring.
+// `g.stages`: slots of the ring.
 constexpr CpSm90a cp_sm90a_layout(const Geometry& g) {
   using L = CpSm90a;
   L l;

@@ -1,5 +1,5 @@
-// GPUs that plans can be made for without having one. Figures of NVIDIA's data sheets and architecture whitepapers
-// (A100, GA102, Ada, H100, H200, B200), dense rates at boost clock, fp32 accumulation.
+// The GPUs that plans can be made for without having one. The figures are from NVIDIA's data sheets and architecture
+// whitepapers (A100, GA102, Ada, H100, H200, B200): rates without sparsity at boost clock, fp32 accumulation.
 #include <algorithm>
 #include <cctype>
 
@@ -10,18 +10,19 @@ namespace {
 
 constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
 
-// What mma.sync reaches of the rate that a data sheet gives for wgmma on Hopper: measured on an H200, 1.50 clocks of a
-// multiprocessor for an m16n8k16, where wgmma takes 1.00 for as much (benchmarks/gpu/hopper, h200_hopper.jsonl).
+// The rate of mma.sync on Hopper, as a share of the data sheet's rate, which is that of wgmma. Measured on an H200: an
+// m16n8k16 takes 1.50 clocks of a multiprocessor, where wgmma takes 1.00 for as much (benchmarks/gpu/hopper,
+// h200_hopper.jsonl).
 constexpr double kHopperMmaSync = 0.66;
 
-// Operations of a multiprocessor in a clock.
+// Operations per multiprocessor and clock.
 struct Rates {
   int architecture;
-  double fp32, fp64, tf32, fp16;      // of the FMA units, of mma.sync
-  double library_tf32, library_fp16;  // of the tensor cores
+  double fp32, fp64, tf32, fp16;      // FMA units; tensor cores through mma.sync
+  double library_tf32, library_fp16;  // tensor cores at their best
 };
-// Ampere's and Ada's consumer chips halve fp32 accumulation. Blackwell's data-center chips keep mma.sync for
-// compatibility only: taken as Ampere's rate, an estimate that no data sheet gives.
+// Consumer chips of Ampere and Ada run products with fp32 accumulation at half rate. Blackwell's data-center chips have
+// mma.sync for compatibility only: its rate here is Ampere's, an estimate that no data sheet gives.
 constexpr Rates kRates[] = {
     {75, 128, 4, 0, 512, 0, 512},
     {80, 128, 64, 1024, 2048, 1024, 2048},
@@ -39,7 +40,7 @@ GpuCaps gpu(const char* name, int architecture, int multiprocessors, int64_t sha
   caps.name = name;
   caps.architecture = architecture;
   caps.multiprocessors = multiprocessors;
-  caps.shared_bytes_cta = (shared_kib - 1) * kKiB;  // the system keeps 1 KiB of each CTA's
+  caps.shared_bytes_cta = (shared_kib - 1) * kKiB;  // the system keeps 1 KiB per CTA
   caps.shared_bytes_multiprocessor = shared_kib * kKiB;
   caps.l2_bytes = int64_t(l2_mib * kMiB);
   caps.memory_bytes_per_second = gigabytes * 1e9;
@@ -63,8 +64,8 @@ std::string plain(const std::string& name) {
 
 const std::vector<GpuCaps>& named_gpus() {
   constexpr double kHopper = kHopperMmaSync;
-  // name, architecture, SMs, shared KiB an SM, L2 MiB, GB/s; TFLOP/s: fp32, fp64, tensor tf32, fp16, mma.sync tf32,
-  // fp16
+  // name, architecture, SMs, shared KiB per SM, L2 MiB, GB/s; TFLOP/s: fp32, fp64, tensor cores tf32, fp16, mma.sync
+  // tf32, fp16
   static const std::vector<GpuCaps> gpus = {
       gpu("A100", 80, 108, 164, 40, 2039, 19.5, 9.7, 156, 312, 156, 312),  // SXM, 80 GB
       gpu("RTX 3090", 86, 82, 100, 6, 936, 35.6, 0.556, 35.6, 71.2, 35.6, 71.2),
@@ -83,13 +84,14 @@ const GpuCaps* find_gpu(const std::string& name) {
 }
 
 void fill_rates(GpuCaps& caps, double clock) {
-  // What the driver does not tell (virtual GPUs) must not become a division by zero: figures of a middling GPU.
+  // A driver may not report these (virtual GPUs). Figures of a middling GPU prevent a division by zero.
   constexpr double kUnknownClock = 1.5e9, kUnknownBandwidth = 1e12;
   if (clock <= 0) clock = kUnknownClock;
   if (caps.memory_bytes_per_second <= 0) caps.memory_bytes_per_second = kUnknownBandwidth;
   for (const GpuCaps& known : named_gpus()) {
     if (plain(caps.name).find(plain(known.name)) == std::string::npos ||
-        caps.multiprocessors != known.multiprocessors)  // another board of that name has another number
+        caps.multiprocessors !=
+            known.multiprocessors)  // another board of the same name has another number of multiprocessors
       continue;
     caps.memory_bytes_per_second = known.memory_bytes_per_second;
     caps.fp32_flops = known.fp32_flops;
@@ -100,7 +102,7 @@ void fill_rates(GpuCaps& caps, double clock) {
     caps.library_fp16_flops = known.library_fp16_flops;
     return;
   }
-  const Rates* rates = &kRates[0];  // the last architecture that is not newer
+  const Rates* rates = &kRates[0];  // of the newest listed architecture that is not newer than this one
   for (const Rates& known : kRates)
     if (known.architecture <= caps.architecture) rates = &known;
   const double clocks = clock * caps.multiprocessors;

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <climits>
 #include <cstdio>
-#include <cstring>
 #include <numeric>
 
-#include "plan/cpu/cost.h"
+#include "plan/counts.h"
 #include "plan/gpu/cost.h"
 #include "plan/gpu/search.h"
 #include "plan/gpu/sm90a.h"
@@ -14,23 +13,23 @@
 namespace lowrank_ops {
 namespace {
 
-// What the lines of kernel_table.inc expand to.
+// The names that the lines of kernel_table.inc expand to.
 constexpr Op kOp_tucker = Op::kTucker, kOp_cp = Op::kCP, kOp_linear = Op::kLinear;
 #define LOWRANK_OPS_NAME_tucker "tucker_conv2d"
 #define LOWRANK_OPS_NAME_cp "cp_conv2d"
 #define LOWRANK_OPS_NAME_linear "lowrank_linear"
 constexpr Family kFamily_sm90a = Family::kSm90a, kFamily_sm80 = Family::kSm80, kFamily_simt = Family::kSimt;
-constexpr int kFirst_sm90a = 90;  // and no other: wgmma, setmaxnreg
+constexpr int kFirst_sm90a = 90;  // and no other architecture: wgmma, setmaxnreg
 constexpr int kFirst_sm80 = 80;   // mma.sync with bf16 and tf32, cp.async
-constexpr int kFirst_simt = 75;   // what nvcc 13 still compiles for
+constexpr int kFirst_simt = 75;   // the oldest that nvcc 13 compiles for
 
-constexpr int kSimtDoubleConfig = 1;  // the one whose fp64 sums fit into the registers
+constexpr int kSimtDoubleConfig = 1;  // the only one whose fp64 sums fit into the registers
 
 std::string kib(int64_t bytes) {
   return std::to_string((bytes + 1023) / 1024) + " KiB";
 }
 
-std::string whole_number(double value) {  // also beyond 64 bits
+std::string whole_number(double value) {  // also of values that 64 bits do not hold
   char digits[64];
   std::snprintf(digits, sizeof digits, value < 1e18 ? "%.0f" : "%.3g", value);
   return digits;
@@ -39,7 +38,7 @@ std::string whole_number(double value) {  // also beyond 64 bits
 std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) {
     if (p.dtype == DType::kDouble && kernel.config != kSimtDoubleConfig)
-      return "float64 has its kernel in the configuration of 64 pixels";
+      return "float64 runs in the configuration of 64 pixels alone";
     return "";
   }
   if (p.dtype == DType::kDouble) return "tensor cores here take bfloat16, float16 and float32 as tf32, got float64";
@@ -52,7 +51,7 @@ std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
 }
 
 std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
-  if (is_sm90a(kernel)) {  // every build has its code, for that architecture alone
+  if (is_sm90a(kernel)) {  // every build has its code, for sm_90 alone
     if (caps.architecture != kernel.first_architecture)
       return "its instructions exist on sm_90 alone, this GPU is sm_" + std::to_string(caps.architecture);
     return caps.tensor_maps ? "" : "this driver has no cuTensorMapEncodeTiled: install one of CUDA 12.0 or newer";
@@ -63,10 +62,10 @@ std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
   return "";
 }
 
-// Whether this build has code of the kernel for the GPU.
+// Why this build has no code of the kernel for the GPU; "": it has.
 std::string code_reason(const GpuKernel& kernel, const GpuCaps& caps) {
   if (is_sm90a(kernel) || (caps.built_for.empty() && caps.built_ptx == 0)) return "";
-  // Code of an architecture runs on later ones of the same generation, PTX on all later ones.
+  // Machine code of an architecture runs on later ones of the same generation, PTX on all later architectures.
   bool runs = caps.built_ptx > 0 && caps.built_ptx <= caps.architecture;
   std::string built;
   for (const int architecture : caps.built_for) {
@@ -83,7 +82,7 @@ std::string code_reason(const GpuKernel& kernel, const GpuCaps& caps) {
 }  // namespace
 
 std::string size_reason(const Problem& p) {
-  constexpr int64_t kLargest = INT_MAX, kMargin = 1024;  // a tile beyond the last output
+  constexpr int64_t kLargest = INT_MAX, kMargin = 1024;  // a tile may reach beyond the last output
   const auto above = [&](const char* what, double value, double limit) {
     return value <= limit
                ? std::string()
@@ -108,7 +107,7 @@ std::string size_reason(const Problem& p) {
 namespace {
 
 TileAxis axis_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  // With one tap, the only positions that are needed are those of the outputs: the lattice of the stride.
+  // One tap needs only every stride-th position, so those are the units.
   const int64_t unit = kernel == 1 ? stride : dilation, common = std::gcd(stride, unit);
   TileAxis axis;
   axis.in = int(in);
@@ -128,7 +127,7 @@ const std::vector<GpuKernel>& gpu_kernels() {
 #define GPU_KERNEL(op, family, config, shape, verified_on)       \
   {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,                 \
    kOp_##op,                                                     \
-   #family,                                                      \
+   kFamily_##family,                                             \
    config,                                                       \
    config_of(kFamily_##family, config, kOp_##op != Op::kLinear), \
    kFirst_##family,                                              \
@@ -160,7 +159,7 @@ int gpu_kernel_index(const std::string& kernel_name) {
 
 Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits) {
   Geometry g;
-  if (p.op == Op::kLinear) {  // one image of one line, rows along it
+  if (p.op == Op::kLinear) {  // one image of one line; the layer's rows are its pixels
     g.n = 1;
     g.columns.in = g.columns.out = int(p.n);
   } else {
@@ -180,8 +179,12 @@ Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int s
   return g;
 }
 
+const char* name_of(Family family) {
+  return family == Family::kSimt ? "simt" : family == Family::kSm80 ? "sm80" : "sm90a";
+}
+
 bool is_simt(const GpuKernel& kernel) {
-  return std::strcmp(kernel.family, "simt") == 0;
+  return kernel.family == Family::kSimt;
 }
 
 int threads_of(const GpuKernel& kernel) {
@@ -195,7 +198,7 @@ bool is_lean(const Problem& p, const GpuKernel& kernel) {
 }
 
 SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry& geometry) {
-  if (is_sm90a(kernel)) {  // the rest is their own (<op>_sm90a.h)
+  if (is_sm90a(kernel)) {  // their own headers have the offsets (<op>_sm90a.h)
     SharedLayout layout;
     layout.bytes = sm90a_bytes(kernel, geometry);
     return layout;
@@ -215,7 +218,7 @@ CopyWidths copy_widths(const Problem& p) {
   if (widths.input == 0) widths.input = by_pixel || p.h * p.w == 1 ? dividing(p.s) : element;
   if (widths.factor == 0) widths.factor = std::min({dividing(p.s), dividing(p.r1), dividing(p.r2)});
   if (widths.output == 0) widths.output = by_pixel || p.oh * p.ow == 1 ? dividing(p.t) : element;
-  if (widths.output < kVectorBytes) widths.output = element;  // kernels write vectors of 16 bytes or elements
+  if (widths.output < kVectorBytes) widths.output = element;  // kernels write either 16-byte vectors or single elements
   return widths;
 }
 
@@ -227,7 +230,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   const Geometry& g = plan.geometry;
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
-  if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images a tile");
+  if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images per tile");
   if (g.splits > 1) notes.push_back("T split over " + std::to_string(g.splits) + " CTAs, earlier stages in each");
   if (g.rows.lattice > 1 || g.columns.lattice > 1)
     notes.push_back("tiles on the dilation's lattice " + std::to_string(g.rows.lattice) + "x" +
@@ -248,7 +251,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
     notes.push_back("input read " + std::to_string(l.r1_passes) + " times: R1 above the " +
                     std::to_string(kernel.shape.columns()) + " columns of a pass");
   if (l.halo_passes > 1)
-    notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times a tile: its halo is above " +
+    notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times per tile: its halo is above " +
                     std::to_string(kernel.shape.halo_rows()) + " pixels");
   if (!ran_right_on(kernel, caps))
     notes.push_back("its tests have not all run on this kind of GPU: checked before first use");
@@ -276,7 +279,7 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
     return candidate;
   }
   Plan& plan = candidate.plan;
-  plan.path = "fused";
+  plan.path = Path::kFused;
   plan.kernel = kernel.name;
   plan.gpu_kernel = gpu_kernel_index(kernel.name);
   plan.geometry = found.geometry;
@@ -294,12 +297,13 @@ bool is_measured(const GpuCaps& caps) {
 
 namespace {
 
-// Why "auto" does not take a plan.
+// Why "auto" does not take `plan`.
 std::string why_not(const Plan& plan, const Plan& chosen, double margin) {
   if (plan.predicted_seconds >= chosen.predicted_seconds) return "predicted to be slower";
   char text[128];
   std::snprintf(text, sizeof text,
-                "predicted less than %.1f times as fast, which nobody has measured on this architecture", margin);
+                "predicted less than %.1f times as fast as the chain; on this architecture nobody has measured",
+                margin);
   return text;
 }
 
@@ -336,13 +340,13 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
   decision.chosen = take_chain ? chain : fused.front();
   if (!take_chain && !want_fused && chain.gpu_seconds < margin * fused.front().gpu_seconds) {
     decision.chain_in_graphs = true;
-    decision.chosen.notes.push_back("in a CUDA graph, whose launches cost no time of the CPU, the chain runs");
+    decision.chosen.notes.push_back("in a CUDA graph, whose launches cost no CPU time, the chain runs");
   }
   decision.others.assign(fused.begin() + (take_chain ? 0 : 1), fused.end());
   if (!take_chain)
     decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);
   for (const Plan& plan : decision.others) {
-    const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == "chain");
+    const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == Path::kChain);
     decision.rejections.push_back({plan.kernel, forced ? std::string("a kernel is forced (force_gpu_kernel)")
                                                 : told ? by_policy(policy)
                                                        : why_not(plan, decision.chosen, margin)});

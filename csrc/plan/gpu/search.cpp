@@ -4,14 +4,15 @@
 #include <climits>
 #include <vector>
 
+#include "plan/counts.h"
 #include "plan/gpu/cost.h"
 #include "plan/gpu/sm90a.h"
 
 namespace lowrank_ops {
 namespace {
 
-// The tiles of an axis worth trying: powers of two, the whole axis, and what shares it out evenly, also rounded up to
-// `multiple`. Where the axis is a multiple itself, nothing else.
+// The tile sizes of an axis worth trying: the whole axis, equal shares of it, near-powers of two that divide it evenly,
+// and all of these rounded up to `multiple`. Where the axis is itself a multiple, only multiples.
 std::vector<int> tile_sizes(int outputs, int limit, int multiple) {
   std::vector<int> sizes;
   const auto add = [&](int64_t size) {
@@ -31,7 +32,7 @@ std::vector<int> tile_sizes(int outputs, int limit, int multiple) {
   return sizes;
 }
 
-// How many of `count` things in one of the given number of equal parts, for halves down to one.
+// The sizes of equal parts of `count` items: parts of at most `largest`, of half as many, and so on down to one.
 std::vector<int> halves(int64_t count, int64_t largest) {
   std::vector<int> parts;
   for (int64_t part = std::min(count, largest); part >= 1; part /= 2) {
@@ -41,8 +42,8 @@ std::vector<int> halves(int64_t count, int64_t largest) {
   return parts;
 }
 
-// Cuts whose predictions differ by less than this count as equally fast: the one of fewest operations (padding, halo
-// and repeated stages included) is taken, which leaves most to whatever else runs on the GPU.
+// Cuts whose predicted times differ by less than this factor count as equally fast. The one with the fewest operations
+// (padding, halo and repeated stages included) is then taken: it leaves most of the GPU to other work.
 constexpr double kEquallyFast = 1.02;
 
 struct Cut {
@@ -61,8 +62,8 @@ const Cut* best_of(const std::vector<Cut>& cuts) {
   return best;
 }
 
-// Shared memory that a cut needs at least, in numbers that cannot overflow: the hidden tiles alone. Sizes that pass
-// this are small enough for shared_layout's 32 bits.
+// A lower bound of the shared memory that a cut needs: the hidden tiles alone, computed in doubles, which do not
+// overflow. Where the bound fits into shared memory, shared_layout can compute in 32 bits.
 double hidden_bytes(const Problem& p, const Config& config, const Geometry& g) {
   const auto row = [&](int64_t rank) { return double(rank * element_bytes(p.dtype) + kVectorBytes); };
   const auto halo = [](const TileAxis& axis) { return double(axis.tile - 1) * axis.stride + axis.kernel; };
@@ -76,7 +77,7 @@ class Search {
       : p_(p), kernel_(kernel), caps_(caps), whole_(geometry_of(p, 1, 1, 1, 2, 1)) {}
 
   FoundCut run() {
-    // ldmatrix reads eight neighbouring pixels at a time: without bank conflicts where they lie in one line.
+    // ldmatrix reads eight neighbouring pixels at a time, without bank conflicts where all eight lie in one line.
     constexpr int kLineMultiple = 8;
     try_tiles(kLineMultiple);
     if (cuts_.empty()) try_tiles(1);
@@ -106,7 +107,7 @@ class Search {
       least_bytes_ = std::min(least_bytes_, hidden);
       return;
     }
-    // Also beyond what 64 bits hold.
+    // In doubles: the product may exceed 64 bits.
     if (double(ceil_div(g.n, g.tile_n)) * g.rows.tiles() * g.columns.tiles() > INT_MAX) {
       too_many_ctas_ = true;
       return;
@@ -119,7 +120,7 @@ class Search {
       if (layout.bytes > caps_.shared_bytes_cta) return;
       for (const int share : halves(out_passes, out_passes)) {
         g.splits = int(ceil_div(out_passes, share));
-        if (g.ctas() > INT_MAX) break;  // more splits only make more of them
+        if (g.ctas() > INT_MAX) break;  // more splits only make more CTAs
         plan.geometry = g;
         cost_fused(plan, p_, kernel_, caps_, layout);
         cuts_.push_back({g, plan.predicted_seconds, plan.flops});
@@ -137,12 +138,12 @@ class Search {
   bool too_many_ctas_ = false;
 };
 
-// There is nothing to choose.
+// The cut of an sm90a kernel, which has no choice of tiles.
 FoundCut only_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps) {
   FoundCut found;
   found.geometry = sm90a_cut(problem, kernel);
   found.least_shared_bytes = sm90a_bytes(kernel, found.geometry);
-  // Also beyond what 64 bits hold; a CTA's last step goes two grids beyond the tiles.
+  // In doubles: the product may exceed 64 bits. A CTA's tile counter runs to two grids beyond the last tile.
   const Geometry& g = found.geometry;
   const double tiles = double(g.n) * g.rows.tiles() * g.columns.tiles() + 2 * caps.multiprocessors;
   found.too_many_ctas = tiles > INT_MAX;

@@ -1,32 +1,32 @@
 #include "plan/gpu/sm90a.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace lowrank_ops {
 namespace {
 
 constexpr int kLeastSlots = 2;
-constexpr int64_t kMostChannels = 65536;  // their slices' bytes fit into 32 bits
+constexpr int64_t kMostChannels = 65536;  // with these the bytes of all slices fit into 32 bits
 
 std::string number(int64_t value) {
   return std::to_string(value);
 }
-std::string pair(int64_t height, int64_t width) {
+std::string size_text(int64_t height, int64_t width) {
   return number(height) + "x" + number(width);
 }
 std::string above(const char* what, int64_t value, int64_t most) {
   return value <= most ? "" : std::string(what) + " must be at most " + number(most) + ", got " + number(value);
 }
 
-// Of either Tucker kernel: its ranks, and the pixels of a tile with its halo.
+// Why a Tucker kernel cannot take the ranks, the channels or the window of a problem; "": it can. `most_pixels`: of a
+// tile with its halo.
 std::string tucker_reason(const Problem& p, int most_rank, int most_pixels) {
   std::string reason = above("ranks", std::max(p.r1, p.r2), most_rank);
   if (reason.empty()) reason = above("channels", std::max(p.s, p.t), kMostChannels);
   if (!reason.empty()) return reason;
   const int64_t height = TuckerSm90a::kTileSide - 1 + p.kh, width = TuckerSm90a::kTileSide - 1 + p.kw;
   if (height > most_pixels || width > most_pixels || height * width > most_pixels)
-    return "a tile with its halo must have at most " + number(most_pixels) + " pixels, got " + pair(height, width);
+    return "a tile with its halo must have at most " + number(most_pixels) + " pixels, got " + size_text(height, width);
   return "";
 }
 std::string tucker_reason(const Problem& p) {
@@ -36,8 +36,8 @@ std::string tucker_reason(const Problem& p) {
 Geometry tucker_cut(const Problem& p, int slots) {
   return geometry_of(p, 1, TuckerSm90a::kTileSide, TuckerSm90a::kTileSide, slots, 1);
 }
-// With two slots the wide kernel, which reads the factors anew for each pair of tiles, is faster (on an H200, 256
-// channels and ranks of 64: 45 us against 52).
+// Where shared memory holds only two slots the wide kernel is faster, although it reads the factors anew for each pair
+// of tiles (on an H200, 256 channels and ranks of 64: 45 us against 52).
 constexpr int kLeastSharedSlots = 3;
 
 std::string wide_reason(const Problem& p) {
@@ -50,7 +50,7 @@ std::string wide_reason(const Problem& p) {
 
 std::string cp_reason(const Problem& p) {
   using L = CpSm90a;
-  if (p.kh != L::kTaps || p.kw != L::kTaps) return "the window must be 3x3, got " + pair(p.kh, p.kw);
+  if (p.kh != L::kTaps || p.kw != L::kTaps) return "the window must be 3x3, got " + size_text(p.kh, p.kw);
   std::string reason = above("channels", std::max(p.s, p.t), L::kMostChannels);
   if (reason.empty()) reason = above("the rank", p.r1, L::kMostRank);
   if (reason.empty() && p.t % 32 != 0) reason = "output channels must be a multiple of 32, got " + number(p.t);
@@ -60,7 +60,7 @@ std::string cp_reason(const Problem& p) {
 }  // namespace
 
 bool is_sm90a(const GpuKernel& kernel) {
-  return std::strcmp(kernel.family, "sm90a") == 0;
+  return kernel.family == Family::kSm90a;
 }
 
 bool is_wide_sm90a(const GpuKernel& kernel) {
@@ -74,18 +74,17 @@ std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
   if (std::min({widths.input, widths.factor, widths.output}) < kVectorBytes)
     return "channels, ranks and strides must be multiples of 16 bytes";
   if (p.repeats)
-    return "the input or a factor repeats elements (a stride of 0, rows that overlap): the copy engine takes none of "
-           "those";
-  if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + pair(p.stride[0], p.stride[1]);
+    return "the input or a factor repeats elements (a stride of 0, rows that overlap): TMA copies take none of those";
+  if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + size_text(p.stride[0], p.stride[1]);
   const bool dilated = (p.kh > 1 && p.dilation[0] != 1) || (p.kw > 1 && p.dilation[1] != 1);
-  if (dilated) return "dilation must be 1, got " + pair(p.dilation[0], p.dilation[1]);
+  if (dilated) return "dilation must be 1, got " + size_text(p.dilation[0], p.dilation[1]);
   if (p.op == Op::kCP) return cp_reason(p);
   return is_wide_sm90a(kernel) ? wide_reason(p) : tucker_reason(p);
 }
 
 namespace {
 
-// From a cut with the fewest slots on as many as `fits` allows.
+// `g` with as many slots as `fits` allows, from its own number to `most`.
 template <typename Fits>
 Geometry most_slots(Geometry g, int most, const Fits& fits) {
   for (Geometry more = g; more.stages <= most && fits(more); ++more.stages) g = more;
@@ -103,7 +102,7 @@ Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel) {
   if (!is_wide_sm90a(kernel))
     return most_slots(tucker_cut(p, kLeastSharedSlots), TuckerSm90a::kMostSlots,
                       [](const Geometry& g) { return sm90a_layout(g).bytes <= TuckerSm90a::kMostBytes; });
-  // The factors' ring has the rest of shared memory: enough for what is on its way through L2.
+  // The factors' ring takes the rest of shared memory; with this many slots it covers the way of its blocks through L2.
   constexpr int kEnough = 4;
   return most_slots(tucker_cut(p, kLeastSlots), kMaxStages, [](const Geometry& g) {
     const TuckerWideSm90a layout = wide_sm90a_layout(g);
@@ -126,13 +125,13 @@ int64_t sm90a_ctas(const Geometry& g, const GpuCaps& caps) {
 }
 
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& g, const GpuCaps& caps) {
-  const int64_t groups = kernel.op == Op::kCP ? 1 : TuckerSm90a::kGroups;  // CP's share a tile
+  const int64_t groups = kernel.op == Op::kCP ? 1 : TuckerSm90a::kGroups;  // CP's warpgroups share a tile
   return ceil_div(ceil_div(g.tiles(), sm90a_ctas(g, caps)), groups);
 }
 
 namespace {
 
-// Steps of products are wgmmas of depth 16 and 64 columns.
+// kProducts counts wgmmas of depth 16 and 64 columns.
 void count_cp(FusedFeatures& found, double turns, const CpSm90a& layout) {
   found[kChunks] = turns * layout.slices;
   found[kDepthwise] = turns * layout.parts;
@@ -142,13 +141,13 @@ void count_cp(FusedFeatures& found, double turns, const CpSm90a& layout) {
 
 void count_tucker(FusedFeatures& found, double turns, const Geometry& g, const TuckerSm90a& layout) {
   const double taps = g.taps() * layout.ranks / double(TuckerSm90a::kSlice);
-  found[kCopies] = layout.slices + layout.chunks + taps;  // blocks of factors, once
+  found[kCopies] = layout.slices + layout.chunks + taps;  // blocks of factors, copied once per CTA
   found[kChunks] = turns * layout.slices;
   found[kProducts] = turns * taps * layout.ranks / 16;
   found[kOutputs] = turns * layout.chunks;
 }
 
-// Products are blocks of the core, of both groups; all counts are of 128 ranks.
+// kProducts counts blocks of the core, which both groups multiply; all counts are in units of 128 ranks.
 void count_wide(FusedFeatures& found, double turns, const Geometry& g, const TuckerWideSm90a& layout) {
   found[kChunks] = turns * layout.slices * layout.r1_parts / 2.0;
   found[kProducts] = turns * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
@@ -163,7 +162,7 @@ double cp_flops(const CpSm90a& layout) {
   return first + middle + 2 * slice * layout.channels * rank;
 }
 
-// `first_rows`: ranks that stage 1 computes, R1 and R2 padded; all tiles have 64 pixels.
+// Multiply-adds per tile of 64 pixels. `first_rows`: ranks that stage 1 computes; `r1`, `r2`: the ranks, padded.
 double tucker_flops(const Geometry& g, double halo_rows, double first_rows, double r1, double r2) {
   const double s = double(round_up(g.s, 64)), t = double(round_up(g.t, 64));
   return halo_rows * first_rows * s + 64 * (g.taps() * r1 * r2 + t * r2);

@@ -1,5 +1,5 @@
-// The planner's part of the sm90a kernels (kernels/tucker_sm90a.cuh, tucker_wide_sm90a.cuh, cp_sm90a.cuh): what they
-// take, their cuts, what they cost. Plain C++17.
+// The planner's part of the sm90a kernels (cuda/kernels/tucker_sm90a.cuh, tucker_wide_sm90a.cuh, cp_sm90a.cuh): the
+// problems that they take, their cuts, their costs. Plain C++17.
 #pragma once
 
 #include <string>
@@ -15,15 +15,16 @@ bool is_sm90a(const GpuKernel& kernel);
 bool is_wide_sm90a(const GpuKernel& kernel);
 // Why the kernel cannot take a problem, on any GPU; "": it can.
 std::string sm90a_reason(const Problem& problem, const GpuKernel& kernel);
-// The cut: the kernel's tile, and as many slots of the ring as shared memory holds, which may be too few.
+// The cut: the kernel's fixed tile, and as many slots of the ring as fit into shared memory. Where even the fewest
+// slots do not fit, sm90a_bytes of the cut exceeds the shared memory.
 Geometry sm90a_cut(const Problem& problem, const GpuKernel& kernel);
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& geometry);
 int sm90a_threads(const GpuKernel& kernel);
 int64_t sm90a_ctas(const Geometry& geometry, const GpuCaps& caps);
-// How many tiles the busiest warpgroup computes one after the other.
+// How many tiles the busiest warpgroup computes one after the other (CP's two warpgroups share each tile).
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& geometry, const GpuCaps& caps);
 FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& geometry, const GpuCaps& caps);
-// Multiplications and additions, padding and halos included.
+// Multiplications and additions of all tiles, padding and halos included.
 double sm90a_flops(const GpuKernel& kernel, const Geometry& geometry);
 
 }  // namespace lowrank_ops

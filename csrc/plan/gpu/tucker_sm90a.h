@@ -1,8 +1,8 @@
-// The sm90a Tucker kernel's cut: which problems it takes, and where things lie in shared memory. The planner, the
-// launcher and the kernel share it. Plain C++17.
+// The sm90a Tucker kernel's sizes and its layout of shared memory, for the planner, the launcher and the kernel. Plain
+// C++17.
 #pragma once
 
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops {
 
@@ -10,28 +10,29 @@ namespace lowrank_ops {
 // channels or ranks of 2 bytes.
 struct TuckerSm90a {
   static constexpr int kTileSide = 8, kRowBytes = 128, kSlice = 64;
-  static constexpr int kBlockBytes = kSlice * kRowBytes;  // of 64 rows: a slice of a factor, a chunk of the output
+  static constexpr int kBlockBytes = kSlice * kRowBytes;  // 64 rows: a slice of a factor, a chunk of the output
   static constexpr int kGroups = 2;                       // warpgroups that compute
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kMostRank = 64, kMostRows = 144;  // of the hidden tile
+  static constexpr int kMostRank = 64, kMostRows = 144;  // kMostRows: of the hidden tile
   static constexpr int kMostSlots = 8;
-  static constexpr int kBarrierBytes = 256;  // kMostSlots x (kGroups + 1) and 3 more, of 8 bytes
-  static constexpr int kMostBytes = 232448;  // of a CTA's shared memory on every GPU of this architecture
+  static constexpr int kBarrierBytes = 256;  // kMostSlots x (kGroups + 1) + 3 barriers of 8 bytes
+  static constexpr int kMostBytes = 232448;  // shared memory of one CTA on every GPU of this architecture
 
-  int rows = 0;   // of a slice of the input and of the hidden tile: halo pixels, padded to what wgmma takes
+  int rows = 0;   // rows of a slice of the input and of the hidden tile: halo pixels, padded to a size that wgmma takes
   int ranks = 0;  // 32 or 64: R1 and R2, padded
-  int slices = 0, chunks = 0;  // of 64 input channels, of 64 output channels
-  int slots = 0;               // of the ring of slices that the groups share
-  int skip = 0;                // slots from the end of a group's tile to its next one
+  int slices = 0, chunks = 0;  // slices of 64 input channels, chunks of 64 output channels
+  int slots = 0;               // slots of the ring of slices that the groups share
+  int skip = 0;                // slots between the end of a group's tile and the beginning of its next one
 
   // Offsets in shared memory.
   int bias = 0, hidden = 0, in_factor = 0, core = 0, out_factor = 0, ring = 0, bytes = 0;
 
-  LOWRANK_OPS_BOTH constexpr int slice_bytes() const { return rows * kRowBytes; }  // a multiple of 1024: rows / 8
+  // A multiple of 1024, as rows are a multiple of 8.
+  LOWRANK_OPS_BOTH constexpr int slice_bytes() const { return rows * kRowBytes; }
   LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(slice_bytes(), 2 * kBlockBytes); }
 };
 
-// `g.stages` are the slots.
+// `g.stages`: slots of the ring.
 constexpr TuckerSm90a sm90a_layout(const Geometry& g) {
   using L = TuckerSm90a;
   L l;

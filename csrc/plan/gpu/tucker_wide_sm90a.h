@@ -1,8 +1,8 @@
-// The cut of the sm90a Tucker kernel for ranks up to 128 and for factors beyond shared memory: which problems it takes,
-// and where things lie in shared memory. The planner, the launcher and the kernel share it. Plain C++17.
+// The sizes and the layout of shared memory of the sm90a Tucker kernel for ranks of at most 128 and for factors that do
+// not fit into shared memory: for the planner, the launcher and the kernel. Plain C++17.
 #pragma once
 
-#include "plan/gpu/geometry.h"
+#include "plan/geometry.h"
 
 namespace lowrank_ops {
 
@@ -10,31 +10,31 @@ namespace lowrank_ops {
 // Matrices in shared memory have rows of 128 bytes: 64 channels or ranks of 2 bytes. Ranks come in parts of 64.
 struct TuckerWideSm90a {
   static constexpr int kTileSide = 8, kRowBytes = 128, kSlice = 64;
-  static constexpr int kPartBytes = kSlice * kRowBytes;  // of 64 rows
-  static constexpr int kRows = 104;                      // of a hidden tile and of a slice of the input: halo pixels
-  static constexpr int kSliceBytes = kRows * kRowBytes;  // a multiple of 1024
+  static constexpr int kPartBytes = kSlice * kRowBytes;  // 64 rows of a factor
+  static constexpr int kRows = 104;  // halo pixels, padded: rows of a hidden tile and of a slice of the input
+  static constexpr int kSliceBytes = kRows * kRowBytes;  // a multiple of 1024, as the swizzle needs
   static constexpr int kMostRank = 128;
   static constexpr int kGroups = 2;  // warpgroups that compute
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kLeastSlots = 2, kMostSlots = 8;  // of the ring of the factors' blocks
-  static constexpr int kBarrierBytes = 256;              // 2 x (kMostSlots + kGroups x kMaxStages), of 8 bytes
-  static constexpr int kMostBytes = 232448;              // of a CTA's shared memory on every GPU of this architecture
+  static constexpr int kLeastSlots = 2, kMostSlots = 8;  // slots of the ring of the factors' blocks
+  static constexpr int kBarrierBytes = 256;              // 2 x (kMostSlots + kGroups x kMaxStages) barriers of 8 bytes
+  static constexpr int kMostBytes = 232448;              // shared memory of one CTA on every GPU of this architecture
 
-  int r1_parts = 0, r2_parts = 0;  // of 64 ranks
-  int slices = 0, chunks = 0;      // of 64 input channels, of 64 output channels
-  int input_slots = 0;             // of each group's ring of slices
-  int slots = 0, slot_bytes = 0;   // of the ring of the factors' blocks
+  int r1_parts = 0, r2_parts = 0;  // parts of 64 ranks
+  int slices = 0, chunks = 0;      // slices of 64 input channels, chunks of 64 output channels
+  int input_slots = 0;             // slots of each group's ring of slices
+  int slots = 0, slot_bytes = 0;   // slots of the ring of the factors' blocks
 
   // Offsets in shared memory.
   int bias = 0, hidden = 0, inputs = 0, ring = 0, bytes = 0;
 
   LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(r1_parts * kSliceBytes, 2 * kPartBytes); }
-  // Blocks of the factors that the ring brings for every pair of tiles.
+  // Blocks of the factors that pass through the ring per pair of tiles.
   LOWRANK_OPS_BOTH constexpr int blocks(int taps) const { return slices + taps * r1_parts + chunks; }
 };
 
-// `g.stages` are the slots of a group's ring of slices. The factors' ring gets what is left of shared memory, at least
-// kLeastSlots: then `bytes` may be above kMostBytes.
+// `g.stages`: slots of each group's ring of slices. The factors' ring takes what is left of shared memory, but at least
+// kLeastSlots slots: `bytes` exceeds kMostBytes where those do not fit.
 constexpr TuckerWideSm90a wide_sm90a_layout(const Geometry& g) {
   using L = TuckerWideSm90a;
   L l;

@@ -1,1 +1,1 @@
-"""The CUDA kernels on a CPU: a simulator of the hardware, and what drives it."""
+"""The CUDA kernels on a CPU: a simulator of the hardware, and the Python code that drives it."""

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels and the simulator with g++.
 
-Objects are kept in build/simt under the hash of flags, source and what it includes.
+Objects are kept in build/simt under a hash of the flags, the source and all files that it includes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.paths import CSRC, REPOSITORY, SIMULATOR
 SOURCES = (
     *(
         path for path in sorted((CSRC / "cuda/kernels").glob("*.cu")) if "sm90a" not in path.stem
-    ),  # hopper.cpp has those
+    ),  # hopper.cpp includes those
     *sorted((CSRC / "plan").rglob("*.cpp")),
     *sorted(SIMULATOR.glob("*.cpp")),
 )
@@ -32,7 +32,7 @@ def compiler() -> str | None:
 
 
 def missing() -> str:
-    """Why nothing can be built here; empty: it can."""
+    """Why the simulator cannot be built here; empty: it can."""
     if compiler() is None:
         return "the simulated kernels are compiled by g++, which is not installed"
     return ""
@@ -68,7 +68,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _content(source: Path, seen: set[Path]) -> bytes:
-    """Of a source and everything of ours that it includes."""
+    """The text of a source and of all our files that it includes."""
     seen.add(source)
     text = source.read_bytes()
     parts = [text]
@@ -82,7 +82,7 @@ def _content(source: Path, seen: set[Path]) -> bytes:
 
 @functools.cache
 def build(sanitize: bool = False) -> Path:
-    """The library of all kernels; with ``sanitize`` the program that `sanitized` runs."""
+    """The library of all kernels; with ``sanitize`` the program that `harness.sanitized` runs."""
     command = compiler()
     assert command is not None, missing()
     folder = REPOSITORY / "build/simt"
@@ -99,17 +99,17 @@ def build(sanitize: bool = False) -> Path:
 
     def compile_one(source: Path, target: Path) -> None:
         if not target.exists():
-            part = target.with_suffix(f".{os.getpid()}.part")  # whoever is ended leaves no half of it
+            part = target.with_suffix(f".{os.getpid()}.part")  # a process that is killed leaves no half-written object
             _call([command, *flags_for(source), "-c", str(source.relative_to(REPOSITORY)), "-o", str(part)])
             os.replace(part, target)
 
     sources = [source for source in SOURCES if sanitize or source.name != "replay.cpp"]
     objects = [object_for(source) for source in sources]
-    names = [path.name for path in objects]  # not where they lie: the library may be carried to another machine
+    names = [path.name for path in objects]  # not the folder: the library may be carried to another machine
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
     target = folder / (f"kernels_sanitized-{key}" if sanitize else f"kernels-{key}.so")
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a test run need the same: one compiles it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of a test run's processes, which all need it, one compiles
         if target.exists():
             return target
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -1,4 +1,4 @@
-"""Problems for the simulated kernels, at the edges of their tiles, and what their results are judged by."""
+"""Problems for the simulated kernels, at the edges of their tiles, and the error budgets of their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANNELS_LAST = torch.channels_last
 
 
 def dtypes_of(kernel: Kernel) -> tuple[torch.dtype, ...]:
-    """What a kernel takes; fp32 on tensor cores is tf32."""
+    """The dtypes that a kernel takes. float32 on tensor cores (sm80) is multiplied as tf32."""
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     return (*narrow, torch.float64) if (kernel.family, kernel.config) == ("simt", 1) else narrow
 
@@ -40,7 +40,7 @@ class Case:
     call: Call
 
     def output(self) -> Tensor:
-        """Where the result goes: dense in the input's memory format."""
+        """An empty tensor for the result: dense, in the input's memory format."""
         shape = self.call.exact().shape
         x = self.call.tensors["input"]
         memory_format = torch.contiguous_format
@@ -49,7 +49,7 @@ class Case:
         return torch.empty(shape, dtype=x.dtype, memory_format=memory_format)
 
     def launch(self) -> tuple[Kernel, Cut, dict[str, Tensor], dict[str, Any], Tensor]:
-        """The arguments of harness.run. A linear layer's rows are one axis there."""
+        """The arguments of `harness.run`, in which a linear layer's rows are one axis."""
         tensors, output = dict(self.call.tensors), self.output()
         if self.kernel.op == "lowrank_linear":
             tensors["input"], output = tensors["input"].flatten(0, -2), output.flatten(0, -2)
@@ -71,7 +71,7 @@ class Case:
 
 
 def round_to_tf32(tensor: Tensor) -> Tensor:
-    """To nearest, ties away from zero."""
+    """Rounds to the nearest tf32, ties away from zero."""
     return ((tensor.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
 
@@ -110,7 +110,7 @@ def _input_size(out: int, kernel: int, stride: int, padding: int, dilation: int)
 
 
 def convolution(kernel: Kernel, dtype: torch.dtype, out: tuple[int, int], cut: Cut, /, **options: Any) -> Case:
-    """A convolution by the size of its output. CP has the one rank r1."""
+    """A convolution whose output has size ``out``. CP's only rank is r1."""
     problem = Problem(kernel.op, dtype=dtype, **options)
     window = zip(out, problem.kernel, problem.stride, problem.padding, problem.dilation, strict=True)
     h, w = (_input_size(*axis) for axis in window)

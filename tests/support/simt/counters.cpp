@@ -11,7 +11,7 @@ namespace {
 constexpr int kSectorBytes = 32, kBankBytes = 4, kBanks = 32;
 
 struct Traffic {
-  std::vector<uint16_t> times;  // for each two bytes
+  std::vector<uint16_t> times;  // per two bytes: how often accessed
   int64_t bytes = 0, sectors = 0, requests = 0;
 };
 
@@ -60,7 +60,7 @@ void add_one(uint16_t* times) {
   Vector value;
   std::memcpy(&value, times, sizeof value);
   value = value + 1;
-  value |= Vector(value == 0);  // the most that can be counted
+  value |= Vector(value == 0);  // saturates at the largest count
   std::memcpy(times, &value, sizeof value);
 }
 
@@ -93,7 +93,7 @@ void count_sectors(Traffic& traffic, const Instruction& instruction) {
   traffic.requests++;
 }
 
-// 32 lanes of up to 4 bytes are served together, 16 of 8 bytes, 8 of 16 bytes.
+// Lanes that are served together: 32 with accesses of at most 4 bytes, 16 with 8 bytes, 8 with 16 bytes.
 void count_banks(const Instruction& instruction) {
   const auto [site, primitive, bytes, buffer] = instruction.what;
   const int together = std::min(kLanes, kBanks * kBankBytes / bytes);

@@ -1,5 +1,5 @@
-// What csrc/cuda/kernels/launch.h needs of the CUDA runtime, for compilers that have no CUDA: `-I tests/support/simt` finds this
-// file in the toolkit's place.
+// The names of the CUDA runtime that csrc/cuda/kernels/launch.h uses, for compilers that have no CUDA: with `-I
+// tests/support/simt` they find this file instead of the toolkit's.
 #pragma once
 
 #ifdef __CUDACC__

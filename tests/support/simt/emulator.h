@@ -1,8 +1,9 @@
-// csrc/cuda/kernels/hopper.cuh on a CPU: the sm90a kernels run with a thread of the host for each of a CTA, one CTA after
-// the other. Indices, layouts, swizzles, descriptors, barriers and their phases are as on the GPU. What may happen late
-// does: a load of the copy engine arrives when it likes, its stores and the products of wgmma read their operands as
-// late as the waits allow. A read of what no proxy fence has made visible, an address out of bounds, a wait that never
-// ends: each ends the launch with its name. Not emulated: the order of memory among threads, the limit of registers.
+// The emulator of Hopper: csrc/cuda/kernels/hopper.cuh on a CPU. The sm90a kernels run with one host thread per CUDA
+// thread, one CTA after the other. Indices, layouts, swizzles, descriptors, barriers and their phases are as on the
+// GPU. Whatever may happen late does happen late: a load by TMA arrives after a random delay; stores by TMA and the
+// products of wgmma read their operands as late as the waits allow. A launch ends with an error at a read of data that
+// no proxy fence has made visible, at an address out of bounds, and at a wait that never ends. Not emulated: the order
+// of memory accesses among threads, the limit of registers.
 //
 // Sources: as hopper.cuh.
 #pragma once
@@ -11,7 +12,7 @@
 
 #include "emulator_threads.h"
 
-// How the copy engine walks a tensor (kernels/tensor_map.h).
+// A tensor map: how a tensor lies in memory, for TMA (cuda/kernels/tensor_map.h).
 struct CUtensorMap {
   unsigned char* start;
   int axes;
@@ -20,19 +21,19 @@ struct CUtensorMap {
 
 namespace lowrank_ops::hopper {
 
-// The values of a lane that the others of its warp read: an operand of wgmma, the address of a row.
+// Values that a lane shows to the other lanes of its warp: an operand of wgmma, the address of a row.
 inline uint32_t exchange[32][32][5];
 
-// ---- The copy engine
+// ---- TMA
 
-// Where the 128-byte swizzle puts an address.
+// The address to which the 128-byte swizzle moves an address.
 inline uint32_t swizzle(uint32_t address) {
   return address ^ (address >> 7 & 7) << 4;
 }
 
 using BoxPlace = std::array<long, 5>;
 
-// Copies a box: rows of 128 bytes in the swizzle in shared memory. Returns its bytes.
+// Copies a box, which lies in shared memory as rows of 128 bytes in the swizzle. Returns its bytes.
 inline long copy_box(bool store, uint32_t shared, const CUtensorMap& map, const BoxPlace& first) {
   const long count = map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.box[4];
   for (long i = 0; i < count; ++i) {
@@ -84,7 +85,7 @@ inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, 
   load(shared, map, barrier, 5, {a, b, c, d, e});
 }
 
-// Groups of things that are done as late as the waits allow, by the thread that issued them.
+// Groups of operations that the issuing thread carries out as late as its waits allow.
 class Late {
  public:
   void issue(std::function<void()> work) { open_.push_back(std::move(work)); }
@@ -162,7 +163,7 @@ float widen_high(uint32_t both) {
   return widen<half>(uint16_t(both >> 16));
 }
 
-// ---- wgmma. A descriptor is of a matrix in the 128-byte swizzle, without base offset.
+// ---- wgmma. Descriptors are of matrices in the 128-byte swizzle, without base offset.
 
 inline uint64_t swizzled(uint32_t start, uint32_t stride) {
   return uint64_t((start & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t((stride & 0x3FFFF) >> 4) << 32 |
@@ -181,7 +182,7 @@ float element(uint64_t matrix, int row, int k) {
   std::memcpy(&value, read_by_proxy(address, 2), 2);
   return widen<half>(value);
 }
-// `a` holds the lane's two rows.
+// `a`: the two rows of A that the lane's sums belong to.
 template <bool half, int count>
 void product(float (&sums)[count], const float (&a)[2][16], uint64_t b) {
   for (int j = 0; j < count / 4; ++j)
@@ -287,7 +288,7 @@ void give_registers() {}
 
 // ---- A launch
 
-// One CTA after the other; false: a fault, whose text is `fault`.
+// Runs one CTA after the other. False: there was a fault, which `fault` describes.
 template <typename Params>
 bool run_ctas(void (*kernel)(Params), int ctas, int threads, int shared_bytes, const Params& params) {
   faulty = false;

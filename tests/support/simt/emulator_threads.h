@@ -1,6 +1,7 @@
-// The threads of an emulated CTA of Hopper: a thread of the host for each, shared memory, barriers, what went wrong.
+// The threads of an emulated CTA of Hopper, one host thread each: their shared memory, their barriers, and the first
+// fault.
 //
-// The first fault ends the launch: whoever finds it throws, whoever waits is woken and throws too.
+// The first fault ends the launch: the thread that finds it throws; threads that wait are woken and throw, too.
 #pragma once
 
 #include <atomic>
@@ -30,25 +31,25 @@ inline EmulatedDimension blockIdx, gridDim;
 
 namespace lowrank_ops::hopper {
 
-// What a test leaves out or breaks, which must then be noticed.
+// Ways in which a test breaks the launch, which must then be noticed.
 struct Mutation {
-  int skip_fence_proxy = 0;    // of thread groups: 1 leaves out every fence
-  int skip_group_barrier = 0;  // the n-th of a tile, counted from 1
+  int skip_fence_proxy = 0;    // 1: leaves out every fence.proxy
+  int skip_group_barrier = 0;  // n: leaves out the n-th group barrier of a tile, counted from 1
   int early_release = 0;       // a slot is given back before its products are done: wgmma_wait does nothing
-  int skip_store_wait = 0;     // the copy engine is not waited for
+  int skip_store_wait = 0;     // TMA's stores are not waited for
   int short_expect = 0;        // a phase expects 128 bytes less
-  int skip_both_barrier = 0;   // that of two warpgroups
+  int skip_both_barrier = 0;   // leaves out the barrier of two warpgroups
 };
 inline Mutation mutation;
 
-// After which a wait counts as one without end: long, for machines that do other things as well.
+// The time after which a wait counts as endless. It is long, because the machine may be busy with other work.
 inline std::chrono::seconds patience() {
   return std::chrono::seconds(mutation.short_expect ? 3 : 120);
 }
 struct Fault {};
 inline std::mutex machine_mutex;
 inline std::condition_variable machine_changed;
-inline std::string fault;  // the first
+inline std::string fault;  // text of the first fault
 inline std::atomic<bool> faulty{false};
 
 [[noreturn]] inline void fail(const std::string& what) {
@@ -60,7 +61,7 @@ inline std::atomic<bool> faulty{false};
   machine_changed.notify_all();
   throw Fault{};
 }
-// Until `ready`, with the lock held.
+// Waits until `ready`, with the lock held.
 template <typename Ready>
 void wait_until(std::unique_lock<std::mutex>& lock, const std::string& what, const Ready& ready) {
   const bool done = machine_changed.wait_for(lock, patience(), [&] { return faulty || ready(); });
@@ -70,7 +71,7 @@ void wait_until(std::unique_lock<std::mutex>& lock, const std::string& what, con
   fail("a wait without end: " + what);
 }
 
-// Where a fixed number of threads wait for each other.
+// A barrier of a fixed number of threads.
 class Meeting {
  public:
   void reset(int count) { count_ = count, here_ = 0; }
@@ -106,8 +107,9 @@ inline Meeting cta_meeting, both_groups, warp_meetings[32], group_meetings[4];
 
 constexpr uint32_t kSharedStart = 1024, kSharedBytes = 232448;
 alignas(1024) inline unsigned char shared_storage[kSharedStart + kSharedBytes];
-inline uint32_t shared_end = 0;  // of what the launch asked for
-// By 16 bytes: the thread + 1 whose write there the asynchronous proxy may not see yet.
+inline uint32_t shared_end = 0;  // end of the launch's shared memory
+// Per 16 bytes: 1 + the number of the thread whose write there the asynchronous proxy (wgmma, TMA) may not see yet; 0:
+// none.
 inline std::atomic<uint16_t> unfenced[(kSharedStart + kSharedBytes) / 16];
 inline thread_local std::vector<uint32_t> own_writes;
 
@@ -119,13 +121,13 @@ inline unsigned char* at(uint32_t address, uint32_t bytes) {
     fail("address " + std::to_string(address) + " outside of shared memory");
   return shared_storage + address;
 }
-// A thread's own write.
+// A write by the calling thread.
 inline void write_shared(uint32_t address, const void* value, uint32_t bytes) {
   std::memcpy(at(address, bytes), value, bytes);
   unfenced[address / 16].store(uint16_t(threadIdx.x + 1), std::memory_order_relaxed);
   own_writes.push_back(address / 16);
 }
-// What wgmma and the copy engine read.
+// A read by wgmma or TMA.
 inline const unsigned char* read_by_proxy(uint32_t address, uint32_t bytes) {
   const unsigned char* const found = at(address, bytes);
   if (unfenced[address / 16].load(std::memory_order_relaxed) != 0)
@@ -143,7 +145,7 @@ inline void group_barrier(int group) {
   const int skipped = mutation.skip_group_barrier;
   if (skipped != 0 && ++passed % 6 == skipped - 1) return;
   group_meetings[group].wait();
-  // The first warp is late where the next barrier is left out: the others do not find everything done by chance.
+  // Before a barrier that is left out the first warp is late, so that the others do not find its work done by chance.
   if (skipped != 0 && (passed + 1) % 6 == skipped - 1 && threadIdx.x % 128 < 32)
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
 }
@@ -152,7 +154,7 @@ inline void both_groups_barrier() {
   if (!mutation.skip_both_barrier) both_groups.wait();
 }
 
-// ---- mbarriers, by their addresses
+// ---- mbarriers, named by their addresses
 
 struct Mbarrier {
   int count = 0, pending = 0;
@@ -167,7 +169,7 @@ inline void barrier_init(uint32_t barrier, uint32_t count) {
   mbarriers[barrier] = {int(count), int(count), 0, 0};
 }
 inline void barrier_init_done() {}
-// So many arrivals, and so many bytes more to wait for (or, if negative, arrived).
+// Counts `arrivals` arrivals, and `bytes` more bytes to wait for (negative: bytes that have arrived).
 inline void barrier_update(uint32_t barrier, int arrivals, long bytes) {
   const char* wrong = nullptr;
   {

@@ -1,8 +1,8 @@
 """Runs the CUDA kernels on the simulator with torch tensors.
 
-`Kernel` names one of the kernels that the planner's table offers, `Cut` how it cuts a problem; `run` launches it and
-returns the output and the report: what was read and written, sectors, bank conflicts, barriers, and the error if there
-was one.
+`Kernel` names one of the kernels of the planner's table, `Cut` is the way in which it cuts a problem. `run` launches
+the kernel and returns the output and a report: the error if there was one, bytes and sectors read and written, bank
+conflicts, barriers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "gelu")
 
 
-# ---- What crosses the border (module.cpp)
+# ---- The structs of the interface (module.h)
 
 
 def _struct(name: str, fields: list[tuple[str, Any]]) -> type[ctypes.Structure]:
@@ -62,7 +62,7 @@ _BLOCK = _struct(
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the simulated machine; from `skip_barrier` on mutations, which a test must notice (simulator.h)."""
+    """Settings of the simulated machine (simulator.h). From `skip_barrier` on they break the launch on purpose."""
 
     order: int = 0
     seed: int = 0
@@ -81,10 +81,10 @@ _SETTINGS = _struct("Settings", [(name, _INT) for name in Settings.__dataclass_f
 @functools.cache
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build()))
-    loaded.simt_report.restype = ctypes.c_char_p
-    loaded.simt_plan.restype = loaded.hopper_fault.restype = ctypes.c_char_p
-    loaded.simt_sizes.restype = _INT
-    sizes = loaded.simt_sizes(0), loaded.simt_sizes(1)
+    loaded.simulator_report.restype = ctypes.c_char_p
+    loaded.simulator_plan.restype = loaded.hopper_fault.restype = ctypes.c_char_p
+    loaded.simulator_sizes.restype = _INT
+    sizes = loaded.simulator_sizes(0), loaded.simulator_sizes(1)
     assert sizes == (ctypes.sizeof(_BLOCK), ctypes.sizeof(_SETTINGS)), f"structs differ from module.cpp: {sizes}"
     return loaded
 
@@ -104,7 +104,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Cut:
-    """A tile of the output in images, rows and columns (geometry.h)."""
+    """A cut (planner.h): images, rows and columns of a tile of the output, slots of the ring buffer, splits."""
 
     n: int = 1
     h: int = 8
@@ -127,19 +127,19 @@ class Result:
         return self.report["buffers"][tensor][kind]
 
     def worst_conflict(self, primitive: str, file: str = "") -> int:
-        """The most ways of bank conflict of a primitive, of all calls in files whose name ends so."""
+        """The largest degree of bank conflict among a primitive's calls in files whose names end with ``file``."""
         found = [entry for entry in self.report["conflicts"] if entry["primitive"] == primitive]
         return max((entry["most"] for entry in found if entry["file"].endswith(file)), default=0)
 
 
 def span_bytes(tensor: Tensor) -> int:
-    """From the first element to the end of the last."""
+    """The bytes from a tensor's first element to the end of its last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
 
 def copy_width(tensor: Tensor, channels: int, channel_stride: int, other_strides: list[int]) -> int:
-    """The widest copies along the channels that pointer, strides and size allow: BlockParams' `vector`."""
+    """The widest copies along the channels that pointer, strides and size allow: `vector` in BlockParams."""
     element = tensor.element_size()
     if channel_stride == 1:
         for width in (16, 8, 4):
@@ -150,7 +150,7 @@ def copy_width(tensor: Tensor, channels: int, channel_stride: int, other_strides
 
 
 def _factor_strides(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
-    """Of rows, columns and the two taps (launch.h)."""
+    """The strides of rows, columns and the two axes of taps (Factor in launch.h)."""
     stride = tensor.stride()
     if name == "core":
         return stride
@@ -169,7 +169,8 @@ def block_call(
     output: Tensor,
     vectors: dict[str, int],
 ) -> Any:
-    """BlockCall for a launch on ``tensors``, named as the op's arguments. Linear: input and output of two axes."""
+    """The BlockCall of a launch on ``tensors``, which are named like the op's arguments. A linear layer's input and
+    output have two axes."""
     call = _BLOCK()
     call.op, call.family, call.config = OPS.index(kernel.op), FAMILIES.index(kernel.family), kernel.config
     x, in_factor, out_factor = tensors["input"], tensors["in_factor"], tensors["out_factor"]
@@ -217,20 +218,20 @@ def run(
     settings: Settings | None = None,
     vectors: dict[str, int] | None = None,
 ) -> Result:
-    """One launch, into ``output``, which is filled with NaN before. ``vectors``: widths of copies by tensor."""
+    """Launches the kernel into ``output``, which is filled with NaN before. ``vectors``: widths of copies by tensor."""
     output.fill_(float("nan"))
     call = block_call(kernel, cut, tensors, options, output, vectors or {})
-    code = library().simt_run(ctypes.byref(call), ctypes.byref(_settings(settings)))
-    return Result(output, code, json.loads(library().simt_report().decode()))
+    code = library().simulator_run(ctypes.byref(call), ctypes.byref(_settings(settings)))
+    return Result(output, code, json.loads(library().simulator_report().decode()))
 
 
 def hopper_fault() -> str:
-    """What the emulator of Hopper found in the last launch of an sm90a kernel, or ""."""
+    """The fault that the emulator of Hopper found in the last launch of an sm90a kernel, or ""."""
     return str(library().hopper_fault().decode())
 
 
 def hopper_mutate(**values: int) -> None:
-    """Breaks the next launches of sm90a kernels as emulator_threads.h's Mutation says; none: mends them."""
+    """Breaks the next launches of sm90a kernels as Mutation in emulator_threads.h says; without values: mends them."""
     names = ("skip_fence_proxy", "skip_group_barrier", "early_release", "skip_store_wait", "short_expect",
              "skip_both_barrier")  # fmt: skip
     assert set(values) <= set(names), values
@@ -240,8 +241,8 @@ def hopper_mutate(**values: int) -> None:
 def is_common_case(
     kernel: Kernel, cut: Cut, tensors: dict[str, Tensor], options: dict[str, Any], output: Tensor
 ) -> bool:
-    """Whether the launcher of a tensor-core kernel takes the lean kernel: arguments of `run`."""
-    return bool(library().simt_is_common_case(ctypes.byref(block_call(kernel, cut, tensors, options, output, {}))))
+    """Whether the launcher of an sm80 kernel takes its lean variant. The arguments are those of `run`."""
+    return bool(library().simulator_is_common_case(ctypes.byref(block_call(kernel, cut, tensors, options, output, {}))))
 
 
 def _settings(settings: Settings | None) -> Any:
@@ -257,21 +258,21 @@ def selftest(
     shared_bytes: int = 0,
     settings: Settings | None = None,
 ) -> Result:
-    """A kernel of selftest.cpp or primitive_kernels.cuh, in one CTA."""
+    """Runs a kernel of selftest.cpp or primitive_kernels.cuh, in one CTA."""
     numbers = (_INT * 6)(*arguments)
     places = [_INT(number) for tensor in (data, output) for number in (tensor.data_ptr(), span_bytes(tensor))]
     sizes = _INT(threads), _INT(shared_bytes)
-    code = library().simt_selftest(name.encode(), *places, numbers, *sizes, ctypes.byref(_settings(settings)))
-    return Result(output, code, json.loads(library().simt_report().decode()))
+    code = library().simulator_selftest(name.encode(), *places, numbers, *sizes, ctypes.byref(_settings(settings)))
+    return Result(output, code, json.loads(library().simulator_report().decode()))
 
 
 def planned(
     kernel: Kernel, tensors: dict[str, Tensor], options: dict[str, Any], output: Tensor, gpu: str
 ) -> tuple[Cut, int]:
-    """How the planner cuts the problem for a named GPU, and the shared memory that a CTA can have there."""
+    """The planner's cut of the problem for a named GPU, and the bytes of shared memory that a CTA can have there."""
     call = block_call(kernel, Cut(), tensors, options, output, {})
     numbers = (_INT * 6)()
-    reason = library().simt_plan(ctypes.byref(call), gpu.encode(), numbers).decode()
+    reason = library().simulator_plan(ctypes.byref(call), gpu.encode(), numbers).decode()
     assert reason == "", reason
     *cut, shared_limit = numbers
     return Cut(*cut), shared_limit
@@ -280,10 +281,10 @@ def planned(
 def sanitized(
     launches: list[tuple[Kernel, Cut, dict[str, Tensor], dict[str, Any], Tensor]], claimed_bias_bytes: int = 0
 ) -> list[Result]:
-    """The launches in a program under AddressSanitizer and UndefinedBehaviorSanitizer: arguments of `run`.
+    """Runs the launches in a program under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    ``claimed_bias_bytes``: what the simulator's own check of bounds is told about the bias, so that a test can get
-    past it.
+    ``launches``: the arguments of `run`, one tuple each. ``claimed_bias_bytes``: the length of the bias that the
+    simulator's own check of bounds is told, so that a test can pass that check with a shorter one.
     """
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/launches", "wb") as file:
@@ -313,12 +314,12 @@ def sanitized(
     return results
 
 
-# ---- The kernels that there are
+# ---- The kernels of the planner's table
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration (geometry.h) has of each."""
+    """The sizes of a configuration (geometry.h)."""
 
     threads: int
     halo_rows: int
@@ -330,19 +331,19 @@ class Shape:
 def shape_of(kernel: Kernel) -> Shape:
     numbers = (_INT * 4)()
     places = _INT(FAMILIES.index(kernel.family)), _INT(kernel.config), _INT(kernel.op != "lowrank_linear")
-    library().simt_config(*places, numbers)
+    library().simulator_config(*places, numbers)
     return Shape(*numbers)
 
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The planner's table, without the kernels that the emulator of Hopper runs (hopper.cpp)."""
+    """The kernels of the planner's table, without those that the emulator of Hopper runs (hopper.cpp)."""
     return tuple(kernel for kernel in all_kernels() if kernel.family != "sm90a")
 
 
 @functools.cache
 def all_kernels() -> tuple[Kernel, ...]:
-    """The planner's table."""
+    """All kernels of the planner's table."""
     text = (REPOSITORY / "csrc/plan/gpu/kernel_table.inc").read_text()
     names = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
     found = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+),", text, re.MULTILINE)

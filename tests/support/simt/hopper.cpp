@@ -1,4 +1,4 @@
-// The launchers of the sm90a kernels on a CPU, by emulator.h.
+// The launchers of the sm90a kernels on a CPU, on the emulator of emulator.h.
 #include <array>
 #include <string>
 

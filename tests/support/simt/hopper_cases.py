@@ -1,4 +1,4 @@
-"""Problems for the sm90a kernels, by what is special about each."""
+"""Problems for the sm90a kernels, named by what is special about each."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in ca
 
 
 def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
-    """With the planner's cut."""
+    """The problem with the planner's cut."""
     return _planned(kernel, KERNEL_CASES[kernel][name], dtype)
 
 
 def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype) -> Case:
-    """More tiles than two for each multiprocessor, not the same number for all: minutes on the emulator."""
+    """More than two tiles per multiprocessor, not equally many for all. The emulator would need minutes for it."""
     ranks = {TUCKER: dict(r1=64, r2=48), WIDE: dict(r1=104, r2=128), CP: dict(r1=136)}[kernel]
     return _planned(kernel, dict(n=47, s=136, t=160, h=28, w=20, **ranks, **SAME, activation="silu"), dtype)
 

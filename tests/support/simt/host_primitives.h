@@ -1,9 +1,10 @@
-// The host versions of csrc/cuda/kernels/primitives.cuh, which includes this file where the compiler is not nvcc. Each says
-// what the PTX ISA says, checks what the hardware would not, and counts what it costs. A call's place in the source is
-// an argument with a default: messages name it, and the counters tell instructions apart by it.
+// The host versions of csrc/cuda/kernels/primitives.cuh, which includes this file where the compiler is not nvcc. Each
+// function does what the PTX ISA says of its instruction, checks conditions that the hardware would not check, and
+// counts its accesses. The place of the call in the source is an argument with a default: messages name it, and the
+// counters tell instructions apart by it.
 #pragma once
 
-#include <math.h>  // not <cmath>: kernels say exp(x), and that must be the float one for a float
+#include <math.h>  // not <cmath>: in kernels exp(x) of a float must be the float function
 
 #include <cstdint>
 #include <cstring>
@@ -88,7 +89,7 @@ inline void copy_async(void* shared, const void* global, bool valid, LOWRANK_OPS
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   simulator::begin_copy(shared, global, bytes, valid, {file, line});
 }
-// On the host an address is a pointer: the checks are the same.
+// On the host an address in shared memory is a pointer, with the same checks.
 using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(unsigned char* pointer) {
   return pointer;
@@ -103,7 +104,7 @@ inline void copy_async_if(SharedAddress shared, const void* global, uint32_t val
 inline void commit_copies(LOWRANK_OPS_SITE) {
   simulator::Fiber& fiber = *simulator::machine.current;
   fiber.committed++;
-  // Every lane comes by here, also one that skipped something before: the traces fall into step again.
+  // Every lane records this, whatever it skipped before: it divides the traces into rounds (instructions.h).
   simulator::record(fiber, simulator::Primitive::kCommitCopies, 0, -1, 0, {file, line});
 }
 template <int pending>
@@ -199,7 +200,7 @@ inline Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second) {
   std::memcpy(&words, &pair, sizeof pair);
   return words;
 }
-// A NaN stays one.
+// A NaN stays a NaN.
 inline float at_least(float value, float low) {
   return value < low ? low : value;
 }
@@ -207,7 +208,7 @@ inline float at_most(float value, float high) {
   return value > high ? high : value;
 }
 
-// Runs the whole grid before it returns. The limits are those of the hardware.
+// Runs the whole grid before it returns. Checks the limits that the hardware has.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared_bytes, cudaStream_t,
                    const Params& params) {

@@ -7,11 +7,11 @@ namespace {
 
 using Trace = std::vector<Access>;
 
-constexpr size_t kMaxCells = size_t(1) << 24;  // of a table of common subsequences
+constexpr size_t kMaxCells = size_t(1) << 24;  // of a table of common subsequences: larger ones are not searched
 
 std::vector<Instruction> instructions;
 
-uint32_t add(const What& what) {
+uint32_t add(const AccessKind& what) {
   instructions.push_back({what, 0, {}});
   return uint32_t(instructions.size() - 1);
 }
@@ -20,7 +20,7 @@ bool alike(const Access& a, const Access& b) {
   return a.what == b.what;
 }
 
-// Lanes whose traces are alike, by the first of them, and the instruction of each access.
+// Lanes whose traces are alike: the trace of the first lane, and the number of the instruction of each access.
 struct Group {
   const Trace* trace;
   uint32_t lanes;
@@ -34,7 +34,7 @@ struct Part {
 
   size_t size() const { return end - begin; }
   const Access& operator[](size_t i) const { return (*group->trace)[begin + i]; }
-  size_t count(const What& what) const {
+  size_t count(const AccessKind& what) const {
     return size_t(std::count_if(group->trace->begin() + ptrdiff_t(begin), group->trace->begin() + ptrdiff_t(end),
                                 [&](const Access& access) { return access.what == what; }));
   }
@@ -48,13 +48,13 @@ bool alike(const Part& a, const Part& b) {
 }
 
 // The access that divides all parts into equally many rounds; null: there is none.
-const What* find_divider(const std::vector<Part>& parts) {
+const AccessKind* find_divider(const std::vector<Part>& parts) {
   const Part& first = parts[0];
-  const What* best = nullptr;
+  const AccessKind* best = nullptr;
   size_t best_count = SIZE_MAX;
-  std::vector<What> seen;
+  std::vector<AccessKind> seen;
   for (size_t i = 0; i < first.size(); i++) {
-    const What& what = first[i].what;
+    const AccessKind& what = first[i].what;
     if (std::find(seen.begin(), seen.end(), what) != seen.end()) continue;
     seen.push_back(what);
     size_t count = first.count(what);
@@ -69,13 +69,13 @@ const What* find_divider(const std::vector<Part>& parts) {
   return best;
 }
 
-// Instructions for one part beside those that `order` lists (by number): the longest common subsequence is shared, the
-// rest is new.
+// Merges the instructions of one part into those that `order` lists by number: the longest common subsequence is
+// shared, the other accesses become new instructions.
 void align(std::vector<uint32_t>& order, const Part& part) {
   const auto same = [&](size_t i, size_t j) { return instructions[order[i]].what == part[j].what; };
   const size_t rows = order.size(), columns = part.size(), width = columns + 1;
   const bool search = rows * columns < kMaxCells && std::max(rows, columns) < UINT16_MAX;
-  // Lengths for all ends of both.
+  // table[i, j]: length of the longest common subsequence of order[i:] and part[j:].
   std::vector<uint16_t> table(search ? (rows + 1) * width : 0);
   for (size_t i = search ? rows : 0; i-- > 0;)
     for (size_t j = columns; j-- > 0;)
@@ -106,16 +106,16 @@ void merge(std::vector<Part> parts) {
     }
     return;
   }
-  const What* const divider = find_divider(parts);
+  const AccessKind* const divider = find_divider(parts);
   if (divider == nullptr) {
     std::vector<uint32_t> order;
     for (const Part& part : parts) align(order, part);
     return;
   }
-  const What what = *divider;
+  const AccessKind what = *divider;
   std::vector<Part> round = parts;
   for (size_t rounds = parts[0].count(what); rounds > 0; rounds--) {
-    // What comes before the next divider, and that itself.
+    // The accesses before the next divider, and the divider itself.
     const uint32_t number = add(what);
     for (size_t p = 0; p < parts.size(); p++) {
       size_t length = 0;

@@ -1,14 +1,15 @@
-// From what each lane of a warp did to the instructions of the warp.
+// Finds the instructions of a warp from the accesses of its lanes.
 //
-// Sectors and bank conflicts belong to an instruction of a warp, but here its lanes run one after the other. So each
-// lane leaves a trace of its accesses, and when the lanes meet (barrier, load_matrices, multiply_add) the traces are
-// merged. Lanes that went the same way are simply laid side by side. Otherwise an access that all lanes made equally
-// often (by place in the source, primitive and size) divides the traces into rounds, which are merged one by one: best
-// commit_copies, or what every trace begins with, like the first access in a loop. Where there is none, as many
-// accesses as possible, in their order, are taken for the same instructions (the longest common subsequence).
+// Sectors and bank conflicts belong to an instruction of a warp, but here the lanes run one after the other. So each
+// lane records a trace of its accesses, and when the lanes meet (barrier, load_matrices, multiply_add) the traces are
+// merged. Where all traces are alike, access number i of all lanes is instruction number i. Otherwise an access that
+// occurs equally often in all traces (by place in the source, primitive and size) divides the traces into rounds, which
+// are merged one by one; commit_copies is the best such divider, then an access with which every trace begins, like the
+// first one in a loop. Without a divider, as many accesses as possible, in their order, are taken for the same
+// instructions (the longest common subsequence).
 //
-// Exact where lanes differ by what a condition inside of a loop's round guards. Where lanes skip whole rounds, nothing
-// tells which, and an instruction may be taken apart or two mixed up.
+// The result is exact where lanes differ only in accesses that a condition inside of a loop guards. Where lanes skip
+// whole rounds of a loop, it cannot be known which ones, and one instruction may be counted as two, or two be mixed up.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +20,12 @@
 namespace lowrank_ops::simulator {
 
 struct Instruction {
-  What what;
-  uint32_t lanes;  // a bit for each that took part
+  AccessKind what;
+  uint32_t lanes;  // one bit per lane that took part
   uintptr_t address[kLanes];
 };
 
-// Of what the lanes did since they last met; empties the traces. Valid until the next call.
+// The instructions since the lanes last met. Empties the traces. The result is valid until the next call.
 const std::vector<Instruction>& merge_traces(Warp& warp);
 
 }  // namespace lowrank_ops::simulator

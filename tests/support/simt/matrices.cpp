@@ -5,8 +5,8 @@
 //   tf32 operands:    a0 (group, t), a1 (group + 8, t), a2 (group, t + 4), a3 (group + 8, t + 4);
 //                     b0 (t, group), b1 (t + 4, group)
 //   sums:             c0, c1 (group, 2t) and (group, 2t + 1); c2, c3 eight rows below
-// So each register, lane by lane, is a matrix of 8 rows of 4 words. Products are exact in fp32; the order of the sum
-// and its rounding are the hardware's own business, here k ascending in fp32.
+// So one register of all lanes is a matrix of 8 rows of 4 words. Products are exact in fp32. The PTX ISA does not say
+// in which order they are summed and how sums are rounded; here k ascends, in fp32.
 #include <cstring>
 
 #include "counters.h"
@@ -21,9 +21,9 @@
 namespace lowrank_ops::simulator {
 namespace {
 
-typedef float Row __attribute__((vector_size(32)));  // of sums: 8 columns
+typedef float Row __attribute__((vector_size(32)));  // one row of sums: 8 columns
 
-// One register of all lanes as 8 rows of 8 (16 bits) or 4 (tf32) numbers, `stride` apart.
+// Unpacks one register of all lanes to 8 rows of 8 (16 bits) or 4 (tf32) numbers; rows are `stride` apart.
 void unpack(Primitive kind, const uint32_t* words, float* rows, int stride) {
   if (kind == Primitive::kMultiplyBFloat16) {
     typedef uint32_t Words __attribute__((vector_size(32)));

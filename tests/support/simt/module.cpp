@@ -1,4 +1,4 @@
-// The simulator as a library: module.h.
+// The simulator as a library, for Python (module.h).
 #include "module.h"
 
 #include <algorithm>
@@ -65,14 +65,14 @@ BlockParams params_of(const BlockCall& c) {
 
 }  // namespace
 
-// So that both sides agree about the structs.
-LOWRANK_OPS_EXPORT int64_t simt_sizes(int64_t which) {
+// The sizes of the structs, by which harness.py checks its declarations.
+LOWRANK_OPS_EXPORT int64_t simulator_sizes(int64_t which) {
   return which == 0 ? sizeof(BlockCall) : sizeof(simulator::Settings);
 }
 
-// Returns the launcher's error; simt_report says what happened.
-// Threads, halo positions of a pass, pixels and columns of a configuration; zeros: there is none of that number.
-LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_halo, int64_t* sizes) {
+// Writes a configuration's threads, halo positions per pass, pixels and columns to `sizes`; zeros: there is none of
+// that index.
+LOWRANK_OPS_EXPORT void simulator_config(int64_t family, int64_t index, int64_t has_halo, int64_t* sizes) {
   std::fill_n(sizes, 4, 0);
   static constexpr int numbers[] = {kNumSimtConfigs, kNumSm80Configs, kNumSm90aConfigs};
   if (index >= numbers[family]) return;
@@ -83,7 +83,7 @@ LOWRANK_OPS_EXPORT void simt_config(int64_t family, int64_t index, int64_t has_h
   sizes[3] = config.columns();
 }
 
-LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings* settings) {
+LOWRANK_OPS_EXPORT int simulator_run(const BlockCall* call, const simulator::Settings* settings) {
   using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
   static constexpr Launcher launchers[3][3] = {{launch_tucker_simt, launch_tucker_sm80, launch_tucker_sm90a},
                                                {launch_cp_simt, launch_cp_sm80, launch_cp_sm90a},
@@ -94,22 +94,20 @@ LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const simulator::Settings
   return launchers[call->op][call->family](params, DType(call->dtype), int(call->config), nullptr);
 }
 
-// Whether the launcher of a tensor-core kernel takes the lean kernel.
-LOWRANK_OPS_EXPORT int simt_is_common_case(const BlockCall* call) {
+// Whether the launcher of an sm80 kernel takes its lean variant for this call.
+LOWRANK_OPS_EXPORT int simulator_is_common_case(const BlockCall* call) {
   const BlockParams params = params_of(*call);
   simulator::forget_everything();
   return is_common_case(params, Op(call->op) == Op::kTucker, int(element_bytes(DType(call->dtype))));
 }
 
-LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut) {
+LOWRANK_OPS_EXPORT const char* simulator_plan(const BlockCall* call, const char* gpu, int64_t* cut) {
   static std::string reason;
   const GpuCaps* const caps = find_gpu(gpu);
-  static constexpr const char* families[] = {"simt", "sm80", "sm90a"};
-  const std::string family = families[call->family];
   reason = caps == nullptr ? "no GPU of that name" : "no kernel of that number";
   if (caps == nullptr) return reason.c_str();
   for (const GpuKernel& kernel : gpu_kernels()) {
-    if (kernel.op != Op(call->op) || kernel.family != family || kernel.config != call->config) continue;
+    if (kernel.op != Op(call->op) || kernel.family != Family(call->family) || kernel.config != call->config) continue;
     const GpuCandidate candidate = plan_kernel(problem_of(*call), kernel, *caps);
     const Geometry& g = candidate.plan.geometry;
     const int64_t numbers[6] = {g.tile_n, g.rows.tile, g.columns.tile, g.stages, g.splits, caps->shared_bytes_cta};
@@ -120,7 +118,7 @@ LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu,
   return reason.c_str();
 }
 
-LOWRANK_OPS_EXPORT const char* simt_report() {
+LOWRANK_OPS_EXPORT const char* simulator_report() {
   report_text = simulator::report();
   return report_text.c_str();
 }

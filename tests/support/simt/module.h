@@ -1,5 +1,5 @@
-// What Python passes to the simulator (harness.py): one kernel launch. Every number is an int64, pointers too, so that
-// the structs can be written down twice without surprises.
+// The interface to Python (harness.py): one kernel launch. All members are int64, pointers too, so that the structs can
+// be declared in both languages without surprises.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct FactorCall {
 
 struct BlockCall {
   int64_t op, family, config, dtype, activation;  // the numbers of the enums
-  int64_t n, s, h, w, t, oh, ow, r1, r2, kh, kw;  // as plan/problem.h
+  int64_t n, s, h, w, t, oh, ow, r1, r2, kh, kw;  // as in plan/problem.h
   int64_t stride[2], padding[2], dilation[2];
   int64_t tile_n, tile_h, tile_w, stages, splits;
   int64_t input, input_bytes, input_stride[4], input_vector;
@@ -23,9 +23,10 @@ struct BlockCall {
 
 #define LOWRANK_OPS_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Returns the launcher's error; simt_report says what happened.
-LOWRANK_OPS_EXPORT int simt_run(const BlockCall* call, const lowrank_ops::simulator::Settings* settings);
-LOWRANK_OPS_EXPORT const char* simt_report();
-// How the planner cuts the call's problem for its kernel on a named GPU: tile_n, tile_h, tile_w, stages, splits, and
-// the shared memory that a CTA of that GPU can have. Returns why the kernel cannot take it there, or "".
-LOWRANK_OPS_EXPORT const char* simt_plan(const BlockCall* call, const char* gpu, int64_t* cut);
+// Returns the launcher's error; simulator_report says what happened.
+LOWRANK_OPS_EXPORT int simulator_run(const BlockCall* call, const lowrank_ops::simulator::Settings* settings);
+LOWRANK_OPS_EXPORT const char* simulator_report();
+// Writes to `cut` how the planner cuts the call's problem for its kernel on a named GPU: tile_n, tile_h, tile_w,
+// stages, splits, and the shared memory that a CTA of that GPU can have. Returns why the kernel cannot take it there,
+// or "".
+LOWRANK_OPS_EXPORT const char* simulator_plan(const BlockCall* call, const char* gpu, int64_t* cut);

@@ -1,4 +1,4 @@
-// bf16, fp16 and tf32 as the GPU rounds them, by hand: g++ 12 has no bf16, and its fp16 needs F16C.
+// bf16, fp16 and tf32, rounded as the GPU does. Written out, because g++ 12 has no bf16 and its fp16 needs F16C.
 #pragma once
 
 #include <bit>
@@ -6,8 +6,8 @@
 
 namespace lowrank_ops::simulator {
 
-constexpr uint16_t kNaN16 = 0x7fff;      // what CUDA's conversions return for any NaN
-constexpr uint32_t kNaN32 = 0x7fffffff;  // cvt.rna.tf32.f32 likewise
+constexpr uint16_t kNaN16 = 0x7fff;      // CUDA's conversions return this for every NaN
+constexpr uint32_t kNaN32 = 0x7fffffff;  // cvt.rna.tf32.f32 returns this for every NaN
 
 inline bool is_nan(uint32_t bits) {
   return (bits & 0x7fffffff) > 0x7f800000;
@@ -39,7 +39,7 @@ inline uint16_t float_to_half(float value) {
   if (is_nan(bits)) return kNaN16;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
   if (magnitude < 0x38800000) {
-    // Subnormal: adding 0.5 leaves 24 - 1 bits behind the point, 2^-24 the last, rounded to nearest even.
+    // Subnormal: in the sum with 0.5 the last bit stands for 2^-24, and the addition rounds to nearest even.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return sign | uint16_t(std::bit_cast<uint32_t>(shifted) - 0x3f000000);
   }
@@ -53,7 +53,7 @@ inline uint32_t round_tf32(uint32_t bits) {
   return (bits + 0x1000) & 0xffffe000;
 }
 
-// What the tensor cores see of an fp32 operand: they do not look at the low 13 bits.
+// An fp32 operand as the tensor cores see it: they ignore the low 13 bits.
 inline float truncate_tf32(uint32_t bits) {
   return std::bit_cast<float>(bits & 0xffffe000);
 }

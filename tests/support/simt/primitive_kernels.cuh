@@ -1,5 +1,5 @@
-// Kernels of one CTA that use the primitives rightly, each so that its output shows what the primitive did. Compiled by
-// g++ for the simulator; nvcc compiles them as well, so that a GPU and the simulator can be compared bit by bit.
+// Kernels of one CTA that use the primitives correctly; the output of each shows what the primitive did. g++ compiles
+// them for the simulator and nvcc for a GPU, so that the two can be compared bit by bit.
 #pragma once
 
 #include "cuda/kernels/primitives.cuh"
@@ -12,7 +12,7 @@ struct PrimitiveParams {
   int64_t argument[6];
 };
 
-// One word to or from a tensor of words.
+// Load and store one word of a tensor of words.
 LOWRANK_OPS_DEVICE uint32_t word_at(const void* data, int64_t index) {
   return load_global<uint32_t>(static_cast<const uint32_t*>(data) + index);
 }
@@ -34,8 +34,9 @@ LOWRANK_OPS_DEVICE uint32_t as_word(float value) {
   return both.word;
 }
 
-// One warp. in: A [16, 8 words], B [8, 8 words] (K contiguous), C [16, 8] floats. out: C + A B^T. The fragments come
-// from global memory, word by word as the PTX ISA's figures say: nothing here depends on load_matrices.
+// One warp. in: A [16, 8 words], B [8, 8 words] (K contiguous), C [16, 8] floats. out: C + A B^T. The fragments are
+// loaded from global memory word by word, as the PTX ISA's figures show, so that the result does not depend on
+// load_matrices.
 template <typename Element>
 LOWRANK_OPS_KERNEL(32, 1)
 multiply_kernel(const PrimitiveParams p) {
@@ -51,7 +52,7 @@ multiply_kernel(const PrimitiveParams p) {
 }
 
 // One warp. in: 32 rows of 4 words; shared memory holds them 80 bytes apart. out: [lane, 4] as load_matrices returns
-// them. `lean`: rows given by address.
+// them. `lean`: rows are given by 32-bit addresses.
 template <bool lean>
 LOWRANK_OPS_KERNEL(32, 1)
 matrices_kernel(const PrimitiveParams p) {
@@ -69,9 +70,9 @@ matrices_kernel(const PrimitiveParams p) {
   for (int i = 0; i < 4; i++) put_word(p.out, lane * 4 + i, matrices[i]);
 }
 
-// Copies of `bytes` in two groups; those of threads whose number is a multiple of argument[0] are not valid. Shared
-// memory holds other values before. Threads read what their neighbour copied. out: words. `lean`: by copy_async_if,
-// from vectors_behind.
+// Copies of `bytes` bytes in two groups; those of threads whose number is a multiple of argument[0] are not valid.
+// Before, shared memory holds other values. Threads read what their neighbour copied. out: words. `lean`: by
+// copy_async_if, from addresses of vectors_behind.
 template <int bytes, bool lean>
 LOWRANK_OPS_KERNEL(64, 1)
 copy_kernel(const PrimitiveParams p) {
@@ -102,9 +103,9 @@ copy_kernel(const PrimitiveParams p) {
   }
 }
 
-// Conversions of argument[0] words: out[i] = f(in[i]) with f by argument[1]: 0 fp32 -> bf16 (bits), 1 fp32 -> fp16,
-// 2 fp32 -> tf32, 3 bf16 -> fp32, 4 fp16 -> fp32, 5 fp32 -> a pair of bf16, of the number and its negative, 6 of fp16,
-// 7 fp32 -> fp32 between 0 and 6.
+// Converts argument[0] words: out[i] = f(in[i]), where argument[1] selects f: 0 fp32 -> bf16 (bits), 1 fp32 -> fp16, 2
+// fp32 -> tf32, 3 bf16 -> fp32, 4 fp16 -> fp32, 5 fp32 -> two bf16, the number and its negative, 6 the same with fp16,
+// 7 fp32 -> fp32, clamped to 0 and 6.
 LOWRANK_OPS_KERNEL(128, 1)
 convert_kernel(const PrimitiveParams p) {
   for (int64_t i = thread_index(); i < p.argument[0]; i += 128) {
@@ -122,7 +123,7 @@ convert_kernel(const PrimitiveParams p) {
   }
 }
 
-// By name, for the host. cudaErrorInvalidValue: there is none of that name.
+// Launches a kernel by its name. cudaErrorInvalidValue: there is none of that name.
 inline cudaError_t launch_primitive(const char* name, const PrimitiveParams& params, cudaStream_t stream) {
   const auto named = [name](const char* other) {
     int i = 0;

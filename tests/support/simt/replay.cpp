@@ -1,6 +1,7 @@
-// The simulator as a program, for AddressSanitizer and UndefinedBehaviorSanitizer, which a library loaded into Python
-// would need preloaded there. Runs the launches of a file (harness.py, `sanitized`), each with tensors allocated
-// exactly as long as they are, and writes their outputs to another; a line of report for each goes to stdout.
+// The simulator as a program, for AddressSanitizer and UndefinedBehaviorSanitizer: a library could use those in Python
+// only if they were preloaded. Reads launches from a file (harness.py, `sanitized`) and runs each with tensors
+// allocated exactly as long as they are. Writes the outputs to another file, and one line with the report of each
+// launch to stdout.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -25,7 +26,8 @@ struct Tensor {
   void* memory = nullptr;
   int64_t bytes = 0;
 
-  // As far from the alignment as in the process that wrote it; `place`: the call's pointer.
+  // The tensor has the same offset from the alignment as in the process that wrote the file. `place`: the call's
+  // pointer.
   Tensor(int64_t& place, FILE* file) {
     int64_t beyond = 0;
     if (!read(bytes, file) || !read(beyond, file)) stop("the file is too short");
@@ -53,8 +55,8 @@ int main(int count, char** arguments) {
     const Tensor input(call->input, in), output(call->output, in), in_factor(call->in_factor.data, in),
         core(call->core.data, in), height(call->height_factor.data, in), width(call->width_factor.data, in),
         out_factor(call->out_factor.data, in), bias(call->bias, in);
-    simt_run(call.get(), &settings);
-    std::printf("%s\n", simt_report());
+    simulator_run(call.get(), &settings);
+    std::printf("%s\n", simulator_report());
     std::fwrite(reinterpret_cast<const void*>(call->output), 1, size_t(output.bytes), out);
   }
   std::fclose(out);

@@ -1,4 +1,5 @@
-// Kernels for the simulator's own tests (test_simt_harness.py): patterns of known cost, and mistakes that it must see.
+// Kernels for the simulator's own tests (test_simt_harness.py): access patterns of known cost, and mistakes that the
+// simulator must see.
 #include <string>
 
 #include "primitive_kernels.cuh"
@@ -12,9 +13,9 @@ unsigned char* word_of(int64_t index) {
   return shared_memory() + index * 4;
 }
 
-// Writes a word, waits, reads another thread's. argument: 0 how to wait (0 not at all, 1 warp barrier, 2 CTA barrier),
-// 1 how far away the other is (in the same warp: modulo 32), 2 whether that is another warp's, 3 reads before it
-// writes.
+// Writes a word, waits, reads another thread's word. argument: 0 how it waits (0 not at all, 1 warp barrier, 2 CTA
+// barrier), 1 how far away the other thread is (in the same warp, modulo 32), 2 whether it is in another warp instead,
+// 3 whether it reads before it writes.
 void exchange(const Params p) {
   const int thread = thread_index();
   const auto wait = [&] {
@@ -37,14 +38,15 @@ void exchange(const Params p) {
   }
 }
 
-// Neighbours write the two halves of a word and read their own back. argument 0: elements of 2 bytes between threads.
+// Neighbouring threads write the two halves of a word, and each reads its own half back. argument 0: elements of 2
+// bytes between threads.
 void halves(const Params p) {
   unsigned char* const own = shared_memory() + thread_index() * 2 * p.argument[0];
   store_shared(own, uint16_t(thread_index()));
   put_word(p.out, thread_index(), load_shared<uint16_t>(own));
 }
 
-// Broadcasts: everybody reads word 0 in epoch after epoch; in the last one thread writes it. argument: 0 epochs, 1
+// In each epoch all threads read word 0, and one thread writes it after a barrier. argument: 0 number of epochs, 1
 // whether the last barrier is left out.
 void many_epochs(const Params p) {
   if (thread_index() == 0) store_shared(word_of(0), uint32_t(0));
@@ -74,7 +76,7 @@ void uninitialized(const Params p) {
   }
 }
 
-// Mistakes with asynchronous copies, by argument 0; 0 is right. 64 threads.
+// Mistakes with asynchronous copies, selected by argument 0; 0 makes none. 64 threads.
 void copies(const Params p) {
   const int thread = thread_index(), other = (thread + 32) % 64;
   const int64_t mistake = p.argument[0];
@@ -130,7 +132,7 @@ void copies(const Params p) {
   }
 }
 
-// Threads that never meet, by argument 0.
+// Threads that never meet, in ways selected by argument 0.
 void deadlock(const Params p) {
   const int thread = thread_index();
   uint32_t matrices[4];
@@ -157,7 +159,7 @@ void deadlock(const Params p) {
   }
 }
 
-// Accesses outside of what there is, or off alignment, by argument 0.
+// Accesses out of bounds or not aligned, selected by argument 0.
 void outside(const Params p) {
   const unsigned char* const in = static_cast<const unsigned char*>(p.in);
   unsigned char* const shared = shared_memory();
@@ -179,8 +181,8 @@ void outside(const Params p) {
   }
 }
 
-// Every lane touches one place, `stride` bytes from the last lane's. argument: 0 bytes of an access, 1 stride, 2 the
-// first lane's offset, 3 lanes that take part.
+// Every lane accesses one place, `stride` bytes behind the place of the lane before. argument: 0 bytes per access, 1
+// stride, 2 the first lane's offset, 3 lanes that take part.
 template <typename Value>
 void strided(const Params& p, bool global) {
   const int lane = thread_index();
@@ -218,7 +220,7 @@ void matrix_rows(const Params p) {
   load_matrices(matrices, shared_memory() + lane * p.argument[0]);
 }
 
-// Lanes that take different ways before they meet: lane i loads i words; all lanes store one word afterwards.
+// Lanes take different paths before they meet: lane i loads i words; afterwards all lanes store one word.
 void divergent(const Params p) {
   const int lane = thread_index();
   uint32_t sum = 0;
@@ -227,7 +229,7 @@ void divergent(const Params p) {
   warp_barrier<Barrier::kStagingWritten>();
 }
 
-// A loop in which half of the lanes skip some loads, the other half in the next round.
+// A loop in which half of the lanes skip some loads, and the other half skip them in the next round.
 void guarded(const Params p) {
   const int lane = thread_index();
   const uint32_t* const in = static_cast<const uint32_t*>(p.in);
@@ -241,7 +243,7 @@ void guarded(const Params p) {
 
 uint32_t started = 0;
 
-// out: the threads in the order in which they begin.
+// out: the numbers of the threads in the order in which they begin.
 void order(const Params p) {
   put_word(p.out, started++, uint32_t(thread_index()));
 }
@@ -272,12 +274,10 @@ cudaError_t launch_selftest(const std::string& name, const Params& params, int t
 }  // namespace
 }  // namespace lowrank_ops
 
-// The kernel `name` on tensors `in` and `out`. Returns the launcher's error; simt_report says what happened.
-extern "C" __attribute__((visibility("default"))) int simt_selftest(const char* name, const void* in, int64_t in_bytes,
-                                                                    void* out, int64_t out_bytes,
-                                                                    const int64_t* arguments, int64_t threads,
-                                                                    int64_t shared_bytes,
-                                                                    const lowrank_ops::simulator::Settings* settings) {
+// Runs the kernel `name` on tensors `in` and `out`. Returns the launcher's error; simulator_report says what happened.
+extern "C" __attribute__((visibility("default"))) int simulator_selftest(
+    const char* name, const void* in, int64_t in_bytes, void* out, int64_t out_bytes, const int64_t* arguments,
+    int64_t threads, int64_t shared_bytes, const lowrank_ops::simulator::Settings* settings) {
   using namespace lowrank_ops;
   simulator::forget_everything();
   simulator::machine.settings = *settings;

@@ -9,7 +9,7 @@
 namespace lowrank_ops::simulator {
 namespace {
 
-constexpr size_t kAlignment = 1024;  // more than the 128 bytes that kernels may rely on; swizzles want it
+constexpr size_t kAlignment = 1024;  // kernels may rely on 128 bytes, swizzled layouts need 1024
 int64_t granules = 0;
 
 std::string describe(uint32_t state) {
@@ -19,7 +19,7 @@ std::string describe(uint32_t state) {
   return "thread " + std::to_string(who);
 }
 
-// Whether an access of this epoch came before one by `state` for certain.
+// Whether barriers or the program order put the access `earlier` before the one by `state`.
 bool ordered(uint32_t earlier, uint32_t state) {
   if (earlier < epoch_base()) return true;
   if ((earlier & kSeveralWarps) == kSeveralWarps) return false;
@@ -50,8 +50,8 @@ void examine_read(int64_t granule, uint32_t state, Primitive primitive, Site sit
     fail(site, "uninitialized read: %s at byte %lld of shared memory, which nothing wrote", name_of(primitive),
          static_cast<long long>(2 * granule));
   check_written(granule, written, state, primitive, site);
-  // Readers need no order among themselves. One that came before this one for certain can be forgotten: whoever is
-  // ordered after this read is ordered after that one too.
+  // Reads need no order among themselves. An earlier read that is ordered before this one can be forgotten: whatever is
+  // ordered after this read is ordered after that one, too.
   uint32_t& read = machine.read[granule];
   if (read < epoch_base() || (read & kWhoMask) == (state & kWhoMask)) {
     read = state;
@@ -77,7 +77,7 @@ void examine_write(int64_t granule, uint32_t state, uint32_t mark, Primitive pri
 
 void allocate_shared(int64_t bytes) {
   granules = (bytes + 1) / 2;
-  // Exactly as long as the kernel asked for, so that AddressSanitizer sees what passes the checks by mistake.
+  // Exactly as long as the launch says, so that AddressSanitizer sees accesses that pass these checks by mistake.
   void* memory = nullptr;
   if (posix_memalign(&memory, kAlignment, size_t(std::max<int64_t>(bytes, 1))) != 0) std::abort();
   machine.shared = static_cast<unsigned char*>(memory);
@@ -97,12 +97,12 @@ void release_shared() {
 void begin_shared() {
   std::memset(machine.shared, 0xff, size_t(machine.shared_bytes));  // NaN in every type
   std::fill(machine.written, machine.written + granules, kNever);
-  next_epoch();  // the reads of the last CTA are of the past
+  next_epoch();  // the reads of the last CTA belong to an earlier epoch now
 }
 
 void next_epoch() {
   if (++machine.epoch < kMaxEpoch) return;
-  // Everything is ordered before a barrier: counting starts again.
+  // All accesses before a barrier are ordered, so the epochs can be counted from 1 again.
   machine.epoch = 1;
   std::fill(machine.read, machine.read + granules, 0);
   for (int64_t i = 0; i < granules; i++)

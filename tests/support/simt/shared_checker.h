@@ -1,18 +1,20 @@
-// Shared memory: bounds, alignment, reads of bytes that nobody wrote, and races, found by happens-before.
+// Checks of shared memory: bounds, alignment, reads of bytes that nothing wrote, and races (two accesses that no
+// barrier orders).
 //
-// A state of 32 bits for each two bytes (threads may write neighbouring 16-bit elements of a word) and kind of access
-// says who accessed them last and when:
+// Every two bytes have two states of 32 bits, one for reads and one for writes, that say who accessed them last and
+// when (two bytes, because threads may write neighbouring 16-bit elements of a word):
 //   epoch of the CTA (12 bits: barriers passed) | epoch of the warp (9: warp barriers since) | who (11)
 // where `who` is a thread, several lanes of one warp, or threads of several warps. Accesses of different CTA epochs are
-// ordered by the barrier between; in one epoch, those of one thread by its program, those of one warp by a warp barrier
-// between, and no others. That is exact: two accesses that nothing orders are reported whatever order they ran in.
+// ordered by the barrier between them. Within an epoch, accesses of one thread are ordered by its program, and those of
+// one warp by a warp barrier between them; no others are. The check is exact: two accesses that nothing orders are
+// reported, whatever the order in which they ran.
 //
-// load_matrices reads as "several lanes": its rows go to other lanes than those that name them. Like multiply_add it
-// orders nothing.
+// load_matrices reads as "several lanes": a row goes to other lanes than the one that gives its address. Like
+// multiply_add it orders nothing.
 //
-// copy_async marks its bytes pending until the thread's wait_copies retires them: any access before that, by anybody,
-// is an error, and the data arrive only then. Retired, they count as written by the thread at that moment, so that
-// other threads need a barrier after its wait.
+// copy_async marks its bytes as pending. The thread's wait_copies retires them: only then the data arrive, and any
+// access by any thread before that is an error. From then on they count as written by the thread, so that other threads
+// need a barrier after its wait.
 #pragma once
 
 #include <cstdint>
@@ -24,15 +26,15 @@ namespace lowrank_ops::simulator {
 
 constexpr int kEpochShift = 20, kWarpShift = 11;
 constexpr uint32_t kMaxEpoch = 0xffe, kMaxWarpEpoch = 0x1ff;
-constexpr uint32_t kNever = 0xffffffff;               // written: not in this CTA
-constexpr uint32_t kPending = 0xfffu << kEpochShift;  // written: under way, | thread
-constexpr uint32_t kLanesOf = 1024;                   // who: several lanes of a warp, + its index
+constexpr uint32_t kNever = 0xffffffff;               // state of writes: not written in this CTA
+constexpr uint32_t kPending = 0xfffu << kEpochShift;  // state of writes: under way; or-ed with the thread
+constexpr uint32_t kLanesOf = 1024;                   // `who` for several lanes of a warp, plus the warp's index
 constexpr uint32_t kWhoMask = 2047;
-constexpr uint32_t kSeveralWarps = (1u << kEpochShift) - 1;  // warp epoch and who, all ones
+constexpr uint32_t kSeveralWarps = (1u << kEpochShift) - 1;  // threads of several warps: warp epoch and `who`, all ones
 
 void allocate_shared(int64_t bytes);
 void release_shared();
-void begin_shared();  // of a CTA: poison, nothing written
+void begin_shared();  // at the beginning of a CTA: fills memory with NaN, and nothing counts as written
 void next_epoch();
 
 inline uint32_t epoch_base() {
@@ -45,7 +47,7 @@ inline uint32_t state_of(const Warp& warp) {
   return epoch_base() | warp.epoch << kWarpShift | kLanesOf | uint32_t(warp.index);
 }
 
-// The offset of an access that lies inside and is aligned to its size.
+// The offset of an access. Fails if it does not lie inside of shared memory or is not aligned to its size.
 inline int64_t shared_offset(const void* address, int bytes, Primitive primitive, Site site) {
   const int64_t offset = static_cast<const unsigned char*>(address) - machine.shared;
   if (offset < 0 || offset + bytes > machine.shared_bytes) [[unlikely]]
@@ -57,7 +59,7 @@ inline int64_t shared_offset(const void* address, int bytes, Primitive primitive
   return offset;
 }
 
-// Two bytes at a time, where something happened in this epoch: sets the state, or reports.
+// The slow check, of two bytes that were accessed in this epoch: sets the new state, or reports an error.
 void examine_read(int64_t granule, uint32_t state, Primitive primitive, Site site);
 void examine_write(int64_t granule, uint32_t state, uint32_t mark, Primitive primitive, Site site);
 
@@ -84,7 +86,8 @@ struct States {
   }
 };
 
-// All granules of an access at once: where nothing of this epoch collides, which is nearly always.
+// The fast check of all granules (two bytes each) of an access at once. It suffices where no earlier access of this
+// epoch may collide, which is nearly always.
 template <int bytes>
 inline void check_read(int64_t offset, uint32_t state, Primitive primitive, Site site) {
   constexpr int granules = bytes < 2 ? 1 : bytes / 2;
@@ -100,7 +103,7 @@ inline void check_read(int64_t offset, uint32_t state, Primitive primitive, Site
   }
 }
 
-// `mark`: what the bytes are from now on: the state, or pending.
+// `mark`: the bytes' new state of writes, which is `state` or pending.
 template <int bytes>
 inline void check_write(int64_t offset, uint32_t state, uint32_t mark, Primitive primitive, Site site) {
   constexpr int granules = bytes < 2 ? 1 : bytes / 2;
@@ -115,7 +118,7 @@ inline void check_write(int64_t offset, uint32_t state, uint32_t mark, Primitive
   }
 }
 
-// Asynchronous copies of the calling thread.
+// The calling thread's asynchronous copies.
 void begin_copy(void* shared, const void* global, int bytes, bool valid, Site site);
 void wait_for_copies(int pending);
 

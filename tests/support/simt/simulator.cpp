@@ -13,8 +13,8 @@
 #include "shared_checker.h"
 
 #ifdef LOWRANK_OPS_SWITCH_X86_64
-// rdi: where to keep this stack's pointer, rsi: the next one's. The callee-saved registers lie on the stacks. `ret` and
-// not `jmp`: mostly the fibers have stopped at one and the same place, and the predictor of returns is right.
+// rdi: where to save this stack's pointer; rsi: the other stack's pointer. The callee-saved registers lie on the
+// stacks. `ret` instead of `jmp`, because fibers mostly stop at the same place, so that the return predictor is right.
 asm(R"(
 .text
 .p2align 4
@@ -53,10 +53,11 @@ constexpr size_t kStackBytes = 512 << 10;
 constexpr size_t kStackBytes = 128 << 10;
 #endif
 constexpr size_t kGuardBytes = 4096;
-// Stacks a power of two apart would put the hot ends of all of them into the same few sets of the cache.
+// Shifts the stacks against each other: the busy ends of stacks that lie a power of two apart would all fall into the
+// same few sets of the cache.
 constexpr size_t kColourBytes = 1024 + 64;
 
-// The stack of a thread; a page below each can be neither read nor written, so that an overflow is seen.
+// The stacks of the threads. The page below each can be neither read nor written, so that an overflow is noticed.
 struct Stacks {
   char* memory = nullptr;
 
@@ -73,7 +74,7 @@ struct Stacks {
   static size_t bytes(int thread) { return kStackBytes - thread % kLanes * kColourBytes; }
 } stacks;
 
-// Goes on with the first thread that can run; with the host if there is none.
+// Switches to the first thread that can run, or to the host if there is none.
 void switch_from(Fiber& fiber, bool last = false) {
   Warp& warp = *fiber.warp;
   Context* next = &machine.host;
@@ -96,7 +97,7 @@ void block(Fiber& fiber) {
   switch_from(fiber);
 }
 
-// The last to arrive lets the first one of the order run first again.
+// The last thread to arrive switches to the first one in the order of running.
 void resume_first(Fiber& fiber, Fiber* first) {
   if (first == &fiber) return;
   machine.current = first;
@@ -170,7 +171,7 @@ void begin_cta(int64_t block) {
   begin_shared();
 }
 
-// Nobody can run and somebody has not finished.
+// No thread can run, and some have not finished.
 void describe_deadlock() {
   const Fiber* examples[int(Primitive::kCount) + 1] = {};
   int counts[int(Primitive::kCount) + 1] = {};
@@ -277,7 +278,7 @@ void cta_barrier(int id, Site site) {
 }
 
 bool run(int64_t ctas, int threads, int64_t shared_bytes, void (*body)(const void*), const void* argument) {
-  if (!machine.error.empty()) return false;  // of an earlier launch of the same call
+  if (!machine.error.empty()) return false;  // an earlier launch of the same call failed
   machine.threads = threads;
   machine.warps = threads / kLanes;
   machine.body = body;

@@ -1,11 +1,12 @@
-// A GPU of one CTA at a time: what the host versions of the primitives (host_primitives.h) share.
+// A simulated GPU that runs one CTA at a time. This is the state that the host versions of the primitives
+// (host_primitives.h) work on.
 //
-// Threads are fibers. A lane runs until it meets a barrier or a warp-wide instruction (load_matrices, multiply_add);
-// then the next lane of its warp runs; when all have arrived, the instruction is carried out once, for all of them.
-// The order of the lanes is fixed, reversed or shuffled by a setting: right kernels do not depend on it.
+// Threads are fibers. A lane runs until it comes to a barrier or a warp-wide instruction (load_matrices, multiply_add);
+// then the next lane of its warp runs. When all have arrived, the instruction is carried out once, for all of them. A
+// setting fixes, reverses or shuffles the order of the lanes: correct kernels do not depend on it.
 //
-// The first error ends the launch. A fiber that stops in the middle is simply never switched to again: kernels own
-// nothing that would have to be released.
+// The first error ends the launch. Fibers that stopped in the middle are never switched to again: kernels own nothing
+// that would have to be released.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ enum class Primitive : uint8_t {
   kLoadShared,
   kStoreShared,
   kLoadMatrices,
-  kCopyAsync,  // its shared side; its global side counts as kLoadGlobal
+  kCopyAsync,  // the write to shared memory; the read counts as kLoadGlobal
   kLoadGlobal,
   kStoreGlobal,
   kMultiplyBFloat16,
@@ -35,27 +36,28 @@ enum class Primitive : uint8_t {
 };
 const char* name_of(Primitive primitive);
 
-// A call of a primitive in a kernel.
+// The place in the source where a kernel calls a primitive.
 struct Site {
   const char* file;
   int line;
   bool operator==(const Site&) const = default;
 };
 
-// Set before a launch. The switches below `order` are mutations: what a test does to see whether it would notice.
+// Set before a launch. The members from `skip_barrier` on are mutations: they break the launch, to show that the tests
+// would notice.
 struct Settings {
-  int64_t order = 0;  // of the lanes and warps: 0 ascending, 1 descending, 2 shuffled by `seed` for each CTA
+  int64_t order = 0;  // of lanes and warps: 0 ascending, 1 descending, 2 shuffled by `seed` for each CTA
   int64_t seed = 0;
-  int64_t count = 1;                // sectors and bank conflicts; bytes are always counted
-  int64_t shared_limit = 232448;    // bytes of shared memory that a CTA can have: sm_90's
+  int64_t count = 1;                // whether sectors and bank conflicts are counted; bytes always are
+  int64_t shared_limit = 232448;    // bytes of shared memory that a CTA can have; here sm_90's
   int64_t skip_barrier = -1;        // nobody waits at the barrier of this id
   int64_t skip_zero_fill = 0;       // copy_async leaves the old bytes where it should write zeros
-  int64_t shift_load_matrices = 0;  // load_matrices reads this many bytes further (inside shared memory)
+  int64_t shift_load_matrices = 0;  // load_matrices reads this many bytes further on
   int64_t shift_buffer = -1;        // loads and copies from the global buffer of this index read one element further
   int64_t ignore_waits = 0;         // wait_copies returns at once
 };
 
-struct Copy {  // an asynchronous one under way
+struct Copy {  // an asynchronous copy under way
   unsigned char* to;
   const unsigned char* from;
   int bytes;
@@ -78,27 +80,27 @@ struct Fiber {
   int committed = 0, retired = 0;  // groups of copies
 };
 
-// An access of one lane (instructions.h).
-struct What {
+// The kind of an access of one lane: two lanes with the same kind may be in the same instruction (instructions.h).
+struct AccessKind {
   Site site;
   Primitive primitive;
   uint8_t bytes;
-  int16_t buffer;  // of global memory
-  bool operator==(const What&) const = default;
+  int16_t buffer;  // the buffer's number; -1: shared memory
+  bool operator==(const AccessKind&) const = default;
 };
 struct Access {
-  What what;
+  AccessKind what;
   uintptr_t address;
 };
 
 struct Warp {
   int index = 0;
   uint32_t bit = 0;       // in Machine::ready
-  uint32_t runnable = 0;  // a bit a lane, in the order in which they run
+  uint32_t runnable = 0;  // one bit per lane, in the order in which they run
   uint32_t epoch = 0;     // warp barriers since the last CTA barrier
   Fiber* in_order[kLanes] = {};
 
-  // The warp-wide instruction that lanes are arriving at, and its operands and results, lane by lane.
+  // The warp-wide instruction at which lanes are arriving, with its operands and results per lane.
   int arrived = 0;
   Primitive kind = Primitive::kCount;
   int barrier_id = -1;
@@ -110,7 +112,7 @@ struct Warp {
   const void* row[kLanes];
 
   std::vector<Access> trace[kLanes];  // since the lanes last met
-  bool traced = false;                // whether there is anything in it
+  bool traced = false;                // whether any trace has an entry
 };
 
 struct Machine {
@@ -120,19 +122,19 @@ struct Machine {
   int64_t block = 0;
   unsigned char* shared = nullptr;
   int64_t shared_bytes = 0;
-  uint32_t ready = 0;  // a bit a warp that has runnable lanes, in the order in which they run
-  int arrived = 0;     // at the CTA barrier
+  uint32_t ready = 0;  // one bit per warp: it has runnable lanes; in the order in which they run
+  int arrived = 0;     // threads that wait at the CTA barrier
   int barrier_id = -1;
   Warp* in_order[kMaxWarps] = {};
   // The race detector's state (shared_checker.h).
   uint32_t epoch = 1;
-  uint32_t* written = nullptr;  // for each two bytes of shared memory
+  uint32_t* written = nullptr;  // one state per two bytes of shared memory
   uint32_t* read = nullptr;
 
   Settings settings;
   std::string error;
   int64_t ctas = 0, launches = 0, largest_shared = 0;
-  int64_t barriers[64] = {};  // times that a CTA or warp passed each
+  int64_t barriers[64] = {};  // per barrier: how often a CTA or a warp passed it
   int64_t instructions[int(Primitive::kCount)] = {};
 
   void (*body)(const void*) = nullptr;
@@ -143,13 +145,14 @@ struct Machine {
 };
 extern Machine machine;
 
-// Ends the launch with a message that names the block and the thread.
+// Ends the launch with an error message, to which it adds block, thread and place.
 [[noreturn, gnu::format(printf, 2, 3)]] void fail(Site site, const char* format, ...);
 
-// Runs `body(argument)` in every thread of every CTA. False: an error, in machine.error.
+// Runs `body(argument)` in every thread of every CTA. False: there was an error, which machine.error describes.
 bool run(int64_t ctas, int threads, int64_t shared_bytes, void (*body)(const void*), const void* argument);
 
-// The calling lane has put its operands into its warp; returns when all lanes have and the results are there.
+// A warp-wide instruction. The calling lane has put its operands into its Warp; returns when all lanes have done so and
+// the results are there.
 void collective(Primitive kind, int barrier_id, Site site);
 void cta_barrier(int id, Site site);
 

@@ -10,10 +10,10 @@ namespace lowrank_ops {
 enum class Winograd { kNone, k2x2, k4x4, kLine };
 constexpr Winograd kPatches[] = {Winograd::k2x2, Winograd::k4x4, Winograd::kLine};
 
-// F(rows x columns, 3 x 3), or along a line of 1xKW taps F(3, 3) for every three of them.
+// F(rows x columns, 3 x 3), or F(3, 3) along a line of 1xKW taps, once per three taps.
 struct Patch {
   int64_t rows, columns;  // of outputs
-  int64_t places;         // products for them, for each channel and group of taps
+  int64_t places;         // products for these outputs, per channel and group of taps
   const char* name;
 };
 constexpr Patch patch_of(Winograd winograd) {
@@ -30,7 +30,8 @@ constexpr Patch patch_of(Winograd winograd) {
   return {1, 1, 0, "never"};
 }
 
-// How many groups of taps the sums of a place run over: neighbouring patches of a line are each other's groups.
+// How many groups of three taps the sums of a place run over. A line's patch is also the next group of the patch
+// before.
 constexpr int64_t tap_groups(Winograd winograd, int64_t kw) {
   return winograd == Winograd::kLine ? ceil_div(kw, int64_t(3)) : 1;
 }
