@@ -2,6 +2,8 @@
 # make test    set everything up and run the tests
 # make test-avx2, make test-generic    the tests as on a CPU with AVX2 only, or SSE4.1 only (our kernels, torch, oneDNN
 #                 and MKL are capped): before a release
+# make test-oldest    the tests with the oldest torch and Python that are promised, in an environment of its own under
+#                 build/ (OLDEST_PYTHON=python3.10, ARGS=tests/ops): before a release
 # make lint    ruff, clang-format, mypy
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make docs    the API reference, from the docstrings, into build/docs/ (pdoc)
@@ -27,9 +29,17 @@ CPP := $(shell find csrc tests/support/simt -name '*.cpp' -o -name '*.h' -o -nam
 
 # The part of the CPU suite that a build with CUDA kernels has to pass.
 CUDA_TORCH ?= torch==2.11.0
-CUDA_BUILD_TESTS := $(addprefix tests/test_,ops.py errors.py planning.py cuda.py cuda_kernels.py cuda_host.py)
+CUDA_BUILD_TESTS := tests/ops/test_ops.py tests/ops/test_errors.py tests/plan/test_planning.py tests/cuda/test_cuda.py \
+  tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_host.py
 
-.PHONY: demo test test-avx2 test-generic lint format bench docs figures stub wheel clean kernel-report check-cuda check-cuda-build sanitize
+# What the project promises at least. torch from an index without CPU builds brings its CUDA packages: 5 GB.
+OLDEST_PYTHON ?= python3.10
+OLDEST_TORCH ?= torch==2.11.0
+# What runs and tests need besides torch.
+RUN_PACKAGES := "setuptools>=77,<82" wheel ninja pybind11 numpy "tensorly>=0.9" rich safetensors tqdm
+TEST_PACKAGES := pytest pytest-xdist hypothesis expecttest pandas matplotlib pillow scikit-learn
+
+.PHONY: demo test test-avx2 test-generic test-oldest lint format bench docs figures stub wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
@@ -49,6 +59,16 @@ test-avx2: .venv/built
 test-generic: .venv/built
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE LOWRANK_OPS_CPU_ISA=generic \
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_generic $(PYTEST) $(ARGS)
+
+# The sources are copied: an extension for another torch must not lie in the tree. What is compiled stays for the next run.
+test-oldest:
+	test -d build/oldest/venv || $(OLDEST_PYTHON) -m venv build/oldest/venv
+	build/oldest/venv/bin/python -m pip --disable-pip-version-check install -q $(OLDEST_TORCH) $(RUN_PACKAGES) $(TEST_PACKAGES)
+	mkdir -p build/oldest/src
+	find build/oldest/src -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -z | xargs -0 cp -p --parents -t build/oldest/src
+	cd build/oldest/src && LOWRANK_OPS_CUDA=0 ../venv/bin/python setup.py -q build_ext --inplace
+	cd build/oldest/src && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: .venv/built
 	$(VENV)/python -m benchmarks.run $(ARGS)
@@ -80,11 +100,10 @@ stub: .venv/built .venv/stubgen
 	$(VENV)/ruff check -q --fix lowrank_ops/_C.pyi
 
 wheel: .venv/packages
-	rm -rf dist && $(PIP) wheel --no-build-isolation --no-deps -w dist .
-	rm -rf build/installed && $(PIP) install -q --no-deps --target build/installed dist/*.whl
-	cd build/installed && ../../$(VENV)/python -c "import lowrank_ops, torch; \
-	  assert 'installed' in lowrank_ops.__file__; \
-	  print(lowrank_ops.build_info(), lowrank_ops.TuckerConv2d(8, 8, 3, 4)(torch.randn(1, 8, 9, 9)).shape)"
+	rm -rf dist build/installed
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	$(PIP) install -q --no-deps --target build/installed dist/*.whl
+	$(VENV)/python -m tests.repo.check_wheel dist/*.whl build/installed
 
 kernel-report: .venv/packages
 	$(VENV)/python -m benchmarks.studies.kernel_report --output docs/kernel_report.md
@@ -98,8 +117,7 @@ check-cuda: .venv/packages
 
 check-cuda-build:
 	test -d build/cuda_torch/venv || $(PYTHON) -m venv build/cuda_torch/venv
-	build/cuda_torch/venv/bin/pip install -q $(CUDA_TORCH) "setuptools>=77" wheel ninja pybind11 numpy "tensorly>=0.9" rich safetensors \
-	  tqdm pytest pytest-xdist hypothesis expecttest pandas
+	build/cuda_torch/venv/bin/pip install -q $(CUDA_TORCH) $(RUN_PACKAGES) $(TEST_PACKAGES)
 	mkdir -p build/cuda_torch/src && git ls-files -z | xargs -0 cp -p --parents -t build/cuda_torch/src
 	cd build/cuda_torch/src && LOWRANK_OPS_CUDA=1 TORCH_CUDA_ARCH_LIST=8.0+PTX ../venv/bin/python setup.py -q build_ext --inplace
 	cd build/cuda_torch/src && ../venv/bin/python -c "import torch, lowrank_ops; assert torch.version.cuda; \

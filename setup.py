@@ -10,6 +10,7 @@ MAX_JOBS=n                                 compile jobs (default: cores, at most
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import platform
@@ -27,6 +28,9 @@ from csrc.compile import compile_source, jobs  # noqa: E402
 from csrc.cuda import build_kernels  # noqa: E402
 
 VERSION = "0.1.0"
+TORCH = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+OLDEST_TORCH = "2.11"  # also in pyproject.toml, as a requirement of the build
+REQUIRED = ["numpy", "tensorly>=0.9", "rich", "safetensors", "tqdm"]
 DEBUG = os.environ.get("DEBUG") == "1"
 OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
 # at::parallel_for is inline: without this it compiles to a plain loop. Not linked with OpenMP: the runtime must
@@ -61,6 +65,25 @@ def git_sha() -> str:
         return "unknown"
 
 
+def is_source() -> bool:
+    """Whether this run makes a source distribution, which is for any torch."""
+    return "sdist" in sys.argv
+
+
+def full_version() -> str:
+    """0.1.0+torch2.13, with CUDA kernels 0.1.0+torch2.13.cu130: a built extension fits one minor version of torch."""
+    if is_source():
+        return VERSION
+    tools = cuda_toolkit()
+    cuda = "" if tools is None else ".cu" + "".join(tools.version.split(".")[:2])
+    return f"{VERSION}+torch{TORCH}{cuda}"
+
+
+def requirements() -> list[str]:
+    """The torch that the extension was built for, and what else runs need."""
+    return [f"torch>={OLDEST_TORCH}" if is_source() else f"torch=={TORCH}.*", *REQUIRED]
+
+
 def write_version() -> pathlib.Path:
     """The folder of a generated header with what the build is of: the one file that includes it is compiled anew when
     the commit changes, and not all of them."""
@@ -87,6 +110,7 @@ def set_max_jobs() -> None:
     os.environ["MAX_JOBS"] = str(jobs)
 
 
+@functools.cache
 def cuda_toolkit() -> build_kernels.Toolkit | None:
     """What compiles the CUDA kernels, or None when none are to be compiled."""
     asked = os.environ.get("LOWRANK_OPS_CUDA")
@@ -171,7 +195,8 @@ def sources() -> list[str]:
 
 set_max_jobs()
 setup(
-    version=VERSION,
+    version=full_version(),
+    install_requires=requirements(),
     ext_modules=[
         CppExtension(
             "lowrank_ops._C",

@@ -6,6 +6,7 @@ import typing
 
 import torch
 
+def activations() -> list[str]: ...
 def build_info() -> dict: ...
 def cached_gpu_plan(
     arg0: tuple[

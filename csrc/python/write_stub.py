@@ -1,7 +1,7 @@
 """`python -m csrc.python.write_stub`: writes lowrank_ops/_C.pyi, the types of the built extension.
 
-The signatures are those of pybind11-stubgen, which reads them from the loaded module. `make stub` installs it and formats the file;
-tests/repo/test_stub.py holds the file against the extension.
+The signatures are those of pybind11-stubgen, which reads them from the loaded module. `make stub` installs it and
+formats the file; tests/repo/test_stub.py holds the file against the extension.
 """
 
 from __future__ import annotations
