@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.budget.knapsack import Budget
 from lowrank_ops.budget.menu import macs_in
@@ -27,6 +26,7 @@ from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d
 from lowrank_ops.runtime.compiled import takes_compiled
+from lowrank_ops.runtime.torch_internals import ConvBase
 from lowrank_ops.text.warn import warn
 
 _CP = (CPConv1d, CPConv2d)
@@ -208,7 +208,7 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise TypeError(f"factorize_: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, FactorizedModule):
         raise ValueError(f"factorize_: model is already factorized, a {type(model).__name__}; to_dense() undoes it")
-    if isinstance(model, (_ConvNd, nn.Linear)):
+    if isinstance(model, (ConvBase, nn.Linear)):
         raise ValueError(
             f"factorize_: model is a single {type(model).__name__}, which has no parent to hold the "
             "replacement; use TuckerConv2d.from_conv2d, CPConv2d.from_conv2d or LowRankLinear.from_linear, "

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from lowrank_ops.compress.report import LayerReport, Report
 from lowrank_ops.model.sites import Owners, Site, find_sites, has_hooks, keep_attributes, move_hooks
@@ -18,11 +16,12 @@ from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.modules import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.nn.plain import ACTIVATION_MODULES, activation_name
 from lowrank_ops.runtime.compiled import takes_compiled
+from lowrank_ops.runtime.torch_internals import DropoutBase, NormBase
 
 # Layers that recipes put between the stages of a chain. The search passes over them, so that the report can say why the
 # chain is not one op.
 _BETWEEN = (*ACTIVATION_MODULES.values(), nn.LeakyReLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.PReLU, nn.Identity)
-_BETWEEN_BASES = (_NormBase, nn.GroupNorm, nn.LayerNorm, _DropoutNd)
+_BETWEEN_BASES = (NormBase, nn.GroupNorm, nn.LayerNorm, DropoutBase)
 
 
 _Fusable = type[TuckerConv2d] | type[CPConv2d] | type[TuckerConv1d] | type[CPConv1d] | type[LowRankLinear]

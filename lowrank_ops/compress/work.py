@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ops.budget.knapsack import Budget
 from lowrank_ops.budget.menu import Block, Offer, empty_module
@@ -35,6 +34,7 @@ from lowrank_ops.nn.checks import refusal
 from lowrank_ops.nn.counts import count_macs, count_parameters
 from lowrank_ops.nn.plain import is_matrix
 from lowrank_ops.ops.memory import trim
+from lowrank_ops.runtime.torch_internals import ConvBase
 from lowrank_ops.text.notes import listed
 from lowrank_ops.text.progress import progress_bar
 from lowrank_ops.text.warn import warn
@@ -115,7 +115,7 @@ class Work:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        sites = find_sites(model, lambda layer: isinstance(layer, (_ConvNd, nn.Linear, FactorizedModule)))
+        sites = find_sites(model, lambda layer: isinstance(layer, (ConvBase, nn.Linear, FactorizedModule)))
         self.layers = [LayerWork(site) for site in sites]
         self._by_id = {id(work.layer): work for work in self.layers}
         self._groups: list[list[Site]] = []  # layers that are decomposed and fitted together

@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ops.runtime.metadata import METADATA
 from lowrank_ops.runtime.nested import is_nested
+from lowrank_ops.runtime.torch_internals import TorchDispatchMode, has_storage, tree_leaves
 
 
 class WeightReads(TorchFunctionMode):
@@ -146,6 +144,6 @@ class ReadProducts(TorchDispatchMode):
 
 def _storage(value: Any) -> int | None:
     """Identifies the memory of a tensor; None for other values, and for tensors without storage (sparse ones)."""
-    if not isinstance(value, Tensor) or not torch._C._has_storage(value):
+    if not isinstance(value, Tensor) or not has_storage(value):
         return None
     return int(value.untyped_storage()._cdata)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops.ops.extension import _C
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.modes import no_nested_tensors
+from lowrank_ops.runtime.torch_internals import TorchDispatchMode, no_values, suggest_memory_format
 from lowrank_ops.text.tables import HTML_WIDTH, as_html, as_text, figure, fits, new_table, terminal_width
 
 Shape = Sequence[int]
@@ -149,23 +148,19 @@ _NONE = "no op of lowrank_ops is called"
 
 
 class _Recorder(TorchDispatchMode):
-    """Records every call of our ops while the fake kernels run, on meta tensors.
+    """Records every call of our ops while their fake kernels run.
 
     Attributes:
         calls: name and arguments of each.
-        mixed: the last op called, of any library, had a meta tensor and one on another device.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.mixed = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        self.mixed = {"meta"} < {tensor.device.type for tensor in tensors}
         schema = func._schema
         namespace, _, name = schema.name.partition("::")
         if namespace == "lowrank_ops" and not name.endswith("_backward"):
@@ -190,9 +185,8 @@ def explain(
 
     Args:
         op_or_module: one of our ops (`tucker_conv2d`, `cp_conv2d`, `lowrank_linear`), one of our modules, or any
-            model that holds some: it is run on meta tensors, and every op of ours that it calls is explained.
-            Forward hooks run. Tensors that are neither parameters nor buffers, and control flow that depends on
-            values, do not work there.
+            model that holds some: it is run on tensors without values, and every op of ours that it calls is
+            explained. Forward hooks run. Control flow that depends on values does not work there.
         input_or_shapes: for a module its input, a tensor or a shape (a sequence of ints); several inputs as a
             tuple or list of them, keyword arguments as a dict. For an op the tuple, list or dict of its tensor
             arguments. None stands for an argument that is None.
@@ -216,7 +210,7 @@ def explain(
     Raises:
         ValueError: whatever the op itself would raise for these shapes; an unknown device.
         TypeError: arguments of the wrong kind, further arguments for a module.
-        RuntimeError: the model fails on meta tensors.
+        RuntimeError: the model fails on tensors without values.
     """
 
     module = op_or_module if isinstance(op_or_module, nn.Module) else None
@@ -241,21 +235,25 @@ def explain(
             return own
         return dtype or (region if region is not None and own != torch.float64 else own)
 
-    def meta(value: Tensor | Shape | None) -> Tensor | None:
+    def empty(value: Tensor | Shape | None) -> Tensor | None:
         if value is None:
             return None
-        if isinstance(value, Tensor):
-            return value.detach().to(device="meta", dtype=wanted(value.dtype))
-        made = torch.empty(tuple(value), device="meta", dtype=wanted(default))
-        return made.to(memory_format=memory_format) if memory_format and made.dim() == 4 else made
+        if not isinstance(value, Tensor):
+            made = torch.empty(tuple(value), device=on, dtype=wanted(default))
+            return made.to(memory_format=memory_format) if memory_format and made.dim() == 4 else made
+        if value.is_nested:
+            return value.detach().to(device=on, dtype=wanted(value.dtype))
+        like = value.detach().to(device="meta", dtype=wanted(value.dtype))
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=on)
 
-    args = [meta(value) for value in positional]
-    kwargs = {name: meta(value) for name, value in named.items()}
-    with torch.no_grad(), no_nested_tensors(), _Recorder() as recorder:
+    on = "cpu" if found.type == "meta" else found.type
+    with torch.no_grad(), no_nested_tensors(), no_values(), _Recorder() as recorder:
+        args = [empty(value) for value in positional]
+        kwargs = {name: empty(value) for name, value in named.items()}
         if module is None:
             op_or_module(*args, **kwargs, **arguments)
         else:
-            _run(module, {name: meta(value) for name, value in state.items()}, args, kwargs, recorder)
+            _run(module, {name: empty(value) for name, value in state.items()}, args, kwargs)
     planned = _with_index(str(found if device is None else device))
     result = Explanations(_explain(name, call, planned) for name, call in recorder.calls)
     if verbose:
@@ -301,18 +299,13 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(size, int) for size in value)
 
 
-def _run(
-    module: nn.Module, state: dict[str, Any], args: list[Any], kwargs: dict[str, Any], recorder: _Recorder
-) -> None:
+def _run(module: nn.Module, state: dict[str, Any], args: list[Any], kwargs: dict[str, Any]) -> None:
     try:
         torch.func.functional_call(module, state, tuple(args), kwargs)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and not recorder.mixed:  # the model's or the op's own refusal
-            raise
+    except RuntimeError as error:
         raise RuntimeError(
-            f"explain: {type(module).__name__} failed: {error}. explain runs the model on meta tensors: tensors that "
-            "are neither parameters nor buffers, and control flow that depends on values, do not work there; "
-            "explain the parts that do"
+            f"explain: {type(module).__name__} failed: {error}. explain runs the model on tensors without values, on "
+            "which control flow that depends on values does not work; explain the parts that do work"
         ) from error
 
 
@@ -336,7 +329,7 @@ def _explain(op: str, call: dict[str, Any], device: str) -> Explanation:
         pairs = [[v] * 2 if isinstance(v, int) else list(v) for v in values]
         window = [value for pair in pairs for value in (pair * 2)[:2]]
         sizes = [*x.shape, t, r1, rank, kh, kw]
-        channels_last = torch._prims_common.suggest_memory_format(x) == torch.channels_last
+        channels_last = suggest_memory_format(x) == torch.channels_last
         layout = "channels_last" if channels_last else "NCHW"
         words = (
             f"{list(x.shape)} to {t} channels, {kh}x{kw}, {ranks}, stride {pairs[0]}, padding {pairs[1]}, "

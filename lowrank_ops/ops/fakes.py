@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from lowrank_ops.ops.extension import ACTIVATIONS, DTYPES
+from lowrank_ops.runtime.torch_internals import check_type, check_value, suggest_memory_format
 
 Gradient = Tensor | None
 
@@ -24,31 +24,31 @@ _LARGEST = 2**31 - 1  # that a number of the window may be
 
 
 def _check_dim(op: str, name: str, tensor: Tensor, dim: int, shape: str) -> None:
-    torch._check_value(tensor.dim() == dim, lambda: f"{op}: {name} must be {shape}, got shape {list(tensor.shape)}")
+    check_value(tensor.dim() == dim, lambda: f"{op}: {name} must be {shape}, got shape {list(tensor.shape)}")
 
 
 def _check_size(op: str, name: str, tensor: Tensor, axis: int, required: int, why: str) -> None:
-    torch._check_value(
+    check_value(
         tensor.shape[axis] == required,
         lambda: f"{op}: {name} must have size {required} on axis {axis} ({why}), got shape {list(tensor.shape)}",
     )
 
 
 def _check_kind(op: str, input: Tensor, factors: dict[str, Tensor], bias: Tensor | None) -> None:
-    torch._check_type(
+    check_type(
         input.dtype in DTYPES,
         lambda: f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}",
     )
 
     def check(name: str, tensor: Tensor) -> None:
-        torch._check_type(
+        check_type(
             tensor.dtype == input.dtype,
             lambda: (
                 f"{op}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}; convert the module or "
                 "the input with .to(dtype), or run under torch.autocast"
             ),
         )
-        torch._check_value(
+        check_value(
             tensor.device == input.device,
             lambda: f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}",
         )
@@ -57,7 +57,7 @@ def _check_kind(op: str, input: Tensor, factors: dict[str, Tensor], bias: Tensor
         check(name, factor)
         message = f"{op}: {name} must have no axis of size 0 (ranks are at least 1), got shape {list(factor.shape)}"
         for size in factor.shape:
-            torch._check_value(size > 0, lambda message=message: message)
+            check_value(size > 0, lambda message=message: message)
     if bias is not None:
         check("bias", bias)
 
@@ -66,12 +66,12 @@ def _check_bias(op: str, bias: Tensor | None, out_factor: Tensor) -> None:
     if bias is not None:
         t = out_factor.shape[0]
         message = f"{op}: bias must be [T] = [{t}] (the rows of out_factor) or None, got shape {list(bias.shape)}"
-        torch._check_value(bias.dim() == 1, lambda: message)
-        torch._check_value(bias.shape[0] == t, lambda: message)
+        check_value(bias.dim() == 1, lambda: message)
+        check_value(bias.shape[0] == t, lambda: message)
 
 
 def _check_activation(op: str, activation: str) -> None:
-    torch._check_value(
+    check_value(
         activation in ACTIVATIONS,
         lambda: f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got '{activation}'",
     )
@@ -88,14 +88,14 @@ def _conv_output(
 ) -> Tensor:
     shape = [input.shape[0], out_factor.shape[0]]
     for argument, values in (("stride", stride), ("padding", padding), ("dilation", dilation)):
-        torch._check_value(
+        check_value(
             len(values) == 2,
             lambda argument=argument, values=values: (
                 f"{op}: {argument} must have 2 entries (height, width), got {list(values)}"
             ),
         )
         for value in values:
-            torch._check_value(
+            check_value(
                 value <= _LARGEST,
                 lambda argument=argument, values=values: (
                     f"{op}: {argument} must be at most {_LARGEST}, got {list(values)}"
@@ -107,7 +107,7 @@ def _conv_output(
             ("padding", padding, 0),
             ("dilation", dilation, 1),
         ):
-            torch._check_value(
+            check_value(
                 values[axis] >= least,
                 lambda argument=argument, values=values, least=least: (
                     f"{op}: {argument} must be at least {least} on each axis, got {list(values)}"
@@ -115,7 +115,7 @@ def _conv_output(
             )
         padded = input.shape[2 + axis] + 2 * padding[axis]
         reach = dilation[axis] * (kernel[axis] - 1) + 1
-        torch._check_value(
+        check_value(
             padded >= reach,
             lambda name=name, padded=padded, reach=reach: (
                 f"{op}: the output would be empty: the kernel reaches over {reach} pixels along the {name}, "
@@ -146,14 +146,14 @@ def _check_grad_output(op: str, grad_output: Tensor, output: Tensor) -> None:
         required, given = list(output.shape), list(grad_output.shape)
         return f"{op}: grad_output must have the output's shape {required}, got {given}"
 
-    torch._check_value(grad_output.dim() == output.dim(), shapes)
+    check_value(grad_output.dim() == output.dim(), shapes)
     for size, required in zip(grad_output.shape, output.shape, strict=True):
-        torch._check_value(size == required, shapes)
-    torch._check_type(
+        check_value(size == required, shapes)
+    check_type(
         grad_output.dtype == output.dtype,
         lambda: f"{op}: grad_output must have the input's dtype {output.dtype}, got {grad_output.dtype}",
     )
-    torch._check_value(
+    check_value(
         grad_output.device == output.device,
         lambda: f"{op}: grad_output must be on the input's device {output.device}, got {grad_output.device}",
     )
@@ -228,7 +228,7 @@ def _lowrank_linear(
 ) -> Tensor:
     op = "lowrank_linear"
     _check_activation(op, activation)
-    torch._check_value(input.dim() >= 1, lambda: f"{op}: input must be [..., S], got a tensor of no axes")
+    check_value(input.dim() >= 1, lambda: f"{op}: input must be [..., S], got a tensor of no axes")
     _check_dim(op, "in_factor", in_factor, 2, "[R, S]")
     _check_dim(op, "out_factor", out_factor, 2, "[T, R]")
     _check_kind(op, input, {"in_factor": in_factor, "out_factor": out_factor}, bias)

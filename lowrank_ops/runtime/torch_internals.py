@@ -18,6 +18,7 @@ Besides the names below, the package relies on attributes of torch's objects tha
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ DropoutBase = nn.modules.dropout._DropoutNd
 TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
 """Context manager whose `__torch_dispatch__` sees each operation below autograd; the public
 `torch.overrides.TorchFunctionMode` sees the calls above autograd, not the operations that each one is made of."""
+
+
+def no_values() -> AbstractContextManager[Any]:
+    """Context manager: inside it tensors are made, and operations run, without values, but with the devices, dtypes and
+    memory formats of real ones (meta tensors have their own device, for which a convolution returns contiguous images).
+    Real tensors may take part. torch has no public name for it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
 
 tree_leaves = torch.utils._pytree.tree_leaves
 """The leaves of nested tuples, lists and dicts as a list; torch has no public pytree module."""

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lowrank_ops.model.batches import Batch, Batches, device_of
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.modes import eval_mode
+from lowrank_ops.runtime.torch_internals import BatchNormBase
 from lowrank_ops.text.progress import progress_bar
 from lowrank_ops.text.warn import warn
 from lowrank_ops.train import processes
@@ -257,7 +257,7 @@ def _modes(student: nn.Module, teacher: nn.Module, batchnorm: str) -> Iterator[N
     `distill_`."""
     with eval_mode(teacher), eval_mode(student):
         for module in student.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BatchNormBase):
                 module.training = batchnorm == "train"
             elif isinstance(module, nn.RNNBase):
                 module.training = not module.dropout

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.nn.plain import ACTIVATION_MODULES
+from lowrank_ops.runtime.torch_internals import BatchNormBase, ConvBase
 
 Error = tuple[Tensor, Tensor]
 Pairs = Mapping[str, tuple[FactorizedModule, nn.Module]]
@@ -50,7 +49,7 @@ def layer_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
             "layer_weight=0 trains on the outputs alone"
         )
     norms = [
-        {name for name, module in found.items() if isinstance(module, _BatchNorm)} for found in (students, teachers)
+        {name for name, module in found.items() if isinstance(module, BatchNormBase)} for found in (students, teachers)
     ]
     for name in sorted(norms[0] ^ norms[1]):
         owner, other = ("student", "teacher") if name in norms[0] else ("teacher", "student")
@@ -112,7 +111,7 @@ class LayerErrors:
 
     def __enter__(self) -> LayerErrors:
         for name, (layer, taught) in self._pairs.items():
-            plain = isinstance(taught, (_ConvNd, nn.Linear))
+            plain = isinstance(taught, (ConvBase, nn.Linear))
             activation = _activation(layer.activation if plain else "none")
             self._handles.append(taught.register_forward_hook(partial(self._keep, name, activation)))
             self._handles.append(layer.register_forward_hook(partial(self._compare, name)))

@@ -252,17 +252,38 @@ class DependsOnValues(TwoInputs):
         return self.linear(image) if image.sum() > 0 else image
 
 
-@pytest.mark.parametrize(
-    "model", [PlainTensor(), PlainBias(), DependsOnValues()], ids=lambda model: type(model).__name__
-)
-def test_explain_says_that_models_run_on_meta_tensors(model: nn.Module) -> None:
-    with pytest.raises(RuntimeError, match=f"explain: {type(model).__name__} failed: .*meta.* runs the model on meta"):
-        lowrank_ops.explain(model, (2, 6), verbose=False)
+@pytest.mark.parametrize("model", [PlainTensor(), PlainBias()], ids=lambda model: type(model).__name__)
+def test_explain_takes_models_with_tensors_of_their_own(model: nn.Module) -> None:
+    (found,) = lowrank_ops.explain(model, (2, 6), verbose=False)
+    assert found.op == "lowrank_linear"
+
+
+def test_explain_says_that_models_run_without_values() -> None:
+    with pytest.raises(RuntimeError, match=r"explain: DependsOnValues failed: .* on tensors without values"):
+        lowrank_ops.explain(DependsOnValues(), (2, 6), verbose=False)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_explain_sees_the_layouts_that_the_model_s_layers_give(memory_format: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), lowrank_ops.TuckerConv2d(32, 32, 3, 8), nn.MaxPool2d(2))
+    model.append(lowrank_ops.CPConv2d(32, 32, 3, 8)).to(memory_format=memory_format)
+    image = torch.randn(2, 16, 20, 20).contiguous(memory_format=memory_format)
+    seen = []
+    for layer in (model[2], model[4]):
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    model(image)
+    layouts = ["channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "NCHW" for x in seen]
+    assert layouts == ["NCHW" if memory_format == torch.contiguous_format else "channels_last"] * 2
+    seen.clear()
+    by_shape = lowrank_ops.explain(model, image.shape, memory_format=memory_format, verbose=False)
+    for found in (lowrank_ops.explain(model, image, verbose=False), by_shape):
+        assert [each.problem.split(", ")[-2:] for each in found]
+        assert all(layout in each.problem for each, layout in zip(found, layouts, strict=True)), found
 
 
 class Refuses(TwoInputs):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        image = image + torch.ones(())  # a number on the CPU goes with meta tensors
+        image = image + torch.ones(())
         self.linear(image)
         raise ValueError("the meta learner needs two tasks")
 

@@ -13,16 +13,6 @@ from tests.support.paths import REPOSITORY
 PACKAGE = REPOSITORY / "lowrank_ops"
 HOME = PACKAGE / "runtime" / "torch_internals.py"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != HOME)
-# Files that still use private names themselves. The list only shrinks.
-PENDING = {
-    "compress/factorize.py",
-    "compress/fuse.py",
-    "model/weight_reads.py",
-    "ops/explain.py",
-    "ops/fakes.py",
-    "train/distill.py",
-    "train/distill_errors.py",
-}
 MODULE_NAME = re.compile(r"torch(\.\w+)+")
 
 
@@ -95,6 +85,4 @@ def test_the_one_file_has_them() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_file_uses_private_names_of_torch(path: Path) -> None:
     found = private_names(path.read_text())
-    assert not found or str(path.relative_to(PACKAGE)) in PENDING, (
-        f"{found}: give them a public name in lowrank_ops/runtime/torch_internals.py, and import that"
-    )
+    assert not found, f"{found}: give them a public name in lowrank_ops/runtime/torch_internals.py, and import that"
