@@ -136,7 +136,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def add_cell_arguments(parser: argparse.ArgumentParser) -> None:
     """Which cells run."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="the device's fixed list of some 40 cells (the default)")
+    which.add_argument("--quick", action="store_true", help="the device's fixed list of cells (the default)")
     which.add_argument("--full", action="store_true", help="the whole grid, with every peer; takes hours")
     which.add_argument("--layer", metavar="PATTERN", help="cells that match a regular expression")
     which.add_argument(
@@ -159,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", nargs="+", choices=list(DTYPES), type=lambda name: ALIASES.get(name, name), help=default
     )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's kernels (default: 1)")
-    memory = "where outputs lie: as in the call before, or on pages that nobody has used yet (default: kept)"
+    memory = "where outputs lie: as in the call before, or on pages that were never used (default: kept)"
     parser.add_argument("--memory", choices=list(bench.MEMORY), default="kept", help=memory)
     layout = "of the fused op's input (default: channels_last); peers run in both"
     parser.add_argument("--layout", choices=list(peers.FORMATS), default="channels_last", help=layout)
@@ -175,8 +175,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_gpus = parser.add_argument_group("with --device cuda")
     of_gpus.add_argument("--dry-run", action="store_true", help="list cells, contenders, predictions; needs no GPU")
     of_gpus.add_argument("--gpu", default="H100", help="that --dry-run predicts for (default: H100)")
-    of_gpus.add_argument("--minutes", type=float, help="stop in time, with what was measured written")
-    of_gpus.add_argument("--resume", action="store_true", help="measure what the --json file does not hold yet")
+    of_gpus.add_argument("--minutes", type=float, help="stop before this limit; the results so far are written")
+    of_gpus.add_argument("--resume", action="store_true", help="measure only the cells that the --json file lacks")
 
 
 def choose_peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -4,13 +4,13 @@ Reads benchmarks/results/planner_fitted.csv, or the files that are named: CSV fi
 files of `benchmarks.run --peers chain forced --json`. `--add RESULTS.json` puts the cells of such a file into the CSV
 file first, as a set with the file's name.
 
-The planner says what it counts for each cell. Fitted are the nanoseconds that a feature costs, fused and as a chain,
-for each op, dtype, layout and class of instruction sets, and csrc/plan/cpu/cost_constants.inc is written. The fit is
-non-negative least squares on relative errors, weighted anew some times so that a few cells which the model cannot
-explain do not bend it. Cells where both paths take about the same time count more, as errors decide there. What it is
-judged by is the regret: how much longer the paths that the model picks take than the faster path of every cell. Times
-are fitted path by path: so the chain's constants are scaled at last by the factor of least loss, which is the regret
-with cells that run fused, and slower, counted six times: a user who never chose a path must not lose to the plain
+The planner gives the features of each cell. The fit finds the nanoseconds per item of each feature, fused and as a
+chain, for each op, dtype, layout and class of instruction sets, and writes csrc/plan/cpu/cost_constants.inc. It is
+non-negative least squares on relative errors, reweighted in some rounds so that a few cells which the model cannot
+explain do not bend it. Cells where both paths take about the same time count more, because errors decide there. A fit
+is judged by its regret: how much longer the paths that the model picks take than the faster path of every cell. Each
+path is fitted on its own, so at the end the chain's constants are scaled by the factor of least loss. The loss is the
+regret, with cells that run fused and slower counted six times: a user who never chose a path must not lose to the plain
 chain.
 """
 

@@ -38,7 +38,7 @@ struct Plan {
   Path path = Path::kChain;
   std::string kernel;  // which code runs
   CpuTile tile;
-  int gpu_kernel = -1;  // index into gpu_kernels() (gpu.h), for a GPU's fused plans
+  int gpu_kernel = -1;  // index into gpu_kernels() (gpu/planner.h), for a GPU's fused plans
   Geometry geometry;    // how that kernel cuts the problem
   int64_t shared_bytes = 0, threads = 0, ctas = 0;
   double waves = 0;                // rounds that the GPU needs for all CTAs

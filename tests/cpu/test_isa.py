@@ -57,7 +57,7 @@ def test_unknown_instruction_set_is_refused() -> None:
 
 def test_environment_variable_caps_the_instruction_set() -> None:
     found = subprocess.run(
-        [sys.executable, "-c", "import lowrank_ops; print(lowrank_ops._ops._C.cpu_isa())"],
+        [sys.executable, "-c", "import lowrank_ops; print(lowrank_ops.ops.extension._C.cpu_isa())"],
         env={**os.environ, "LOWRANK_OPS_CPU_ISA": "generic"},
         capture_output=True,
         text=True,

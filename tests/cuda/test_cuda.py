@@ -292,7 +292,7 @@ graph.replay()
 expected = (x.double() @ a.double().T) @ b.double().T + bias.double()
 error = ((y.double() - expected).norm() / expected.norm()).item()
 assert error < 0.02, error
-assert lowrank_ops._ops._C.measurements() == []
+assert lowrank_ops.ops.extension._C.measurements() == []
 print("right")
 """
 

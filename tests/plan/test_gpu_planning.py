@@ -72,11 +72,11 @@ def test_a_dilated_tile_has_the_halo_of_an_undilated_one() -> None:
 def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
     """Each line has a launcher, and its name says what geometry.h says."""
     stem = {"tucker_conv2d": "tucker", "cp_conv2d": "cp", "lowrank_linear": "linear"}[line["op"]]
-    header = (CSRC / "kernels" / "launch.h").read_text()
+    header = (CSRC / "cuda/kernels/launch.h").read_text()
     assert f"cudaError_t launch_{stem}_{line['family']}(" in header
     assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}"
     assert line["first_architecture"] == {"sm90a": 90, "sm80": 80, "simt": 75}[line["family"]]
-    written = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+), ", (CSRC / "plan" / "kernel_table.inc").read_text(), re.M)
+    written = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+), ", (CSRC / "plan/gpu/kernel_table.inc").read_text(), re.M)
     assert (stem, line["family"], str(line["config"])) in written
     assert len(written) == len(KERNELS)
 

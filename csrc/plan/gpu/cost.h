@@ -66,7 +66,7 @@ struct ChainConstants {
 
 constexpr double kLibraryCall = 17e-6;  // CPU time per library call of the chain (the host of an H200)
 // GPU time of multiplying CP's two depthwise factors (merges_depthwise): on an H200 the op took 4.0 to 4.6 us longer
-// than the library's calls alone in ten layers of eleven, 17 us in one (h200_lean_bf16.json, h200_lean_nchw.json).
+// than the library's calls alone in ten layers of eleven, 17 us in one (sets lean_bf16 and lean_nchw of h200.csv).
 constexpr double kFactorProduct = 4.3e-6;
 
 FusedFeatures fused_features(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry,

@@ -89,7 +89,7 @@ def build(sanitize: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
 
     def flags_for(source: Path) -> list[str]:
-        return _flags(sanitize and source.parent.name != "plan")  # the planner is checked elsewhere
+        return _flags(sanitize and CSRC / "plan" not in source.parents)  # the planner is checked elsewhere
 
     def object_for(source: Path) -> Path:
         key = hashlib.sha256(

@@ -7,6 +7,7 @@
 #include "counters.h"
 #include "cuda/kernels/common_case.h"
 #include "cuda/kernels/launch.h"
+#include "plan/counts.h"
 #include "plan/gpu/planner.h"
 
 using namespace lowrank_ops;
