@@ -143,7 +143,7 @@ sanitize: .venv/built
 
 # setup.py compiles; sed shortens the compiler's command lines to a progress display. pip then finds the work done.
 .venv/built: SHELL := bash
-.venv/built: .venv/packages setup.py $(SOURCES)
+.venv/built: .venv/packages setup.py docs/package_page.py $(SOURCES)
 	@set -o pipefail; $(VENV)/python setup.py -q build_ext --inplace | sed -u -E 's|^(\[[0-9/]+\]) .* -c [^ ]*(csrc/[^ ]+) .*|\1 \2|'
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@

@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # pip runs this file from elsewhere
 from csrc.compile import compile_source, jobs  # noqa: E402
 from csrc.cuda import build_kernels  # noqa: E402
+from docs.package_page import package_page, repository  # noqa: E402
 
 VERSION = "0.1.0"
 TORCH = ".".join(torch.__version__.split("+")[0].split(".")[:2])
@@ -194,9 +195,13 @@ def sources() -> list[str]:
 
 
 set_max_jobs()
+ADDRESS = repository(ROOT)
 setup(
     version=full_version(),
     install_requires=requirements(),
+    long_description=package_page((ROOT / "README.md").read_text(), ADDRESS, git_sha()),
+    long_description_content_type="text/markdown",
+    project_urls={} if ADDRESS is None else {"Source": ADDRESS, "Changelog": f"{ADDRESS}/blob/main/CHANGELOG.md"},
     ext_modules=[
         CppExtension(
             "lowrank_ops._C",
