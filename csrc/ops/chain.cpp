@@ -48,8 +48,8 @@ Tensor in_format_of(const Tensor& input, const Tensor& hidden) {
 // Tucker's core in the memory format that its convolution is to run in, for a block with `channels` output channels.
 // torch convolves in channels_last where the image or the core has it: with an NCHW image on a GPU torch copies the
 // hidden image into channels_last and the output back, at a fraction of the memory's rate. With a core of the image's
-// format cuDNN does that itself. On an H200 in bfloat16 (set lean_nchw of benchmarks/results/h200.csv, chains without the core's copy) this was
-// 1.10 to 1.85 times as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch
+// format cuDNN does that itself. On an H200 in bfloat16 (h200.csv, set lean_nchw, chains without the core's copy) this
+// was 1.10 to 1.85 times as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch
 // converts both images as well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time
 // (AVX2).
 Tensor library_core(const Stage& stage, const Tensor& image, const c10::SymInt& channels) {
