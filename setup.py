@@ -113,7 +113,7 @@ def set_max_jobs() -> None:
 
 @functools.cache
 def cuda_toolkit() -> build_kernels.Toolkit | None:
-    """What compiles the CUDA kernels, or None when none are to be compiled."""
+    """The toolkit that compiles the CUDA kernels; None if none are to be compiled."""
     asked = os.environ.get("LOWRANK_OPS_CUDA")
     if asked not in (None, "", "0", "1"):
         raise RuntimeError(f"LOWRANK_OPS_CUDA must be 0 or 1, got {asked!r}")

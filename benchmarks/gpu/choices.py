@@ -110,7 +110,7 @@ def takes_channels_last(peer: str) -> bool:
 
 
 def choices(path: str | Path) -> list[Choice]:
-    """Of every cell of a results file, or of a set of h200.csv."""
+    """The choices in all cells of a results file, or of a set of h200.csv."""
     (clock,) = (known["clock"] for known in _C.named_gpus() if known["name"] == GPU)
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), clock)
     return [choose(measured, constants, launch) for measured in gpu_times.read_set(path)]

@@ -39,13 +39,13 @@ class CpuTimes:
     dtype: str
     cell: Cell
     fused: float
-    """Of the fused path."""
+    """Time of the fused path."""
     chain: float
-    """Of our own chain, or where it was not timed of the library's in the fused op's layout."""
+    """Time of the op's own chain; where that was not timed, of the library's chain in the fused op's layout."""
     library: float
-    """Of the library's chain in the fused op's layout."""
+    """Time of the library's chain in the fused op's layout."""
     peer: float
-    """Of the library's chain in the faster layout."""
+    """Time of the library's chain in its faster layout."""
 
     @property
     def machine(self) -> dict[str, Any]:

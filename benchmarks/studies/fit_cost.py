@@ -56,9 +56,9 @@ class Observation:
     """Whether the planner, with the constants that are compiled in, takes the chain."""
     fused: float
     chain: float
-    """Of our own chain, or where it was not timed of the library's in the fused op's layout."""
+    """Time of the op's own chain; where that was not timed, of the library's chain in the fused op's layout."""
     library: float
-    """Of the library's chain in the fused op's layout,"""
+    """Time of the library's chain in the fused op's layout,"""
     peer: float
     """and of the fastest one in either layout."""
 

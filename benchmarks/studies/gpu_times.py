@@ -30,7 +30,7 @@ class Way:
     us: float
     """On the GPU alone."""
     call_us: float | None
-    """Of a call on an idle GPU; None: not timed."""
+    """Time of a call on an idle GPU; None: not timed."""
 
 
 @dataclass(frozen=True)

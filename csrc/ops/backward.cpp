@@ -185,7 +185,7 @@ std::vector<Tensor> merged_cp_gradients(const Tensor& grad_output, const OpCall&
   return {found[0], found[1], grad_height, grad_width, found[3], found[4]};
 }
 
-// Of a linear layer as a matrix of rows.
+// Gradients of a linear layer, its input as a matrix of rows.
 std::vector<Tensor> linear_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
   auto gradients =
       chunked_gradients(grad_output.reshape({-1, call.out_factor.size(0)}),

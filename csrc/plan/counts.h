@@ -11,7 +11,7 @@ int64_t element_bytes(DType dtype);
 struct Stages {
   double in, middle, out;
 };
-// Of the chain, if its first stage computes `in_pixels` pixels.
+// The chain's multiply-adds, if its first stage computes `in_pixels` pixels.
 Stages multiply_adds(const Problem& problem, double in_pixels);
 double depthwise_sums(const Problem& problem);  // multiply-adds of an image; CP only
 double block_flops(const Problem& problem);     // of the chain, which computes every stage once

@@ -1,4 +1,4 @@
-// What the planner returns: how a problem is to be run, on a CPU or a GPU.
+// The planner's answer: how a problem is to be run, on a CPU or a GPU.
 //
 // Words used here. A *plan* is one way to run a problem, with its costs. A *candidate* is a plan that the planner
 // compares with others. A *decision* is the chosen plan, the other candidates, and the reasons against them.

@@ -372,7 +372,7 @@ def test_held_out_rows_lessen_the_error_on_new_rows() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "cp"])
 def test_no_square_matrix_of_a_wide_output_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8192 outputs it would take half a gigabyte in fp64."""
+    """It would take half a gigabyte in fp64 for 8192 outputs."""
     torch.manual_seed(0)
     layer = nn.Linear(12, 200) if kind == "linear" else nn.Conv2d(12, 200, 3)
     data = torch.randn(400, 12) if kind == "linear" else torch.randn(20, 12, 6, 6)

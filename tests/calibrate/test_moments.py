@@ -329,7 +329,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_a_moment_and_its_root_take_half_a_square_matrix() -> None:
-    """Of 4096 outputs in fp32; panels of 256 columns in fp64 besides, and their products."""
+    """For 4096 outputs in fp32, panels of 256 columns in fp64 besides, and their products."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
     result = subprocess.run([sys.executable, "-c", _PEAK], env=environment, capture_output=True, text=True, check=True)
     half, panel = 4 * 4096**2 // 2, 8 * 4096 * 256

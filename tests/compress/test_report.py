@@ -88,7 +88,7 @@ def test_every_parameter_has_a_row_or_a_line() -> None:
 
 
 def test_the_share_of_what_is_left() -> None:
-    """Of a transposed convolution, too, which nothing here replaces."""
+    """Also for a transposed convolution, which nothing here replaces."""
     model = Zoo()
     whole = count_parameters(model)
     report = factorize_(model, rank=0.25, example_input=TOKENS, progress=False)

@@ -86,7 +86,7 @@ def test_a_hidden_rank_of_one_is_summed_over_channels(isa: str, lanes: int) -> N
 
 
 def test_a_core_of_one_output_channel_is_dot_products() -> None:
-    """Of windows without padding: KW * R1 = 36 elements of a row of taps are three vectors of sixteen."""
+    """Windows without padding: KW * R1 = 36 elements of a row of taps are three vectors of sixteen."""
     cell = tucker(64, 32, (12, 1), (10, 18), 2, padding=0)
     outputs = 2 * 8 * 16
     found = counts(cell)

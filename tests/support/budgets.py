@@ -109,7 +109,7 @@ def assert_gradients(call: Call, grad_output: Tensor) -> None:
 
 
 def _usual_error(call: Call, name: str, grad_output: Tensor, draws: int = 8) -> float:
-    """Of the library's gradient of an argument in the call's dtype, over other gradients of the output.
+    """The error of the library's gradient of an argument in the call's dtype, over other gradients of the output.
 
     Returns:
         The root mean square of ``|library - exact| / |magnitude|``.

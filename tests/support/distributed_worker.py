@@ -48,7 +48,7 @@ def exact_batch() -> tuple[Tensor, Tensor]:
 
 
 def exact_gradients(model: nn.Module, input: Tensor, factor: Tensor) -> dict[str, Tensor]:
-    """Of a mean over the rows (a power of two of them) and the Frobenius decay."""
+    """Gradients of a mean over the rows (a power of two of them) plus the Frobenius decay."""
     loss = (model(input) * factor).sum() / len(input) + frobenius_decay(model, 2.0)
     loss.backward()
     return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()}
@@ -74,7 +74,7 @@ def networks(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
 
 
 def batches(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Of all processes together; batches of different size on purpose, and unequal halves in them."""
+    """The batches of all processes together, of different size on purpose, and unequal halves in them."""
     generator = torch.Generator().manual_seed(2)
     return [torch.randn(rows, 3, 8, 8, dtype=torch.float64, generator=generator).to(dtype) for rows in (8, 6, 10)]
 

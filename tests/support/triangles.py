@@ -10,7 +10,7 @@ from lowrank_ops.linalg.triangle import Triangle
 
 
 def triangle_of(matrix: Tensor) -> Triangle:
-    """Of a symmetric matrix, copied."""
+    """The lower triangle of a symmetric matrix, copied."""
     found = Triangle(len(matrix), matrix.dtype)
     for start, end, panel in found.blocks():
         panel.copy_(matrix[start:, start:end])
