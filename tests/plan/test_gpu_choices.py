@@ -87,8 +87,8 @@ def test_choices_are_judged_against_the_chain_in_the_layout_of_the_input() -> No
 
 
 def test_predictions_agree_with_the_measurements() -> None:
-    """Predictions for kernels with planned cuts and for the chain: none is off by a factor of 2, nine in ten by less than
-    1.5."""
+    """Predictions for kernels with planned cuts and for the chain: none is off by a factor of 2, nine in ten by less
+    than 1.5."""
     (_, observations) = fit_gpu_cost.read(MEASURED[0])
     launch, constants = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), GPUS["H200"]["clock"])
     ratios = []
