@@ -40,10 +40,23 @@ def test_what_is_drawn(tmp_path) -> None:
         {flops: ratio for flops, ratio, _ in found["chain"]}
     )
     assert plots.speeds(groups["float32, 1 thread(s)"]) == {}
-    tucker, linear = plots.times(groups["bfloat16, 1 thread(s)"])
-    assert tucker[:3] == pytest.approx((LIMITS.bound(SMALL_ON_CPU[0], 2) * 1e6, 10, 8)) and tucker.op == "tucker_conv2d"
+    tucker, linear = groups["bfloat16, 1 thread(s)"]
+    assert (tucker.least, tucker.fused, tucker.peer) == pytest.approx((LIMITS.bound(SMALL_ON_CPU[0], 2) * 1e6, 10, 8))
+    assert tucker.op == "tucker_conv2d"
     assert linear.peer == pytest.approx(40) and linear.op == "lowrank_linear"
-    assert plots.times(groups["float32, 1 thread(s)"])[0].peer is None
+    assert groups["float32, 1 thread(s)"][0].peer is None
+
+
+def test_what_is_drawn_survives_in_a_csv_file(tmp_path) -> None:
+    files = [str(write(tmp_path / "a.json")), str(write(tmp_path / "b.json", 2))]
+    assert plots.main([*files, "--csv", str(tmp_path / "c.csv")]) == 0
+    (first, title), (again, title_again) = plots.read(files), plots.read([tmp_path / "c.csv"])
+    assert title == title_again and list(first) == list(again)
+    for panel, points in first.items():
+        for made, kept in zip(points, again[panel], strict=True):
+            assert made._replace(over={}, least=0, peer=0) == kept._replace(over={}, least=0, peer=0)
+            assert (made.least, made.over) == (pytest.approx(kept.least, rel=1e-4), pytest.approx(kept.over, rel=1e-4))
+            assert (made.peer is None) == (kept.peer is None)
 
 
 def test_both_plots_are_written(tmp_path, capsys) -> None:
