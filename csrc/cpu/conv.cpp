@@ -90,7 +90,7 @@ int64_t output_copy_bytes(const ConvBlock& block) {
 
 namespace {
 
-// One thread's part of stage (3).
+// One thread's part of the last stage: hidden rows times out_factor into the output.
 class OutputWriter {
  public:
   OutputWriter(const ConvBlock& block, Prefetcher& prefetcher, char* copy)

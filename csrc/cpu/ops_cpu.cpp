@@ -12,14 +12,14 @@
 namespace lowrank_ops {
 namespace {
 
-// An image (core) of one column seen as one of one row (column_as_row), and an image of one row as one of one column,
-// with the strides of a dense tensor of its format.
+// Views for calls that are turned (column_as_row). An image [N, C, H, 1] as [N, C, 1, H], with the strides that a dense
+// tensor of its memory format has.
 at::Tensor as_row(const at::Tensor& image) {
   const int64_t length = image.size(2), step = image.stride(2);
   return image.as_strided({image.size(0), image.size(1), 1, length},
                           {image.stride(0), image.stride(1), length * step, step});
 }
-// Its window has one column, or both axes are exchanged: a view either way.
+// The core with its axes exchanged, for the same images; a view.
 at::Tensor core_as_row(const at::Tensor& core) {
   return core.size(3) == 1 ? as_row(core) : core.transpose(2, 3);
 }

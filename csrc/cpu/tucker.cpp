@@ -10,11 +10,10 @@
 namespace lowrank_ops {
 namespace {
 
-constexpr int64_t kCopiedBytes = 64 << 10;  // of a core that one thread copies at least
+constexpr int64_t kCopiedBytes = 64 << 10;  // at least so much of a core per thread that copies it
 
-// The core as [R2, KH, KW, R1] in memory: itself in channels_last, otherwise a copy. Contiguous cores, which torch
-// would copy element by element, are transposed in registers as images are: a row of taps is an image of KH * KW
-// pixels.
+// The core as [R2, KH, KW, R1] in memory: itself in channels_last, otherwise a copy. torch would copy a contiguous core
+// element by element, so it is transposed in registers like an NCHW image: the taps are its KH * KW pixels.
 at::Tensor rows_of_core(const at::Tensor& core, const Problem& p, const Engine& engine) {
   const ComputeKernels& kernels = *engine.kernels;
   const bool whole = p.dtype == kernels.element && p.r1 % kernels.group == 0;

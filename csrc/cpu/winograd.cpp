@@ -18,7 +18,8 @@ struct WinogradCore::Step {
   const HiddenRows& hidden;
   int64_t row, rows, columns;
   int64_t patch_rows, row_patches;  // rows of patches; patches in a row
-  int64_t row_inputs;               // patches in a row of the input: a line's last ones are read by earlier ones only
+  // Patches of the input per row: row_patches, and for lines the ones after them, which only the last outputs read.
+  int64_t row_inputs;
   char* tile;
   char* inputs;  // transformed: [places, input_patches(), channels_] of elements
   char* sums;    // of all threads

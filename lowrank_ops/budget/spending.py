@@ -23,8 +23,8 @@ from lowrank_ops.text.warn import warn
 _LANES = 16
 # At most this many allocations are timed in the whole model; the first that uses this share of the target is taken.
 _TRIALS, _USED = 6, 0.97
-# There is a warning where a budget larger by `_MORE` would leave less than `_STEEP` of the squared error, unless that
-# error is below `_SEEN` of the one at the lowest ranks.
+# A budget near a cliff is warned of: one larger by the share `_MORE` would leave less than `_STEEP` of the squared
+# error. Errors below `_SEEN` of the error at the lowest ranks are too small to warn of.
 _MORE, _STEEP, _SEEN = 0.03, 0.5, 0.01
 
 NOUNS = {"params": "parameters", "macs": "multiplications", "latency": "milliseconds"}
@@ -173,7 +173,8 @@ class Spending:
             raise ValueError(
                 f"factorize_: the budget of {self._shown(allowed)} cannot be met; the closest is {self._shown(least)} "
                 f"({least / self.whole:.0%} of the dense model's {self._shown(self.whole)}), of which "
-                f"{self._shown(self.rest)} lie outside of the layers that may be replaced"
+                f"{self._shown(self.rest)} lie outside of the layers that may be replaced; factorize_ with a rank "
+                "instead of a Budget reports why each of the others may not"
             ) from None
 
     def _cheapest(self) -> float:

@@ -179,7 +179,7 @@ class Report:
 
     def to_table(self) -> Table:
         """The table that `print(report)` shows, for a rich console, without the `notes` below it."""
-        unit = "" if self.macs_per_call else " per pixel"
+        unit = "" if self.macs_per_call else " per position"
         fitted = any(layer.output_error is not None for layer in self.layers)
         timed = self.total("milliseconds_before") is not None
         table = new_table(f"{self.model}: {len(self.replaced)} of {len(self)} layers replaced", show_footer=True)

@@ -143,7 +143,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             _check_tensors(model, new, stored, structure)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"load: {path}, of a {structure.model}, does not fit this {type(model).__name__}: {error}"
+                f"load: {path} holds a model of class {structure.model}, and does not fit this "
+                f"{type(model).__name__}: {error}"
             ) from error
         undo.pop_all()  # nothing to undo
     for block, device in new.items():

@@ -507,7 +507,7 @@ def test_report_without_an_example_input(model: Network) -> None:
     assert not report.macs_per_call and report.total("macs_before") is None
     assert report["classifier"].macs_before == 28 * 36 and report["up"].macs_before is None
     assert all(layer.milliseconds_before is None and layer.output_size is None for layer in report)
-    assert "MACs per pixel" in " ".join(str(report).split())
+    assert "MACs per position" in " ".join(str(report).split())
     with pytest.raises(KeyError, match="no layer 'nothing'"):
         report["nothing"]
 

@@ -418,7 +418,9 @@ def test_models_that_are_refused(path: Path, change: Callable[[nn.Module], objec
     model = network(1)
     change(model)
     check = unchanged(model)
-    with pytest.raises(ValueError, match=f"load: .*, of a Network, does not fit this Network: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"load: .* holds a model of class Network, and does not fit this Network: .*{message}"
+    ):
         load(path, model)
     check()
 
