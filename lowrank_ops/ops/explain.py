@@ -235,6 +235,8 @@ def explain(
             return own
         return dtype or (region if region is not None and own != torch.float64 else own)
 
+    on = "cpu" if found.type == "meta" else found.type
+
     def empty(value: Tensor | Shape | None) -> Tensor | None:
         if value is None:
             return None
@@ -246,7 +248,6 @@ def explain(
         like = value.detach().to(device="meta", dtype=wanted(value.dtype))
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=on)
 
-    on = "cpu" if found.type == "meta" else found.type
     with torch.no_grad(), no_nested_tensors(), no_values(), _Recorder() as recorder:
         args = [empty(value) for value in positional]
         kwargs = {name: empty(value) for name, value in named.items()}

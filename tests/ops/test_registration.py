@@ -35,6 +35,9 @@ def test_opcheck(op: str, dtype: torch.dtype, layout: torch.memory_format, requi
     torch.library.opcheck(overload, (*arguments, *schema_options(call)))
 
 
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 @pytest.mark.parametrize("wanted", ["all", "input", "factors"])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -47,9 +50,6 @@ def test_opcheck_backward(op: str, layout: torch.memory_format, requires_grad: b
     overload = getattr(torch.ops.lowrank_ops, f"{op}_backward").default
     checks = OPCHECKS if requires_grad and not traces_double_backward() else (*OPCHECKS, "test_aot_dispatch_dynamic")
     torch.library.opcheck(overload, (*arguments, *schema_options(call), mask), test_utils=checks)
-
-
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def test_the_readme(address: str | None) -> None:
         ("https://github.com/someone/lowrank_ops.git", "https://github.com/someone/lowrank_ops"),
         ("git@github.com:someone/lowrank_ops.git", "https://github.com/someone/lowrank_ops"),
         ("ssh://git@gitlab.com/someone/lowrank_ops", "https://gitlab.com/someone/lowrank_ops"),
-        ("/work/main", None),
+        ("/srv/git/lowrank_ops", None),
         (None, None),
     ],
 )
