@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.jit import is_tracing
 
 from lowrank_ops.decompose.ranks import Rank
@@ -16,6 +16,7 @@ from lowrank_ops.nn.dense_weight import DenseWeight
 from lowrank_ops.nn.init import Init, check_init, draw_factors
 from lowrank_ops.nn.plain import copy_parameter
 from lowrank_ops.ops.extension import _C, DTYPES
+from lowrank_ops.runtime.torch_internals import is_exporting
 from lowrank_ops.text.warn import warn
 
 if TYPE_CHECKING:
