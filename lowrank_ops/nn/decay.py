@@ -87,5 +87,9 @@ def frobenius_decay(model: nn.Module, weight: float) -> Tensor:
 
 def _whole(factor: Tensor) -> Tensor:
     """The factor gathered from all processes if it is sharded, in float32 or float64."""
-    whole = factor.full_tensor() if is_sharded(factor) else factor  # type: ignore[attr-defined]
-    return whole.to(torch.promote_types(whole.dtype, torch.float32))
+    if is_sharded(factor):
+        factor = factor.full_tensor()  # type: ignore[attr-defined]
+        if factor.requires_grad:
+            # Gradients with other strides than the parameter's are not sharded like it by torch 2.11.
+            factor.register_hook(Tensor.contiguous)
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
