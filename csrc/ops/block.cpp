@@ -27,7 +27,7 @@ Stage window_stage(const Tensor& weight, const Window& window, int64_t groups) {
 }
 
 int64_t rank_of(const OpCall& call) {
-  return call.in_factor.sym_size(0).guard_int(__FILE__, __LINE__);
+  return size_of(call.in_factor, 0);
 }
 
 // Both depthwise stages of CP, each along one axis.
@@ -56,7 +56,7 @@ at::ScalarType library_dtype(const OpCall& call) {
   if (dtype == at::kHalf) return at::kFloat;  // the library has no fast kernels for it
   if (dtype != at::kBFloat16 || call.op == Op::kLinear) return dtype;
   const Tensor& weight = call.op == Op::kTucker ? call.core : call.width_factor;
-  const int64_t kernel_width = weight.sym_size(-1).guard_int(__FILE__, __LINE__);
+  const int64_t kernel_width = size_of(weight, -1);
   const bool fails = library_bfloat16_fails(kernel_width, call.window.stride[1], call.window.padding[1]);
   return fails ? at::kFloat : dtype;
 }

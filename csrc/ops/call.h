@@ -33,6 +33,13 @@ constexpr std::array<NamedActivation, 6> kActivations{{{"none", Activation::kNon
 const char* name_of(Activation activation);
 Activation parse_activation(const char* op, std::string_view name);
 
+// A tensor's size along an axis, as a number even where torch.compile traces with symbolic sizes (compiled code is then
+// valid for that size only). Tensor::size(), which does the same, ends in an internal error of torch 2.11 where
+// torch.compile traces through torch.func.
+inline int64_t size_of(const at::Tensor& tensor, int64_t axis) {
+  return tensor.sym_size(axis).guard_int(__FILE__, __LINE__);
+}
+
 // A view of an op's arguments, which outlive it. A factor that the op does not have is an undefined tensor.
 struct OpCall {
   Op op;

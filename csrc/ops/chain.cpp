@@ -52,7 +52,7 @@ Tensor in_format_of(const Tensor& input, const Tensor& hidden) {
 // was 1.10 to 1.85 times as fast with at least kLeastValues in the output, 0.80 to 1.12 times below. On a CPU torch
 // converts both images as well: with a core of the image's format chains of small ranks took 0.24 to 0.6 of the time
 // (AVX2).
-Tensor library_core(const Stage& stage, const Tensor& image, const c10::SymInt& channels) {
+Tensor library_core(const Stage& stage, const Tensor& image, int64_t channels) {
   constexpr int64_t kLeastValues = 1500000;
   const Tensor& core = stage.weight;
   const auto is_nchw = [](const Tensor& tensor) {
@@ -61,12 +61,9 @@ Tensor library_core(const Stage& stage, const Tensor& image, const c10::SymInt& 
   if (under_transform() || !is_nchw(image) || is_nchw(core)) return core;
   if (image.is_cpu()) return core.clone(at::MemoryFormat::Contiguous);
   if (!image.is_cuda()) return core;
-  const auto size = [](const Tensor& tensor, int64_t axis) {
-    return tensor.sym_size(axis).guard_int(__FILE__, __LINE__);
-  };
-  int64_t values = size(image, 0) * channels.guard_int(__FILE__, __LINE__);
+  int64_t values = size_of(image, 0) * channels;
   for (int axis = 0; axis < 2; ++axis)
-    values *= output_size(size(image, 2 + axis), size(core, 2 + axis), stage.stride[axis], stage.padding[axis],
+    values *= output_size(size_of(image, 2 + axis), size_of(core, 2 + axis), stage.stride[axis], stage.padding[axis],
                           stage.dilation[axis]);
   return values < kLeastValues ? core : core.clone(at::MemoryFormat::Contiguous);
 }
@@ -79,7 +76,7 @@ Tensor run_block(const OpCall& call, Block block) {
     Stage& stage = block.stages[i];
     if (call.op == Op::kTucker && i == 1) {  // the core
       hidden = library_image(hidden, stage.stride[1]);
-      stage.weight = library_core(stage, hidden, last.weight.sym_size(0));
+      stage.weight = library_core(stage, hidden, size_of(last.weight, 0));
       hidden = convolve(stage, hidden, {});
     } else {
       hidden = forward(stage, hidden, {});

@@ -14,7 +14,7 @@ void check_dim(const char* op, const Argument& argument, int64_t dim, const char
 }
 
 void check_size(const char* op, const Argument& argument, int64_t axis, int64_t required, const char* why) {
-  TORCH_CHECK_VALUE(argument.tensor.size(axis) == required, op, ": ", argument.name, " must have size ", required,
+  TORCH_CHECK_VALUE(size_of(argument.tensor, axis) == required, op, ": ", argument.name, " must have size ", required,
                     " on axis ", axis, " (", why, "), got shape ", argument.tensor.sizes());
 }
 
@@ -57,14 +57,14 @@ void check_kind(const char* op, const at::Tensor& input, std::initializer_list<A
 }
 
 void check_bias(const char* op, const OptionalTensor& bias, int64_t t) {
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == t), op, ": bias must be [T] = [", t,
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && size_of(*bias, 0) == t), op, ": bias must be [T] = [", t,
                     "] (the rows of out_factor) or None, got shape ", bias->sizes());
 }
 
 // KH and KW.
 std::array<int64_t, 2> kernel_of(const OpCall& call) {
-  if (call.op == Op::kTucker) return {call.core.size(2), call.core.size(3)};
-  return {call.height_factor.size(1), call.width_factor.size(1)};
+  if (call.op == Op::kTucker) return {size_of(call.core, 2), size_of(call.core, 3)};
+  return {size_of(call.height_factor, 1), size_of(call.width_factor, 1)};
 }
 
 void check_window(const char* op, const OpCall& call) {
@@ -77,7 +77,7 @@ void check_window(const char* op, const OpCall& call) {
     TORCH_CHECK_VALUE(window.padding[axis] >= 0, op, ": padding must be at least 0 on each axis, got ", window.padding);
     TORCH_CHECK_VALUE(window.dilation[axis] >= 1, op, ": dilation must be at least 1 on each axis, got ",
                       window.dilation);
-    const int64_t padded = call.input.size(int64_t(2 + axis)) + 2 * window.padding[axis];
+    const int64_t padded = size_of(call.input, int64_t(2 + axis)) + 2 * window.padding[axis];
     const int64_t reach = window.dilation[axis] * (kernel[axis] - 1) + 1;
     TORCH_CHECK_VALUE(padded >= reach, op, ": the output would be empty: the kernel reaches over ", reach,
                       " pixels along the ", axis_name[axis], ", the padded input has ", padded,
@@ -93,10 +93,10 @@ void check_tucker(const char* op, const OpCall& call) {
   check_dim(op, core, 4, "[R2, R1, KH, KW]");
   check_dim(op, out_factor, 2, "[T, R2]");
   check_kind(op, call.input, {in_factor, core, out_factor}, call.bias);
-  check_size(op, in_factor, 1, call.input.size(1), "S, the channels of input");
-  check_size(op, core, 1, call.in_factor.size(0), "R1, the rows of in_factor");
-  check_size(op, out_factor, 1, call.core.size(0), "R2, the first axis of core");
-  check_bias(op, call.bias, call.out_factor.size(0));
+  check_size(op, in_factor, 1, size_of(call.input, 1), "S, the channels of input");
+  check_size(op, core, 1, size_of(call.in_factor, 0), "R1, the rows of in_factor");
+  check_size(op, out_factor, 1, size_of(call.core, 0), "R2, the first axis of core");
+  check_bias(op, call.bias, size_of(call.out_factor, 0));
   check_window(op, call);
 }
 
@@ -109,11 +109,11 @@ void check_cp(const char* op, const OpCall& call) {
   check_dim(op, width_factor, 2, "[R, KW]");
   check_dim(op, out_factor, 2, "[T, R]");
   check_kind(op, call.input, {in_factor, height_factor, width_factor, out_factor}, call.bias);
-  check_size(op, in_factor, 1, call.input.size(1), "S, the channels of input");
-  check_size(op, height_factor, 0, call.in_factor.size(0), "R, the rows of in_factor");
-  check_size(op, width_factor, 0, call.in_factor.size(0), "R, the rows of in_factor");
-  check_size(op, out_factor, 1, call.in_factor.size(0), "R, the rows of in_factor");
-  check_bias(op, call.bias, call.out_factor.size(0));
+  check_size(op, in_factor, 1, size_of(call.input, 1), "S, the channels of input");
+  check_size(op, height_factor, 0, size_of(call.in_factor, 0), "R, the rows of in_factor");
+  check_size(op, width_factor, 0, size_of(call.in_factor, 0), "R, the rows of in_factor");
+  check_size(op, out_factor, 1, size_of(call.in_factor, 0), "R, the rows of in_factor");
+  check_bias(op, call.bias, size_of(call.out_factor, 0));
   check_window(op, call);
 }
 
@@ -123,18 +123,18 @@ void check_linear(const char* op, const OpCall& call) {
   check_dim(op, in_factor, 2, "[R, S]");
   check_dim(op, out_factor, 2, "[T, R]");
   check_kind(op, call.input, {in_factor, out_factor}, call.bias);
-  check_size(op, in_factor, 1, call.input.size(-1), "S, the last axis of input");
-  check_size(op, out_factor, 1, call.in_factor.size(0), "R, the rows of in_factor");
-  check_bias(op, call.bias, call.out_factor.size(0));
+  check_size(op, in_factor, 1, size_of(call.input, -1), "S, the last axis of input");
+  check_size(op, out_factor, 1, size_of(call.in_factor, 0), "R, the rows of in_factor");
+  check_bias(op, call.bias, size_of(call.out_factor, 0));
 }
 
 std::vector<int64_t> output_sizes(const OpCall& call) {
   std::vector<int64_t> sizes = call.input.sizes().vec();
   if (call.op == Op::kLinear) {
-    sizes.back() = call.out_factor.size(0);
+    sizes.back() = size_of(call.out_factor, 0);
     return sizes;
   }
-  sizes[1] = call.out_factor.size(0);
+  sizes[1] = size_of(call.out_factor, 0);
   const Window& window = call.window;
   const std::array<int64_t, 2> kernel = kernel_of(call);
   for (size_t axis = 0; axis < 2; ++axis)
