@@ -27,10 +27,12 @@ VARIABLE = re.compile(r"""(?:getenv\(|environment\(|environ\.get\(|environ\[)\s*
 
 def documents(root: Path) -> list[Path]:
     """Every markdown file that git tracks, or would track."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.md"]
+    command = ["git", "rev-parse", "--show-toplevel"]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if run.returncode != 0:
+    if run.returncode != 0 or Path(run.stdout.rstrip("\n")) != root.resolve():
         pytest.skip("this is no git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.md"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return [path for name in sorted(set(run.stdout.splitlines())) if (path := root / name).is_file()]
 
 
