@@ -2,8 +2,8 @@
 # make test    set everything up and run the tests
 # make test-avx2, make test-generic    the tests as on a CPU with AVX2 only, or SSE4.1 only (our kernels, torch, oneDNN
 #                 and MKL are capped): before a release
-# make test-oldest    the tests with the oldest torch and Python that are promised, in an environment of its own under
-#                 build/ (OLDEST_PYTHON=python3.10, ARGS=tests/ops): before a release
+# make test-oldest, make test-newest    the tests with the oldest and the newest torch and Python that are promised, each
+#                 in an environment of its own under build/ (OLDEST_PYTHON=python3.10, ARGS=tests/ops): before a release
 # make lint    ruff, clang-format, mypy
 # make bench   the quick list of benchmarks on this machine (ARGS="--dtype bfloat16 --threads 1 ...")
 # make docs    the API reference, from the docstrings, into build/docs/ (pdoc)
@@ -32,14 +32,16 @@ CUDA_TORCH ?= torch==2.11.0
 CUDA_BUILD_TESTS := tests/ops/test_ops.py tests/ops/test_errors.py tests/plan/test_planning.py tests/cuda/test_cuda.py \
   tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_host.py
 
-# What the project promises at least. torch from an index without CPU builds brings its CUDA packages: 5 GB.
+# What the project promises. torch from an index without CPU builds brings its CUDA packages: 5 GB per environment.
 OLDEST_PYTHON ?= python3.10
 OLDEST_TORCH ?= torch==2.11.0
+NEWEST_PYTHON ?= python3.13
+NEWEST_TORCH ?= torch==2.15.0
 # What runs and tests need besides torch.
 RUN_PACKAGES := "setuptools>=77,<82" wheel ninja pybind11 numpy "tensorly>=0.9" rich safetensors tqdm
 TEST_PACKAGES := pytest pytest-xdist hypothesis expecttest pandas matplotlib pillow scikit-learn
 
-.PHONY: demo test test-avx2 test-generic test-oldest lint format bench docs figures stub wheel clean kernel-report check-cuda check-cuda-build sanitize
+.PHONY: demo test test-avx2 test-generic test-oldest test-newest lint format bench docs figures stub wheel clean kernel-report check-cuda check-cuda-build sanitize
 demo: .venv/built .venv/weights
 	DEMO=$(DEMO) $(VENV)/python -m examples.demo
 
@@ -61,14 +63,20 @@ test-generic: .venv/built
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor_generic $(PYTEST) $(ARGS)
 
 # The sources are copied: an extension for another torch must not lie in the tree. What is compiled stays for the next run.
-test-oldest:
-	test -d build/oldest/venv || $(OLDEST_PYTHON) -m venv build/oldest/venv
-	build/oldest/venv/bin/python -m pip --disable-pip-version-check install -q $(OLDEST_TORCH) $(RUN_PACKAGES) $(TEST_PACKAGES)
-	mkdir -p build/oldest/src
-	find build/oldest/src -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-	git ls-files -z | xargs -0 cp -p --parents -t build/oldest/src
-	cd build/oldest/src && LOWRANK_OPS_CUDA=0 ../venv/bin/python setup.py -q build_ext --inplace
-	cd build/oldest/src && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
+test-oldest: OTHER := build/oldest
+test-oldest: OTHER_PYTHON = $(OLDEST_PYTHON)
+test-oldest: OTHER_TORCH = $(OLDEST_TORCH)
+test-newest: OTHER := build/newest
+test-newest: OTHER_PYTHON = $(NEWEST_PYTHON)
+test-newest: OTHER_TORCH = $(NEWEST_TORCH)
+test-oldest test-newest:
+	test -d $(OTHER)/venv || $(OTHER_PYTHON) -m venv $(OTHER)/venv
+	$(OTHER)/venv/bin/python -m pip --disable-pip-version-check install -q $(OTHER_TORCH) $(RUN_PACKAGES) $(TEST_PACKAGES)
+	mkdir -p $(OTHER)/src
+	find $(OTHER)/src -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -z | xargs -0 cp -p --parents -t $(OTHER)/src
+	cd $(OTHER)/src && LOWRANK_OPS_CUDA=0 ../venv/bin/python setup.py -q build_ext --inplace
+	cd $(OTHER)/src && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: .venv/built
 	$(VENV)/python -m benchmarks.run $(ARGS)
