@@ -84,9 +84,12 @@ def test_attention() -> None:
         "linear1": 20 * 32 * 64,
         "linear2": 20 * 32 * 64,
     }
-    assert report.macs_elsewhere == 20 * 32 * 96  # torch's counter does not know its fused attention on CPUs
+    projections, attention = 20 * 32 * 96, 2 * 2 * 10 * 10 * 32
+    counts_attention = report.macs_elsewhere != projections  # torch 2.15 counts its attention on CPUs, 2.13 not
+    assert report.macs_elsewhere == projections + counts_attention * attention
     (line,) = (note for note in report.notes if note.startswith("not in the MACs above: "))
-    assert line == "not in the MACs above: 61.44k outside of these layers, 37.5 % of all"
+    told = "74.24k outside of these layers, 42.0" if counts_attention else "61.44k outside of these layers, 37.5"
+    assert line == f"not in the MACs above: {told} % of all"
 
 
 def test_nothing_elsewhere_is_not_told() -> None:
