@@ -67,6 +67,7 @@ tree_leaves = torch.utils._pytree.tree_leaves
 tree_map_only = torch.utils._pytree.tree_map_only
 """`tree_map_only(kind, function, tree)`: the tree with `function` applied to the leaves of that class."""
 
+
 def is_exporting() -> bool:
     """Whether torch.export records this call. It reads what the public `torch.compiler.is_exporting()` returns: in
     code that torch.compile traces, torch 2.11 takes that function for True even where nothing is exported."""
