@@ -9,7 +9,7 @@
 #
 #   info         the GPU, its driver, torch
 #   build        the extension, in place, for this GPU's architecture
-#   primitives   tests: the instructions that the kernels use, against the simulator of tests/support/simt
+#   primitives   tests: the instructions that the kernels use, against the simulator of tests/support/simulator
 #   kernels      tests: every kernel at the edges of its tiles, the check before first use
 #   ops          tests: the ops under every kernel, streams, graphs, memory, torch.compile
 #   suite        tests: the parts of the ordinary suite that run on every device
@@ -17,7 +17,7 @@
 #   bf16, fp16, tf32                              the quick list in that dtype; another run resumes it
 #
 # or, where a GPU is available for a quarter of an hour only, a choice of ten minutes. `brief` does not build: run
-# `build` before, on any machine with the same torch. A folder build/simt from a test run on the same kind of machine
+# `build` before, on any machine with the same torch. A folder build/simulator from a test run on the same kind of machine
 # saves the first minute.
 #
 #   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile
@@ -93,7 +93,7 @@ run_checks() {
   declare -A jobs
   ready || return
   # Builds the simulator once, or every worker would compile it. One thread per worker, or they would slow each other.
-  "$PYTHON" -c "from tests.support.simt import building; building.build()" || return
+  "$PYTHON" -c "from tests.support.simulator import building; building.build()" || return
   export OMP_NUM_THREADS=1
   tests -n "${WORKERS:-8}" tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda.py tests/ops/test_ops.py tests/ops/test_autograd.py \
     -k "cuda and not sanitized" >"$OUT/check_tests.log" 2>&1 &

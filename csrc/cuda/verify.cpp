@@ -49,8 +49,8 @@ at::ScalarType scalar_type(DType dtype) {
 }
 
 // How far the kernel's result may be from the fp64 one, in the Frobenius norm: `magnitude` is the same computed from
-// absolute values. No simulated kernel (tests/support/simt) needs more than a fifth of it on the problems below; one
-// channel of 144 that is missing is five times too much in bf16, the coarsest.
+// absolute values. No simulated kernel (tests/support/simulator) needs more than a fifth of it on the problems below;
+// one channel of 144 that is missing is five times too much in bf16, the coarsest.
 double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
   switch (dtype) {
     case DType::kDouble:

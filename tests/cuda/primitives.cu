@@ -1,4 +1,4 @@
-// Runs the kernels of tests/support/simt/primitive_kernels.cuh on a GPU, for test_cuda_kernels.py. Input and output are
+// Runs the kernels of tests/support/simulator/primitive_kernels.cuh on a GPU, for test_cuda_kernels.py. Input and output are
 // in host memory.
 #include "primitive_kernels.cuh"
 

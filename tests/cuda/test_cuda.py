@@ -22,7 +22,7 @@ from lowrank_ops.ops.extension import _C
 from tests.support.budgets import assert_gradients, assert_output, assert_within_budget
 from tests.support.calls import VIEWS, output_gradient
 from tests.support.problems import CONVS, DTYPES, GEOMETRIES, LAYOUTS, OPS, Call, Problem
-from tests.support.simt.cases import assert_within_tf32_budget
+from tests.support.simulator.cases import assert_within_tf32_budget
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),

@@ -19,8 +19,8 @@ from lowrank_ops.ops.extension import _C
 from tests.support.budgets import assert_strides, assert_within_budget
 from tests.support.calls import VIEWS
 from tests.support.problems import LAYOUTS, OPS, Call, Problem
-from tests.support.simt import building, harness
-from tests.support.simt.harness import Cut, Kernel, Result
+from tests.support.simulator import building, harness
+from tests.support.simulator.harness import Cut, Kernel, Result
 
 pytestmark = [
     pytest.mark.skipif(lowrank_ops.build_info()["cuda"] is None, reason="lowrank_ops was built without CUDA kernels"),

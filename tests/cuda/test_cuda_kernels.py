@@ -1,7 +1,7 @@
-"""The CUDA kernels one by one on a real GPU: the tests that tests/simt runs on the simulator, on the hardware.
+"""The CUDA kernels one by one on a real GPU: the tests that tests/simulator runs on the simulator, on the hardware.
 
 First the primitives alone against their host versions, then every kernel of the planner's table with the cuts of
-tests/support/simt/cases.py, at the edges of its tiles, against the fp64 reference.
+tests/support/simulator/cases.py, at the edges of its tiles, against the fp64 reference.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from csrc.cuda import build_kernels
 from lowrank_ops.ops.extension import _C
 from tests.support.paths import CSRC, REPOSITORY, SIMULATOR
 from tests.support.problems import Call
-from tests.support.simt import building, harness
-from tests.support.simt.cases import (
+from tests.support.simulator import building, harness
+from tests.support.simulator.cases import (
     CONVOLUTION_CASES,
     CONVOLUTIONS,
     LINEAR,
@@ -30,8 +30,8 @@ from tests.support.simt.cases import (
     linear_case,
     name_of,
 )
-from tests.support.simt.harness import Kernel, Result
-from tests.support.simt.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, case_for_a_gpu, hopper_case
+from tests.support.simulator.harness import Kernel, Result
+from tests.support.simulator.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, case_for_a_gpu, hopper_case
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -66,7 +66,7 @@ def name_for(kernel: Kernel) -> str:
 
 @pytest.fixture(scope="module")
 def primitives(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels of tests/support/simt/primitive_kernels.cuh, compiled by nvcc."""
+    """The kernels of tests/support/simulator/primitive_kernels.cuh, compiled by nvcc."""
     if building.missing():
         pytest.skip(building.missing())
     tools = build_kernels.toolkit()

@@ -1,6 +1,6 @@
 // The instructions that the sm90a kernels need, mostly one per function: mbarriers, TMA (the unit that copies boxes of
 // tensors) and wgmma (the products of a warpgroup, 128 threads). Under g++ the same functions come from
-// tests/support/simt/emulator.h, which runs the kernels on a CPU.
+// tests/support/simulator/emulator.h, which runs the kernels on a CPU.
 //
 // Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix
 // Instructions".

@@ -1,6 +1,6 @@
 // All instructions that the simt and sm80 kernels need, as functions. Under nvcc they are PTX; under g++ they are the
-// host versions in tests/support/simt/host_primitives.h, which run the same kernels on a CPU and check them. Kernels
-// touch shared and global memory through these functions only, so that nothing escapes the checks.
+// host versions in tests/support/simulator/host_primitives.h, which run the same kernels on a CPU and check them.
+// Kernels touch shared and global memory through these functions only, so that nothing escapes the checks.
 //
 // Sources: PTX ISA 8.x, sections "Warp-level matrix instructions" (mma, ldmatrix) and "cp.async".
 #pragma once
@@ -67,7 +67,7 @@ enum class Barrier : int {
 }  // namespace lowrank_ops
 
 #ifndef __CUDACC__
-#include "host_primitives.h"  // tests/support/simt
+#include "host_primitives.h"  // tests/support/simulator
 #else
 
 namespace lowrank_ops {

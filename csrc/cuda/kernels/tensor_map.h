@@ -19,7 +19,7 @@ struct Boxes {
 };
 
 // Makes a tensor map. False: no driver here can, or it refuses (for example an address or a stride that is no multiple
-// of 16 bytes). Defined in tensor_map.cuh, for tests in tests/support/simt/hopper.cpp.
+// of 16 bytes). Defined in tensor_map.cuh, for tests in tests/support/simulator/hopper.cpp.
 inline bool encode(CUtensorMap& map, const Boxes& boxes, DType dtype);
 
 }  // namespace lowrank_ops::hopper

@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.simt import building
+from tests.support.simulator import building
 
 if building.missing():
     pytest.skip(building.missing(), allow_module_level=True)
 
-from tests.support.simt.cases import (
+from tests.support.simulator.cases import (
     CHANNELS_LAST,
     CONVOLUTIONS,
     LINEAR,
@@ -21,7 +21,7 @@ from tests.support.simt.cases import (
     name_of,
     tile_of,
 )
-from tests.support.simt.harness import Cut, Kernel, Result, shape_of
+from tests.support.simulator.harness import Cut, Kernel, Result, shape_of
 
 SECTOR = 32
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.support.paths import REPOSITORY
-from tests.support.simt.building import build
+from tests.support.simulator.building import build
 
 OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
 FAMILIES = ("simt", "sm80", "sm90a")

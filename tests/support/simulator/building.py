@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels and the simulator with g++.
 
-Objects are kept in build/simt under a hash of the flags, the source and all files that it includes.
+Objects are kept in build/simulator under a hash of the flags, the source and all files that it includes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def build(sanitize: bool = False) -> Path:
     """The library of all kernels; with ``sanitize`` the program that `harness.sanitized` runs."""
     command = compiler()
     assert command is not None, missing()
-    folder = REPOSITORY / "build/simt"
+    folder = REPOSITORY / "build/simulator"
     folder.mkdir(parents=True, exist_ok=True)
 
     def flags_for(source: Path) -> list[str]:

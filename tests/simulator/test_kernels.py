@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.simt import building
+from tests.support.simulator import building
 
 if building.missing():
     pytest.skip(building.missing(), allow_module_level=True)
 
 from tests.support.problems import ACTIVATIONS, Problem
-from tests.support.simt import harness
-from tests.support.simt.cases import (
+from tests.support.simulator import harness
+from tests.support.simulator.cases import (
     CHANNELS_LAST,
     CONVOLUTION_CASES,
     CONVOLUTIONS,
@@ -30,7 +30,7 @@ from tests.support.simt.cases import (
     linear_case,
     name_of,
 )
-from tests.support.simt.harness import Cut, Kernel, Settings
+from tests.support.simulator.harness import Cut, Kernel, Settings
 
 QUICK = Settings(count=False)
 

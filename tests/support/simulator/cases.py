@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_ops import reference
 from tests.support.budgets import assert_within_budget
 from tests.support.problems import Call, Problem
-from tests.support.simt.harness import Cut, Kernel, Result, Settings, kernels, run, shape_of
+from tests.support.simulator.harness import Cut, Kernel, Result, Settings, kernels, run, shape_of
 
 CHANNELS_LAST = torch.channels_last
 

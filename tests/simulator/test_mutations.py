@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.simt import building
+from tests.support.simulator import building
 
 if building.missing():
     pytest.skip(building.missing(), allow_module_level=True)
 
-from tests.support.simt import harness
-from tests.support.simt.cases import (
+from tests.support.simulator import harness
+from tests.support.simulator.cases import (
     CHANNELS_LAST,
     KERNELS,
     Case,
@@ -21,7 +21,7 @@ from tests.support.simt.cases import (
     name_of,
     tile_of,
 )
-from tests.support.simt.harness import Cut, Kernel, Settings, shape_of
+from tests.support.simulator.harness import Cut, Kernel, Settings, shape_of
 
 BARRIERS = {
     "tucker_conv2d": {"kTables", "kChunk", "kHiddenRead", "kStagingWritten", "kStagingRead"},
@@ -33,7 +33,7 @@ TENSORS = {
     "cp_conv2d": ("input", "in_factor", "height_factor", "width_factor", "out_factor", "bias"),
     "lowrank_linear": ("input", "in_factor", "out_factor", "bias"),
 }
-# The order in which tests/support/simt/module.cpp registers them.
+# The order in which tests/support/simulator/module.cpp registers them.
 _BUFFERS = ("input", "output", "in_factor", "core", "height_factor", "width_factor", "out_factor", "bias")
 
 

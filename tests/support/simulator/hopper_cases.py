@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from tests.support.problems import Problem
-from tests.support.simt import harness
-from tests.support.simt.cases import Case
-from tests.support.simt.harness import Cut, Kernel
+from tests.support.simulator import harness
+from tests.support.simulator.cases import Case
+from tests.support.simulator.harness import Cut, Kernel
 
 TUCKER = Kernel("tucker_conv2d", "sm90a", 0)
 CP = Kernel("cp_conv2d", "sm90a", 1)

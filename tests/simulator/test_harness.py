@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.simt import building, harness
-from tests.support.simt.harness import Result, Settings
+from tests.support.simulator import building, harness
+from tests.support.simulator.harness import Result, Settings
 
 pytestmark = pytest.mark.skipif(bool(building.missing()), reason=building.missing() or "g++ is there")
 

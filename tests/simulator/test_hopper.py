@@ -1,4 +1,4 @@
-"""The sm90a kernels on the emulator of Hopper (tests/support/simt/emulator.h): their values are right, and broken
+"""The sm90a kernels on the emulator of Hopper (tests/support/simulator/emulator.h): their values are right, and broken
 kernels are noticed."""
 
 from __future__ import annotations
@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.simt import harness
-from tests.support.simt.cases import Case
-from tests.support.simt.harness import Kernel, Result
-from tests.support.simt.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, hopper_case
+from tests.support.simulator import harness
+from tests.support.simulator.cases import Case
+from tests.support.simulator.harness import Kernel, Result
+from tests.support.simulator.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, hopper_case
 
 
 def run(case: Case) -> Result:

@@ -1,5 +1,5 @@
 // The names of the CUDA runtime that csrc/cuda/kernels/launch.h uses, for compilers that have no CUDA: with `-I
-// tests/support/simt` they find this file instead of the toolkit's.
+// tests/support/simulator` they find this file instead of the toolkit's.
 #pragma once
 
 #ifdef __CUDACC__

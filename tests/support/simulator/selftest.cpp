@@ -1,4 +1,4 @@
-// Kernels for the simulator's own tests (test_simt_harness.py): access patterns of known cost, and mistakes that the
+// Kernels for the simulator's own tests (test_harness.py): access patterns of known cost, and mistakes that the
 // simulator must see.
 #include <string>
 
