@@ -6,15 +6,15 @@
 namespace lowrank_ops {
 
 ChannelSum::ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, bool far, const Problem& p,
-                       const Engine& engine)
-    : kernels_(*engine.kernels),
+                       const KernelSet& kernel_set)
+    : kernels_(*kernel_set.kernels),
       dtype_(p.dtype),
       channels_(p.s),
       channel_stride_(channel_stride),
       planes_(planes),
       far_(far),
       direct_(channel_stride == 1 || p.s == 1) {
-  const ComputeKernels& kernels = planes_ ? *engine.sums : kernels_;
+  const ComputeKernels& kernels = planes_ ? *kernel_set.sums : kernels_;
   factor_ = allocate(round_up(p.s, kernels.group) * element_bytes(kernels.element));
   LoadCall load;
   load.in = in_factor.const_data_ptr();
@@ -55,11 +55,11 @@ void ChannelSum::write(const char* source, int64_t pixel_stride, int64_t pixels,
 }
 
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& p,
-                                         const CpuTile& tile, const Engine& engine) {
+                                         const CpuTile& tile, const KernelSet& kernel_set) {
   const FirstStage way = first_stage(p);
   if (way == FirstStage::kPanels) return std::nullopt;
   const bool planes = way == FirstStage::kPlanes && (input.stride(3) == 1 || p.w == 1);
-  return std::optional<ChannelSum>(std::in_place, in_factor, input.stride(1), planes, tile.far, p, engine);
+  return std::optional<ChannelSum>(std::in_place, in_factor, input.stride(1), planes, tile.far, p, kernel_set);
 }
 
 void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,

@@ -24,7 +24,7 @@ class ChannelSum {
  public:
   // `planes`: pixels lie next to each other, and the stage runs as kPlanes. `far`: the image comes from memory.
   ChannelSum(const at::Tensor& in_factor, int64_t channel_stride, bool planes, bool far, const Problem& problem,
-             const Engine& engine);
+             const KernelSet& kernel_set);
   // Whether it reads the image where it lies; otherwise a copy of it as elements, channels next to each other.
   bool reads_directly() const { return planes_ || direct_; }
   // sums[p] = sum over channels of pixel p, accumulators. Pixels lie `pixel_stride` elements apart.
@@ -43,7 +43,7 @@ class ChannelSum {
 
 // Nothing where the first stage is a product with panels.
 std::optional<ChannelSum> channel_sum_of(const at::Tensor& in_factor, const at::Tensor& input, const Problem& problem,
-                                         const CpuTile& tile, const Engine& engine);
+                                         const CpuTile& tile, const KernelSet& kernel_set);
 
 // Accumulators of one channel -> out[pixel * out_stride]. Sums are readable up to a vector's bytes beyond the last.
 void write_channel(const ComputeKernels& kernels, const void* sums, int64_t pixels, void* out, int64_t out_stride,

@@ -12,9 +12,9 @@ namespace {
 
 // out_factor as a row of accumulators; nothing where the last stage is a product with panels.
 std::optional<SumRows> out_row_of(const at::Tensor& out_factor, const Problem& p, Winograd winograd,
-                                  const Engine& engine) {
-  if (!spreads_plane(p, winograd, engine.kernels->group == 2)) return std::nullopt;
-  return std::optional<SumRows>(std::in_place, out_factor, p.dtype, engine);
+                                  const KernelSet& kernel_set) {
+  if (!spreads_plane(p, winograd, kernel_set.kernels->group == 2)) return std::nullopt;
+  return std::optional<SumRows>(std::in_place, out_factor, p.dtype, kernel_set);
 }
 
 }  // namespace
@@ -23,20 +23,20 @@ at::Tensor empty_output(const at::Tensor& input, const Problem& p) {
   return at::empty({p.n, p.t, p.oh, p.ow}, input.options().memory_format(input.suggest_memory_format()));
 }
 
-ConvBlock::ConvBlock(const OpCall& call, const Problem& p, const CpuTile& tile, const Engine& engine,
+ConvBlock::ConvBlock(const OpCall& call, const Problem& p, const CpuTile& tile, const KernelSet& kernel_set,
                      const Prepared& prepared, at::Tensor& output)
-    : engine(engine),
+    : kernel_set(kernel_set),
       problem(p),
       tile(tile),
       input(call.input),
       output(output),
-      in_weight(pack_matrix(call.in_factor, p.dtype, engine, prepared.in_factor)),
-      out_weight(pack_matrix(call.out_factor, p.dtype, engine, prepared.out_factor)),
-      bias(call.bias, p.dtype, engine),
-      channel_sum(channel_sum_of(call.in_factor, call.input, p, tile, engine)),
-      out_row(out_row_of(call.out_factor, p, tile.winograd, engine)),
-      hidden_type(p.op == Op::kCP || tile.winograd != Winograd::kNone ? engine.kernels->accumulator
-                                                                      : engine.kernels->element) {}
+      in_weight(pack_matrix(call.in_factor, p.dtype, kernel_set, prepared.in_factor)),
+      out_weight(pack_matrix(call.out_factor, p.dtype, kernel_set, prepared.out_factor)),
+      bias(call.bias, p.dtype, kernel_set),
+      channel_sum(channel_sum_of(call.in_factor, call.input, p, tile, kernel_set)),
+      out_row(out_row_of(call.out_factor, p, tile.winograd, kernel_set)),
+      hidden_type(p.op == Op::kCP || tile.winograd != Winograd::kNone ? kernel_set.kernels->accumulator
+                                                                      : kernel_set.kernels->element) {}
 
 TaskColumns::TaskColumns(const Axis& columns, const ConvTask& task) : span(columns.span(task.columns())) {
   const int64_t first = task.first_column * columns.stride;
@@ -61,7 +61,7 @@ ConvTask ConvTasks::operator[](int64_t index) const {
 namespace {
 
 int64_t tile_bytes(const ConvBlock& block) {
-  return block.tile.rows * block.tile.columns * block.tile_columns() * element_bytes(block.engine.kernels->element);
+  return block.tile.rows * block.tile.columns * block.tile_columns() * element_bytes(block.kernel_set.kernels->element);
 }
 
 // Bytes of ConvBuffers::copies: input and output use the same memory, one after the other.
@@ -79,13 +79,13 @@ ConvBuffers::ConvBuffers(const ConvBlock& block, int64_t extra_bytes)
       copies(scratch.take(copy_bytes(block))),
       extra(scratch.take(extra_bytes)) {
   // An odd rank's last value is read as one of a pair: the other one has to be zero.
-  if (block.problem.r2 % block.engine.kernels->group != 0) std::memset(tile, 0, size_t(tile_bytes(block)));
+  if (block.problem.r2 % block.kernel_set.kernels->group != 0) std::memset(tile, 0, size_t(tile_bytes(block)));
 }
 
 int64_t output_copy_bytes(const ConvBlock& block) {
   if (block.out_row || block.output.stride(1) == 1 || block.problem.t == 1) return 0;
-  return block.tile.rows * block.tile.columns * block.engine.kernels->panel_width *
-         element_bytes(block.engine.kernels->accumulator);
+  return block.tile.rows * block.tile.columns * block.kernel_set.kernels->panel_width *
+         element_bytes(block.kernel_set.kernels->accumulator);
 }
 
 namespace {
@@ -122,13 +122,13 @@ class OutputWriter {
     call_.out = target;
     call_.out_stride = output.stride(3);
     call_.out_type = block_.problem.dtype;
-    block_.engine.gemm(call_);
+    block_.kernel_set.gemm(call_);
   }
 
  private:
   // The product goes to `copy_`, and from there channel by channel to the output.
   void write_transposed(char* target) {
-    const ComputeKernels& kernels = *block_.engine.kernels;
+    const ComputeKernels& kernels = *block_.kernel_set.kernels;
     const DType dtype = block_.problem.dtype;
     const int64_t channel_stride = block_.output.stride(1), element = element_bytes(dtype);
     if (block_.tile.far)  // the prefetches run while the product is computed
@@ -136,7 +136,7 @@ class OutputWriter {
     call_.out = copy_;
     call_.out_stride = kernels.panel_width;
     call_.out_type = kernels.accumulator;
-    block_.engine.gemm(call_);
+    block_.kernel_set.gemm(call_);
     StoreCall store;
     store.tile = call_.out;
     store.tile_stride = kernels.panel_width;
@@ -158,7 +158,7 @@ class OutputWriter {
     call.channel_stride = block_.output.stride(1);
     call.out = out;
     call.activation = block_.problem.activation;
-    block_.engine.kernels->spread[int(block_.problem.dtype)](call);
+    block_.kernel_set.kernels->spread[int(block_.problem.dtype)](call);
   }
 
   const ConvBlock& block_;
@@ -175,7 +175,7 @@ void write_output(const ConvBlock& block, Team& team, Prefetcher& prefetcher, co
   const at::Tensor& output = block.output;
   const int64_t columns = task.columns(), pixel_stride = output.stride(3), row_stride = output.stride(2);
   const int64_t element = element_bytes(block.problem.dtype);
-  const int64_t tile_pixel_bytes = block.tile_columns() * element_bytes(block.engine.kernels->element);
+  const int64_t tile_pixel_bytes = block.tile_columns() * element_bytes(block.kernel_set.kernels->element);
   // Rows that lie one behind the other in the output are one long row of pixels.
   const bool joined = columns == block.problem.ow && row_stride == block.problem.ow * pixel_stride;
   char* out = static_cast<char*>(output.data_ptr()) +

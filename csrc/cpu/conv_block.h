@@ -19,10 +19,10 @@ namespace lowrank_ops {
 at::Tensor empty_output(const at::Tensor& input, const Problem& problem);
 
 struct ConvBlock {
-  ConvBlock(const OpCall& call, const Problem& problem, const CpuTile& tile, const Engine& engine,
+  ConvBlock(const OpCall& call, const Problem& problem, const CpuTile& tile, const KernelSet& kernel_set,
             const Prepared& prepared, at::Tensor& output);
 
-  const Engine& engine;
+  const KernelSet& kernel_set;
   const Problem& problem;
   const CpuTile& tile;
   const at::Tensor& input;
@@ -41,9 +41,9 @@ struct ConvBlock {
   // ranks of a pixel as one run, padded to whole groups, and so does CP with a plane for its one rank; other depthwise
   // stages and Winograd's transforms read and write whole vectors.
   bool has_dense_ranks() const {
-    return core_weight ? tile.winograd == Winograd::kNone : problem.r1 == 1 && engine.kernels->group == 1;
+    return core_weight ? tile.winograd == Winograd::kNone : problem.r1 == 1 && kernel_set.kernels->group == 1;
   }
-  int64_t rank_unit() const { return has_dense_ranks() ? engine.kernels->group : engine.kernels->lanes; }
+  int64_t rank_unit() const { return has_dense_ranks() ? kernel_set.kernels->group : kernel_set.kernels->lanes; }
   int64_t hidden_columns() const { return round_up(problem.r1, rank_unit()); }
   int64_t tile_columns() const { return round_up(problem.r2, rank_unit()); }
   // The weights to pack, in the order of packing: the first stage's comes last, and is still in L2 when it is read.

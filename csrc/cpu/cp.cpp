@@ -12,8 +12,8 @@ class DepthwiseStages {
  public:
   DepthwiseStages(const ConvBlock& block, const at::Tensor& height_factor, const at::Tensor& width_factor)
       : block_(block),
-        height_taps_(height_factor, block.problem.dtype, block.engine),
-        width_taps_(width_factor, block.problem.dtype, block.engine),
+        height_taps_(height_factor, block.problem.dtype, block.kernel_set),
+        width_taps_(width_factor, block.problem.dtype, block.kernel_set),
         vectors_(ceil_div(block.hidden_columns(), kernels_.lanes)),
         column_bytes_(Scratch::padded((block.columns.span(block.tile.columns) + 1) * kernels_.lanes *
                                       element_bytes(kernels_.accumulator))) {}
@@ -69,7 +69,7 @@ class DepthwiseStages {
   }
 
   const ConvBlock& block_;
-  const ComputeKernels& kernels_ = *block_.engine.kernels;
+  const ComputeKernels& kernels_ = *block_.kernel_set.kernels;
   const SumRows height_taps_, width_taps_;
   const int64_t vectors_;       // of a pixel's channels
   const int64_t column_bytes_;  // scratch memory per thread: the sums along the height of one row of pixels
@@ -84,8 +84,8 @@ at::Tensor cp_cpu(const OpCall& call, const Problem& p, const CpuTile& tile, con
     cp_few_pixels(call, p, output);
     return output;
   }
-  const Engine engine = engine_for(p.dtype);
-  ConvBlock block(call, p, tile, engine, prepared, output);
+  const KernelSet kernel_set = kernel_set_for(p.dtype);
+  ConvBlock block(call, p, tile, kernel_set, prepared, output);
   const DepthwiseStages depthwise(block, call.height_factor, call.width_factor);
   run_conv(
       block, [&](int64_t threads) { return depthwise.scratch_bytes(threads); },

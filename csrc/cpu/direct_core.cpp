@@ -40,7 +40,7 @@ ColumnRuns column_runs(const Axis& axis, const TaskColumns& columns, int64_t cou
 //   pixel m   window of tap 0     window of tap 1   ...    each R1 or, where pixels touch, KW * R1 elements
 //             * core_row, tap 0   * core_row, tap 1 ...    lanes added up at the end -> tile m
 void sum_taps(const ConvBlock& block, const GemmCall& call) {
-  const ComputeKernels& kernels = *block.engine.kernels;
+  const ComputeKernels& kernels = *block.kernel_set.kernels;
   c10::SmallVector<const void*, 32> windows(call.taps, call.taps + call.num_taps);
   ChannelSums sums;
   DotCall dot{};
@@ -75,12 +75,12 @@ void slide_window(const ConvBlock& block, const HiddenRows& hidden, int64_t row,
   call.rows = rows.data();
   call.kh_count = inside.end - inside.begin;
   call.kw_count = p.kw;
-  call.weight = block.core_row + inside.begin * p.kw * element_bytes(block.engine.kernels->element);
+  call.weight = block.core_row + inside.begin * p.kw * element_bytes(block.kernel_set.kernels->element);
   call.stride = block.columns.stride;
   call.dilation = block.columns.dilation;
   call.out_pixels = pixels;
   call.out = out;
-  block.engine.kernels->window(call);
+  block.kernel_set.kernels->window(call);
 }
 
 // Whether the window is one tap that sees each pixel of the image once.
@@ -101,14 +101,14 @@ class WindowProducts {
         rows_(rows),
         columns_(columns),
         tile_(tile),
-        element_(element_bytes(block.engine.kernels->element)),
+        element_(element_bytes(block.kernel_set.kernels->element)),
         taps_(block.problem.kh * block.problem.kw),
         tap_weights_(block.problem.kh * block.problem.kw) {
     call_.taps = taps_.data();
     call_.tap_weights = tap_weights_.data();
     call_.row_stride = block.columns.stride * block.hidden_columns();
     call_.out_stride = block.tile_columns();
-    call_.out_type = block.engine.kernels->element;
+    call_.out_type = block.kernel_set.kernels->element;
     call_.bias = nullptr;
     call_.activation = Activation::kNone;
   }
@@ -124,7 +124,7 @@ class WindowProducts {
     if (block_.core_row) return sum_taps(block_, call_);
     hidden_.prefetcher().attach(call_);
     hidden_.prefetcher().attach_next_panel(call_, weight_, &block_.out_weight, panel, i, rows_);
-    block_.engine.gemm(call_);
+    block_.kernel_set.gemm(call_);
   }
 
  private:
@@ -165,7 +165,7 @@ class WindowProducts {
 
 void DirectCore::slide_windows(Team& team, const HiddenRows& hidden, int64_t row, int64_t rows, int64_t columns,
                                char* tile) const {
-  const int64_t element = element_bytes(block_.engine.kernels->element);
+  const int64_t element = element_bytes(block_.kernel_set.kernels->element);
   const bool one_run = scales_pixels(block_.problem) && hidden.is_one_run(row, rows);
   team.run([&](const Share& share) {
     share.pieces(1, one_run ? 1 : rows, one_run ? rows * columns : columns, kFewestPixels,

@@ -10,7 +10,8 @@ namespace lowrank_ops {
 class Dots {
  public:
   // For `rows` rows (at most kMostDotRows) and factors of this dtype.
-  Dots(int64_t rows, DType dtype, const Engine& engine) : kernels_(*engine.kernels), dtype_(dtype), rows_(rows) {}
+  Dots(int64_t rows, DType dtype, const KernelSet& kernel_set)
+      : kernels_(*kernel_set.kernels), dtype_(dtype), rows_(rows) {}
 
   // Whether the rows have to lie block after block: several rows that are deeper than a block.
   bool needs_blocks(int64_t depth) const { return rows_ > 1 && depth > kernels_.dot_depth; }

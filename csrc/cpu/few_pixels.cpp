@@ -86,10 +86,10 @@ void write_outputs(char* sums, int64_t sums_stride, const Problem& p, const SumR
 }  // namespace
 
 void cp_few_pixels(const OpCall& call, const Problem& p, at::Tensor& output) {
-  const Engine engine = engine_for(p.dtype);
-  const ComputeKernels& kernels = *engine.kernels;
+  const KernelSet kernel_set = kernel_set_for(p.dtype);
+  const ComputeKernels& kernels = *kernel_set.kernels;
   const int64_t pixels = p.n * p.h * p.w, outputs = p.n * p.oh * p.ow;
-  const Dots first(pixels, p.dtype, engine), last(outputs, p.dtype, engine);
+  const Dots first(pixels, p.dtype, kernel_set), last(outputs, p.dtype, kernel_set);
   const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
   const int64_t channels = round_up(p.r1, kernels.lanes), out_stride = round_up(p.t, kernels.lanes);
   const int64_t hidden_bytes = pixels * channels * sum, filtered_bytes = outputs * channels * element;
@@ -108,7 +108,8 @@ void cp_few_pixels(const OpCall& call, const Problem& p, at::Tensor& output) {
   read_pixels(call.input, p, first, blocks);
   if (channels != p.r1) std::memset(hidden, 0, size_t(hidden_bytes));
   first.multiply(blocks, first.block_stride(), call.in_factor.contiguous(), hidden, channels);
-  const SumRows height_taps(call.height_factor, p.dtype, engine), width_taps(call.width_factor, p.dtype, engine);
+  const SumRows height_taps(call.height_factor, p.dtype, kernel_set),
+      width_taps(call.width_factor, p.dtype, kernel_set);
   convolve(p, kernels, height_taps, width_taps, channels, hidden, filtered, column);
   if (filtered_block_bytes > 0) {
     last.fill_blocks(filtered, channels, 1, kernels.element, 0, outputs, p.r1, filtered_blocks);
@@ -116,7 +117,7 @@ void cp_few_pixels(const OpCall& call, const Problem& p, at::Tensor& output) {
   } else {
     last.multiply(filtered, channels, call.out_factor.contiguous(), out_sums, out_stride);
   }
-  write_outputs(out_sums, out_stride, p, SumRows(call.bias, p.dtype, engine), last, kernels, output);
+  write_outputs(out_sums, out_stride, p, SumRows(call.bias, p.dtype, kernel_set), last, kernels, output);
 }
 
 }  // namespace lowrank_ops

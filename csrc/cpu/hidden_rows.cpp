@@ -15,14 +15,14 @@ constexpr int64_t kCopiedChannels = 16;  // that one thread copies at least
 // half a page: lines at that distance share few places in a cache.
 int64_t copy_stride(const ConvBlock& block) {
   const int64_t stride = round_up(block.problem.s, kCopiedChannels);
-  return stride * element_bytes(block.engine.kernels->element) % (kPageBytes / 2) == 0 ? stride + kCopiedChannels
-                                                                                       : stride;
+  return stride * element_bytes(block.kernel_set.kernels->element) % (kPageBytes / 2) == 0 ? stride + kCopiedChannels
+                                                                                           : stride;
 }
 
 bool reads_directly(const ConvBlock& block) {
   if (block.channel_sum) return block.channel_sum->reads_directly();
-  return block.problem.dtype == block.engine.kernels->element && (block.input.stride(1) == 1 || block.problem.s == 1) &&
-         block.problem.s % block.engine.kernels->group == 0;
+  return block.problem.dtype == block.kernel_set.kernels->element &&
+         (block.input.stride(1) == 1 || block.problem.s == 1) && block.problem.s % block.kernel_set.kernels->group == 0;
 }
 
 // Whether rows lie one behind the other in the image, and all of their pixels are used.
@@ -56,7 +56,7 @@ int64_t HiddenRows::ring_bytes(const ConvBlock& block) {
 int64_t HiddenRows::input_copy_bytes(const ConvBlock& block) {
   if (reads_directly(block)) return 0;
   return copied_rows(block) * block.columns.span(block.tile.columns) * copy_stride(block) *
-         element_bytes(block.engine.kernels->element);
+         element_bytes(block.kernel_set.kernels->element);
 }
 
 HiddenRows::HiddenRows(const ConvBlock& block, Team& team, const ConvTask& task, void* ring, void* input_copy,
@@ -112,7 +112,7 @@ void HiddenRows::produce(int64_t begin, int64_t end) {
       compute(z, rows, image_ + row * input_row_bytes_, block_.rows.step * input_row_bytes_);
     } else {
       copy_input(z, rows);
-      compute(z, rows, input_copy_, pixels * copy_stride(block_) * element_bytes(block_.engine.kernels->element));
+      compute(z, rows, input_copy_, pixels * copy_stride(block_) * element_bytes(block_.kernel_set.kernels->element));
     }
     z += rows;
   }
@@ -176,7 +176,7 @@ int64_t HiddenRows::begin_prefetches(int64_t row, int64_t rows, const ConvTask* 
 }
 
 void HiddenRows::copy_input(int64_t z, int64_t rows) {
-  const ComputeKernels& kernels = *block_.engine.kernels;
+  const ComputeKernels& kernels = *block_.kernel_set.kernels;
   const int64_t element = element_bytes(kernels.element), pixels = columns_.inside_end - columns_.inside_begin;
   const int64_t channels = block_.problem.s, blocks = ceil_div(channels, kCopiedChannels);
   team_.run([&](const Share& share) {
@@ -212,7 +212,7 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
     call.out_type = block_.hidden_type;
     call.bias = nullptr;
     call.activation = Activation::kNone;
-    const int64_t pixel_bytes = call.row_stride * element_bytes(block_.engine.kernels->element);
+    const int64_t pixel_bytes = call.row_stride * element_bytes(block_.kernel_set.kernels->element);
     // Rows that are one run of pixels, here and in the ring, fill register blocks better than one by one.
     const int64_t columns = columns_.inside_end - columns_.inside_begin;
     const bool one_run = ring_rows_touch() && source_bytes == columns * pixel_bytes;
@@ -229,7 +229,7 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
                               (columns_.inside_begin + first) * pixel_bytes_ + panels.first(panel) * hidden_element;
                    prefetcher_.attach(call);
                    prefetcher_.attach_next_panel(call, block_.in_weight, next_weight, panel, i, one_run ? 1 : rows);
-                   block_.engine.gemm(call);
+                   block_.kernel_set.gemm(call);
                  });
   });
 }
@@ -237,7 +237,7 @@ void HiddenRows::compute(int64_t z, int64_t rows, const char* source, int64_t so
 void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64_t source_bytes) {
   const int64_t pixel_stride = direct_ ? input_pixel_stride_ : copy_stride(block_);
   const int64_t pixel_bytes =
-      pixel_stride * element_bytes(direct_ ? block_.problem.dtype : block_.engine.kernels->element);
+      pixel_stride * element_bytes(direct_ ? block_.problem.dtype : block_.kernel_set.kernels->element);
   int64_t columns = columns_.inside_end - columns_.inside_begin;
   if (source_bytes == columns * pixel_bytes && is_one_run(z, rows)) {  // one long row
     columns *= rows;
@@ -259,13 +259,14 @@ void HiddenRows::add_channels(int64_t z, int64_t rows, const char* source, int64
 }
 
 void HiddenRows::write_sums(int64_t z, int64_t first, int64_t count, int64_t columns, const char* sums) {
-  const int64_t sum_bytes = element_bytes(block_.engine.kernels->accumulator);
+  const int64_t sum_bytes = element_bytes(block_.kernel_set.kernels->accumulator);
   for (int64_t i = 0, here; i < count; i += here) {
     const int64_t column = (first + i) % columns;
     here = std::min(count - i, columns - column);
     char* out = ring_ + ((z + (first + i) / columns) % ring_rows_) * row_bytes_ +
                 (columns_.inside_begin + column) * pixel_bytes_;
-    write_channel(*block_.engine.kernels, sums + i * sum_bytes, here, out, block_.hidden_columns(), block_.hidden_type);
+    write_channel(*block_.kernel_set.kernels, sums + i * sum_bytes, here, out, block_.hidden_columns(),
+                  block_.hidden_type);
   }
 }
 

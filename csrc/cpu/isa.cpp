@@ -129,7 +129,7 @@ void gemm_brgemm_float(const GemmCall& call) {
 
 }  // namespace
 
-Engine engine_for(DType dtype) {
+KernelSet kernel_set_for(DType dtype) {
   const InstructionSet& isa = current();
   const KernelTable& table = *isa.table;
   const ComputeKernels* sums = dtype == DType::kDouble ? table.compute_double : table.compute_float;

@@ -9,13 +9,13 @@
 namespace lowrank_ops {
 
 // The kernels for tensors of one dtype, and the GEMM to use with them (oneDNN's on AMX, otherwise their own).
-struct Engine {
+struct KernelSet {
   const ComputeKernels* kernels;
   GemmFunction gemm;
   const ComputeKernels* sums;  // the kernels whose elements have the type of `kernels`' accumulators
 };
 
-Engine engine_for(DType dtype);
+KernelSet kernel_set_for(DType dtype);
 
 // All that the planner knows about this CPU; `threads` is at::get_num_threads().
 CpuCaps cpu_caps();

@@ -27,9 +27,9 @@ constexpr int64_t kCopiedRows = 112;      // that are copied together at most
 // Few rows: both products are dot products with the unpacked factors, in parallel over their columns.
 void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor,
                      const SumRows& bias, const Problem& p, at::Tensor& output) {
-  const Engine engine = engine_for(p.dtype);
-  const ComputeKernels& kernels = *engine.kernels;
-  const Dots dots(p.n, p.dtype, engine);
+  const KernelSet kernel_set = kernel_set_for(p.dtype);
+  const ComputeKernels& kernels = *kernel_set.kernels;
+  const Dots dots(p.n, p.dtype, kernel_set);
   const int64_t element = element_bytes(kernels.element), sum = element_bytes(kernels.accumulator);
   const int64_t rank_stride = round_up(p.r1, 16), out_stride = round_up(p.t, 16);
   const bool direct = p.n == 1 && p.dtype == kernels.element && (rows.stride(1) == 1 || p.s == 1);
@@ -64,19 +64,19 @@ void linear_unpacked(const at::Tensor& rows, const at::Tensor& in_factor, const 
 class PackedLinear {
  public:
   PackedLinear(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor, const SumRows& bias,
-               const Problem& p, const CpuTile& tile, const Engine& engine, const Prepared& prepared,
+               const Problem& p, const CpuTile& tile, const KernelSet& kernel_set, const Prepared& prepared,
                at::Tensor& output)
       : rows_(rows),
         bias_(bias),
         p_(p),
         tile_(tile),
-        engine_(engine),
+        kernel_set_(kernel_set),
         output_(output),
-        in_weight_(pack_matrix(in_factor, p.dtype, engine, prepared.in_factor)),
-        out_weight_(pack_matrix(out_factor, p.dtype, engine, prepared.out_factor)) {
+        in_weight_(pack_matrix(in_factor, p.dtype, kernel_set, prepared.in_factor)),
+        out_weight_(pack_matrix(out_factor, p.dtype, kernel_set, prepared.out_factor)) {
     const bool contiguous = rows.stride(1) == 1 || p.s == 1;
     if (first_stage(p) == FirstStage::kDots)
-      sum_.emplace(in_factor, rows.stride(1), /*planes=*/false, tile.far, p, engine);
+      sum_.emplace(in_factor, rows.stride(1), /*planes=*/false, tile.far, p, kernel_set);
     direct_ = sum_ ? sum_->reads_directly() : p.dtype == kernels_.element && contiguous && p.s % kernels_.group == 0;
     hidden_columns_ = sum_ ? kernels_.group : in_weight_.panels().padded_columns();
     copy_stride_ = round_up(p.s, 16);
@@ -165,7 +165,7 @@ class PackedLinear {
       call.width = panels.width(panel);
       call.bias = bias ? bias->data(column) : nullptr;
       call.out = out + column * element_bytes(call.out_type);
-      engine_.gemm(call);
+      kernel_set_.gemm(call);
     }
   }
 
@@ -173,9 +173,9 @@ class PackedLinear {
   const SumRows& bias_;
   const Problem& p_;
   const CpuTile& tile_;
-  const Engine& engine_;
+  const KernelSet& kernel_set_;
   at::Tensor& output_;
-  const ComputeKernels& kernels_ = *engine_.kernels;
+  const ComputeKernels& kernels_ = *kernel_set_.kernels;
   const int64_t element_ = element_bytes(kernels_.element);
   PackedWeight in_weight_, out_weight_;
   std::optional<ChannelSum> sum_;  // the first stage for a rank of one; otherwise a product with in_weight_
@@ -192,15 +192,15 @@ at::Tensor linear_cpu(const OpCall& call, const Problem& p, const CpuTile& tile,
   sizes.back() = p.t;
   at::Tensor output = at::empty(sizes, input.options());
   if (output.numel() == 0) return output;
-  const Engine engine = engine_for(p.dtype);
+  const KernelSet kernel_set = kernel_set_for(p.dtype);
   const at::Tensor rows = input.reshape({p.n, p.s});  // a view unless the leading axes do not collapse
-  const SumRows bias_sums(call.bias, p.dtype, engine);
+  const SumRows bias_sums(call.bias, p.dtype, kernel_set);
   if (tile.unpacked) {
     linear_unpacked(rows, in_factor.contiguous(), out_factor.contiguous(), bias_sums, p, output);
   } else if (tile.depth > 0) {
-    linear_streamed(rows, in_factor, out_factor, bias_sums, p, tile, engine, prepared, output);
+    linear_streamed(rows, in_factor, out_factor, bias_sums, p, tile, kernel_set, prepared, output);
   } else {
-    PackedLinear(rows, in_factor, out_factor, bias_sums, p, tile, engine, prepared, output).run();
+    PackedLinear(rows, in_factor, out_factor, bias_sums, p, tile, kernel_set, prepared, output).run();
   }
   return output;
 }

@@ -28,8 +28,8 @@ struct Slice {
 // many: threads divide the rows then.
 class StreamedWeight {
  public:
-  StreamedWeight(const at::Tensor& factor, int64_t rows, DType dtype, const Engine& engine, const char* prepared)
-      : kernels_(*engine.kernels),
+  StreamedWeight(const at::Tensor& factor, int64_t rows, DType dtype, const KernelSet& kernel_set, const char* prepared)
+      : kernels_(*kernel_set.kernels),
         dtype_(dtype),
         factor_(prepared ? factor : factor.contiguous()),
         depth_(factor.size(1)),
@@ -89,16 +89,16 @@ class StreamedWeight {
 class StreamedLinear {
  public:
   StreamedLinear(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor, const SumRows& bias,
-                 const Problem& p, const CpuTile& tile, const Engine& engine, const Prepared& prepared,
+                 const Problem& p, const CpuTile& tile, const KernelSet& kernel_set, const Prepared& prepared,
                  at::Tensor& output)
       : rows_(rows),
         bias_(bias),
         p_(p),
         tile_(tile),
-        engine_(engine),
+        kernel_set_(kernel_set),
         output_(output),
-        in_weight_(in_factor, p.n, p.dtype, engine, prepared.in_factor),
-        out_weight_(out_factor, p.n, p.dtype, engine, prepared.out_factor),
+        in_weight_(in_factor, p.n, p.dtype, kernel_set, prepared.in_factor),
+        out_weight_(out_factor, p.n, p.dtype, kernel_set, prepared.out_factor),
         // Rows whole pages apart would meet in the same few lines of L1: they are copied, as are those of other types.
         direct_(p.dtype == kernels_.element && (rows.stride(1) == 1 || p.s == 1) && p.s % kernels_.group == 0 &&
                 rows.stride(0) * element_ % kPageBytes != 0) {
@@ -192,7 +192,7 @@ class StreamedLinear {
         call.out = last ? hidden_ + (rows.begin * hidden_stride_ + slice.first) * element_ : sums;
         call.out_stride = last ? hidden_stride_ : in_width_;
         call.out_type = last ? kernels_.element : kernels_.accumulator;
-        engine_.gemm(call);
+        kernel_set_.gemm(call);
       }
     }
   }
@@ -223,7 +223,7 @@ class StreamedLinear {
         call.bias = last ? bias_.data(slice.first) : nullptr;
         call.activation = last ? p_.activation : Activation::kNone;
         call.far_output = last;  // the first slice of a page gives it memory: few prefetches are in vain (pages.h)
-        engine_.gemm(call);
+        kernel_set_.gemm(call);
       }
     }
   }
@@ -232,9 +232,9 @@ class StreamedLinear {
   const SumRows& bias_;
   const Problem& p_;
   const CpuTile& tile_;
-  const Engine& engine_;
+  const KernelSet& kernel_set_;
   at::Tensor& output_;
-  const ComputeKernels& kernels_ = *engine_.kernels;
+  const ComputeKernels& kernels_ = *kernel_set_.kernels;
   const int64_t element_ = element_bytes(kernels_.element), sum_ = element_bytes(kernels_.accumulator);
   const StreamedWeight in_weight_, out_weight_;
   const int64_t in_width_ = in_weight_.panels().padded_columns(), out_width_ = kernels_.panel_width;
@@ -248,9 +248,9 @@ class StreamedLinear {
 }  // namespace
 
 void linear_streamed(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                     const SumRows& bias, const Problem& p, const CpuTile& tile, const Engine& engine,
+                     const SumRows& bias, const Problem& p, const CpuTile& tile, const KernelSet& kernel_set,
                      const Prepared& prepared, at::Tensor& output) {
-  StreamedLinear(rows, in_factor, out_factor, bias, p, tile, engine, prepared, output).run();
+  StreamedLinear(rows, in_factor, out_factor, bias, p, tile, kernel_set, prepared, output).run();
 }
 
 }  // namespace lowrank_ops

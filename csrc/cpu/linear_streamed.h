@@ -13,7 +13,7 @@ namespace lowrank_ops {
 
 // rows [N, S] -> output [N, T].
 void linear_streamed(const at::Tensor& rows, const at::Tensor& in_factor, const at::Tensor& out_factor,
-                     const SumRows& bias, const Problem& problem, const CpuTile& tile, const Engine& engine,
+                     const SumRows& bias, const Problem& problem, const CpuTile& tile, const KernelSet& kernel_set,
                      const Prepared& prepared, at::Tensor& output);
 
 }  // namespace lowrank_ops

@@ -42,8 +42,8 @@ Record::Factor identity(const at::Tensor& factor) {
 }
 
 Record record_of(const at::Tensor& in_factor, const at::Tensor* core, const at::Tensor& out_factor,
-                 const Engine& engine) {
-  const ComputeKernels& kernels = *engine.kernels;
+                 const KernelSet& kernel_set) {
+  const ComputeKernels& kernels = *kernel_set.kernels;
   Record record{};
   record.dtype = int64_t(in_factor.scalar_type());
   record.element = int64_t(kernels.element);
@@ -90,16 +90,16 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
                    bool unit_window) {
   check_factors(in_factor, core, out_factor);
   const DType dtype = dtype_of(in_factor.scalar_type());
-  const Engine engine = engine_for(dtype);
+  const KernelSet kernel_set = kernel_set_for(dtype);
   Header header{};
-  header.record = record_of(in_factor, core ? &*core : nullptr, out_factor, engine);
+  header.record = record_of(in_factor, core ? &*core : nullptr, out_factor, kernel_set);
   std::vector<PackedWeight> weights;
   std::vector<int64_t*> offsets;
   const auto add = [&](PackedWeight weight, int64_t& offset) {
     weights.push_back(std::move(weight));
     offsets.push_back(&offset);
   };
-  add(pack_matrix(in_factor, dtype, engine), header.in_factor);
+  add(pack_matrix(in_factor, dtype, kernel_set), header.in_factor);
   if (core) {
     Problem p;
     p.dtype = dtype;
@@ -108,12 +108,12 @@ at::Tensor prepare(const at::Tensor& in_factor, const OptionalTensor& core, cons
     p.kh = core->size(2);
     p.kw = core->size(3);
     const auto core_rows = [&] { return core->contiguous(at::MemoryFormat::ChannelsLast); };
-    add(pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, dtype, engine), header.core);
+    add(pack_core(core_rows, p.r2, p.kh * p.kw, p.r1, dtype, kernel_set), header.core);
     for (const Winograd winograd : kPatches)  // the transforms that the planner may choose for some image size
       if (unit_window && winograd_fits(p, cpu_caps(), winograd))
-        add(pack_winograd(winograd, core_rows, p, engine), header.winograd[int(winograd)]);
+        add(pack_winograd(winograd, core_rows, p, kernel_set), header.winograd[int(winograd)]);
   }
-  add(pack_matrix(out_factor, dtype, engine), header.out_factor);
+  add(pack_matrix(out_factor, dtype, kernel_set), header.out_factor);
 
   std::vector<PackedWeight*> to_pack;
   int64_t end = Scratch::padded(sizeof(Header));
@@ -143,7 +143,7 @@ Prepared prepared_for(const at::Tensor& packed, const OpCall& call) {
   Header header;
   std::memcpy(&header, memory, sizeof(header));
   const Record record =
-      record_of(call.in_factor, core, call.out_factor, engine_for(dtype_of(call.in_factor.scalar_type())));
+      record_of(call.in_factor, core, call.out_factor, kernel_set_for(dtype_of(call.in_factor.scalar_type())));
   if (header.bytes != packed.numel() || std::memcmp(&header.record, &record, sizeof(record)) != 0) return {};
   const auto at = [memory](int64_t offset) { return offset ? memory + offset : nullptr; };
   Prepared found;

@@ -14,14 +14,14 @@ Panels::Panels(int64_t columns, const ComputeKernels& kernels) : columns(columns
 }
 
 PackedWeight::PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth,
-                           DType dtype, const Engine& engine, const char* prepared)
-    : panels_(columns, *engine.kernels),
+                           DType dtype, const KernelSet& kernel_set, const char* prepared)
+    : panels_(columns, *kernel_set.kernels),
       taps_(taps),
       depth_(depth),
-      padded_depth_(round_up(depth, engine.kernels->group)),
-      column_bytes_(taps.packed * padded_depth_ * element_bytes(engine.kernels->element)),
+      padded_depth_(round_up(depth, kernel_set.kernels->group)),
+      column_bytes_(taps.packed * padded_depth_ * element_bytes(kernel_set.kernels->element)),
       row_bytes_(taps.stored * depth * element_bytes(dtype)),
-      lane_bytes_(engine.kernels->group * element_bytes(engine.kernels->element)),
+      lane_bytes_(kernel_set.kernels->group * element_bytes(kernel_set.kernels->element)),
       data_(prepared) {
   if (prepared) return;
   memory_ = allocate(bytes());
@@ -111,27 +111,28 @@ void pack_own(Weights weights) {
 }
 
 PackedWeight pack_core(c10::function_ref<at::Tensor()> core, int64_t columns, int64_t taps, int64_t depth, DType dtype,
-                       const Engine& engine, const char* prepared) {
-  return PackedWeight(core, columns, {taps, taps, engine.kernels->pack[int(dtype)]}, depth, dtype, engine, prepared);
+                       const KernelSet& kernel_set, const char* prepared) {
+  return PackedWeight(core, columns, {taps, taps, kernel_set.kernels->pack[int(dtype)]}, depth, dtype, kernel_set,
+                      prepared);
 }
 
-PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared) {
+PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const KernelSet& kernel_set, const char* prepared) {
   const auto weight = [&] { return factor.contiguous(); };
-  return pack_core(weight, factor.size(0), 1, factor.size(1), dtype, engine, prepared);
+  return pack_core(weight, factor.size(0), 1, factor.size(1), dtype, kernel_set, prepared);
 }
 
-SumRows::SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine) {
-  if (bias) fill(*bias, 1, 0, bias->size(0), bias->stride(0), dtype, engine);
+SumRows::SumRows(const std::optional<at::Tensor>& bias, DType dtype, const KernelSet& kernel_set) {
+  if (bias) fill(*bias, 1, 0, bias->size(0), bias->stride(0), dtype, kernel_set);
 }
 
-SumRows::SumRows(const at::Tensor& factor, DType dtype, const Engine& engine) {
-  fill(factor, factor.size(1), factor.stride(1), factor.size(0), factor.stride(0), dtype, engine);
+SumRows::SumRows(const at::Tensor& factor, DType dtype, const KernelSet& kernel_set) {
+  fill(factor, factor.size(1), factor.stride(1), factor.size(0), factor.stride(0), dtype, kernel_set);
 }
 
 void SumRows::fill(const at::Tensor& source, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride,
-                   DType dtype, const Engine& engine) {
-  sum_bytes_ = element_bytes(engine.sums->element);
-  const int64_t padded = round_up(columns, engine.sums->lanes);
+                   DType dtype, const KernelSet& kernel_set) {
+  sum_bytes_ = element_bytes(kernel_set.sums->element);
+  const int64_t padded = round_up(columns, kernel_set.sums->lanes);
   memory_ = allocate(rows * padded * sum_bytes_);
   if (padded != columns) std::memset(memory_.get(), 0, size_t(rows * padded * sum_bytes_));
   LoadCall load;
@@ -142,7 +143,7 @@ void SumRows::fill(const at::Tensor& source, int64_t rows, int64_t row_stride, i
   load.channels = columns;
   load.tile = memory_.get();
   load.tile_stride = padded;
-  engine.sums->load[int(dtype)](load);
+  kernel_set.sums->load[int(dtype)](load);
 }
 
 }  // namespace lowrank_ops

@@ -40,7 +40,7 @@ struct PackedTaps {
 class PackedWeight {
  public:
   PackedWeight(c10::function_ref<at::Tensor()> weight, int64_t columns, PackedTaps taps, int64_t depth, DType dtype,
-               const Engine& engine, const char* prepared);
+               const KernelSet& kernel_set, const char* prepared);
   const Panels& panels() const { return panels_; }
   int64_t padded_depth() const { return padded_depth_; }  // per tap
   const void* panel(int64_t index) const { return data_ + own() + panels_.first(index) * column_bytes_; }
@@ -80,20 +80,21 @@ void pack(Weights weights, const Share& share);
 // A core [columns, taps, depth], and a factor [rows, depth], whose rows are the columns of the product. They are packed
 // later, by pack().
 PackedWeight pack_core(c10::function_ref<at::Tensor()> core, int64_t columns, int64_t taps, int64_t depth, DType dtype,
-                       const Engine& engine, const char* prepared = nullptr);
-PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const Engine& engine, const char* prepared = nullptr);
+                       const KernelSet& kernel_set, const char* prepared = nullptr);
+PackedWeight pack_matrix(const at::Tensor& factor, DType dtype, const KernelSet& kernel_set,
+                         const char* prepared = nullptr);
 
 // The bias [T], or CP's factors [R, K] with the tap first, as accumulators: rows of whole vectors, padded with zeros.
 class SumRows {
  public:
-  SumRows(const std::optional<at::Tensor>& bias, DType dtype, const Engine& engine);
-  SumRows(const at::Tensor& factor, DType dtype, const Engine& engine);
+  SumRows(const std::optional<at::Tensor>& bias, DType dtype, const KernelSet& kernel_set);
+  SumRows(const at::Tensor& factor, DType dtype, const KernelSet& kernel_set);
   // From column `first` of row 0; nullptr when there is no bias.
   const void* data(int64_t first = 0) const { return memory_ ? memory_.get() + first * sum_bytes_ : nullptr; }
 
  private:
   void fill(const at::Tensor& source, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride,
-            DType dtype, const Engine& engine);
+            DType dtype, const KernelSet& kernel_set);
   int64_t sum_bytes_ = 0;
   AlignedMemory memory_;
 };

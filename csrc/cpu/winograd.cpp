@@ -7,10 +7,10 @@
 namespace lowrank_ops {
 
 PackedWeight pack_winograd(Winograd winograd, c10::function_ref<at::Tensor()> core, const Problem& p,
-                           const Engine& engine, const char* prepared) {
+                           const KernelSet& kernel_set, const char* prepared) {
   const int64_t packed = patch_of(winograd).places * tap_groups(winograd, p.kw);
-  return PackedWeight(core, p.r2, {p.kh * p.kw, packed, engine.kernels->winograd[int(winograd)].pack}, p.r1, p.dtype,
-                      engine, prepared);
+  return PackedWeight(core, p.r2, {p.kh * p.kw, packed, kernel_set.kernels->winograd[int(winograd)].pack}, p.r1,
+                      p.dtype, kernel_set, prepared);
 }
 
 // The patches of `rows` output rows from `row`, and where they are kept.
@@ -30,12 +30,12 @@ struct WinogradCore::Step {
 WinogradCore::WinogradCore(const ConvBlock& block)
     : block_(block),
       weight_(*block.core_weight),
-      kernels_(block.engine.kernels->winograd[int(block.tile.winograd)]),
+      kernels_(block.kernel_set.kernels->winograd[int(block.tile.winograd)]),
       patch_(patch_of(block.tile.winograd)),
       groups_(tap_groups(block.tile.winograd, block.problem.kw)),
-      channels_(round_up(block.problem.r1, block.engine.kernels->lanes)),
-      element_bytes_(element_bytes(block.engine.kernels->element)),
-      sum_bytes_(element_bytes(block.engine.kernels->accumulator)) {
+      channels_(round_up(block.problem.r1, block.kernel_set.kernels->lanes)),
+      element_bytes_(element_bytes(block.kernel_set.kernels->element)),
+      sum_bytes_(element_bytes(block.kernel_set.kernels->accumulator)) {
   const int64_t patch_rows = ceil_div(block.tile.rows, patch_.rows);
   const int64_t row_patches = ceil_div(block.tile.columns, patch_.columns);
   most_patches_ = patch_rows * row_patches;
@@ -47,7 +47,7 @@ int64_t WinogradCore::inputs_bytes() const {
 }
 
 int64_t WinogradCore::sums_bytes() const {
-  return Scratch::padded(patch_.places * most_patches_ * block_.engine.kernels->panel_width * sum_bytes_);
+  return Scratch::padded(patch_.places * most_patches_ * block_.kernel_set.kernels->panel_width * sum_bytes_);
 }
 
 int64_t WinogradCore::scratch_bytes(int64_t threads) const {
@@ -83,7 +83,7 @@ class WinogradCore::Products {
         joined_(weight_.padded_depth() == core.channels_),
         taps_(joined_ ? 1 : core.groups_) {
     call_.row_stride = core.channels_;
-    call_.out_type = core.block_.engine.kernels->accumulator;
+    call_.out_type = core.block_.kernel_set.kernels->accumulator;
     call_.bias = nullptr;
     call_.activation = Activation::kNone;
     call_.taps = taps_.data();
@@ -111,7 +111,7 @@ class WinogradCore::Products {
         prefetcher.attach_weight(call_, static_cast<const char*>(call_.weight) + place_bytes, place_bytes, 0, 1);
       else
         prefetcher.attach_next_panel(call_, weight_, &core_.block_.out_weight, panel, 0, 1);
-      core_.block_.engine.gemm(call_);
+      core_.block_.kernel_set.gemm(call_);
     }
   }
 

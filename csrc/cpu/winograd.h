@@ -21,7 +21,7 @@ namespace lowrank_ops {
 // The transformed core, packed: [R2, places, groups of taps, R1]. `core()` is [R2, KH, KW, R1] in memory; only the
 // ranks, the kernel and the dtype of `problem` are read.
 PackedWeight pack_winograd(Winograd winograd, c10::function_ref<at::Tensor()> core, const Problem& problem,
-                           const Engine& engine, const char* prepared = nullptr);
+                           const KernelSet& kernel_set, const char* prepared = nullptr);
 
 class WinogradCore {
  public:

@@ -81,7 +81,7 @@ void save(AutogradContext* ctx, const OpCall& call, std::string_view activation)
   ctx->saved_data["dilation"] = call.window.dilation;
 }
 
-// Which gradients the engine asks for: of `count - 1` tensors and the bias.
+// Which gradients autograd asks for: of `count - 1` tensors and the bias.
 template <size_t count>
 std::array<bool, count> wanted_gradients(AutogradContext* ctx) {
   std::array<bool, count> mask;
