@@ -20,7 +20,7 @@ using Windows = std::array<std::vector<int64_t>, 3>;  // stride, padding, dilati
 using Cut = std::array<int, 5>;                       // tile_n, tile_h, tile_w, stages, splits
 
 // A call and one kernel with a given cut, whatever the planner would take.
-struct Chosen {
+struct PlannedCall {
   FusedCall call;
   Plan plan;
 };
@@ -43,7 +43,7 @@ void check_sm90a(const char* caller, const GpuKernel& kernel, const Cut& cut, co
                     cut[3], ", ", cut[4]);
 }
 
-Chosen choose(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& arguments) {
+PlannedCall plan_call(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& arguments) {
   TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
                     ": each number of the cut must be at least 1, got ", c10::ArrayRef<int>(cut));
   check(arguments);
@@ -61,8 +61,8 @@ Chosen choose(const char* caller, const GpuKernel& kernel, const Cut& cut, const
   return {std::move(call), std::move(plan)};
 }
 
-// `run`, a function of a Chosen, as a function of Python: a kernel's name, its cut, and a call whose factors are None
-// where its op has none of that name.
+// `run`, a function of a PlannedCall, as a function of Python: a kernel's name, its cut, and a call whose factors are
+// None where its op has none of that name.
 template <typename Run>
 void bind_with_call(py::module_& m, const char* caller, const Run& run) {
   m.def(caller, [caller, run](const std::string& name, const Cut& cut, const at::Tensor& input,
@@ -94,10 +94,10 @@ void bind_with_call(py::module_& m, const char* caller, const Run& run) {
 at::Tensor launch(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& call, bool poison) {
   TORCH_CHECK_VALUE(call.input.is_cuda(), caller, ": input must be on a GPU, got ", call.input.device());
   const c10::DeviceGuard guard(call.input.device());
-  const Chosen chosen = choose(caller, kernel, cut, call);
-  const at::Tensor output = chosen.call.empty_output();
+  const PlannedCall planned = plan_call(caller, kernel, cut, call);
+  const at::Tensor output = planned.call.empty_output();
   if (poison) output.fill_(std::numeric_limits<double>::quiet_NaN());
-  chosen.call.run(chosen.plan, output);
+  planned.call.run(planned.plan, output);
   return output;
 }
 
@@ -113,8 +113,8 @@ py::dict describe(const Factor& factor) {
 
 // The parameters that the kernel would get, on any device: for the simulator.
 py::dict describe_launch(const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
-  const Chosen chosen = choose("describe_launch", kernel, cut, call);
-  const Launch launch = chosen.call.prepare(chosen.plan.geometry, chosen.call.empty_output());
+  const PlannedCall planned = plan_call("describe_launch", kernel, cut, call);
+  const Launch launch = planned.call.prepare(planned.plan.geometry, planned.call.empty_output());
   const BlockParams& p = launch.params;
   const auto strides = [](const int64_t (&values)[4]) { return std::vector<int64_t>(values, values + 4); };
   py::dict result;
@@ -129,7 +129,7 @@ py::dict describe_launch(const GpuKernel& kernel, const Cut& cut, const OpCall& 
   result["width_factor"] = describe(p.width_factor);
   result["out_factor"] = describe(p.out_factor);
   result["bias"] = reinterpret_cast<uintptr_t>(p.bias);
-  const Problem& problem = chosen.call.problem();
+  const Problem& problem = planned.call.problem();
   result["planned_vectors"] = std::vector<int64_t>{problem.input_vector, problem.factor_vector, problem.output_vector};
   result["output_tensor"] = launch.output;
   // The tensors that the pointers point into.

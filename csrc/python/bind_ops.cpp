@@ -16,7 +16,7 @@
 namespace lowrank_ops {
 
 // The numbers of a window: an int for both axes, or a sequence of ints (checks.h checks its length).
-struct Pair {
+struct HeightWidth {
   c10::SmallVector<int64_t, 2> values;
   operator at::IntArrayRef() const { return values; }
 };
@@ -26,8 +26,8 @@ struct Pair {
 namespace pybind11::detail {
 
 template <>
-struct type_caster<lowrank_ops::Pair> {
-  PYBIND11_TYPE_CASTER(lowrank_ops::Pair, const_name("int | tuple[int, int]"));
+struct type_caster<lowrank_ops::HeightWidth> {
+  PYBIND11_TYPE_CASTER(lowrank_ops::HeightWidth, const_name("int | tuple[int, int]"));
 
   bool load(handle source, bool) {
     int64_t both = 0;
@@ -63,7 +63,7 @@ namespace lowrank_ops {
 namespace {
 
 template <typename T>
-using FromPython = std::conditional_t<std::is_same_v<T, at::IntArrayRef>, const Pair&, T>;
+using FromPython = std::conditional_t<std::is_same_v<T, at::IntArrayRef>, const HeightWidth&, T>;
 
 // The kind of value that an argument of the schema requires, in words; empty where `value` is of that kind.
 std::string requirement(const c10::Argument& argument, py::handle value) {
@@ -72,7 +72,7 @@ std::string requirement(const c10::Argument& argument, py::handle value) {
   if (type->kind() == c10::TypeKind::OptionalType)
     return value.is_none() || THPVariable_Check(value.ptr()) ? "" : "a torch.Tensor or None";
   if (type->kind() == c10::TypeKind::StringType) return PyUnicode_Check(value.ptr()) ? "" : "a str";
-  return py::detail::make_caster<Pair>().load(value, false) ? "" : "an int or a pair of ints";
+  return py::detail::make_caster<HeightWidth>().load(value, false) ? "" : "an int or a pair of ints";
 }
 
 // Raises the TypeError for a call whose arguments are of other kinds than the schema's.

@@ -96,16 +96,16 @@ Problem described_problem(const Description& description) {
 namespace {
 
 // A decision, the device that it was made for in words for the reader, and the key of its measurements.
-struct Planned {
+struct DeviceDecision {
   Decision decision;
   std::string device, key;
 };
 
-Planned plan_for_cpu(const Problem& given, bool packed) {
+DeviceDecision plan_for_cpu(const Problem& given, bool packed) {
   const CpuCaps caps = cpu_caps();
   const Problem p = as_fused(given);
   const bool prepared = packed && packed_covers(p);
-  Planned planned{plan_cpu(p, caps, policy(), prepared), in_words(caps), ""};
+  DeviceDecision planned{plan_cpu(p, caps, policy(), prepared), in_words(caps), ""};
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
     const std::optional<bool> chain_faster = measured_chain_faster(p, measured_caps(caps, prepared));
@@ -169,7 +169,7 @@ c10::Device parse_device(const std::string& device) {
 
 // `device`: the name of a GPU, or one of torch's devices; without an index the first (the caller of "cuda" gives the
 // index of the current one).
-Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
+DeviceDecision plan_for_device(Problem& p, const std::string& device, bool prepared) {
   const GpuCaps* named = find_gpu(device);
   const std::optional<c10::Device> known = named ? std::nullopt : std::optional(parse_device(device));
   if (known && known->is_cpu()) return plan_for_cpu(p, prepared);
@@ -192,9 +192,9 @@ Planned plan_for_device(Problem& p, const std::string& device, bool prepared) {
   p.input_vector = widths.input;
   p.factor_vector = widths.factor;
   p.output_vector = widths.output;
-  Planned planned{plan_gpu(p, *present, policy(), gpu_restrictions(index)),
-                  device + ": " + in_words(*present) + "; " + source_of_predictions(*present),
-                  measurement_key(p, present->name)};
+  DeviceDecision planned{plan_gpu(p, *present, policy(), gpu_restrictions(index)),
+                         device + ": " + in_words(*present) + "; " + source_of_predictions(*present),
+                         measurement_key(p, present->name)};
   if (policy() == Policy::kMeasure) apply_measurement(planned.decision, planned.key);
   return planned;
 }
@@ -203,7 +203,7 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
                  std::array<int64_t, 6> window, const std::string& activation, const std::string& device,
                  bool prepared) {
   Problem p = described_problem({op, dtype, channels_last, sizes, window, activation});
-  const Planned planned = plan_for_device(p, device, prepared);
+  const DeviceDecision planned = plan_for_device(p, device, prepared);
   py::dict result;
   result["policy"] = std::string(name_of(policy()));
   result["device"] = planned.device;
