@@ -106,9 +106,10 @@ def factorize_(
         many layers as have moments that would take, as whole squares, a seventh of the model or 64 MiB, whichever is
         more, but at least one layer; lower triangles of them are kept. The rows are limited in the same way. If there
         are several groups (`calibrate.moment_groups`), the data are run over once for each group, twice with a
-        `Budget`. With 1,024 fp32 rows on a CPU, a process grew by at most 2.7 GiB for a model of 1.55 GiB in 198 layers
-        (transformer blocks, 1024 wide), and by 0.53 GiB for a model of 0.13 GiB in two layers, from 2048 features to
-        8192 and back: there the moments of one layer take as much as the model.
+        `Budget`. With 1,024 fp32 rows on a CPU (`python -m benchmarks.studies.calibration_memory`), a process grew by
+        at most 1.14 GiB for a model of 0.38 GiB in 48 layers (transformer blocks, 1024 wide), and by 0.48 GiB for a
+        model of 0.13 GiB in two layers, from 2048 features to 8192 and back: there the moments of one layer take as
+        much as the model.
 
     Layers that are left:
         The report gives the reason for each. A layer is left where
