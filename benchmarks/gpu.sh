@@ -17,8 +17,8 @@
 #   bf16, fp16, tf32                              the quick list in that dtype; another run resumes it
 #
 # or, where a GPU is available for a quarter of an hour only, a choice of ten minutes. `brief` does not build: run
-# `build` before, on any machine with the same torch. A folder build/simulator from a test run on the same kind of machine
-# saves the first minute.
+# `build` before, on any machine with the same torch. A folder build/simulator from a test run on the same kind of
+# machine saves the first minute.
 #
 #   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile
 #

@@ -1,5 +1,5 @@
-// Runs the kernels of tests/support/simulator/primitive_kernels.cuh on a GPU, for test_cuda_kernels.py. Input and output are
-// in host memory.
+// Runs the kernels of tests/support/simulator/primitive_kernels.cuh on a GPU, for test_cuda_kernels.py. Input and output
+// are in host memory.
 #include "primitive_kernels.cuh"
 
 extern "C" int run_primitive(const char* name, const void* in, int64_t in_bytes, void* out, int64_t out_bytes,

@@ -113,7 +113,7 @@ def test_hopper_kernels_use_what_hopper_has(disassembled: list[Instantiation]) -
         assert one.counts["LDL"] == one.counts["STL"] == one.counts["HMMA"] == 0, one
 
 
-def test_kernels_use_no_tensor_cores(disassembled: list[Instantiation]) -> None:
+def test_simt_kernels_use_no_tensor_cores(disassembled: list[Instantiation]) -> None:
     """They must keep the precision of float32."""
     plain = [one for one in disassembled if one.family == "simt"]
     assert plain
