@@ -32,6 +32,7 @@ from benchmarks.core import bench, engines
 from benchmarks.core.bench import Column, Table
 from benchmarks.core.engines import ENGINES, OnnxRuntimeRun, OpenVinoRun
 from benchmarks.core.outcome import DTYPES
+from benchmarks.core.resident import reset_peak, resident
 from benchmarks.networks.models import NETWORKS, Network
 from examples.demo import unfused
 
@@ -184,16 +185,10 @@ def weigh(folder: str, contender: str, dtype: str, threads: str) -> int:
         run()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
         for _ in range(3):
             run()
     return max(resident("VmHWM") - before, 0)
-
-
-def resident(what: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the peak) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
 
 
 def rows(network: str, dtype: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:

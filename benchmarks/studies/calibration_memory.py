@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import lowrank_ops
 from benchmarks.core import bench
-from benchmarks.networks.run import resident
+from benchmarks.core.resident import reset_peak, resident
 
 ROWS = 1024
 
@@ -56,7 +55,7 @@ def main() -> None:
         model(rows)  # what the first call of a process allocates is not counted
     layers = sum(isinstance(module, nn.Linear) for module in model.modules())
     size = sum(parameter.nbytes for parameter in model.parameters())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    reset_peak()
     before, start = resident("VmRSS"), time.perf_counter()
     lowrank_ops.factorize_(model, linear=0.25, calibration=[rows], progress=False)
     seconds, growth = time.perf_counter() - start, resident("VmHWM") - before
