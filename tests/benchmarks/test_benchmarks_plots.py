@@ -57,6 +57,7 @@ def test_what_is_drawn_survives_in_a_csv_file(tmp_path) -> None:
             assert made._replace(over={}, least=0, peer=0) == kept._replace(over={}, least=0, peer=0)
             assert (made.least, made.over) == (pytest.approx(kept.least, rel=1e-4), pytest.approx(kept.over, rel=1e-4))
             assert (made.peer is None) == (kept.peer is None)
+            assert made.peer is None or made.peer == pytest.approx(kept.peer, rel=1e-4)
 
 
 def test_both_plots_are_written(tmp_path, capsys) -> None:
