@@ -1,4 +1,7 @@
-"""Ranks for all layers of a model under one limit of parameters, multiply-adds or time."""
+"""Ranks for all layers of a model under one limit of parameters, multiply-adds or time.
+
+May import: runtime, text, ops, model, linalg, decompose, nn.
+"""
 
 from lowrank_ops.budget.knapsack import Budget
 

@@ -1,1 +1,4 @@
-"""A factorized model is prepared for inference, saved, loaded and exported."""
+"""A factorized model is prepared for inference, saved, loaded and exported.
+
+May import: runtime, text, ops, model, linalg, decompose, nn.
+"""

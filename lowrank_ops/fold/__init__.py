@@ -1,1 +1,4 @@
-"""BatchNorms and activations are folded into the layer before them."""
+"""BatchNorms and activations are folded into the layer before them.
+
+May import: runtime, text, ops, model, linalg, decompose, nn.
+"""

@@ -1,1 +1,4 @@
-"""Linear algebra on large matrices: leading singular vectors, lower triangles, square roots."""
+"""Linear algebra on large matrices: leading singular vectors, lower triangles, square roots.
+
+May import: runtime, text.
+"""

@@ -1,1 +1,4 @@
-"""The factorized layers as nn.Modules, and the chains of plain layers that they are equal to."""
+"""The factorized layers as nn.Modules, and the chains of plain layers that they are equal to.
+
+May import: runtime, text, ops, model, linalg, decompose.
+"""

@@ -44,11 +44,14 @@ def imported(path: Path) -> Iterator[str]:
             )
 
 
-def test_every_folder_has_a_floor_and_says_what_it_is() -> None:
+def test_every_folder_has_a_floor_and_says_what_it_is_and_may_import() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("__")}
     assert folders == set(HEIGHT)
     for folder in folders:
-        assert ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())), folder
+        told = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
+        assert told, folder
+        lower = [other for other in HEIGHT if HEIGHT[other] < HEIGHT[folder]]
+        assert told.endswith(f"\n\nMay import: {', '.join(lower)}." if lower else " Imports no other folder."), folder
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
