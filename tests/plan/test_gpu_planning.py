@@ -146,14 +146,22 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem(dtype="float32"), "tucker_conv2d_sm90a_64x64", {}, "takes bfloat16 and float16"),
         (Problem(channels_last=False), "tucker_conv2d_sm90a_64x64", {}, "takes channels_last, the input is in NCHW"),
         (Problem(s=12), "tucker_conv2d_sm90a_64x64", {}, "must be multiples of 16 bytes"),
-        (Problem(stride=(2, 1)), "tucker_conv2d_sm90a_64x64", {}, "stride must be 1, got 2x1"),
-        (Problem(dilation=(1, 3)), "tucker_conv2d_sm90a_64x64", {}, "dilation must be 1, got 1x3"),
+        (Problem(stride=(2, 3)), "tucker_conv2d_sm90a_64x64", {}, "stride must be at most 2, got 2x3"),
+        (Problem(r1=72, stride=(3, 1)), "tucker_conv2d_sm90a_64x128", {}, "stride must be at most 2, got 3x1"),
+        (Problem(dilation=(1, 3)), "tucker_conv2d_sm90a_64x64", {}, "dilation must divide the stride 1x1, got 1x3"),
+        (
+            Problem(r1=72, stride=(2, 2), dilation=(3, 2)),
+            "tucker_conv2d_sm90a_64x128",
+            {},
+            "dilation must divide the stride 2x2, got 3x2",
+        ),
         (Problem(r1=72), "tucker_conv2d_sm90a_64x64", {}, "ranks must be at most 64, got 72"),
         (Problem(kernel=(7, 7), padding=(3, 3)), "tucker_conv2d_sm90a_64x64", {}, "at most 144 pixels, got 14x14"),
         (Problem(t=2048), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, r"needs \d+ KiB of shared memory"),
         (Problem(), "tucker_conv2d_sm90a_64x128", {}, "ranks up to 64 have a kernel of their own"),
         (Problem(r2=136), "tucker_conv2d_sm90a_64x128", {}, "ranks must be at most 128, got 136"),
         (Problem(r1=72, kernel=(5, 5)), "tucker_conv2d_sm90a_64x128", {}, "at most 104 pixels, got 12x12"),
+        (Problem(r1=72, kernel=(7, 6), stride=(2, 2)), "tucker_conv2d_sm90a_64x128", {}, "104 pixels, got 11x10"),
         (Problem(r1=72, t=65536), "tucker_conv2d_sm90a_64x128", {"architecture": 90}, r"needs \d+ KiB"),
         # Tiles beyond 64 bits.
         (Problem(n=1024, h=1, w=1, padding=(2**29, 2**29)), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, "CTAs"),
@@ -163,6 +171,8 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
             {"architecture": 90},
             "CTAs",
         ),
+        (Problem("cp_conv2d", stride=(2, 1)), "cp_conv2d_sm90a_112x64", {}, "stride must be 1, got 2x1"),
+        (Problem("cp_conv2d", dilation=(1, 2)), "cp_conv2d_sm90a_112x64", {}, "dilation must be 1, got 1x2"),
         (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
         (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
         (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),
@@ -217,6 +227,30 @@ def test_cuts_are_checked() -> None:
     for function, more in ((_C.plan_gpu_kernel, ()), (_C.fused_gpu_features, ([1, 8, 8, 2, 1],))):
         with pytest.raises(ValueError, match="the kernel must be one of tucker_conv2d, got lowrank_linear_sm80_128x64"):
             function(described, "lowrank_linear_sm80_128x64", *more, "A100")
+
+
+@pytest.mark.parametrize(
+    ("window", "planes"),
+    [
+        ({}, 1),
+        ({"stride": (2, 1)}, 2),
+        ({"stride": (2, 2)}, 4),
+        ({"stride": (2, 2), "kernel": (3, 1)}, 2),
+        ({"stride": (5, 3), "kernel": (1, 1)}, 1),  # a single tap reads a single plane
+        ({"stride": (2, 2), "dilation": (2, 2)}, 1),  # all taps read pixels of one parity
+    ],
+)
+def test_a_stride_repeats_stage_1_once_per_plane(window: dict[str, tuple[int, int]], planes: int) -> None:
+    chunks, s, t = 1, 192, 192  # features: cost.h
+    for kernel, ranks in (("tucker_conv2d_sm90a_64x64", 64), ("tucker_conv2d_sm90a_64x128", 128)):
+        problem = Problem(n=1, s=s, t=t, h=9, w=9, r1=ranks, r2=ranks, padding=(2, 2), **window)
+        found = plan(problem, kernel, "H100")
+        assert found["reason"] == ""
+        assert found["features"][chunks] == planes * 3, kernel
+        kh, kw = problem.kernel
+        multiplied = planes * 104 * ranks * s + 64 * (kh * kw * ranks**2 + ranks * t)
+        tiles = _C.gpu_tiles(problem.described(), [1, 8, 8])[2]
+        assert found["flops"] == 2 * tiles * multiplied
 
 
 def test_the_wide_kernel_takes_what_the_other_cannot_hold() -> None:

@@ -2,21 +2,30 @@
 #pragma once
 
 #include "cuda/kernels/hopper_tiles.cuh"
+#include "plan/gpu/planes.h"
 
 namespace lowrank_ops::hopper {
 
+// The pixels of the input that some of the core's taps read (plan/gpu/planes.h).
+struct Plane {
+  PlaneAxis rows, columns;
+  int tap_y, tap_x;  // the first of its taps
+  int bytes;         // of a box
+};
+
 template <class Layout>
 struct TuckerParamsOf {
-  CUtensorMap input;       // [N, H, W, S], boxes of a halo x 64 channels
-  CUtensorMap in_factor;   // [R1, S], boxes of all ranks x 64 channels
-  CUtensorMap core;        // [R2, KH, KW, R1], boxes of a tap: all of R2 x 64 of R1
-  CUtensorMap out_factor;  // [T, R2], boxes 64 x 64
-  CUtensorMap output;      // [N, OH, OW, T], boxes 8 x 8 x 64
-  const void* bias;        // [T] or null
+  CUtensorMap input[kMostPlanes];  // [N, H, W, S] of a plane, boxes of a halo x 64 channels
+  CUtensorMap in_factor;           // [R1, S], boxes of all ranks x 64 channels
+  CUtensorMap core;                // [R2, KH, KW, R1], boxes of a tap: all of R2 x 64 of R1
+  CUtensorMap out_factor;          // [T, R2], boxes 64 x 64
+  CUtensorMap output;              // [N, OH, OW, T], boxes 8 x 8 x 64
+  const void* bias;                // [T] or null
   Layout layout;
   Tiles tiles;
-  int t, halo_w, taps_h, taps_w, padding_h, padding_w;
-  int slice_box;  // bytes of a slice's box
+  Plane planes[kMostPlanes];
+  int plane_count, taps, stride_h, stride_w;  // strides: between neighbouring taps of a plane
+  int t;
   Activation activation;
 };
 

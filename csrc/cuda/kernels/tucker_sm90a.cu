@@ -8,15 +8,15 @@ namespace {
 cudaError_t launch_narrow(const BlockParams& params, DType dtype, cudaStream_t stream) {
   hopper::TuckerParams to{};
   if (!hopper::tucker_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return launch_persistent(hopper::tucker_kernel(to.layout, dtype), to.tiles.count, TuckerSm90a::kThreads,
-                           to.layout.bytes, stream, to);
+  return launch_persistent(hopper::tucker_kernel(to, dtype), to.tiles.count, TuckerSm90a::kThreads, to.layout.bytes,
+                           stream, to);
 }
 
 cudaError_t launch_wide(const BlockParams& params, DType dtype, cudaStream_t stream) {
   hopper::WideParams to{};
   if (!hopper::wide_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return launch_persistent(hopper::wide_kernel(to.layout, dtype), to.tiles.count, TuckerWideSm90a::kThreads,
-                           to.layout.bytes, stream, to);
+  return launch_persistent(hopper::wide_kernel(to, dtype), to.tiles.count, TuckerWideSm90a::kThreads, to.layout.bytes,
+                           stream, to);
 }
 
 }  // namespace

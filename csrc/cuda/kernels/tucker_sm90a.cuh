@@ -15,12 +15,19 @@
 // = [64, S] [S, 104], so that 100 pixels cost 104 columns and not 128 rows. Stage 2 reads its taps out of the hidden
 // tile: the 8x8 pixels of a tap are 8 groups of 8 rows, which lie a halo's width apart.
 //
+// With a stride of 2 stages 1 and 2 run once per plane of the input (plan/gpu/planes.h): each plane's hidden tile takes
+// the place of the former one's, stage 2 adds to the same sums. A 3x3 core has four planes, here with their taps:
+//
+//   0 1 0      plane 0: 9x9 pixels (halo)      plane 1: 9x8
+//   2 3 2      plane 2: 8x9                    plane 3: 8x8
+//   0 1 0
+//
 //   warpgroups 0, 1    every other tile of the CTA, all three stages
-//   warpgroup 2        one thread: all copies to shared memory, in the order of the tiles
+//   warpgroup 2        one thread: all copies to shared memory, for the groups alternately, a plane at a time
 //
 // Shared memory (tucker_sm90a.h), from the bottom: barriers, bias | per group a hidden tile, over which two chunks of
-// the output are staged later | in_factor: slices [64 ranks][64 channels] | core: taps [R2][64 ranks] | out_factor:
-// parts [64 channels][64 ranks] | the ring: slots [104 pixels][64 channels].
+// the output are staged later | in_factor: slices [64 ranks][64 channels] | core: taps [R2][64 ranks], plane by plane |
+// out_factor: parts [64 channels][64 ranks] | the ring: slots [104 pixels][64 channels].
 //
 // Barriers (from whom -> to whom; TMA completes a phase when all its bytes have arrived):
 //
@@ -77,10 +84,14 @@ LOWRANK_OPS_HOPPER void load_in_factor(const TuckerParams& p, uint32_t base, con
 // Core and out_factor, which are needed later than the first tile.
 LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
   const int tap_bytes = p.layout.ranks * TuckerSm90a::kRowBytes;
-  barrier_expect(barriers.core_ready(), uint32_t(p.taps_h * p.taps_w * tap_bytes));
+  barrier_expect(barriers.core_ready(), uint32_t(p.taps * tap_bytes));
   uint32_t to = base + p.layout.core;
-  for (int y = 0; y < p.taps_h; ++y)
-    for (int x = 0; x < p.taps_w; ++x, to += tap_bytes) load_box(to, &p.core, barriers.core_ready(), 0, x, y, 0);
+  for (int i = 0; i < p.plane_count; ++i) {
+    const Plane& plane = p.planes[i];
+    for (int y = 0; y < plane.rows.taps; ++y)
+      for (int x = 0; x < plane.columns.taps; ++x, to += tap_bytes)
+        load_box(to, &p.core, barriers.core_ready(), 0, plane.tap_x + x * p.stride_w, plane.tap_y + y * p.stride_h, 0);
+  }
   barrier_expect(barriers.out_ready(), uint32_t(p.layout.chunks * TuckerSm90a::kBlockBytes));
   for (int chunk = 0; chunk < p.layout.chunks; ++chunk)
     load_box(base + p.layout.out_factor + chunk * TuckerSm90a::kBlockBytes, &p.out_factor, barriers.out_ready(), 0,
@@ -89,20 +100,26 @@ LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, 
 
 // Copies all slices of the CTA's tiles, in the order in which the groups take them, and core and out_factor once the
 // first slices are on their way.
-LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barriers& barriers) {
-  load_in_factor(p, base, barriers);
+struct Producer {
+  const TuckerParams& p;
+  uint32_t base;
+  Barriers barriers;
   RingPlace ring, of_group[TuckerSm90a::kGroups];
-  bool late = true, second = false;  // core and out_factor are still to come; the tile is the second group's
-  for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x)) {
+  bool late;  // core and out_factor are still to come
+
+  // The slices of a plane, for a tile of the group.
+  LOWRANK_OPS_HOPPER void load_plane(int tile, int plane, int group) {
     const TilePlace at = p.tiles.place(tile);
-    RingPlace place = second ? of_group[1] : of_group[0];
+    const Plane& from = p.planes[plane];
+    RingPlace place = group == 1 ? of_group[1] : of_group[0];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t full = barriers.full(second, place.slot),
+      const uint32_t full = barriers.full(group, place.slot),
                      slot = base + p.layout.ring + ring.slot * p.layout.slice_bytes();
       wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
-      barrier_expect(full, uint32_t(p.slice_box));
-      load_box(slot, &p.input, full, s * TuckerSm90a::kSlice, at.x - p.padding_w, at.y - p.padding_h, at.n);
+      barrier_expect(full, uint32_t(from.bytes));
+      load_box(slot, &p.input[plane], full, s * TuckerSm90a::kSlice, at.x + from.columns.shift, at.y + from.rows.shift,
+               at.n);
       place.next(p.layout.slots);
       ring.next(p.layout.slots);
       if (late && (ring.slot == 0 || s + 1 == p.layout.slices)) {
@@ -110,15 +127,28 @@ LOWRANK_OPS_HOPPER void produce(const TuckerParams& p, uint32_t base, const Barr
         late = false;
       }
     }
-    (second ? of_group[1] : of_group[0]) = place;
-    second = !second;
+    (group == 1 ? of_group[1] : of_group[0]) = place;
   }
-}
+
+  LOWRANK_OPS_HOPPER void run(int planes) {
+    load_in_factor(p, base, barriers);
+#pragma unroll 1
+    for (int first = int(blockIdx.x); first < p.tiles.count; first += TuckerSm90a::kGroups * int(gridDim.x))
+#pragma unroll 1
+      for (int plane = 0; plane < planes; ++plane)
+#pragma unroll 1
+        for (int group = 0; group < TuckerSm90a::kGroups; ++group) {
+          const int tile = first + group * int(gridDim.x);
+          if (tile < p.tiles.count) load_plane(tile, plane, group);
+        }
+  }
+};
 
 // ---- The threads that compute
 
-// A thread of warpgroup `group`; `half`: fp16, else bf16; `ranks` and `rows` as in TuckerSm90a.
-template <bool half, int ranks, int rows>
+// A thread of warpgroup `group`; `half`: fp16, else bf16; `ranks` and `rows` as in TuckerSm90a; `one_plane`: the call
+// has no other planes, so that no sums have to be kept during stage 1.
+template <bool half, int ranks, int rows, bool one_plane>
 struct TuckerGroup {
   static constexpr int kSteps = ranks / 16;  // steps of the inner products over ranks
 
@@ -144,8 +174,9 @@ struct TuckerGroup {
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
 
   // Stage 1: hidden' [64 ranks, halo pixels] = in_factor input' (' is the transpose). A slot is given back when its
-  // products are done, which is awaited after those of the next slice have been issued.
-  LOWRANK_OPS_HOPPER void stage1(float (&sums)[rows / 2]) {
+  // products are done, which is awaited after those of the next slice have been issued. The next `skip` slots are the
+  // other group's.
+  LOWRANK_OPS_HOPPER void stage1(float (&sums)[rows / 2], int skip) {
 #pragma unroll
     for (int j = 0; j < rows / 2; ++j) sums[j] = 0;
     pin(sums);
@@ -169,7 +200,7 @@ struct TuckerGroup {
       arrival.next(p.layout.slots);
       if (++slot == p.layout.slots) slot = 0;
     }
-    slot += p.layout.skip;
+    slot += skip;
     if (slot >= p.layout.slots) slot -= p.layout.slots;
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(before);
@@ -184,30 +215,47 @@ struct TuckerGroup {
     group_barrier(group);
   }
 
-  // Stage 2: each tap of the core multiplies a window of the hidden tile. The rounded sums are operand A of stage 3.
-  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
-    float sums[ranks / 2];
-#pragma unroll
-    for (int j = 0; j < ranks / 2; ++j) sums[j] = 0;
+  // Stage 2: each tap of the plane multiplies a window of the hidden tile. `core`: the plane's first tap; it becomes
+  // that of the next plane.
+  LOWRANK_OPS_HOPPER void stage2(float (&sums)[ranks / 2], const Plane& plane, uint64_t& core) {
+    const int line_bytes = plane.columns.halo * TuckerSm90a::kRowBytes;
     pin(sums);
     wgmma_fence();
-    uint64_t line = swizzled(hidden, uint32_t(p.halo_w * TuckerSm90a::kRowBytes));
-    uint64_t core = swizzled(base + p.layout.core, 1024);
+    uint64_t line = swizzled(hidden, uint32_t(line_bytes));
 #pragma unroll 1
-    for (int y = 0; y < p.taps_h; ++y) {
+    for (int y = 0; y < plane.rows.taps; ++y) {
       uint64_t pixels = line;
 #pragma unroll 1
-      for (int x = 0; x < p.taps_w; ++x) {
+      for (int x = 0; x < plane.columns.taps; ++x) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, further(pixels, k * 32), further(core, k * 32));
         pixels = further(pixels, TuckerSm90a::kRowBytes);
         core = further(core, ranks * TuckerSm90a::kRowBytes);
       }
-      line = further(line, p.halo_w * TuckerSm90a::kRowBytes);
+      line = further(line, line_bytes);
     }
     wgmma_commit();
     wgmma_wait<0>();
     pin(sums);
+  }
+
+  // Stages 1 and 2, plane by plane. The rounded sums are operand A of stage 3.
+  LOWRANK_OPS_HOPPER void stages_of_planes(uint32_t (&second)[kSteps][4], bool first_tile, int skip) {
+    float sums[ranks / 2];
+#pragma unroll
+    for (int j = 0; j < ranks / 2; ++j) sums[j] = 0;
+    uint64_t core = swizzled(base + p.layout.core, 1024);
+#pragma unroll 1
+    for (int plane = 0; plane < (one_plane ? 1 : p.plane_count); ++plane) {
+      {
+        float hidden_sums[rows / 2];
+        stage1(hidden_sums, skip);
+        store_hidden(hidden_sums);
+      }
+      if (first_tile && plane == 0) wait_phase(barriers.core_ready(), 0);
+      __syncwarp();
+      stage2(sums, p.planes[plane], core);
+    }
 #pragma unroll
     for (int j = 0; j < 4 * kSteps; ++j) second[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
   }
@@ -233,15 +281,11 @@ struct TuckerGroup {
 #pragma unroll 1
     for (int tile = int(blockIdx.x) + group * int(gridDim.x); tile < p.tiles.count;
          tile += TuckerSm90a::kGroups * int(gridDim.x)) {
-      {
-        float sums[rows / 2];
-        stage1(sums);
-        store_hidden(sums);
-      }
-      if (first) wait_phase(barriers.core_ready(), 0);
-      __syncwarp();
+      // The groups take turns plane by plane. After the CTA's last tile, if it is the first group's, there is no turn
+      // of the second one.
+      const bool alone = !one_plane && group == 0 && tile + int(gridDim.x) >= p.tiles.count;
       uint32_t second[kSteps][4];
-      stage2(second);
+      stages_of_planes(second, first, alone ? 0 : p.layout.skip);
       if (first) wait_phase(barriers.out_ready(), 0);
       __syncwarp();
       first = false;
@@ -258,7 +302,7 @@ struct TuckerGroup {
   }
 };
 
-template <bool half, int ranks, int rows>
+template <bool half, int ranks, int rows, bool one_plane>
 __global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
     tucker_sm90a_kernel(const __grid_constant__ TuckerParams params) {
   constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -271,10 +315,11 @@ __global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
   const int producer = warp - TuckerSm90a::kGroups * 4;
   if (producer >= 0) {
     give_registers<kProducerRegisters>();
-    if (producer == 0 && lane == 0) produce(params, base, barriers);
+    if (producer == 0 && lane == 0)
+      Producer{params, base, barriers, {}, {}, true}.run(one_plane ? 1 : params.plane_count);
   } else {
     take_registers<kConsumerRegisters>();
-    TuckerGroup<half, ranks, rows>(params, base, barriers, warp, lane).run();
+    TuckerGroup<half, ranks, rows, one_plane>(params, base, barriers, warp, lane).run();
   }
 }
 

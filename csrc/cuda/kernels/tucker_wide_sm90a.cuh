@@ -13,8 +13,9 @@
 //
 // The blocks of a turn (two tiles), in the order of their use:
 //
-//   for each slice of S               in_factor   [128 ranks of R1][64 channels]
-//   for each tap, each part of R1     core        [128 ranks of R2][64 ranks of R1]
+//   for each plane (one without a stride; tucker_sm90a.cuh draws those of a stride of 2):
+//     for each slice of S             in_factor   [128 ranks of R1][64 channels]
+//     for each tap, each part of R1   core        [128 ranks of R2][64 ranks of R1]
 //   for each chunk of T               out_factor  parts of R2 [64 channels][64 ranks]
 //
 // As in tucker_sm90a.cuh, stage 1 computes the transpose, 64 ranks x 104 pixels per part, and stage 2 reads its taps
@@ -84,9 +85,10 @@ struct WideProducer {
   uint32_t base;
   RingPlace block, slice;  // `slice` serves both groups' rings: only in the last turn may the second group have none
 
-  // Copies the input's slices of a turn, each after the block of in_factor that it is multiplied by.
-  LOWRANK_OPS_HOPPER void load_inputs(int tile) {
+  // Copies the input's slices of a plane, each after the block of in_factor that it is multiplied by.
+  LOWRANK_OPS_HOPPER void load_inputs(int tile, int plane) {
     const Ring blocks = block_ring(base, p.layout);
+    const Plane& from = p.planes[plane];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
       open_slot(blocks, block, p.layout.r1_parts * TuckerWideSm90a::kPartBytes);
@@ -98,24 +100,25 @@ struct WideProducer {
         if (own >= p.tiles.count) break;
         const Ring slices = slice_ring(base, p.layout, group);
         const TilePlace at = p.tiles.place(own);
-        open_slot(slices, slice, p.slice_box);
-        load_box(slices.at(slice.slot), &p.input, slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
-                 at.x - p.padding_w, at.y - p.padding_h, at.n);
+        open_slot(slices, slice, from.bytes);
+        load_box(slices.at(slice.slot), &p.input[plane], slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
+                 at.x + from.columns.shift, at.y + from.rows.shift, at.n);
       }
       slice.next(p.layout.input_slots);
     }
   }
 
-  LOWRANK_OPS_HOPPER void load_core() {
+  LOWRANK_OPS_HOPPER void load_core(const Plane& plane) {
     const Ring blocks = block_ring(base, p.layout);
 #pragma unroll 1
-    for (int y = 0; y < p.taps_h; ++y)
+    for (int y = 0; y < plane.rows.taps; ++y)
 #pragma unroll 1
-      for (int x = 0; x < p.taps_w; ++x)
+      for (int x = 0; x < plane.columns.taps; ++x)
 #pragma unroll 1
         for (int part = 0; part < p.layout.r1_parts; ++part) {
           open_slot(blocks, block, p.layout.r2_parts * TuckerWideSm90a::kPartBytes);
-          load_box(blocks.at(block.slot), &p.core, blocks.full(block.slot), part * TuckerWideSm90a::kSlice, x, y, 0);
+          load_box(blocks.at(block.slot), &p.core, blocks.full(block.slot), part * TuckerWideSm90a::kSlice,
+                   plane.tap_x + x * p.stride_w, plane.tap_y + y * p.stride_h, 0);
           block.next(p.layout.slots);
         }
   }
@@ -132,11 +135,14 @@ struct WideProducer {
     }
   }
 
-  LOWRANK_OPS_HOPPER void run() {
+  LOWRANK_OPS_HOPPER void run(int planes) {
 #pragma unroll 1
     for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += TuckerWideSm90a::kGroups * int(gridDim.x)) {
-      load_inputs(tile);
-      load_core();
+#pragma unroll 1
+      for (int plane = 0; plane < planes; ++plane) {
+        load_inputs(tile, plane);
+        load_core(p.planes[plane]);
+      }
       load_out_factor();
     }
   }
@@ -162,8 +168,9 @@ struct RingReader {
   }
 };
 
-// A thread of warpgroup `group`; `half`: fp16, else bf16; parts of the ranks as in TuckerWideSm90a.
-template <bool half, int r1_parts, int r2_parts>
+// A thread of warpgroup `group`; `half`: fp16, else bf16; parts of the ranks as in TuckerWideSm90a; `one_plane`: the
+// call has no other planes, so that no sums have to be kept during stage 1.
+template <bool half, int r1_parts, int r2_parts, bool one_plane>
 struct WideGroup {
   using L = TuckerWideSm90a;
   static constexpr int kSteps = 4 * r2_parts;  // steps of stage 3's inner products
@@ -228,19 +235,17 @@ struct WideGroup {
     group_barrier(group);
   }
 
-  // Stage 2: each tap of the core multiplies a window of the hidden tile. The rounded sums are operand A of stage 3.
-  LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[kSteps][4]) {
-    float sums[32 * r2_parts];
-#pragma unroll
-    for (int j = 0; j < 32 * r2_parts; ++j) sums[j] = 0;
+  // Stage 2: each tap of the plane multiplies a window of the hidden tile.
+  LOWRANK_OPS_HOPPER void stage2(float (&sums)[32 * r2_parts], const Plane& plane) {
+    const int line_bytes = plane.columns.halo * L::kRowBytes;
     pin(sums);
-    uint64_t line = swizzled(hidden, uint32_t(p.halo_w * L::kRowBytes));
+    uint64_t line = swizzled(hidden, uint32_t(line_bytes));
     bool first = true;
 #pragma unroll 1
-    for (int y = 0; y < p.taps_h; ++y) {
+    for (int y = 0; y < plane.rows.taps; ++y) {
       uint64_t pixels = line;
 #pragma unroll 1
-      for (int x = 0; x < p.taps_w; ++x) {
+      for (int x = 0; x < plane.columns.taps; ++x) {
 #pragma unroll
         for (int part = 0; part < r1_parts; ++part) {
           const uint64_t core = swizzled(blocks.wait(), 1024);
@@ -257,11 +262,27 @@ struct WideGroup {
         }
         pixels = further(pixels, L::kRowBytes);
       }
-      line = further(line, p.halo_w * L::kRowBytes);
+      line = further(line, line_bytes);
     }
     wgmma_wait<0>();
     blocks.release(lane);
     pin(sums);
+  }
+
+  // Stages 1 and 2, plane by plane. The rounded sums are operand A of stage 3.
+  LOWRANK_OPS_HOPPER void stages_of_planes(uint32_t (&second)[kSteps][4]) {
+    float sums[32 * r2_parts];
+#pragma unroll
+    for (int j = 0; j < 32 * r2_parts; ++j) sums[j] = 0;
+#pragma unroll 1
+    for (int plane = 0; plane < (one_plane ? 1 : p.plane_count); ++plane) {
+      {
+        float hidden_sums[r1_parts][L::kRows / 2];
+        stage1(hidden_sums);
+        store_hidden(hidden_sums);
+      }
+      stage2(sums, p.planes[plane]);
+    }
 #pragma unroll
     for (int j = 0; j < 4 * kSteps; ++j) second[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
   }
@@ -283,13 +304,8 @@ struct WideGroup {
   }
 
   LOWRANK_OPS_HOPPER void compute(const TilePlace& at) {
-    {
-      float sums[r1_parts][L::kRows / 2];
-      stage1(sums);
-      store_hidden(sums);
-    }
     uint32_t second[kSteps][4];
-    stage2(second);
+    stages_of_planes(second);
 #pragma unroll 1
     for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
       float sums[32];
@@ -303,7 +319,7 @@ struct WideGroup {
   // of a slot as one.
   LOWRANK_OPS_HOPPER void skip() {
 #pragma unroll 1
-    for (int block = 0; block < p.layout.blocks(p.taps_h * p.taps_w); ++block) {
+    for (int block = 0; block < p.layout.blocks(p.taps, one_plane ? 1 : p.plane_count); ++block) {
       blocks.wait();
       blocks.release(lane);
     }
@@ -322,7 +338,7 @@ struct WideGroup {
   }
 };
 
-template <bool half, int r1_parts, int r2_parts>
+template <bool half, int r1_parts, int r2_parts, bool one_plane>
 __global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
     tucker_wide_sm90a_kernel(const __grid_constant__ WideParams params) {
   using L = TuckerWideSm90a;
@@ -338,10 +354,10 @@ __global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
   __syncthreads();
   if (warp >= 4 * L::kGroups) {
     give_registers<kProducerRegisters>();
-    if (warp == 4 * L::kGroups && lane == 0) WideProducer{params, base, {}, {}}.run();
+    if (warp == 4 * L::kGroups && lane == 0) WideProducer{params, base, {}, {}}.run(one_plane ? 1 : params.plane_count);
   } else {
     take_registers<kConsumerRegisters>();
-    WideGroup<half, r1_parts, r2_parts>(params, base, warp, lane).run();
+    WideGroup<half, r1_parts, r2_parts, one_plane>(params, base, warp, lane).run();
   }
 }
 

@@ -15,15 +15,19 @@ inline bool wide_params(WideParams& to, const BlockParams& block, DType dtype) {
 
 using WideKernel = void (*)(WideParams);
 
-// The instance for a layout.
-template <bool half>
-WideKernel wide_kernel(const TuckerWideSm90a& layout) {
-  if (layout.r1_parts == 1)
-    return layout.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 1, 1> : tucker_wide_sm90a_kernel<half, 1, 2>;
-  return layout.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 2, 1> : tucker_wide_sm90a_kernel<half, 2, 2>;
+// The instance for a call.
+template <bool half, bool one_plane>
+WideKernel wide_kernel(const TuckerWideSm90a& l) {
+  if (l.r1_parts == 1)
+    return l.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 1, 1, one_plane>
+                           : tucker_wide_sm90a_kernel<half, 1, 2, one_plane>;
+  return l.r2_parts == 1 ? tucker_wide_sm90a_kernel<half, 2, 1, one_plane>
+                         : tucker_wide_sm90a_kernel<half, 2, 2, one_plane>;
 }
-inline WideKernel wide_kernel(const TuckerWideSm90a& layout, DType dtype) {
-  return dtype == DType::kHalf ? wide_kernel<true>(layout) : wide_kernel<false>(layout);
+inline WideKernel wide_kernel(const WideParams& p, DType dtype) {
+  if (dtype == DType::kHalf)
+    return p.plane_count == 1 ? wide_kernel<true, true>(p.layout) : wide_kernel<true, false>(p.layout);
+  return p.plane_count == 1 ? wide_kernel<false, true>(p.layout) : wide_kernel<false, false>(p.layout);
 }
 
 }  // namespace lowrank_ops::hopper

@@ -1,6 +1,7 @@
 #include "plan/gpu/sm90a.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace lowrank_ops {
 namespace {
@@ -18,15 +19,38 @@ std::string above(const char* what, int64_t value, int64_t most) {
   return value <= most ? "" : std::string(what) + " must be at most " + number(most) + ", got " + number(value);
 }
 
+// The window along an axis in planes (planes.h). One tap needs no neighbours, whatever stride and dilation are.
+struct PlanesOfAxis {
+  int64_t stride = 1;   // between neighbouring taps of a plane
+  int64_t lattice = 1;  // above 1: the dilation leaves outputs between those of a tile
+  int64_t halo = 1;     // pixels that a tile reads of the plane with the most taps
+
+  PlanesOfAxis(const Problem& p, int axis) {
+    const int64_t kernel = axis == 0 ? p.kh : p.kw;
+    if (kernel > 1) {
+      const int64_t common = std::gcd(p.stride[axis], p.dilation[axis]);
+      stride = p.stride[axis] / common;
+      lattice = p.dilation[axis] / common;
+    }
+    halo = TuckerSm90a::kTileSide - 1 + ceil_div(kernel, stride);
+  }
+};
+
 // Why a Tucker kernel cannot take the ranks, the channels or the window of a problem; "": it can. `most_pixels`: of a
 // tile with its halo.
 std::string tucker_reason(const Problem& p, int most_rank, int most_pixels) {
+  const PlanesOfAxis rows(p, 0), columns(p, 1);
+  if (rows.lattice > 1 || columns.lattice > 1)
+    return "dilation must divide the stride " + size_text(p.stride[0], p.stride[1]) + ", got " +
+           size_text(p.dilation[0], p.dilation[1]);
+  if (rows.stride > kMostStride || columns.stride > kMostStride)
+    return "stride must be at most " + number(kMostStride) + ", got " + size_text(p.stride[0], p.stride[1]);
   std::string reason = above("ranks", std::max(p.r1, p.r2), most_rank);
   if (reason.empty()) reason = above("channels", std::max(p.s, p.t), kMostChannels);
   if (!reason.empty()) return reason;
-  const int64_t height = TuckerSm90a::kTileSide - 1 + p.kh, width = TuckerSm90a::kTileSide - 1 + p.kw;
-  if (height > most_pixels || width > most_pixels || height * width > most_pixels)
-    return "a tile with its halo must have at most " + number(most_pixels) + " pixels, got " + size_text(height, width);
+  if (rows.halo > most_pixels || columns.halo > most_pixels || rows.halo * columns.halo > most_pixels)
+    return "a tile with its halo must have at most " + number(most_pixels) + " pixels, got " +
+           size_text(rows.halo, columns.halo);
   return "";
 }
 std::string tucker_reason(const Problem& p) {
@@ -50,6 +74,9 @@ std::string wide_reason(const Problem& p) {
 
 std::string cp_reason(const Problem& p) {
   using L = CpSm90a;
+  if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + size_text(p.stride[0], p.stride[1]);
+  if (p.dilation[0] != 1 || p.dilation[1] != 1)
+    return "dilation must be 1, got " + size_text(p.dilation[0], p.dilation[1]);
   if (p.kh != L::kTaps || p.kw != L::kTaps) return "the window must be 3x3, got " + size_text(p.kh, p.kw);
   std::string reason = above("channels", std::max(p.s, p.t), L::kMostChannels);
   if (reason.empty()) reason = above("the rank", p.r1, L::kMostRank);
@@ -75,9 +102,6 @@ std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
     return "channels, ranks and strides must be multiples of 16 bytes";
   if (p.repeats)
     return "the input or a factor repeats elements (a stride of 0, rows that overlap): TMA copies take none of those";
-  if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + size_text(p.stride[0], p.stride[1]);
-  const bool dilated = (p.kh > 1 && p.dilation[0] != 1) || (p.kw > 1 && p.dilation[1] != 1);
-  if (dilated) return "dilation must be 1, got " + size_text(p.dilation[0], p.dilation[1]);
   if (p.op == Op::kCP) return cp_reason(p);
   return is_wide_sm90a(kernel) ? wide_reason(p) : tucker_reason(p);
 }
@@ -142,14 +166,14 @@ void count_cp(FusedFeatures& found, double turns, const CpSm90a& layout) {
 void count_tucker(FusedFeatures& found, double turns, const Geometry& g, const TuckerSm90a& layout) {
   const double taps = g.taps() * layout.ranks / double(TuckerSm90a::kSlice);
   found[kCopies] = layout.slices + layout.chunks + taps;  // blocks of factors, copied once per CTA
-  found[kChunks] = turns * layout.slices;
+  found[kChunks] = turns * planes_of(g) * layout.slices;
   found[kProducts] = turns * taps * layout.ranks / 16;
   found[kOutputs] = turns * layout.chunks;
 }
 
 // kProducts counts blocks of the core, which both groups multiply; all counts are in units of 128 ranks.
 void count_wide(FusedFeatures& found, double turns, const Geometry& g, const TuckerWideSm90a& layout) {
-  found[kChunks] = turns * layout.slices * layout.r1_parts / 2.0;
+  found[kChunks] = turns * planes_of(g) * layout.slices * layout.r1_parts / 2.0;
   found[kProducts] = turns * g.taps() * layout.r1_parts * layout.r2_parts / 2.0;
   found[kOutputs] = turns * layout.chunks * layout.r2_parts / 2.0;
 }
@@ -162,10 +186,11 @@ double cp_flops(const CpSm90a& layout) {
   return first + middle + 2 * slice * layout.channels * rank;
 }
 
-// Multiply-adds per tile of 64 pixels. `first_rows`: ranks that stage 1 computes; `r1`, `r2`: the ranks, padded.
+// Multiply-adds per tile of 64 pixels. `first_rows`: ranks that stage 1 computes for every plane; `r1`, `r2`: the
+// ranks, padded.
 double tucker_flops(const Geometry& g, double halo_rows, double first_rows, double r1, double r2) {
   const double s = double(round_up(g.s, 64)), t = double(round_up(g.t, 64));
-  return halo_rows * first_rows * s + 64 * (g.taps() * r1 * r2 + t * r2);
+  return planes_of(g) * halo_rows * first_rows * s + 64 * (g.taps() * r1 * r2 + t * r2);
 }
 
 }  // namespace
@@ -174,7 +199,8 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
   const double turns = double(sm90a_turns(kernel, g, caps));
   FusedFeatures found{};
   found[kCtas] = 1;
-  found[kWaits] = turns;
+  // One per passage from stage 1 to stage 2. With planes that is a cautious guess: no GPU has timed them.
+  found[kWaits] = turns * (kernel.op == Op::kTucker ? planes_of(g) : 1);
   if (kernel.op == Op::kCP)
     count_cp(found, turns, cp_sm90a_layout(g));
   else if (is_wide_sm90a(kernel))

@@ -2,7 +2,7 @@
 // C++17.
 #pragma once
 
-#include "plan/geometry.h"
+#include "plan/gpu/planes.h"
 
 namespace lowrank_ops {
 
@@ -22,7 +22,7 @@ struct TuckerSm90a {
   int ranks = 0;  // 32 or 64: R1 and R2, padded
   int slices = 0, chunks = 0;  // slices of 64 input channels, chunks of 64 output channels
   int slots = 0;               // slots of the ring of slices that the groups share
-  int skip = 0;                // slots between the end of a group's tile and the beginning of its next one
+  int skip = 0;                // slots between the end of a group's plane and the beginning of its next one
 
   // Offsets in shared memory.
   int bias = 0, hidden = 0, in_factor = 0, core = 0, out_factor = 0, ring = 0, bytes = 0;
@@ -36,7 +36,7 @@ struct TuckerSm90a {
 constexpr TuckerSm90a sm90a_layout(const Geometry& g) {
   using L = TuckerSm90a;
   L l;
-  l.rows = g.halo() <= 104 ? 104 : L::kMostRows;
+  l.rows = plane_pixels(g) <= 104 ? 104 : L::kMostRows;
   l.ranks = most(g.r1, g.r2) <= 32 ? 32 : L::kMostRank;
   l.slices = int(ceil_div(g.s, L::kSlice));
   l.chunks = int(ceil_div(g.t, L::kSlice));

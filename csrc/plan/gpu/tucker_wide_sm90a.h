@@ -29,8 +29,10 @@ struct TuckerWideSm90a {
   int bias = 0, hidden = 0, inputs = 0, ring = 0, bytes = 0;
 
   LOWRANK_OPS_BOTH constexpr int hidden_bytes() const { return most(r1_parts * kSliceBytes, 2 * kPartBytes); }
-  // Blocks of the factors that pass through the ring per pair of tiles.
-  LOWRANK_OPS_BOTH constexpr int blocks(int taps) const { return slices + taps * r1_parts + chunks; }
+  // Blocks of the factors that pass through the ring per pair of tiles: in_factor once per plane.
+  LOWRANK_OPS_BOTH constexpr int blocks(int taps, int planes) const {
+    return planes * slices + taps * r1_parts + chunks;
+  }
 };
 
 // `g.stages`: slots of each group's ring of slices. The factors' ring takes what is left of shared memory, but at least

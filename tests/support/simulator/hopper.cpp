@@ -39,7 +39,7 @@ cudaError_t run_on_two(void (*kernel)(Params), int threads, const Params& params
 cudaError_t launch_wide(const BlockParams& params, DType dtype) {
   hopper::WideParams to{};
   if (!hopper::wide_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::wide_kernel(to.layout, dtype), TuckerWideSm90a::kThreads, to);
+  return run_on_two(hopper::wide_kernel(to, dtype), TuckerWideSm90a::kThreads, to);
 }
 
 }  // namespace
@@ -48,7 +48,7 @@ cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int conf
   if (config == kSm90aWideConfig) return launch_wide(params, dtype);
   hopper::TuckerParams to{};
   if (config != kSm90aTuckerConfig || !hopper::tucker_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::tucker_kernel(to.layout, dtype), TuckerSm90a::kThreads, to);
+  return run_on_two(hopper::tucker_kernel(to, dtype), TuckerSm90a::kThreads, to);
 }
 
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {

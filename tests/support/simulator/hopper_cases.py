@@ -16,6 +16,7 @@ CP = Kernel("cp_conv2d", "sm90a", 1)
 WIDE = Kernel("tucker_conv2d", "sm90a", 2)
 HALVES = (torch.bfloat16, torch.float16)
 SAME = dict(kernel=(3, 3), padding=(1, 1))
+HALF = dict(**SAME, stride=(2, 2))
 
 TUCKER_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=16, **SAME),
@@ -33,6 +34,28 @@ TUCKER_CASES: dict[str, dict[str, Any]] = {
     "one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=1, w=1, **SAME),
     "many tiles": dict(n=5, s=72, t=72, r1=16, r2=16, h=15, w=17, **SAME),
     "much of everything": dict(n=2, s=328, t=200, r1=64, r2=64, h=17, w=16, **SAME, activation="relu"),
+    "stride, whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=32, **HALF),
+    "stride, every size padded": dict(n=2, s=72, t=136, r1=40, r2=56, h=17, w=23, **HALF, activation="relu"),
+    "stride of the height": dict(n=1, s=136, t=24, r1=24, r2=8, h=17, w=9, **SAME, stride=(2, 1), activation="silu"),
+    "stride of the width": dict(n=1, s=40, t=24, r1=64, r2=48, h=9, w=18, **SAME, stride=(1, 2), bias=False),
+    "stride, 1x1 core": dict(n=1, s=72, t=64, r1=16, r2=24, h=17, w=18, kernel=(1, 1), stride=(2, 2)),
+    "long steps, 1x1 core": dict(n=1, s=72, t=64, r1=16, r2=24, h=17, w=5, kernel=(1, 1), stride=(5, 3)),
+    "stride, uneven core": dict(n=1, s=40, t=32, r1=32, r2=32, h=20, w=19, kernel=(2, 3), stride=(2, 2)),
+    "stride, 5x5 core": dict(n=1, s=40, t=32, r1=32, r2=24, h=17, w=8, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
+    "stride, 3x9 core": dict(n=1, s=40, t=24, r1=16, r2=8, h=17, w=21, kernel=(3, 9), padding=(1, 4), stride=(2, 2)),
+    "stride, 1x13 core": dict(n=1, s=40, t=24, r1=64, r2=8, h=5, w=25, kernel=(1, 13), padding=(0, 5), stride=(2, 2)),
+    "stride, padding beyond the core": dict(
+        n=1, s=32, t=32, r1=16, r2=16, h=4, w=5, kernel=(3, 3), padding=(5, 4), stride=(2, 2)
+    ),
+    "stride, one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=1, w=1, **HALF),
+    "stride, lines of padding alone": dict(
+        n=2, s=32, t=32, r1=16, r2=16, h=1, w=5, kernel=(1, 1), padding=(1, 1), stride=(2, 2)
+    ),
+    "stride, many tiles": dict(n=5, s=72, t=72, r1=16, r2=16, h=30, w=33, **HALF),
+    "stride and dilation of 2": dict(
+        n=1, s=32, t=32, r1=32, r2=24, h=20, w=19, kernel=(3, 3), padding=(2, 1), stride=(2, 2), dilation=(2, 2)
+    ),
+    "stride, much of everything": dict(n=2, s=328, t=200, r1=64, r2=64, h=33, w=31, **HALF, activation="relu"),
 }
 CP_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **SAME),
@@ -64,6 +87,20 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "one pixel": dict(n=3, s=32, t=32, r1=72, r2=72, h=1, w=1, **SAME),
     "an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=15, w=24, kernel=(1, 1)),
     "much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=17, w=16, **SAME, activation="hardswish"),
+    "stride, whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=32, **HALF),
+    "stride, every size padded": dict(n=2, s=72, t=136, r1=104, r2=88, h=17, w=23, **HALF, activation="relu"),
+    "stride of the height": dict(n=1, s=136, t=72, r1=128, r2=72, h=17, w=9, **SAME, stride=(2, 1), activation="silu"),
+    "stride of the width": dict(n=1, s=72, t=40, r1=72, r2=128, h=9, w=18, **SAME, stride=(1, 2), bias=False),
+    "stride, 1x1 core": dict(n=1, s=72, t=64, r1=72, r2=80, h=17, w=18, kernel=(1, 1), stride=(2, 2)),
+    "stride, uneven core": dict(n=1, s=40, t=32, r1=96, r2=72, h=20, w=19, kernel=(2, 3), stride=(2, 2)),
+    "stride, 5x5 core": dict(n=1, s=40, t=32, r1=72, r2=72, h=17, w=8, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
+    "stride, padding beyond the core": dict(
+        n=1, s=32, t=32, r1=72, r2=72, h=4, w=5, kernel=(3, 3), padding=(5, 4), stride=(2, 2)
+    ),
+    "stride, one pixel": dict(n=3, s=32, t=32, r1=72, r2=72, h=1, w=1, **HALF),
+    "stride, narrow ranks": dict(n=1, s=72, t=1480, r1=48, r2=40, h=7, w=9, **HALF, activation="relu"),
+    "stride, an odd number of tiles": dict(n=5, s=72, t=72, r1=72, r2=72, h=17, w=16, **HALF),
+    "stride, much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=33, w=31, **HALF, activation="hardswish"),
 }
 KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
