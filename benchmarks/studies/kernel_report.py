@@ -177,8 +177,8 @@ def markdown(report: list[Instantiation], version: str) -> str:
         f"Written by `make kernel-report` with nvcc {version}; nothing here was measured on a GPU. A number for each "
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
         "Shared memory is dynamic (`shared_layout` of csrc/plan/geometry.h). Kernels of sm90a are compiled for "
-        "sm_90a alone, once per case: padded ranks and rows of a slice (Tucker 64x64), parts of "
-        "64 of R1 and R2 (Tucker 64x128), padded output channels and input slices (CP).",
+        "sm_90a alone, once per case: padded ranks, rows of a slice, one plane or not (Tucker 64x64), parts of "
+        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels and input slices (CP).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)

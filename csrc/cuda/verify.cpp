@@ -90,20 +90,20 @@ struct Trial {
   Op op;
   DType dtype;
   Activation activation;
-  bool strided;  // by 2 along both axes
+  bool steps;  // a dilation of 2 along the height, a stride of 2 along the width
 
   Window window() const {
-    static constexpr int64_t kOnes[2] = {1, 1}, kTwos[2] = {2, 2}, kPadding[2] = {1, 0};
-    return {strided ? kTwos : kOnes, kPadding, kOnes};
+    static constexpr int64_t kOnes[2] = {1, 1}, kStride[2] = {1, 2}, kDilation[2] = {2, 1}, kPadding[2] = {1, 0};
+    return {steps ? kStride : kOnes, kPadding, steps ? kDilation : kOnes};
   }
 
-  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, bool strided)
-      : op(kernel.op), dtype(dtype), activation(activation), strided(strided) {
+  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, bool steps)
+      : op(kernel.op), dtype(dtype), activation(activation), steps(steps) {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
     // third part of CP's ranks. CP takes windows of 3x3 and T in multiples of 32, the wide kernel ranks above 64.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
     constexpr int64_t kh = 3, rows = 150;
-    const int64_t h = strided ? 17 : 9, w = strided ? 37 : 19;  // output 9x18 for windows of 3x2
+    const int64_t h = steps ? 11 : 9, w = steps ? 37 : 19;  // output 9x18 for windows of 3x2
     const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
     const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
     const int64_t r1 = wide ? 72 : 24, r2 = square ? 136 : wide ? 104 : 40;
@@ -182,13 +182,12 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
   const c10::DeviceGuard guard(device);
   const GpuKernel& kernel = gpu_kernels()[size_t(index)];
   std::string error;
-  const auto try_on = [&](at::MemoryFormat format, Activation activation, bool strided) {
-    if (error.empty())
-      error = error_of(device, kernel, Trial(kernel, dtype, format, activation, strided), tf32, damaged);
+  const auto try_on = [&](at::MemoryFormat format, Activation activation, bool steps) {
+    if (error.empty()) error = error_of(device, kernel, Trial(kernel, dtype, format, activation, steps), tf32, damaged);
   };
   if (!is_sm90a(kernel) || kernel.op == Op::kLinear) try_on(at::MemoryFormat::Contiguous, Activation::kNone, false);
   if (kernel.op != Op::kLinear) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, false);
-  // A stride is other code than none in these kernels (plan/gpu/planes.h).
+  // Strides and dilations are code of their own in these kernels (plan/gpu/planes.h).
   if (is_sm90a(kernel) && kernel.op == Op::kTucker) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, true);
   return error;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,18 @@ from tests.support.simulator.cases import (
     name_of,
 )
 from tests.support.simulator.harness import Kernel, Result
-from tests.support.simulator.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, case_for_a_gpu, hopper_case
+from tests.support.simulator.hopper_cases import (
+    CASES,
+    CP,
+    HALF,
+    HALVES,
+    SAME,
+    TUCKER,
+    WIDE,
+    WIDER,
+    case_for_a_gpu,
+    hopper_case,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -195,9 +207,14 @@ def test_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
     assert_right(hopper_case(kernel, case, dtype))
 
 
-@pytest.mark.parametrize("kernel", [TUCKER, CP, WIDE], ids=str)
-def test_several_tiles_a_multiprocessor(kernel: Kernel) -> None:
-    assert_right(case_for_a_gpu(kernel, torch.bfloat16))
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    [(kernel, SAME) for kernel in (TUCKER, CP, WIDE)]
+    + [(kernel, window) for kernel in (TUCKER, WIDE) for window in (HALF, WIDER)],
+    ids=str,
+)
+def test_several_tiles_a_multiprocessor(kernel: Kernel, window: dict[str, Any]) -> None:
+    assert_right(case_for_a_gpu(kernel, torch.bfloat16, window))
 
 
 # For compute-sanitizer, under which all cases would take hours: one case per kernel, with as many features as it can

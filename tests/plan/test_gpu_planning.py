@@ -146,15 +146,28 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem(dtype="float32"), "tucker_conv2d_sm90a_64x64", {}, "takes bfloat16 and float16"),
         (Problem(channels_last=False), "tucker_conv2d_sm90a_64x64", {}, "takes channels_last, the input is in NCHW"),
         (Problem(s=12), "tucker_conv2d_sm90a_64x64", {}, "must be multiples of 16 bytes"),
-        (Problem(stride=(2, 3)), "tucker_conv2d_sm90a_64x64", {}, "stride must be at most 2, got 2x3"),
-        (Problem(r1=72, stride=(3, 1)), "tucker_conv2d_sm90a_64x128", {}, "stride must be at most 2, got 3x1"),
-        (Problem(dilation=(1, 3)), "tucker_conv2d_sm90a_64x64", {}, "dilation must divide the stride 1x1, got 1x3"),
         (
-            Problem(r1=72, stride=(2, 2), dilation=(3, 2)),
+            Problem(stride=(2, 3)),
+            "tucker_conv2d_sm90a_64x64",
+            {},
+            r"at most 4 planes \(such as 2x2\), got stride 2x3 and dilation 1x1",
+        ),
+        (Problem(r1=72, stride=(3, 2)), "tucker_conv2d_sm90a_64x128", {}, "at most 4 planes .* stride 3x2 and"),
+        (Problem(dilation=(1, 5)), "tucker_conv2d_sm90a_64x64", {}, "at most 4 planes .* stride 1x1 and dilation 1x5"),
+        (Problem(dilation=(3, 3)), "tucker_conv2d_sm90a_64x64", {}, "at most 4 planes .* dilation 3x3"),
+        (
+            Problem(r1=72, stride=(2, 1), dilation=(3, 1)),
             "tucker_conv2d_sm90a_64x128",
             {},
-            "dilation must divide the stride 2x2, got 3x2",
+            "at most 4 planes .* stride 2x1 and dilation 3x1",
         ),
+        (
+            Problem(h=3, dilation=(2, 1)),
+            "tucker_conv2d_sm90a_64x64",
+            {},
+            "the output must not be smaller than the dilation 2x1, got 1x28",
+        ),
+        (Problem(dilation=(2**28, 1), h=2**30), "tucker_conv2d_sm90a_64x64", {}, "at most 4 planes"),
         (Problem(r1=72), "tucker_conv2d_sm90a_64x64", {}, "ranks must be at most 64, got 72"),
         (Problem(kernel=(7, 7), padding=(3, 3)), "tucker_conv2d_sm90a_64x64", {}, "at most 144 pixels, got 14x14"),
         (Problem(t=2048), "tucker_conv2d_sm90a_64x64", {"architecture": 90}, r"needs \d+ KiB of shared memory"),
@@ -238,6 +251,8 @@ def test_cuts_are_checked() -> None:
         ({"stride": (2, 2), "kernel": (3, 1)}, 2),
         ({"stride": (5, 3), "kernel": (1, 1)}, 1),  # a single tap reads a single plane
         ({"stride": (2, 2), "dilation": (2, 2)}, 1),  # all taps read pixels of one parity
+        ({"dilation": (2, 2)}, 1),  # a tile's outputs are of one parity
+        ({"stride": (1, 2), "dilation": (2, 1)}, 2),
     ],
 )
 def test_a_stride_repeats_stage_1_once_per_plane(window: dict[str, tuple[int, int]], planes: int) -> None:

@@ -15,19 +15,41 @@ struct Plane {
 
 template <class Layout>
 struct TuckerParamsOf {
-  CUtensorMap input[kMostPlanes];  // [N, H, W, S] of a plane, boxes of a halo x 64 channels
-  CUtensorMap in_factor;           // [R1, S], boxes of all ranks x 64 channels
-  CUtensorMap core;                // [R2, KH, KW, R1], boxes of a tap: all of R2 x 64 of R1
-  CUtensorMap out_factor;          // [T, R2], boxes 64 x 64
-  CUtensorMap output;              // [N, OH, OW, T], boxes 8 x 8 x 64
-  const void* bias;                // [T] or null
+  CUtensorMap input[kMostPlanes];   // [N, H, W, S] of a plane, boxes of a halo x 64 channels
+  CUtensorMap in_factor;            // [R1, S], boxes of all ranks x 64 channels
+  CUtensorMap core;                 // [R2, KH, KW, R1], boxes of a tap: all of R2 x 64 of R1
+  CUtensorMap out_factor;           // [T, R2], boxes 64 x 64
+  CUtensorMap output[kMostPlanes];  // [N, OH, OW, T] of a residue class, boxes 8 x 8 x 64
+  const void* bias;                 // [T] or null
   Layout layout;
   Tiles tiles;
-  Plane planes[kMostPlanes];
-  int plane_count, taps, stride_h, stride_w;  // strides: between neighbouring taps of a plane
+  Divider classes_h, classes_w;  // divide by the residue classes of an axis
+  Plane planes[kMostPlanes];     // those of a tile of class 0, then those of class 1, and so on, as in `input`
+  int plane_count;               // planes that a tile reads
+  int taps, stride_h, stride_w;  // strides: between neighbouring taps of a plane
   int t;
   Activation activation;
 };
+
+// A tile's residue class, and its place among the outputs of this class.
+struct TuckerPlace {
+  TilePlace at;
+  int residue;
+};
+
+// `one_plane`: the call has one plane and one class.
+template <bool one_plane, class Layout>
+LOWRANK_OPS_HOPPER TuckerPlace tucker_place(const TuckerParamsOf<Layout>& p, int tile) {
+  TilePlace at = p.tiles.place(tile);
+  if constexpr (one_plane) return {at, 0};
+  constexpr int kSide = Layout::kTileSide;
+  const int row = at.y / kSide, column = at.x / kSide;
+  const int row_of_class = p.classes_h.quotient(row), column_of_class = p.classes_w.quotient(column);
+  at.y = row_of_class * kSide;
+  at.x = column_of_class * kSide;
+  return {at, (row - row_of_class * p.classes_h.divisor) * p.classes_w.divisor + column -
+                  column_of_class * p.classes_w.divisor};
+}
 
 constexpr int kTuckerRow = 128;  // bytes of a row in shared memory, in the 128-byte swizzle
 

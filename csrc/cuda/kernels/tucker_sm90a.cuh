@@ -22,6 +22,9 @@
 //   2 3 2      plane 2: 8x9                    plane 3: 8x8
 //   0 1 0
 //
+// With a dilation of 2 a tile's pixels lie two apart, on a lattice of the output, and so does their halo in the input,
+// which is one plane. The planes of several lattices differ only in their tensor maps.
+//
 //   warpgroups 0, 1    every other tile of the CTA, all three stages
 //   warpgroup 2        one thread: all copies to shared memory, for the groups alternately, a plane at a time
 //
@@ -100,6 +103,7 @@ LOWRANK_OPS_HOPPER void load_late_factors(const TuckerParams& p, uint32_t base, 
 
 // Copies all slices of the CTA's tiles, in the order in which the groups take them, and core and out_factor once the
 // first slices are on their way.
+template <bool one_plane>
 struct Producer {
   const TuckerParams& p;
   uint32_t base;
@@ -109,8 +113,9 @@ struct Producer {
 
   // The slices of a plane, for a tile of the group.
   LOWRANK_OPS_HOPPER void load_plane(int tile, int plane, int group) {
-    const TilePlace at = p.tiles.place(tile);
-    const Plane& from = p.planes[plane];
+    const auto [at, residue] = tucker_place<one_plane>(p, tile);
+    const int number = residue * p.plane_count + plane;
+    const Plane& from = p.planes[number];
     RingPlace place = group == 1 ? of_group[1] : of_group[0];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
@@ -118,7 +123,7 @@ struct Producer {
                      slot = base + p.layout.ring + ring.slot * p.layout.slice_bytes();
       wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
       barrier_expect(full, uint32_t(from.bytes));
-      load_box(slot, &p.input[plane], full, s * TuckerSm90a::kSlice, at.x + from.columns.shift, at.y + from.rows.shift,
+      load_box(slot, &p.input[number], full, s * TuckerSm90a::kSlice, at.x + from.columns.shift, at.y + from.rows.shift,
                at.n);
       place.next(p.layout.slots);
       ring.next(p.layout.slots);
@@ -130,12 +135,12 @@ struct Producer {
     (group == 1 ? of_group[1] : of_group[0]) = place;
   }
 
-  LOWRANK_OPS_HOPPER void run(int planes) {
+  LOWRANK_OPS_HOPPER void run() {
     load_in_factor(p, base, barriers);
 #pragma unroll 1
     for (int first = int(blockIdx.x); first < p.tiles.count; first += TuckerSm90a::kGroups * int(gridDim.x))
 #pragma unroll 1
-      for (int plane = 0; plane < planes; ++plane)
+      for (int plane = 0; plane < (one_plane ? 1 : p.plane_count); ++plane)
 #pragma unroll 1
         for (int group = 0; group < TuckerSm90a::kGroups; ++group) {
           const int tile = first + group * int(gridDim.x);
@@ -289,13 +294,13 @@ struct TuckerGroup {
       if (first) wait_phase(barriers.out_ready(), 0);
       __syncwarp();
       first = false;
-      const TilePlace at = p.tiles.place(tile);
+      const auto [at, residue] = tucker_place<one_plane>(p, tile);
 #pragma unroll 1
       for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
         float sums[32];
         multiply(sums, second, chunk);
         activate(sums, p.activation);
-        store_chunk<half>(&p.output, hidden, sums, chunk, at, group, warp, lane);
+        store_chunk<half>(&p.output[residue], hidden, sums, chunk, at, group, warp, lane);
       }
     }
     if (first_thread()) wait_stores();
@@ -315,8 +320,7 @@ __global__ void __launch_bounds__(TuckerSm90a::kThreads, 1)
   const int producer = warp - TuckerSm90a::kGroups * 4;
   if (producer >= 0) {
     give_registers<kProducerRegisters>();
-    if (producer == 0 && lane == 0)
-      Producer{params, base, barriers, {}, {}, true}.run(one_plane ? 1 : params.plane_count);
+    if (producer == 0 && lane == 0) Producer<one_plane>{params, base, barriers, {}, {}, true}.run();
   } else {
     take_registers<kConsumerRegisters>();
     TuckerGroup<half, ranks, rows, one_plane>(params, base, barriers, warp, lane).run();

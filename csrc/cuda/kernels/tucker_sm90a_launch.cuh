@@ -7,25 +7,45 @@
 
 namespace lowrank_ops::hopper {
 
-// Sets plane number (`y`, `x`) and its tensor map. False: the driver made none.
+constexpr int kTuckerElement = 2;  // bytes
+
+// Sets the plane (`y`, `x`) of a residue class and its tensor map. False: the driver made none.
 template <class L>
-bool add_plane(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, int y, int x) {
-  constexpr int kElement = 2;
+bool add_plane(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, int residue, int y, int x) {
   const Geometry& g = block.geometry;
   const int64_t (&stride)[4] = block.input_stride;
-  Plane& plane = to.planes[to.plane_count];
-  plane.rows = plane_of(g.rows, y);
-  plane.columns = plane_of(g.columns, x);
+  const int number = residue * planes_of(g) + y * planes_of(g.columns) + x;
+  Plane& plane = to.planes[number];
+  plane.rows = plane_of(g.rows, residue / g.columns.lattice, y);
+  plane.columns = plane_of(g.columns, residue % g.columns.lattice, x);
   plane.tap_y = y;
   plane.tap_x = x;
   plane.bytes = plane.rows.halo * plane.columns.halo * L::kRowBytes;
   const int64_t first = plane.rows.first * stride[2] + plane.columns.first * stride[3];
-  return encode(to.input[to.plane_count++],
-                {static_cast<const char*>(block.input) + first * kElement,
+  return encode(to.input[number],
+                {static_cast<const char*>(block.input) + first * kTuckerElement,
                  4,
                  {g.s, plane.columns.pixels, plane.rows.pixels, g.n},
                  {1, stride[3] * plane_step(g.columns), stride[2] * plane_step(g.rows), stride[0]},
                  {L::kSlice, plane.columns.halo, plane.rows.halo, 1}},
+                dtype);
+}
+
+// Sets a residue class's tensor map of the output, which has at least one line and column of it, and its planes.
+template <class L>
+bool add_class(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, int residue) {
+  const Geometry& g = block.geometry;
+  const TileAxis &rows = g.rows, &columns = g.columns;
+  const int64_t (&stride)[4] = block.output_stride;
+  const int y = residue / columns.lattice, x = residue % columns.lattice;
+  for (int plane = 0; plane < planes_of(g); ++plane)
+    if (!add_plane(to, block, dtype, residue, plane / planes_of(columns), plane % planes_of(columns))) return false;
+  return encode(to.output[residue],
+                {static_cast<const char*>(block.output) + (y * stride[2] + x * stride[3]) * kTuckerElement,
+                 4,
+                 {g.t, ceil_div(columns.out - x, columns.lattice), ceil_div(rows.out - y, rows.lattice), g.n},
+                 {1, stride[3] * columns.lattice, stride[2] * rows.lattice, stride[0]},
+                 {L::kSlice, L::kTileSide, L::kTileSide, 1}},
                 dtype);
 }
 
@@ -43,19 +63,13 @@ bool tucker_params(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype,
   to.stride_h = g.rows.stride;
   to.stride_w = g.columns.stride;
   to.activation = block.activation;
-  for (int y = 0; y < planes_of(g.rows); ++y)
-    for (int x = 0; x < planes_of(g.columns); ++x)
-      if (!add_plane(to, block, dtype, y, x)) return false;
-  const int64_t (&out)[4] = block.output_stride;
+  to.plane_count = planes_of(g);
+  to.classes_h = Divider(g.rows.lattice);
+  to.classes_w = Divider(g.columns.lattice);
+  for (int residue = 0; residue < g.rows.lattice * g.columns.lattice; ++residue)
+    if (!add_class(to, block, dtype, residue)) return false;
   const Factor &first = block.in_factor, &core = block.core, &last = block.out_factor;
-  return encode(to.output,
-                {block.output,
-                 4,
-                 {g.t, g.columns.out, g.rows.out, g.n},
-                 {1, out[3], out[2], out[0]},
-                 {L::kSlice, L::kTileSide, L::kTileSide, 1}},
-                dtype) &&
-         encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, in_rows}}, dtype) &&
+  return encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, in_rows}}, dtype) &&
          encode(to.core,
                 {core.data,
                  4,
@@ -71,6 +85,12 @@ inline bool tucker_params(TuckerParams& to, const BlockParams& block, DType dtyp
   return tucker_params(to, block, dtype, layout, TuckerSm90a::kSlice, layout.ranks);
 }
 
+// Whether all tiles of a call read one and the same plane.
+template <class L>
+bool has_one_plane(const TuckerParamsOf<L>& p) {
+  return p.plane_count * p.classes_h.divisor * p.classes_w.divisor == 1;
+}
+
 using TuckerKernel = void (*)(TuckerParams);
 
 // The instance for a call.
@@ -83,8 +103,8 @@ TuckerKernel tucker_kernel(const TuckerSm90a& l) {
 }
 inline TuckerKernel tucker_kernel(const TuckerParams& p, DType dtype) {
   if (dtype == DType::kHalf)
-    return p.plane_count == 1 ? tucker_kernel<true, true>(p.layout) : tucker_kernel<true, false>(p.layout);
-  return p.plane_count == 1 ? tucker_kernel<false, true>(p.layout) : tucker_kernel<false, false>(p.layout);
+    return has_one_plane(p) ? tucker_kernel<true, true>(p.layout) : tucker_kernel<true, false>(p.layout);
+  return has_one_plane(p) ? tucker_kernel<false, true>(p.layout) : tucker_kernel<false, false>(p.layout);
 }
 
 }  // namespace lowrank_ops::hopper

@@ -13,7 +13,7 @@
 //
 // The blocks of a turn (two tiles), in the order of their use:
 //
-//   for each plane (one without a stride; tucker_sm90a.cuh draws those of a stride of 2):
+//   for each plane (one, or those of a stride: tucker_sm90a.cuh draws them):
 //     for each slice of S             in_factor   [128 ranks of R1][64 channels]
 //     for each tap, each part of R1   core        [128 ranks of R2][64 ranks of R1]
 //   for each chunk of T               out_factor  parts of R2 [64 channels][64 ranks]
@@ -80,6 +80,7 @@ LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int 
   barrier_expect(ring.full(place.slot), uint32_t(bytes));
 }
 
+template <bool one_plane>
 struct WideProducer {
   const WideParams& p;
   uint32_t base;
@@ -88,7 +89,6 @@ struct WideProducer {
   // Copies the input's slices of a plane, each after the block of in_factor that it is multiplied by.
   LOWRANK_OPS_HOPPER void load_inputs(int tile, int plane) {
     const Ring blocks = block_ring(base, p.layout);
-    const Plane& from = p.planes[plane];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
       open_slot(blocks, block, p.layout.r1_parts * TuckerWideSm90a::kPartBytes);
@@ -99,9 +99,11 @@ struct WideProducer {
         const int own = tile + group * int(gridDim.x);
         if (own >= p.tiles.count) break;
         const Ring slices = slice_ring(base, p.layout, group);
-        const TilePlace at = p.tiles.place(own);
+        const auto [at, residue] = tucker_place<one_plane>(p, own);
+        const int number = residue * p.plane_count + plane;
+        const Plane& from = p.planes[number];
         open_slot(slices, slice, from.bytes);
-        load_box(slices.at(slice.slot), &p.input[plane], slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
+        load_box(slices.at(slice.slot), &p.input[number], slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
                  at.x + from.columns.shift, at.y + from.rows.shift, at.n);
       }
       slice.next(p.layout.input_slots);
@@ -135,11 +137,11 @@ struct WideProducer {
     }
   }
 
-  LOWRANK_OPS_HOPPER void run(int planes) {
+  LOWRANK_OPS_HOPPER void run() {
 #pragma unroll 1
     for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += TuckerWideSm90a::kGroups * int(gridDim.x)) {
 #pragma unroll 1
-      for (int plane = 0; plane < planes; ++plane) {
+      for (int plane = 0; plane < (one_plane ? 1 : p.plane_count); ++plane) {
         load_inputs(tile, plane);
         load_core(p.planes[plane]);
       }
@@ -303,7 +305,7 @@ struct WideGroup {
     for (int k = 0; k < kSteps; ++k) pin(second[k]);
   }
 
-  LOWRANK_OPS_HOPPER void compute(const TilePlace& at) {
+  LOWRANK_OPS_HOPPER void compute(const TuckerPlace& place) {
     uint32_t second[kSteps][4];
     stages_of_planes(second);
 #pragma unroll 1
@@ -311,7 +313,7 @@ struct WideGroup {
       float sums[32];
       multiply(sums, second, chunk);
       activate(sums, p.activation);
-      store_chunk<half>(&p.output, hidden, sums, chunk, at, group, warp, lane);
+      store_chunk<half>(&p.output[place.residue], hidden, sums, chunk, place.at, group, warp, lane);
     }
   }
 
@@ -330,7 +332,7 @@ struct WideGroup {
     for (int first = int(blockIdx.x); first < p.tiles.count; first += L::kGroups * int(gridDim.x)) {
       const int tile = first + group * int(gridDim.x);
       if (tile < p.tiles.count)
-        compute(p.tiles.place(tile));
+        compute(tucker_place<one_plane>(p, tile));
       else
         skip();
     }
@@ -354,7 +356,7 @@ __global__ void __launch_bounds__(TuckerWideSm90a::kThreads, 1)
   __syncthreads();
   if (warp >= 4 * L::kGroups) {
     give_registers<kProducerRegisters>();
-    if (warp == 4 * L::kGroups && lane == 0) WideProducer{params, base, {}, {}}.run(one_plane ? 1 : params.plane_count);
+    if (warp == 4 * L::kGroups && lane == 0) WideProducer<one_plane>{params, base, {}, {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
     WideGroup<half, r1_parts, r2_parts, one_plane>(params, base, warp, lane).run();

@@ -26,8 +26,8 @@ WideKernel wide_kernel(const TuckerWideSm90a& l) {
 }
 inline WideKernel wide_kernel(const WideParams& p, DType dtype) {
   if (dtype == DType::kHalf)
-    return p.plane_count == 1 ? wide_kernel<true, true>(p.layout) : wide_kernel<true, false>(p.layout);
-  return p.plane_count == 1 ? wide_kernel<false, true>(p.layout) : wide_kernel<false, false>(p.layout);
+    return has_one_plane(p) ? wide_kernel<true, true>(p.layout) : wide_kernel<true, false>(p.layout);
+  return has_one_plane(p) ? wide_kernel<false, true>(p.layout) : wide_kernel<false, false>(p.layout);
 }
 
 }  // namespace lowrank_ops::hopper

@@ -1,48 +1,56 @@
-// Strides in the sm90a Tucker kernels: the input is seen as planes of pixels that lie a stride apart. Plain C++17.
+// Strides and dilations in the sm90a Tucker kernels: the input is seen as planes of pixels that lie some steps apart.
+// Plain C++17.
 //
-// On a plane the window has stride 1, and a plane is a tensor like any other to TMA. Each plane has some taps of the
-// window, and every tap belongs to one plane. Along one axis, for stride 2, a window of 3 and padding 1:
+// On a plane the window has stride and dilation 1, and a plane is a tensor like any other to TMA. Along one axis:
 //
-//   output o reads            2 o - 1          2 o             2 o + 1
-//                             tap 0            tap 1           tap 2
-//   plane 0: pixels 1, 3, ... number o - 1                     number o      first = 1, shift = -1
-//   plane 1: pixels 0, 2, ...                  number o                      first = 0, shift = 0
+//   Stride 2, window 3, padding 1: a plane has some taps of the window, and every tap belongs to one plane.
 //
-// A window of one tap has one plane, whatever its stride is.
+//     output o reads           2 o - 1          2 o             2 o + 1
+//                              tap 0            tap 1           tap 2
+//     plane 0: pixels 1, 3...  number o - 1                     number o      first = 1, shift = -1
+//     plane 1: pixels 0, 2...                   number o                      first = 0, shift = 0
+//
+//   Dilation 2, window 3, padding 2: the outputs fall into residue classes (plan/geometry.h), a tile into one of them;
+//   output number i of class c is 2 i + c, and a class has all taps on one plane.
+//
+//     output i of class 0 reads    2 i - 2       2 i       2 i + 2        pixels 0, 2..., number i - 1, i, i + 1
+//     output i of class 1 reads    2 i - 1       2 i + 1   2 i + 3        pixels 1, 3..., number i - 1, i, i + 1
+//
+// A window of one tap has one plane and one class, whatever its stride and dilation are.
 #pragma once
 
 #include "plan/geometry.h"
 
 namespace lowrank_ops {
 
-constexpr int kMostStride = 2, kMostPlanes = 4;  // planes of both axes together
+constexpr int kMostPlanes = 4;  // of all classes, both axes together: a tensor map each, among a kernel's parameters
 
 struct PlaneAxis {
   int taps = 1;    // taps of the window that read this plane: number `plane`, and every stride-th after it
   int halo = 1;    // pixels that a tile reads
   int first = 0;   // the plane's pixels of the image are `first`, first + step, ...
   int pixels = 1;  // so many; at least one, as TMA takes no tensors of size 0
-  int shift = 0;   // output o reads the pixels number o + shift, ..., o + shift + taps - 1: zeros where there are none
+  int shift = 0;   // output i reads the pixels number i + shift, ..., i + shift + taps - 1: zeros where there are none
 };
 
+// Planes that a tile reads.
 LOWRANK_OPS_BOTH constexpr int planes_of(const TileAxis& axis) {
   return least(axis.stride, axis.kernel);
 }
 LOWRANK_OPS_BOTH constexpr int planes_of(const Geometry& g) {
   return planes_of(g.rows) * planes_of(g.columns);
 }
-// Input pixels from one to the next in a plane. Units divide it: a window whose dilation divides the stride has one
-// plane.
+// Input pixels from one to the next in a plane. A dilation that divides the stride makes no planes.
 LOWRANK_OPS_BOTH constexpr int plane_step(const TileAxis& axis) {
   return axis.stride * axis.unit;
 }
 
-constexpr PlaneAxis plane_of(const TileAxis& axis, int plane) {
-  const int step = plane_step(axis), start = plane * axis.unit - axis.padding;  // output 0 reads pixel `start`
+constexpr PlaneAxis plane_of(const TileAxis& axis, int residue, int plane) {
+  const int step = plane_step(axis), start = axis.input(residue, plane);  // what output 0 of the class reads first
   PlaneAxis p;
   p.taps = int(ceil_div(axis.kernel - plane, axis.stride));
   p.halo = axis.tile - 1 + p.taps;
-  p.first = (start % step + step) % step;
+  p.first = start % step + (start % step < 0 ? step : 0);
   p.pixels = int(ceil_div(axis.in - p.first, step));
   p.shift = (start - p.first) / step;
   if (p.first >= axis.in) p.first = 0, p.pixels = 1, p.shift = 1;  // no pixel of the image: all lie beyond pixel 0
@@ -51,7 +59,7 @@ constexpr PlaneAxis plane_of(const TileAxis& axis, int plane) {
 
 // Pixels that a tile reads of the plane with the most taps.
 constexpr int plane_pixels(const Geometry& g) {
-  return plane_of(g.rows, 0).halo * plane_of(g.columns, 0).halo;
+  return plane_of(g.rows, 0, 0).halo * plane_of(g.columns, 0, 0).halo;
 }
 
 }  // namespace lowrank_ops

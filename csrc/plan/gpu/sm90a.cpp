@@ -19,33 +19,45 @@ std::string above(const char* what, int64_t value, int64_t most) {
   return value <= most ? "" : std::string(what) + " must be at most " + number(most) + ", got " + number(value);
 }
 
-// The window along an axis in planes (planes.h). One tap needs no neighbours, whatever stride and dilation are.
+// An axis in planes (planes.h), as its TileAxis will be, which has numbers of 32 bits.
 struct PlanesOfAxis {
-  int64_t stride = 1;   // between neighbouring taps of a plane
-  int64_t lattice = 1;  // above 1: the dilation leaves outputs between those of a tile
-  int64_t halo = 1;     // pixels that a tile reads of the plane with the most taps
+  int64_t classes = 1, planes = 1;  // planes: of a class
+  int64_t halo = 1;                 // pixels that a tile reads of the plane with the most taps
+  bool empty_class = false;
 
   PlanesOfAxis(const Problem& p, int axis) {
-    const int64_t kernel = axis == 0 ? p.kh : p.kw;
-    if (kernel > 1) {
-      const int64_t common = std::gcd(p.stride[axis], p.dilation[axis]);
-      stride = p.stride[axis] / common;
-      lattice = p.dilation[axis] / common;
-    }
+    const int64_t kernel = axis == 0 ? p.kh : p.kw, outputs = axis == 0 ? p.oh : p.ow;
+    const int64_t common = kernel == 1 ? p.stride[axis] : std::gcd(p.stride[axis], p.dilation[axis]);
+    const int64_t stride = p.stride[axis] / common;
+    if (kernel > 1) classes = p.dilation[axis] / common;
+    planes = std::min(stride, kernel);
     halo = TuckerSm90a::kTileSide - 1 + ceil_div(kernel, stride);
+    empty_class = classes > outputs;
   }
+  // At most `most` planes: factors up to it, whose product cannot overflow.
+  bool few(int64_t most) const { return classes <= most && planes <= most; }
 };
+
+// Why the planes of a problem are too many or too few for a Tucker kernel; "": they are not.
+std::string planes_reason(const Problem& p, const PlanesOfAxis& rows, const PlanesOfAxis& columns) {
+  const bool few = rows.few(kMostPlanes) && columns.few(kMostPlanes) &&
+                   rows.classes * rows.planes * columns.classes * columns.planes <= kMostPlanes;
+  if (!few)
+    return "stride and dilation must cut the window into at most " + number(kMostPlanes) +
+           " planes (such as 2x2), got stride " + size_text(p.stride[0], p.stride[1]) + " and dilation " +
+           size_text(p.dilation[0], p.dilation[1]);
+  if (rows.empty_class || columns.empty_class)
+    return "the output must not be smaller than the dilation " + size_text(p.dilation[0], p.dilation[1]) + ", got " +
+           size_text(p.oh, p.ow);
+  return "";
+}
 
 // Why a Tucker kernel cannot take the ranks, the channels or the window of a problem; "": it can. `most_pixels`: of a
 // tile with its halo.
 std::string tucker_reason(const Problem& p, int most_rank, int most_pixels) {
   const PlanesOfAxis rows(p, 0), columns(p, 1);
-  if (rows.lattice > 1 || columns.lattice > 1)
-    return "dilation must divide the stride " + size_text(p.stride[0], p.stride[1]) + ", got " +
-           size_text(p.dilation[0], p.dilation[1]);
-  if (rows.stride > kMostStride || columns.stride > kMostStride)
-    return "stride must be at most " + number(kMostStride) + ", got " + size_text(p.stride[0], p.stride[1]);
-  std::string reason = above("ranks", std::max(p.r1, p.r2), most_rank);
+  std::string reason = planes_reason(p, rows, columns);
+  if (reason.empty()) reason = above("ranks", std::max(p.r1, p.r2), most_rank);
   if (reason.empty()) reason = above("channels", std::max(p.s, p.t), kMostChannels);
   if (!reason.empty()) return reason;
   if (rows.halo > most_pixels || columns.halo > most_pixels || rows.halo * columns.halo > most_pixels)

@@ -17,6 +17,7 @@ WIDE = Kernel("tucker_conv2d", "sm90a", 2)
 HALVES = (torch.bfloat16, torch.float16)
 SAME = dict(kernel=(3, 3), padding=(1, 1))
 HALF = dict(**SAME, stride=(2, 2))
+WIDER = dict(kernel=(3, 3), padding=(2, 2), dilation=(2, 2))
 
 TUCKER_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=16, **SAME),
@@ -55,7 +56,26 @@ TUCKER_CASES: dict[str, dict[str, Any]] = {
     "stride and dilation of 2": dict(
         n=1, s=32, t=32, r1=32, r2=24, h=20, w=19, kernel=(3, 3), padding=(2, 1), stride=(2, 2), dilation=(2, 2)
     ),
+    "stride of 4 in the width": dict(n=1, s=40, t=24, r1=24, r2=24, h=9, w=33, kernel=(3, 5), stride=(1, 4)),
     "stride, much of everything": dict(n=2, s=328, t=200, r1=64, r2=64, h=33, w=31, **HALF, activation="relu"),
+    "dilation, whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=32, **WIDER),
+    "dilation, every size padded": dict(n=2, s=72, t=136, r1=40, r2=56, h=17, w=21, **WIDER, activation="relu"),
+    "dilation of the height": dict(n=1, s=136, t=24, r1=24, r2=8, h=19, w=9, **SAME, dilation=(2, 1), bias=False),
+    "dilation of 4 in the width": dict(
+        n=1, s=40, t=24, r1=24, r2=24, h=8, w=37, kernel=(3, 3), padding=(0, 5), dilation=(1, 4)
+    ),
+    "dilation, uneven core": dict(n=1, s=40, t=32, r1=32, r2=32, h=20, w=19, kernel=(2, 3), dilation=(2, 2)),
+    "dilation, one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=2, w=2, **WIDER),
+    "dilation, padding beyond the core": dict(
+        n=1, s=32, t=32, r1=16, r2=16, h=3, w=1, kernel=(3, 3), padding=(5, 6), dilation=(2, 2)
+    ),
+    "dilation, many tiles": dict(n=3, s=72, t=72, r1=16, r2=16, h=20, w=33, **WIDER),
+    "stride and dilation": dict(
+        n=2, s=72, t=40, r1=40, r2=24, h=35, w=19, kernel=(3, 3), padding=(2, 3), stride=(2, 1), dilation=(1, 2)
+    ),
+    "stride of 3, dilation of 6": dict(
+        n=1, s=72, t=40, r1=24, r2=24, h=67, w=7, kernel=(3, 1), padding=(4, 1), stride=(3, 1), dilation=(6, 1)
+    ),
 }
 CP_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **SAME),
@@ -101,6 +121,12 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "stride, narrow ranks": dict(n=1, s=72, t=1480, r1=48, r2=40, h=7, w=9, **HALF, activation="relu"),
     "stride, an odd number of tiles": dict(n=5, s=72, t=72, r1=72, r2=72, h=17, w=16, **HALF),
     "stride, much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=33, w=31, **HALF, activation="hardswish"),
+    "dilation, every size padded": dict(n=2, s=72, t=136, r1=104, r2=88, h=17, w=21, **WIDER, activation="relu"),
+    "dilation, uneven core": dict(n=1, s=40, t=32, r1=96, r2=72, h=20, w=19, kernel=(2, 3), dilation=(2, 2)),
+    "dilation, an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=19, w=8, **SAME, dilation=(2, 1)),
+    "stride and dilation": dict(
+        n=2, s=72, t=40, r1=72, r2=128, h=35, w=19, kernel=(3, 3), padding=(2, 3), stride=(2, 1), dilation=(1, 2)
+    ),
 }
 KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
@@ -111,10 +137,13 @@ def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
     return _planned(kernel, KERNEL_CASES[kernel][name], dtype)
 
 
-def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype) -> Case:
+def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype, window: dict[str, Any] = SAME) -> Case:
     """More than two tiles per multiprocessor, not equally many for all. The emulator would need minutes for it."""
     ranks = {TUCKER: dict(r1=64, r2=48), WIDE: dict(r1=104, r2=128), CP: dict(r1=136)}[kernel]
-    return _planned(kernel, dict(n=47, s=136, t=160, h=28, w=20, **ranks, **SAME, activation="silu"), dtype)
+    size = {
+        axis: pixels * step for axis, pixels, step in zip("hw", (28, 20), window.get("stride", (1, 1)), strict=True)
+    }
+    return _planned(kernel, dict(n=47, s=136, t=160, **size, **ranks, **window, activation="silu"), dtype)
 
 
 def _planned(kernel: Kernel, options: dict[str, Any], dtype: torch.dtype) -> Case:
