@@ -25,7 +25,7 @@ from csrc.cuda import build_kernels
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "csrc/plan/gpu/kernel_table.inc"
 OPS = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
-HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2}  # by the kernel's name
+HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2, "linear": 3}  # by the kernel's name
 ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64", "float": "fp32"}
 # Tensor cores by warp (HMMA) and by warpgroup (HGMMA); ldmatrix; asynchronous copies, TMA's loads; shared, global and
 # local memory; barriers.
@@ -178,7 +178,7 @@ def markdown(report: list[Instantiation], version: str) -> str:
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
         "Shared memory is dynamic (`shared_layout` of csrc/plan/geometry.h). Kernels of sm90a are compiled for "
         "sm_90a alone, once per case: padded ranks and rows of a slice (Tucker 64x64), parts of "
-        "64 of R1 and R2 (Tucker 64x128), padded output channels and input slices (CP).",
+        "64 of R1 and R2 (Tucker 64x128), padded output channels and input slices (CP), parts of 64 ranks (linear).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)

@@ -87,16 +87,14 @@ using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
 
 // Null: this build has no launcher of that family.
 Launcher launcher_of(const GpuKernel& kernel) {
-  const bool sm80 = kernel.family == Family::kSm80;
-  if (kernel.family == Family::kSm90a)
-    return kernel.op == Op::kTucker ? launch_tucker_sm90a : kernel.op == Op::kCP ? launch_cp_sm90a : nullptr;
+  const bool sm80 = kernel.family == Family::kSm80, sm90a = kernel.family == Family::kSm90a;
   switch (kernel.op) {
     case Op::kTucker:
-      return sm80 ? launch_tucker_sm80 : launch_tucker_simt;
+      return sm90a ? launch_tucker_sm90a : sm80 ? launch_tucker_sm80 : launch_tucker_simt;
     case Op::kCP:
-      return sm80 ? launch_cp_sm80 : launch_cp_simt;
+      return sm90a ? launch_cp_sm90a : sm80 ? launch_cp_sm80 : launch_cp_simt;
     case Op::kLinear:
-      return sm80 ? launch_linear_sm80 : launch_linear_simt;
+      return sm90a ? launch_linear_sm90a : sm80 ? launch_linear_sm80 : launch_linear_simt;
   }
   return nullptr;
 }

@@ -97,15 +97,24 @@ struct Trial {
     return {kOnes, kPadding, kOnes};
   }
 
-  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation)
+  // The ranks to try: R2 of Tucker, the only rank of CP and linear. The sm90a linear kernel has three instances.
+  static std::vector<int64_t> ranks(const GpuKernel& kernel) {
+    if (!is_sm90a(kernel)) return {40};
+    if (kernel.op == Op::kLinear) return {40, 104, 200};
+    return {kernel.op == Op::kCP ? 136 : is_wide_sm90a(kernel) ? 104 : 40};
+  }
+
+  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, int64_t r2)
       : op(kernel.op), dtype(dtype), activation(activation) {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
-    // third part of CP's ranks. CP takes windows of 3x3 and T in multiples of 32, the wide kernel ranks above 64.
+    // third part of CP's ranks; enough rows for a second tile on some. CP takes windows of 3x3 and T in multiples of
+    // 32, the wide kernel ranks above 64.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
-    constexpr int64_t h = 9, w = 19, kh = 3, rows = 150;
+    constexpr int64_t h = 9, w = 19, kh = 3;
+    const int64_t rows = hopper ? 17970 : 150;
     const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
     const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
-    const int64_t r1 = wide ? 72 : 24, r2 = square ? 136 : wide ? 104 : 40;
+    const int64_t r1 = wide ? 72 : 24;
     const at::Generator generator = at::detail::createCPUGenerator(1234);
     const auto draw = [&](at::IntArrayRef sizes, int64_t summed) {
       const Tensor values = at::randn(sizes, generator, at::dtype(at::kDouble)) / std::sqrt(double(summed));
@@ -182,10 +191,13 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
   const GpuKernel& kernel = gpu_kernels()[size_t(index)];
   std::string error;
   for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+    // Linear layers have no memory format; the other sm90a kernels take one.
     const bool channels_last = format == at::MemoryFormat::ChannelsLast;
-    if (!error.empty() || (kernel.op == Op::kLinear && channels_last) || (is_sm90a(kernel) && !channels_last)) continue;
+    if (kernel.op == Op::kLinear ? channels_last : is_sm90a(kernel) && !channels_last) continue;
     const Activation activation = format == at::MemoryFormat::Contiguous ? Activation::kNone : Activation::kSilu;
-    error = error_of(device, kernel, Trial(kernel, dtype, format, activation), tf32, damaged);
+    for (const int64_t rank : Trial::ranks(kernel))
+      if (error.empty())
+        error = error_of(device, kernel, Trial(kernel, dtype, format, activation, rank), tf32, damaged);
   }
   return error;
 }

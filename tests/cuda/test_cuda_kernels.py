@@ -32,6 +32,7 @@ from tests.support.simulator.cases import (
 )
 from tests.support.simulator.harness import Kernel, Result
 from tests.support.simulator.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, case_for_a_gpu, hopper_case
+from tests.support.simulator.hopper_cases import LINEAR as HOPPER_LINEAR
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -195,7 +196,7 @@ def test_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
     assert_right(hopper_case(kernel, case, dtype))
 
 
-@pytest.mark.parametrize("kernel", [TUCKER, CP, WIDE], ids=str)
+@pytest.mark.parametrize("kernel", [TUCKER, CP, WIDE, HOPPER_LINEAR], ids=str)
 def test_several_tiles_a_multiprocessor(kernel: Kernel) -> None:
     assert_right(case_for_a_gpu(kernel, torch.bfloat16))
 
@@ -218,7 +219,7 @@ def test_sanitized_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None
 # ---- The check before first use
 
 
-HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP, WIDE) for dtype in HALVES]
+HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP, WIDE, HOPPER_LINEAR) for dtype in HALVES]
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR, *HOPPERS], ids=identify)

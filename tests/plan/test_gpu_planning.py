@@ -89,7 +89,7 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         for op in OPS:
             configs = sorted(line["config"] for line in KERNELS if line["op"] == op and line["family"] == family)
             assert configs == list(range(count)), (op, family)
-    assert sorted(line["config"] for line in KERNELS if line["family"] == "sm90a") == [0, 1, 2]
+    assert sorted(line["config"] for line in KERNELS if line["family"] == "sm90a") == [0, 1, 2, 3]
     assert len({line["name"] for line in KERNELS}) == len(KERNELS)
 
 
@@ -166,6 +166,9 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
         (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
         (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),
+        (Problem("lowrank_linear", r1=264), "lowrank_linear_sm90a_128x256", {}, "the rank must be at most 256, got 264"),
+        (Problem("lowrank_linear", s=12), "lowrank_linear_sm90a_128x256", {}, "must be multiples of 16 bytes"),
+        (Problem("lowrank_linear", "float32"), "lowrank_linear_sm90a_128x256", {}, "takes bfloat16 and float16"),
     ],
 )
 def test_rejections_say_why(problem: Problem, kernel: str, options: dict[str, object], words: str) -> None:

@@ -73,6 +73,8 @@ FusedFeatures fused_features(const Problem& problem, const GpuKernel& kernel, co
                              const SharedLayout& layout, const GpuCaps& caps);
 ChainFeatures chain_features(const Problem& problem, const GpuCaps& caps);
 
+// Whether the kernel's constants come from measurements of this kernel, and not of another one.
+bool was_measured(const GpuKernel& kernel);
 double clock_of(const GpuCaps& caps);
 int ctas_per_multiprocessor(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps, int64_t shared_bytes);
 

@@ -255,6 +255,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
                     std::to_string(kernel.shape.halo_rows()) + " pixels");
   if (!ran_right_on(kernel, caps))
     notes.push_back("its tests have not all run on this kind of GPU: checked before first use");
+  if (!was_measured(kernel)) notes.push_back("no GPU has timed it: predicted by the constants of another kernel");
   return notes;
 }
 
@@ -297,13 +298,19 @@ bool is_measured(const GpuCaps& caps) {
 
 namespace {
 
+// How many times as fast as another plan "auto" wants this one to be predicted.
+double margin_of(const Plan& plan, const GpuCaps& caps) {
+  if (plan.path == Path::kChain) return 1;
+  return is_measured(caps) && was_measured(gpu_kernels()[size_t(plan.gpu_kernel)]) ? 1 : kUnmeasuredMargin;
+}
+
 // Why "auto" does not take `plan`.
-std::string why_not(const Plan& plan, const Plan& chosen, double margin) {
+std::string why_not(const Plan& plan, const Plan& chosen, const GpuCaps& caps) {
   if (plan.predicted_seconds >= chosen.predicted_seconds) return "predicted to be slower";
   char text[128];
-  std::snprintf(text, sizeof text,
-                "predicted less than %.1f times as fast as the chain; on this architecture nobody has measured",
-                margin);
+  std::snprintf(text, sizeof text, "predicted less than %.1f times as fast as %s; %s", margin_of(plan, caps),
+                chosen.path == Path::kChain ? "the chain" : "the fastest measured kernel",
+                is_measured(caps) ? "nobody has measured this kernel" : "on this architecture nobody has measured");
   return text;
 }
 
@@ -331,25 +338,29 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
   }
   const auto faster = [](const Plan& a, const Plan& b) { return a.predicted_seconds < b.predicted_seconds; };
   std::stable_sort(fused.begin(), fused.end(), faster);
+  const auto best = std::min_element(fused.begin(), fused.end(), [&](const Plan& a, const Plan& b) {
+    return margin_of(a, caps) * a.predicted_seconds < margin_of(b, caps) * b.predicted_seconds;
+  });
 
   const Plan chain = chain_plan(p, caps);
   const bool want_fused = forced || policy == Policy::kFused;
-  const double margin = is_measured(caps) ? 1 : kUnmeasuredMargin;
+  const double margin = fused.empty() ? 1 : margin_of(*best, caps);
   const bool take_chain = fused.empty() || (!forced && policy == Policy::kChain) ||
-                          (!want_fused && chain.predicted_seconds < margin * fused.front().predicted_seconds);
-  decision.chosen = take_chain ? chain : fused.front();
-  if (!take_chain && !want_fused && chain.gpu_seconds < margin * fused.front().gpu_seconds) {
+                          (!want_fused && chain.predicted_seconds < margin * best->predicted_seconds);
+  decision.chosen = take_chain ? chain : *best;
+  if (!take_chain && !want_fused && chain.gpu_seconds < margin * best->gpu_seconds) {
     decision.chain_in_graphs = true;
     decision.chosen.notes.push_back("in a CUDA graph, whose launches cost no CPU time, the chain runs");
   }
-  decision.others.assign(fused.begin() + (take_chain ? 0 : 1), fused.end());
+  if (!take_chain) fused.erase(best);
+  decision.others = std::move(fused);
   if (!take_chain)
     decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);
   for (const Plan& plan : decision.others) {
     const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == Path::kChain);
     decision.rejections.push_back({plan.kernel, forced ? std::string("a kernel is forced (force_gpu_kernel)")
                                                 : told ? by_policy(policy)
-                                                       : why_not(plan, decision.chosen, margin)});
+                                                       : why_not(plan, decision.chosen, caps)});
   }
   return decision;
 }

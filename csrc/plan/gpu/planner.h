@@ -97,7 +97,8 @@ bool is_lean(const Problem& problem, const GpuKernel& kernel);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);
 
 // The architecture on which the cost model's constants were measured. On others "auto" takes a fused kernel only where
-// the kernel is predicted to be `kUnmeasuredMargin` times as fast as the chain.
+// the kernel is predicted to be `kUnmeasuredMargin` times as fast as the chain. A kernel whose constants are not its
+// own (was_measured in cost.h) needs that margin everywhere, over the chain and over the measured kernels.
 constexpr int kMeasuredArchitecture = 90;  // NVIDIA H200 (cost_constants.inc)
 constexpr double kUnmeasuredMargin = 1.5;
 bool is_measured(const GpuCaps& caps);
