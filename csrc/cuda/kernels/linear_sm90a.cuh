@@ -29,7 +29,7 @@
 //   empty    the 8 warps of both groups are done with it   both groups -> producer
 #pragma once
 
-#include "cuda/kernels/hopper_tucker.cuh"
+#include "cuda/kernels/hopper_tucker.cuh"  // stage_chunk
 #include "plan/gpu/linear_sm90a.h"
 
 namespace lowrank_ops::hopper {
@@ -55,40 +55,17 @@ LOWRANK_OPS_HOPPER LinearItem linear_item(const LinearParams& p, int item) {
   return {tile * LinearSm90a::kRows, chunk, least(chunk + p.share, p.layout.chunks)};
 }
 
-// The ring: the addresses of its slots and of their barriers.
-struct LinearRing {
-  uint32_t base, data;
-  int slots, slot_bytes;
-
-  LOWRANK_OPS_HOPPER LinearRing(uint32_t shared, const LinearSm90a& l)
-      : base(shared), data(shared + l.ring), slots(l.slots), slot_bytes(l.slot_bytes) {}
-
-  LOWRANK_OPS_HOPPER uint32_t full(int slot) const { return base + slot * 16; }
-  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return base + slot * 16 + 8; }
-  LOWRANK_OPS_HOPPER uint32_t at(int slot) const { return data + slot * slot_bytes; }
-
-  LOWRANK_OPS_HOPPER void init() const {
-    for (int slot = 0; slot < slots; ++slot) {
-      barrier_init(full(slot), 1);
-      barrier_init(empty(slot), 4 * LinearSm90a::kGroups);
-    }
-    barrier_init_done();
-  }
-};
+LOWRANK_OPS_HOPPER Ring linear_ring(uint32_t base, const LinearSm90a& l) {
+  return {base, base + l.ring, l.slots, l.slot_bytes};
+}
 static_assert(LinearSm90a::kMostSlots * 16 <= LinearSm90a::kBarrierBytes, "barriers");
 
 // ---- The thread that copies
 
 struct LinearProducer {
   const LinearParams& p;
-  LinearRing ring;
+  Ring ring;
   RingPlace place;
-
-  // Waits until the next slot is empty, and announces `bytes` bytes to its `full` barrier.
-  LOWRANK_OPS_HOPPER void open(int bytes) {
-    wait_phase(ring.empty(place.slot), place.parity ^ 1);
-    barrier_expect(ring.full(place.slot), uint32_t(bytes));
-  }
 
   LOWRANK_OPS_HOPPER void run() {
     using L = LinearSm90a;
@@ -99,14 +76,14 @@ struct LinearProducer {
 #pragma unroll 1
       for (int s = 0; s < p.layout.slices; ++s, place.next(ring.slots)) {
         const uint32_t to = ring.at(place.slot), full = ring.full(place.slot);
-        open(L::kInputBytes + block);
+        open_slot(ring, place, L::kInputBytes + block);
         load_box(to, &p.input, full, s * L::kSlice, item.row);
         load_box(to + L::kInputBytes, &p.in_factor, full, s * L::kSlice, 0);
       }
 #pragma unroll 1
       for (int chunk = item.chunk; chunk < item.end; ++chunk, place.next(ring.slots)) {
         const uint32_t to = ring.at(place.slot), full = ring.full(place.slot);
-        open(block);
+        open_slot(ring, place, block);
         for (int part = 0; part < p.layout.parts; ++part)
           load_box(to + part * L::kPartBytes, &p.out_factor, full, part * L::kSlice, chunk * L::kSlice);
       }
@@ -123,34 +100,20 @@ struct LinearGroup {
   static constexpr int kSteps = 4 * parts;  // steps of stage 2's inner products
 
   const LinearParams& p;
-  LinearRing ring;
   int group, warp, lane;
   uint32_t staging;
-  RingPlace next, oldest;  // the next slot to wait for; the oldest that is not given back yet
-  int place = 0;           // of the next chunk in the staging buffer: 0 or 1
+  RingReader slots;
+  int place = 0;  // of the next chunk in the staging buffer: 0 or 1
 
   LOWRANK_OPS_HOPPER LinearGroup(const LinearParams& params, uint32_t shared, int warp_of_cta, int lane_of_warp)
       : p(params),
-        ring(shared, params.layout),
         group(warp_of_cta / 4),
         warp(warp_of_cta % 4),
         lane(lane_of_warp),
-        staging(shared + params.layout.staged + warp_of_cta / 4 * L::kStagedBytes) {}
+        staging(shared + params.layout.staged + warp_of_cta / 4 * L::kStagedBytes),
+        slots{linear_ring(shared, params.layout), {}, {}} {}
 
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
-
-  // Waits for the next slot. Slots are given back in the same order.
-  LOWRANK_OPS_HOPPER uint32_t wait() {
-    const uint32_t at = ring.at(next.slot);
-    wait_phase(ring.full(next.slot), next.parity);
-    __syncwarp();
-    next.next(ring.slots);
-    return at;
-  }
-  LOWRANK_OPS_HOPPER void release() {
-    if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
-    oldest.next(ring.slots);
-  }
 
   // Stage 1: hidden [64 rows, ranks] = input in_factor'. A slot is given back when its products are done, which is
   // awaited after those of the next slice have been issued. The rounded sums are operand A of stage 2.
@@ -161,7 +124,7 @@ struct LinearGroup {
     pin(sums);
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t at = wait();
+      const uint32_t at = slots.wait();
       const uint64_t rows = swizzled(at + group * L::kPartBytes, 1024), ranks = swizzled(at + L::kInputBytes, 1024);
       wgmma_fence();
 #pragma unroll
@@ -169,11 +132,11 @@ struct LinearGroup {
       wgmma_commit();
       if (s > 0) {
         wgmma_wait<1>();
-        release();
+        slots.release(lane);
       }
     }
     wgmma_wait<0>();
-    release();
+    slots.release(lane);
     pin(sums);
 #pragma unroll
     for (int j = 0; j < 4 * kSteps; ++j) hidden[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
@@ -193,14 +156,14 @@ struct LinearGroup {
   // Stage 2: a chunk of 64 channels.
   LOWRANK_OPS_HOPPER void multiply(float (&sums)[32], uint32_t (&hidden)[kSteps][4], int chunk) {
     start_with_channel_bias(sums, chunk);
-    const uint64_t factor = swizzled(wait(), 1024);
+    const uint64_t factor = swizzled(slots.wait(), 1024);
     pin(sums);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, hidden[k], further(factor, k / 4 * L::kPartBytes + k % 4 * 32));
     wgmma_commit();
     wgmma_wait<0>();
-    release();
+    slots.release(lane);
     pin(sums);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) pin(hidden[k]);
@@ -247,11 +210,14 @@ __global__ void __launch_bounds__(LinearSm90a::kThreads, 1)
   constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   const uint32_t base = shared_base();
   const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
-  if (threadIdx.x == 0) LinearRing(base, params.layout).init();
+  if (threadIdx.x == 0) {
+    linear_ring(base, params.layout).init(4 * L::kGroups);
+    barrier_init_done();
+  }
   __syncthreads();
   if (warp >= 4 * L::kGroups) {
     give_registers<kProducerRegisters>();
-    if (warp == 4 * L::kGroups && lane == 0) LinearProducer{params, LinearRing(base, params.layout), {}}.run();
+    if (warp == 4 * L::kGroups && lane == 0) LinearProducer{params, linear_ring(base, params.layout), {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
     LinearGroup<half, parts>(params, base, warp, lane).run();
