@@ -11,7 +11,6 @@ from tests.support.simulator.cases import Case
 from tests.support.simulator.harness import Kernel, Result
 from tests.support.simulator.hopper_cases import CASES, CP, HALVES, LINEAR, TUCKER, WIDE, hopper_case
 
-
 KERNELS = (TUCKER, CP, WIDE, LINEAR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=15, w=24, kernel=(1, 1)),
     "much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=17, w=16, **SAME, activation="hardswish"),
 }
-# The layer's input is [n, h, s]: n x h rows.
+# The layer's input is [n, h, s]: n x h rows. `splits`: instead of the planner's, which gives so few tiles all CTAs.
 LINEAR_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, h=256, s=64, t=64, r1=64),
     "every size padded": dict(n=3, h=47, s=72, t=136, r1=40, activation="relu"),
@@ -78,18 +79,22 @@ LINEAR_CASES: dict[str, dict[str, Any]] = {
     "a rank padded to 256": dict(n=2, h=70, s=72, t=136, r1=136, activation="relu6"),
     "a rank padded to 128": dict(n=1, h=130, s=200, t=72, r1=72, bias=False),
     "many slices": dict(n=1, h=9, s=1000, t=64, r1=64),
-    "many chunks": dict(n=1, h=9, s=64, t=1000, r1=128, activation="relu"),
-    "many slices and chunks": dict(n=1, h=20, s=1000, t=1000, r1=200),
-    "many tiles": dict(n=7, h=129, s=72, t=72, r1=16),
-    "much of everything": dict(n=3, h=231, s=200, t=328, r1=136, activation="relu"),
+    "many chunks": dict(n=1, h=9, s=64, t=1000, r1=128, splits=1, activation="relu"),
+    "many slices and chunks": dict(n=1, h=20, s=1000, t=1000, r1=200, splits=3),
+    "many slices, a split per chunk": dict(n=1, h=20, s=1000, t=1000, r1=64),
+    "many tiles": dict(n=7, h=129, s=72, t=72, r1=16, splits=1),
+    "much of everything": dict(n=3, h=231, s=200, t=328, r1=136, splits=2, activation="relu"),
 }
 KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES, LINEAR: LINEAR_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
 
 
 def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
-    """The problem with the planner's cut."""
-    return _planned(kernel, KERNEL_CASES[kernel][name], dtype)
+    """The problem with the planner's cut, or with the case's splits."""
+    options = dict(KERNEL_CASES[kernel][name])
+    splits = options.pop("splits", None)
+    case = _planned(kernel, options, dtype)
+    return case if splits is None else replace(case, cut=replace(case.cut, splits=splits))
 
 
 def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype) -> Case:
