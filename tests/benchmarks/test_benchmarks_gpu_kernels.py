@@ -90,6 +90,22 @@ def test_constants_are_written_as_they_are_read(tmp_path, monkeypatch) -> None:
         np.testing.assert_allclose(again[group], values, rtol=1e-3)
 
 
+def test_constants_of_another_kernel_are_marked_until_there_are_measurements(tmp_path, monkeypatch) -> None:
+    launch, found = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), 1)
+    monkeypatch.setattr(fit_gpu_cost, "CONSTANTS", tmp_path / "constants.inc")
+    assert fit_gpu_cost.group_of("lowrank_linear_sm90a_128x256", "bfloat16", False) == "kSm90aLinear"
+    for own in (None, found["kSm90aWide"] * 2):
+        fitted = {group: values for group, values in found.items() if group != "kSm90aLinear"}
+        if own is not None:
+            fitted["kSm90aLinear"] = own
+        fit_gpu_cost.write("H200", 1, launch, fitted)
+        written = (tmp_path / "constants.inc").read_text()
+        assert ("kSm90aLinear = kSm90aWide;" in written) == (own is None)
+        assert f"kSm90aLinearMeasured = {'false' if own is None else 'true'};" in written
+        expected = found["kSm90aWide"] if own is None else own
+        np.testing.assert_allclose(fit_gpu_cost.parse(written, 1)[1]["kSm90aLinear"], expected, rtol=1e-3)
+
+
 def test_a_cpus_file_is_refused(tmp_path) -> None:
     path = tmp_path / "cpu.json"
     path.write_text('{"cells": []}')
