@@ -48,6 +48,15 @@ def test_other_cuts_stay_within_the_tile(cell: layers.Cell) -> None:
             assert not cell.is_linear or rows == 1
 
 
+@pytest.mark.parametrize("cell", BLOCKS)
+def test_an_ablation_has_less_of_one_stage(cell: layers.Cell) -> None:
+    found = gpu_kernels.ablations(cell)
+    assert len(found) == (2 if cell.is_linear else 3)
+    for smaller in found.values():
+        assert smaller.op == cell.op and smaller.output_size == cell.output_size
+        assert smaller.rank == cell.rank and smaller.flops < cell.flops
+
+
 def test_hopeless_cuts_are_left_out() -> None:
     made = [Cut("a", (1, 8, 8), 2, 1, 1e-5), Cut("b", (1, 8, 8), 2, 1, 4.9e-5), Cut("c", (1, 8, 8), 2, 1, 5.1e-5)]
     assert [cut.kernel for cut in cuts.hopeful(made)] == ["a", "b"]
