@@ -24,7 +24,8 @@ def test_planned_cuts_are_what_the_planner_says(cell: layers.Cell) -> None:
     described = fit_gpu_cost.described(cell, "bfloat16")
     of_op = [line["name"] for line in _C.gpu_kernels() if line["op"] == cell.op]
     taking = {name for name in of_op if _C.plan_gpu_kernel(described, name, "H200")["reason"] == ""}
-    assert {cut.kernel for cut in found} == taking and len(taking) >= len(of_op) - 1
+    assert {cut.kernel for cut in found} == taking
+    assert {name for name in of_op if "_sm90a_" not in name} <= taking
     for cut in found:
         plan = _C.plan_gpu_kernel(described, cut.kernel, "H200")
         assert (list(cut.tile), cut.stages, cut.splits) == (plan["tile"], plan["stages"], plan["splits"])
