@@ -136,7 +136,7 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
         RuntimeError: a kernel that is not in the table, or no disassembler (with `sass`).
     """
     names = table()
-    found = []
+    found: list[Instantiation] = []
     for report in sorted(folder.glob("*.messages")):
         blocks = _ENTRY.split(report.read_text())[1:]
         functions = _demangle(set(blocks[0::3]))
@@ -151,9 +151,9 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
             if frame is None or used is None:
                 raise RuntimeError(f"kernel_report: ptxas's report of {functions[mangled]} was not understood:\n{text}")
             number = int(re.sub(r"\D", "", architecture))
-            bytes_used = [int(count) for count in frame.groups()]
+            stack, spill_stores, spill_loads = (int(count) for count in frame.groups())
             of_file[architecture, mangled] = Instantiation(
-                *label, number, int(used[1]), *bytes_used, static_shared=int(used[2] or 0)
+                *label, number, int(used[1]), stack, spill_stores, spill_loads, int(used[2] or 0)
             )
         if sass and of_file:
             _disassemble(report.with_suffix(".o"), of_file)
