@@ -124,7 +124,7 @@ def _disassemble(path: Path, found: dict[tuple[str, str], Instantiation]) -> Non
     for architecture, name, function in machine_code.disassemble(path, cuobjdump, nvdisasm):
         one = found[architecture, name]
         opcodes = Counter(instruction.opcode for instruction in function.instructions)
-        one.counts = Counter({opcode: opcodes[opcode] for opcode in INSTRUCTIONS}, all=opcodes.total())
+        one.counts = Counter({opcode: opcodes[opcode] for opcode in INSTRUCTIONS} | {"all": opcodes.total()})
         if one.specialized:
             one.loops = steady_ways.loops_of(function)
 
