@@ -224,8 +224,6 @@ def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> No
             lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
         else:
             lines.append(f"constexpr FusedConstants {group} = {other};  // taken over, not measured")
-        if other is not None:
-            lines.append(f"constexpr bool {group}Measured = {str(measured).lower()};")
     for group in CHAIN_GROUPS:
         values = ", ".join(f"{value:.4g}" for value in found[group])
         lines.append(f"constexpr ChainConstants {group} = {{{{{values}}}}};")

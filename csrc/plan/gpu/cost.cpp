@@ -174,10 +174,6 @@ FusedFeatures features_of(const Counter& counter, const Geometry& g, const GpuKe
 
 }  // namespace
 
-bool was_measured(const GpuKernel& kernel) {
-  return !(is_sm90a(kernel) && kernel.op == Op::kLinear) || kSm90aLinearMeasured;
-}
-
 double clock_of(const GpuCaps& caps) {
   const int lanes = caps.architecture <= 80 ? 64 : 128;  // FMA units per multiprocessor
   return caps.fp32_flops / (2.0 * lanes * caps.multiprocessors);
