@@ -16,14 +16,15 @@
 #   memcheck, racecheck, synccheck, initcheck     every kernel once under that tool of compute-sanitizer
 #   bf16, fp16, tf32                              the quick list in that dtype; another run resumes it
 #
-# or, where a GPU is available for a quarter of an hour only, a choice of ten minutes. `brief` does not build: run
+# or, where a GPU is available for a quarter of an hour only, a choice of nine minutes. `brief` does not build: run
 # `build` before, on any machine with the same torch. A folder build/simulator from a test run on the same kind of
 # machine saves the first minute.
 #
 #   benchmarks/gpu.sh OUTDIR brief                info checks blocks list hopper profile
 #
 #   checks       the tests of `primitives`, `kernels`, `ops`, `suite` and two sanitizers, all at the same time
-#   blocks       every kernel with several cuts on the three blocks of docs/kernels.md, against chain and dense layer
+#   blocks       every kernel with several cuts on the blocks of docs/kernels.md, against chain (also as a CUDA graph) and
+#                dense layer; then the blocks with less of a stage each (ablations)
 #   list         the quick list in bf16, every kernel, without torch.compile
 #   hopper       properties of the hardware that Hopper's kernels rest on (benchmarks/gpu/hopper)
 #   profile      Nsight Compute of five kernels
@@ -45,7 +46,7 @@ shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=590 # seconds per stage, unless LIMITS has another number
-declare -A LIMITS=([info]=60 [checks]=240 [blocks]=60 [list]=120 [hopper]=45 [profile]=75)
+declare -A LIMITS=([info]=20 [checks]=210 [blocks]=80 [list]=105 [hopper]=45 [profile]=75) # brief: 535 in all
 export PYTHONUNBUFFERED=1
 
 run_info() {
@@ -111,6 +112,7 @@ run_checks() {
 }
 
 run_hopper() {
+  ready || return
   local program=build/hopper
   if [ ! -x "$program" ] || [ -n "$(find benchmarks/gpu/hopper -type f -newer "$program")" ]; then
     mkdir -p build
@@ -142,10 +144,11 @@ run_stage() {
     initcheck) sanitizer initcheck test_sanitized ;;
     memcheck | racecheck | synccheck) sanitizer "$1" "${OURS[@]}" test_sanitized ;;
     checks) run_checks ;;
-    blocks) ready && "$PYTHON" -m benchmarks.gpu.kernels --dtype bfloat16 tf32 --seconds 2 --json "$OUT/blocks.json" ;;
+    blocks) ready && "$PYTHON" -m benchmarks.gpu.kernels --dtype bfloat16 tf32 --seconds 1.5 --ablations \
+      --json "$OUT/blocks.json" ;;
     list)
       ready && "$PYTHON" -m benchmarks.run --device cuda --dtype bf16 --peers chain merged dense graph kernels \
-        --seconds 0.5 --minutes 1.8 --json "$OUT/list.json"
+        --seconds 0.4 --minutes 1.5 --json "$OUT/list.json"
       ;;
     hopper) run_hopper ;;
     profile) run_profile ;;

@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu.kernels`: every CUDA kernel by itself, with the planner's cut and with similar ones.
 
-    python -m benchmarks.gpu.kernels --json FILE            the three blocks of docs/kernels.md
+    python -m benchmarks.gpu.kernels --json FILE            the blocks of docs/kernels.md
+    python -m benchmarks.gpu.kernels --ablations            besides, the planned cuts of each block with less of a stage
     python -m benchmarks.gpu.kernels --profile KERNEL ...   launches each kernel once on its block: for ncu
 
 Times are GPU times with a cold L2 (timing.py). Beside each planned cut stands the planner's prediction (cuts.py).
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +29,33 @@ from benchmarks.gpu.cuts import hopeful, other_cuts, planned_cuts, runner
 # The blocks by which the design of the kernels is judged: Tucker and CP with 256 channels at 56x56, and a linear layer.
 BLOCKS = {
     "tucker": layers.LAYERS["vgg16 conv3_2"].cell("tucker", 4, 32),
+    "tucker stride 2": replace(layers.LAYERS["vgg16 conv3_2"].cell("tucker", 4, 32), stride=2),
     "cp": layers.LAYERS["vgg16 conv3_2"].cell("cp", 1, 32),
     "linear": layers.linear("mlp", 256, 4096),
+    "linear, many rows": layers.linear("mlp", 128, 16384),
 }
 
 
-def measure(cell: Cell, dtype: str, device: gpu.Device, seconds: float, where: str = "cuda") -> dict[str, Any]:
-    """A cell's entry of the JSON: planned and similar cuts and the peers, checked and timed in turns."""
+def ablations(cell: Cell) -> dict[str, Cell]:
+    """The block with little left of one stage: what that stage costs in the whole block is the difference."""
+    found = {"64 input channels": replace(cell, S=64), "64 output channels": replace(cell, T=64)}
+    return found if cell.is_linear else {**found, "1x1 window": replace(cell, kernel=(1, 1))}
+
+
+def measure(
+    cell: Cell, dtype: str, device: gpu.Device, seconds: float, where: str = "cuda", planned_alone: bool = False
+) -> dict[str, Any]:
+    """A cell's entry of the JSON: planned and similar cuts and the peers, checked and timed in turns; or the planned
+    cuts alone."""
     problem = peers.make_problem(cell, DTYPES[dtype], device=where, tf32=dtype == "tf32")
     planned = hopeful(planned_cuts(problem))
     cuts = {cut.name: cut for cut in planned}
-    for cut in planned:
+    for cut in () if planned_alone else planned:
         for other in other_cuts(cut):
             cuts.setdefault(other.name, other)
     found = {name: peers.Contender(name, "kernel", runner(problem, cut)) for name, cut in cuts.items()}
-    found |= {peer.name: peer for peer in peers.contenders(problem, ("chain", "merged", "dense", "graph"))}
+    if not planned_alone:
+        found |= {peer.name: peer for peer in peers.contenders(problem, ("chain", "merged", "dense", "graph"))}
     with torch.inference_mode():
         wrong = check_all(problem, found.values(), fatal=(), calls=2)
         functions = {name: contender.run for name, contender in found.items() if name not in wrong}
@@ -60,7 +74,7 @@ def measure(cell: Cell, dtype: str, device: gpu.Device, seconds: float, where: s
 
 def print_entry(entry: dict[str, Any]) -> None:
     """The planned cut and the fastest one of each kernel, then the peers."""
-    print(f"\n{entry['cell']} {entry['dtype']}")
+    print(f"\n{entry['cell']} {entry['dtype']}{', ' + entry['ablation'] if 'ablation' in entry else ''}")
     for kernel in dict.fromkeys(cut["kernel"] for cut in entry["cuts"]):
         cuts = [cut for cut in entry["cuts"] if cut["kernel"] == kernel]
         fastest = min(cuts, key=lambda cut: float(cut["median_us"]))
@@ -77,7 +91,7 @@ def print_entry(entry: dict[str, Any]) -> None:
 def profile(kernels: Sequence[str], dtype: str) -> None:
     """Launches each kernel once with the planner's cut of its block, and no other kernel of ours."""
     for kernel in kernels:
-        (name,) = [name for name, cell in BLOCKS.items() if kernel.startswith(cell.op)]
+        name = next(name for name, cell in BLOCKS.items() if kernel.startswith(cell.op))
         problem = peers.make_problem(BLOCKS[name], DTYPES[dtype], device="cuda", tf32=dtype == "tf32")
         (cut,) = [cut for cut in planned_cuts(problem) if cut.kernel == kernel]
         runner(problem, cut)()
@@ -90,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=list(BLOCKS))
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "tf32"], default=["bfloat16"])
+    parser.add_argument("--ablations", action="store_true", help="also blocks with less of a stage, in the first dtype")
     parser.add_argument("--seconds", type=float, default=4.0, help="measured per block, for all cuts (default: 4)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", nargs="+", metavar="KERNEL", help="launch these once instead of timing")
@@ -102,14 +117,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     device = gpu.CudaDevice()
     content: dict[str, Any] = {"device": gpu.describe_device(), "versions": gpu.versions(), "entries": []}
+
+    def add(entry: dict[str, Any]) -> None:
+        print_entry(entry)
+        content["entries"].append(entry)
+        if options.json:
+            bench.write_json(options.json, content)
+
     for dtype in options.dtype:
         with gpu_run.settings(dtype):
             for block in options.blocks:
-                entry = measure(BLOCKS[block], dtype, device, options.seconds)
-                print_entry(entry)
-                content["entries"].append(entry)
-                if options.json:
-                    bench.write_json(options.json, content)
+                add(measure(BLOCKS[block], dtype, device, options.seconds))
+    for block in options.blocks if options.ablations else ():
+        with gpu_run.settings(options.dtype[0]):
+            for name, cell in ablations(BLOCKS[block]).items():
+                entry = measure(cell, options.dtype[0], device, options.seconds / 4, planned_alone=True)
+                add({**entry, "ablation": f"{block}: {name}"})
     return int(any(entry["wrong"] for entry in content["entries"]))
 
 

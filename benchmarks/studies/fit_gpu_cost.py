@@ -28,8 +28,10 @@ from lowrank_ops.ops.extension import _C
 
 CONSTANTS = Path(__file__).parents[2] / "csrc/plan/gpu/cost_constants.inc"
 FUSED_GROUPS = (
-    "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
+    "kSm90aTucker", "kSm90aWide", "kSm90aCp", "kSm90aLinear",
+    "kLeanHalves", "kLeanWords", "kSm80Halves", "kSm80Words", "kSimt",
 )  # fmt: skip
+TAKEN_OVER = {"kSm90aLinear": "kSm90aWide"}  # without measurements of a group its constants are those of another one
 GENERAL = "first_design"  # sets of h200.csv with this name: there were no lean kernels yet
 UNKNOWN = 5e-8  # seconds of a feature that no file has measured in any group
 CHAIN_GROUPS = ("kChainConvolutions", "kChainLinear")
@@ -79,6 +81,8 @@ def group_of(kernel: str, dtype: str, lean: bool) -> str:
     if "_sm90a_" in kernel:
         if kernel.startswith("cp_"):
             return "kSm90aCp"
+        if kernel.startswith("lowrank_linear_"):
+            return "kSm90aLinear"
         return "kSm90aWide" if kernel.endswith("_64x128") else "kSm90aTucker"
     return ("kLean" if lean else "kSm80") + ("Words" if dtype == "tf32" else "Halves")
 
@@ -203,6 +207,8 @@ def parse(text: str, clock: float) -> tuple[float, dict[str, Vector]]:
     found = {}
     for kind, group, values in re.findall(r"(Fused|Chain)Constants (\w+) = \{\{([^}]*)\}\};", text):
         found[group] = np.array([float(value) for value in values.split(",")]) / (clock if kind == "Fused" else 1)
+    for group, other in re.findall(r"FusedConstants (\w+) = (\w+);", text):
+        found[group] = found[other]
     (launch,) = re.findall(r"kFusedLaunch = (\S+);", text)
     return float(launch), found
 
@@ -211,8 +217,13 @@ def write(gpu: str, clock: float, launch: float, found: dict[str, Vector]) -> No
     lines = [f"// Written by benchmarks/studies/fit_gpu_cost.py from measurements on NVIDIA {gpu}. Do not edit.",
              f"constexpr double kFusedLaunch = {launch:.3g};"]  # fmt: skip
     for group in FUSED_GROUPS:  # a group without observations raises KeyError, before anything is written
-        values = ", ".join(f"{value * clock:.4g}" for value in found[group])
-        lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
+        other = TAKEN_OVER.get(group)
+        measured = other is None or (group in found and not np.array_equal(found[group], found[other]))
+        if measured:
+            values = ", ".join(f"{value * clock:.4g}" for value in found[group])
+            lines.append(f"constexpr FusedConstants {group} = {{{{{values}}}}};")
+        else:
+            lines.append(f"constexpr FusedConstants {group} = {other};  // taken over, not measured")
     for group in CHAIN_GROUPS:
         values = ", ".join(f"{value:.4g}" for value in found[group])
         lines.append(f"constexpr ChainConstants {group} = {{{{{values}}}}};")

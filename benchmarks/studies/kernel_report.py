@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiled them: registers, spills, and counts of the instructions that matter.
+"""The CUDA kernels as nvcc compiled them: registers, spills, instructions, and what their loops issue (steady_ways.py).
 
 python -m benchmarks.studies.kernel_report [FOLDER] [--output docs/kernel_report.md]
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -20,23 +19,29 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.studies import machine_code, steady_ways
+from benchmarks.studies.steady_ways import Loop
 from csrc.cuda import build_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "csrc/plan/gpu/kernel_table.inc"
 OPS = {"tucker": "tucker_conv2d", "cp": "cp_conv2d", "linear": "lowrank_linear"}
-HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2}  # by the kernel's name
+HOPPER_CONFIGS = {"tucker": 0, "cp": 1, "tucker_wide": 2, "linear": 3}  # by the kernel's name
 ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64", "float": "fp32"}
 # Tensor cores by warp (HMMA) and by warpgroup (HGMMA); ldmatrix; asynchronous copies, TMA's loads; shared, global and
 # local memory; barriers.
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
 
+LOOP_ARCHITECTURES = (80, 90, 120)  # of the table of loops
+MAIN_CASES = {  # of Hopper's kernels: 3x3 windows, ranks of 64, 128, and 256 channels
+    "tucker_conv2d_sm90a_64x64": "64, 104",
+    "tucker_conv2d_sm90a_64x128": "2, 2",
+    "cp_conv2d_sm90a_112x64": "256, 4",
+}
+
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
-_FUNCTION = re.compile(r"^\s+Function : (\w+)")
-_ARCHITECTURE = re.compile(r"^\s+code for sm_(\w+)")
 _TABLE_LINE = re.compile(r'^GPU_KERNEL\((\w+), (\w+), (\d+), (\w+), "(.*)"\)', re.MULTILINE)
 
 
@@ -54,10 +59,16 @@ class Instantiation:
     spill_loads: int
     static_shared: int
     counts: Counter[str] = field(default_factory=Counter)  # counts of INSTRUCTIONS; "all": of all instructions
+    loops: list[Loop] = field(default_factory=list)  # of specialized kernels
 
     @property
     def family(self) -> str:
         return self.kernel.rsplit("_", 2)[1]
+
+    @property
+    def specialized(self) -> bool:
+        """Whether its machine code has a budget: the lean kernels and Hopper's own."""
+        return self.case == "common" or self.family == "sm90a"
 
 
 def table() -> dict[tuple[str, str, int], str]:
@@ -103,31 +114,19 @@ def _label(source: str, function: str, names: dict[tuple[str, str, int], str]) -
     return names[op, family, int(match[2])], ELEMENTS[match[1]], "common" if match[3] == "true" else "general"
 
 
-def _disassemble(path: Path) -> dict[tuple[str, str], Counter[str]]:
-    """(architecture, mangled name) -> counts of instructions, of one object file."""
-    program = tool("cuobjdump")
-    if program is None or tool("nvdisasm") is None:
+def _disassemble(path: Path, found: dict[tuple[str, str], Instantiation]) -> None:
+    """Adds the counts and loops to the kernels of an object file, which are found by (architecture, mangled name)."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
         raise RuntimeError(
             "kernel_report: cuobjdump and nvdisasm are needed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
         )
-    folders = os.pathsep.join([str(Path(program).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": folders}
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    architecture, current = "", Counter[str]()
-    with subprocess.Popen([program, "-sass", str(path)], stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if match := _INSTRUCTION.match(line):
-                current["all"] += 1
-                if match[1] in INSTRUCTIONS:
-                    current[match[1]] += 1
-            elif match := _FUNCTION.match(line):
-                current = counts.setdefault((architecture, match[1]), Counter())
-            elif match := _ARCHITECTURE.match(line):
-                architecture = match[1]
-    if process.returncode != 0:
-        raise RuntimeError(f"kernel_report: {program} -sass {path} failed with exit code {process.returncode}")
-    return counts
+    for architecture, name, function in machine_code.disassemble(path, cuobjdump, nvdisasm):
+        one = found[architecture, name]
+        opcodes = Counter(instruction.opcode for instruction in function.instructions)
+        one.counts = Counter({opcode: opcodes[opcode] for opcode in INSTRUCTIONS} | {"all": opcodes.total()})
+        if one.specialized:
+            one.loops = steady_ways.loops_of(function)
 
 
 def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
@@ -137,11 +136,11 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
         RuntimeError: a kernel that is not in the table, or no disassembler (with `sass`).
     """
     names = table()
-    found = []
+    found: list[Instantiation] = []
     for report in sorted(folder.glob("*.messages")):
         blocks = _ENTRY.split(report.read_text())[1:]
         functions = _demangle(set(blocks[0::3]))
-        counts = _disassemble(report.with_suffix(".o")) if sass else {}
+        of_file: dict[tuple[str, str], Instantiation] = {}
         for mangled, architecture, text in zip(blocks[0::3], blocks[1::3], blocks[2::3], strict=True):
             label = _label(report.stem, functions[mangled], names)
             if label is None:
@@ -151,18 +150,14 @@ def read_report(folder: Path, sass: bool = True) -> list[Instantiation]:
             frame, used = _FRAME.search(text), _USED.search(text)
             if frame is None or used is None:
                 raise RuntimeError(f"kernel_report: ptxas's report of {functions[mangled]} was not understood:\n{text}")
-            found.append(
-                Instantiation(
-                    *label,
-                    int(re.sub(r"\D", "", architecture)),
-                    int(used[1]),
-                    int(frame[1]),
-                    int(frame[2]),
-                    int(frame[3]),
-                    int(used[2] or 0),
-                    counts.get((architecture, mangled), Counter()),
-                )
+            number = int(re.sub(r"\D", "", architecture))
+            stack, spill_stores, spill_loads = (int(count) for count in frame.groups())
+            of_file[architecture, mangled] = Instantiation(
+                *label, number, int(used[1]), stack, spill_stores, spill_loads, int(used[2] or 0)
             )
+        if sass and of_file:
+            _disassemble(report.with_suffix(".o"), of_file)
+        found += of_file.values()
     order = list(names.values())
     return sorted(found, key=lambda one: (order.index(one.kernel), one.dtype, one.case, one.architecture))
 
@@ -178,7 +173,8 @@ def markdown(report: list[Instantiation], version: str) -> str:
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
         "Shared memory is dynamic (`shared_layout` of csrc/plan/geometry.h). Kernels of sm90a are compiled for "
         "sm_90a alone, once per case: padded ranks, rows of a slice, one plane or not (Tucker 64x64), parts of "
-        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels and input slices (CP).",
+        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels and input slices (CP), parts of "
+        "64 ranks (linear).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)
@@ -207,6 +203,86 @@ def markdown(report: list[Instantiation], version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _by_architecture(values: list[float | None]) -> str:
+    """A number for each architecture, or one where all are alike."""
+    texts = ["-" if value is None else f"{value:.1f}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def _lean_row(ones: list[Instantiation]) -> str:
+    """One kernel of sm80 on each architecture."""
+    stages = 3 if ones[0].kernel.startswith(OPS["tucker"]) else 2
+    chunks = [[loop.steady for loop in one.loops if loop.kind == "chunk"] for one in ones]
+    steps = [[loop.steady for loop in one.loops if loop.kind == "steps"] for one in ones]
+    outputs = [[loop.steady for loop in one.loops if loop.kind == "output"] for one in ones]
+    if {len(ways) for ways in chunks} != {stages} or {len(ways) for ways in outputs} != {2}:
+        raise RuntimeError(
+            f"kernel_report: {ones[0].kernel} must have {stages} loops over chunks and 2 that write output, got "
+            f"{[len(ways) for ways in chunks]} and {[len(ways) for ways in outputs]}"
+        )
+    order = [0, 1, 2] if stages == 3 else [0, None, 1]  # stages 1, 2 and 3 of a block
+    cells = [ones[0].kernel, ones[0].dtype, _by_architecture([ways[-1].per_product for ways in steps])]
+    cells += ["-" if i is None else _by_architecture([ways[i].per_product for ways in chunks]) for i in order]
+    cells += ["-" if i is None else _by_architecture([ways[i].per_copy for ways in chunks]) for i in order]
+    cells += [_by_architecture([ways[i].per_vector for ways in outputs]) for i in (0, 1)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _hopper_rows(one: Instantiation) -> list[str]:
+    rows = []
+    for loop in one.loops:
+        way = loop.steady
+        if loop.kind == "" or way.count.products == 0:
+            continue
+        length = str(way.instructions) + (f" to {way.longest}" if way.longest > way.instructions else "")
+        cells = [one.kernel, loop.kind, str(way.count.issued), length, f"{way.instructions / way.count.issued:.1f}"]
+        cells += [_by_architecture([value]) for value in (way.per_product, way.per_multiply_add, way.per_vector)]
+        rows.append(f"| {' | '.join(cells)} |")
+    boxes = [loop.steady.per_copy or 0 for loop in one.loops]
+    rows.append(f"| {one.kernel} | copies by TMA | 0 | at most {max(boxes):.1f} per box | - | - | - | - |")
+    return rows
+
+
+def loop_tables(report: list[Instantiation]) -> str:
+    """What the loops of the specialized kernels issue: the second section of the report."""
+    shown = [one for one in report if one.specialized and one.dtype in ("bf16", "tf32")]
+    lean: dict[tuple[str, str], list[Instantiation]] = {}
+    for one in shown:
+        if one.family == "sm80" and one.architecture in LOOP_ARCHITECTURES:
+            lean.setdefault((one.kernel, one.dtype), []).append(one)
+    numbers = sorted({one.architecture for ones in lean.values() for one in ones})
+    lines = [
+        "",
+        "## What the loops issue",
+        "",
+        "Counted in the machine code, on the steady way of a loop, which benchmarks/studies/steady_ways.py describes. "
+        "tests/cuda/test_cuda_build.py holds budgets (3 instructions per product, 6 per copy, 30 per vector of output, "
+        "no division of integers in a loop) and lists the loops that do not reach them.",
+        "",
+        f"The lean kernels of sm80. A number for each of {', '.join(f'sm_{number}' for number in numbers)} where they "
+        "differ. Product: an `mma.sync`. Steps: the innermost loop of stages 2 and 3. Stages 1 to 3: their loops over "
+        "chunks, everything included, for the largest chunk; that of 256 bytes runs the innermost loop twice and is "
+        "counted as running it once. Copy: 16 bytes per lane. Output: 16 bytes per lane; costly activations are "
+        "hardswish, silu and gelu, here with the cheapest of them.",
+        "",
+        "| kernel | dtype | per product: steps | stage 1 | stage 2 | stage 3 | per copy: stage 1 | stage 2 | stage 3 "
+        "| per vector of output | with a costly activation |",
+        "|---|---|" + "---|" * 9,
+        *(_lean_row(ones) for ones in lean.values()),
+        "",
+        "The kernels of sm90a, bf16, each in its main case. Product: 16 x 8 sums of a warp; a `wgmma` of N columns "
+        "computes N / 8 of them. Per product: without what serves the multiply-adds of CP's depthwise stage. A box has "
+        "4 KiB or more, for which a warp would need 8 copies or more of 16 bytes per lane.",
+        "",
+        "| kernel | loop | wgmma | instructions | per wgmma | per product | per multiply-add | per vector of output |",
+        "|---|---|" + "---|" * 6,
+    ]
+    for one in shown:
+        if one.family == "sm90a" and one.case == MAIN_CASES[one.kernel]:
+            lines += _hopper_rows(one)
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="objects of an earlier build (default: compiles them)")
@@ -221,7 +297,8 @@ def main() -> int:
         wanted = build_kernels.wanted_architectures(tools)
         build_kernels.compile_kernels(tools, wanted)
         folder = build_kernels.folder_for(wanted)
-    text = markdown(read_report(folder), tools.version)
+    report = read_report(folder)
+    text = markdown(report, tools.version) + loop_tables(report)
     print(text, end="")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

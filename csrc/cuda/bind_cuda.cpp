@@ -159,6 +159,8 @@ void bind_cuda(py::module_& m) {
   });
   bind_with_call(m, "describe_launch", &describe_launch);
   m.def("check_gpu_kernel", &check_gpu_kernel);
+  m.def("fail_gpu_launches", [](int error) { fail_launches(cudaError_t(error)); });
+  m.def("is_launch_refusal", [](int error) { return is_refusal(cudaError_t(error)); });
 }
 
 }  // namespace lowrank_ops

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "ops/problem_of.h"
 
@@ -83,20 +84,20 @@ Factor core_factor(const Tensor& core) {
   return factor;
 }
 
+std::atomic<cudaError_t> failing{cudaSuccess};
+
 using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
 
 // Null: this build has no launcher of that family.
 Launcher launcher_of(const GpuKernel& kernel) {
-  const bool sm80 = kernel.family == Family::kSm80;
-  if (kernel.family == Family::kSm90a)
-    return kernel.op == Op::kTucker ? launch_tucker_sm90a : kernel.op == Op::kCP ? launch_cp_sm90a : nullptr;
+  const bool sm80 = kernel.family == Family::kSm80, sm90a = kernel.family == Family::kSm90a;
   switch (kernel.op) {
     case Op::kTucker:
-      return sm80 ? launch_tucker_sm80 : launch_tucker_simt;
+      return sm90a ? launch_tucker_sm90a : sm80 ? launch_tucker_sm80 : launch_tucker_simt;
     case Op::kCP:
-      return sm80 ? launch_cp_sm80 : launch_cp_simt;
+      return sm90a ? launch_cp_sm90a : sm80 ? launch_cp_sm80 : launch_cp_simt;
     case Op::kLinear:
-      return sm80 ? launch_linear_sm80 : launch_linear_simt;
+      return sm90a ? launch_linear_sm90a : sm80 ? launch_linear_sm80 : launch_linear_simt;
   }
   return nullptr;
 }
@@ -169,6 +170,7 @@ cudaError_t FusedCall::launch(const Plan& plan, const Tensor& output, cudaStream
   const GpuKernel& kernel = gpu_kernels()[size_t(plan.gpu_kernel)];
   const Launcher launcher = launcher_of(kernel);
   if (!launcher) return cudaErrorInvalidDeviceFunction;
+  if (failing != cudaSuccess) return failing;
   const Launch prepared = prepare(plan.geometry, output);
   // Torch's guard has chosen the device for torch's CUDA runtime; this is the call for ours.
   const cudaError_t error = cudaSetDevice(device().index());
@@ -183,16 +185,44 @@ Tensor FusedCall::run(const Plan& plan) const {
 
 void FusedCall::run(const Plan& plan, const Tensor& output) const {
   const cudaError_t error = launch(plan, output, current_stream(device()));
-  if (error == cudaSuccess) return;
+  TORCH_CHECK(error == cudaSuccess, failure(plan, error));
+}
+
+std::string FusedCall::failure(const Plan& plan, cudaError_t error) const {
   const Geometry& g = plan.geometry;
-  TORCH_CHECK(false, caller_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (",
-              gpu_caps(device()).name, "): ", describe(error), ". input ", call_.input.sizes(), " of ",
-              call_.input.scalar_type(), ", strides ", call_.input.strides(), "; in_factor ", call_.in_factor.sizes(),
-              ", out_factor ", call_.out_factor.sizes(), ", kernel ", problem_.kh, "x", problem_.kw,
-              ". Plan: ", g.tile_n, " images x ", g.rows.tile, "x", g.columns.tile, " pixels a tile, ", g.stages,
-              " stages, ", g.splits, " splits, ", plan.ctas, " CTAs of ", plan.threads, " threads, ", plan.shared_bytes,
-              " bytes of shared memory. An error of earlier work on this GPU can show here: CUDA_LAUNCH_BLOCKING=1 "
-              "finds where. set_policy('chain') runs without this kernel");
+  return c10::str(
+      caller_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (", gpu_caps(device()).name,
+      "): ", describe(error), ". input ", call_.input.sizes(), " of ", call_.input.scalar_type(), ", strides ",
+      call_.input.strides(), "; in_factor ", call_.in_factor.sizes(), ", out_factor ", call_.out_factor.sizes(),
+      ", kernel ", problem_.kh, "x", problem_.kw, ". Plan: ", g.tile_n, " images x ", g.rows.tile, "x", g.columns.tile,
+      " pixels a tile, ", g.stages, " stages, ", g.splits, " splits, ", plan.ctas, " CTAs of ", plan.threads,
+      " threads, ", plan.shared_bytes, " bytes of shared memory. ",
+      is_refusal(error) ? ""
+                        : "An error of earlier work on this GPU can show here: CUDA_LAUNCH_BLOCKING=1 finds "
+                          "where. ",
+      "set_policy('chain') runs without this kernel");
+}
+
+bool is_refusal(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidValue:  // also: a tensor map that the driver does not make
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorMemoryAllocation:  // the kernel's code is loaded at its first launch
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorNotSupported:
+      return true;
+    default:
+      return false;
+  }
+}
+
+void fail_launches(cudaError_t error) {
+  failing = error;
 }
 
 }  // namespace lowrank_ops

@@ -30,7 +30,9 @@ class FusedCall {
   Launch prepare(const Geometry& geometry, const at::Tensor& output) const;
   // Puts the planned kernel onto the stream of the current device.
   cudaError_t launch(const Plan& plan, const at::Tensor& output, cudaStream_t stream) const;
-  // The same on the current stream; when the launch fails, an exception with the call, the plan and the GPU.
+  // What to say of a launch that failed: the call, the plan and the GPU.
+  std::string failure(const Plan& plan, cudaError_t error) const;
+  // launch() on the current stream; when it fails, an exception with failure().
   void run(const Plan& plan, const at::Tensor& output) const;
   at::Tensor run(const Plan& plan) const;
 
@@ -39,5 +41,11 @@ class FusedCall {
   OpCall call_;
   Problem problem_;
 };
+
+// Whether the driver refused a launch: nothing ran, and the GPU goes on working. Any other error may be one of earlier
+// work, after which nothing runs on this GPU any more.
+bool is_refusal(cudaError_t error);
+// For tests: every launch of a fused kernel fails with this error; cudaSuccess: no longer.
+void fail_launches(cudaError_t error);
 
 }  // namespace lowrank_ops

@@ -74,6 +74,20 @@ bool chain_for_graphs(const FusedCall& call, const SharedDecision& decision, boo
   return false;
 }
 
+// Runs the plan's kernel. Where the driver refuses the launch, the kernel is left out from now on, and the chain runs;
+// under the policy "fused" that is an exception.
+at::Tensor run_fused(const FusedCall& call, const Plan& plan, cudaStream_t stream) {
+  const at::Tensor output = call.empty_output();
+  const cudaError_t error = call.launch(plan, output, stream);
+  if (error == cudaSuccess) return output;
+  TORCH_CHECK(is_refusal(error) && policy() != Policy::kFused && forced_gpu_kernel().empty(),
+              call.failure(plan, error));
+  refuse_gpu_kernel(call.device().index(), plan.gpu_kernel, "its launch failed: " + describe(error));
+  TORCH_WARN("lowrank_ops: ", call.failure(plan, error),
+             ". The kernel is left out in this process, and the chain of library ops runs. Please report this line.");
+  return run_chain(call);
+}
+
 // Runs the fused kernel or the chain, as the plan says. A kernel is checked before its first use (verify.h); while a
 // CUDA graph is captured that is impossible, and the chain runs instead: run once outside, as for any library op.
 at::Tensor run(const FusedCall& call) {
@@ -106,7 +120,7 @@ at::Tensor run(const FusedCall& call) {
   const Plan& plan = measure ? measured_plan(call, *decision, stream, captured) : decision->chosen;
   if (is_fused(plan) && may_run(call, plan)) {
     if (!measure && decision->chain_in_graphs && chain_for_graphs(call, *decision, captured)) return run_chain(call);
-    return call.run(plan);
+    return run_fused(call, plan, stream);
   }
   if (chosen_policy == Policy::kFused && !is_fused(plan)) check_architecture(call, *decision);
   return run_chain(call);

@@ -97,16 +97,25 @@ struct Trial {
     return {steps ? kStride : kOnes, kPadding, steps ? kDilation : kOnes};
   }
 
-  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, bool steps)
+  // The ranks to try: R2 of Tucker, the only rank of CP and linear. The sm90a linear kernel has three instances.
+  static std::vector<int64_t> ranks(const GpuKernel& kernel) {
+    if (!is_sm90a(kernel)) return {40};
+    if (kernel.op == Op::kLinear) return {40, 104, 200};
+    return {kernel.op == Op::kCP ? 136 : is_wide_sm90a(kernel) ? 104 : 40};
+  }
+
+  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, int64_t r2, bool steps)
       : op(kernel.op), dtype(dtype), activation(activation), steps(steps) {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
-    // third part of CP's ranks. CP takes windows of 3x3 and T in multiples of 32, the wide kernel ranks above 64.
+    // third part of CP's ranks; enough rows for a second tile on some. CP takes windows of 3x3 and T in multiples of
+    // 32, the wide kernel ranks above 64.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
-    constexpr int64_t kh = 3, rows = 150;
+    constexpr int64_t kh = 3;
     const int64_t h = steps ? 11 : 9, w = steps ? 37 : 19;  // output 9x18 for windows of 3x2
+    const int64_t rows = hopper ? 17970 : 150;
     const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
     const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
-    const int64_t r1 = wide ? 72 : 24, r2 = square ? 136 : wide ? 104 : 40;
+    const int64_t r1 = wide ? 72 : 24;
     const at::Generator generator = at::detail::createCPUGenerator(1234);
     const auto draw = [&](at::IntArrayRef sizes, int64_t summed) {
       const Tensor values = at::randn(sizes, generator, at::dtype(at::kDouble)) / std::sqrt(double(summed));
@@ -183,8 +192,11 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
   const GpuKernel& kernel = gpu_kernels()[size_t(index)];
   std::string error;
   const auto try_on = [&](at::MemoryFormat format, Activation activation, bool steps) {
-    if (error.empty()) error = error_of(device, kernel, Trial(kernel, dtype, format, activation, steps), tf32, damaged);
+    for (const int64_t rank : Trial::ranks(kernel))
+      if (error.empty())
+        error = error_of(device, kernel, Trial(kernel, dtype, format, activation, rank, steps), tf32, damaged);
   };
+  // Linear layers have no memory format; the other sm90a kernels take one.
   if (!is_sm90a(kernel) || kernel.op == Op::kLinear) try_on(at::MemoryFormat::Contiguous, Activation::kNone, false);
   if (kernel.op != Op::kLinear) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, false);
   // Strides and dilations are code of their own in these kernels (plan/gpu/planes.h).

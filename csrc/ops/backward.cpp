@@ -1,6 +1,7 @@
-// The backward ops, on every device: a chain of library convolutions (or matrix products), run over a few
-// images (or rows) at a time, so that no intermediate of a whole batch ever exists. All three ops are one
-// algorithm: a list of linear stages, walked forward to recompute the stage inputs and then backward.
+// The backward ops, on every device, run over a few images (or rows) at a time, so that no intermediate of a whole
+// batch ever exists. All three ops are one algorithm: a list of linear stages, each a library convolution (or a matrix
+// product), walked forward to recompute the stage inputs and then backward. Where no factor's gradient is wanted, the
+// forward op computes the input's (input_gradient.h).
 #include "ops/backward.h"
 
 #include <ATen/ATen.h>
@@ -12,6 +13,8 @@
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/input_gradient.h"
+#include "ops/policy.h"
 #include "ops/problem_of.h"
 #include "plan/gpu/planner.h"
 
@@ -80,14 +83,18 @@ int64_t chunk_size(const Block& block, const Tensor& input, const Tensor& grad_o
   return std::max<int64_t>(1, (input.is_cpu() ? kCpuChunkBytes : kDeviceChunkBytes) / bytes);
 }
 
+// The format in which gradients are computed. On GPUs the library's convolutions and the kernels are fastest in
+// channels_last, whatever the caller's format is.
+at::MemoryFormat computed_format(const Tensor& input) {
+  return input.is_cuda() && input.dim() == 4 ? at::MemoryFormat::ChannelsLast : input.suggest_memory_format();
+}
+
 // `block_gradients` chunk by chunk along axis 0: the weights' gradients added up in fp32 at least, then in
 // the dtype, shape and memory format of `factors`, so that an optimizer meets the strides it expects.
 std::vector<Tensor> chunked_gradients(const Tensor& grad_output, const Tensor& input, const Block& block,
                                       const c10::SmallVector<Tensor, 4>& factors, c10::ArrayRef<bool> mask) {
   const at::ScalarType dtype = block.dtype();
-  const auto format = input.suggest_memory_format();
-  // On GPUs the library's convolutions are fastest in channels_last, whatever the caller's format is.
-  const auto computed = input.is_cuda() && input.dim() == 4 ? at::MemoryFormat::ChannelsLast : format;
+  const auto format = input.suggest_memory_format(), computed = computed_format(input);
   const auto any = std::find(mask.begin(), mask.end(), true) != mask.end();
   std::vector<Tensor> total(mask.size());
   if (mask[0]) total[0] = at::empty(input.sizes(), input.options().memory_format(format));
@@ -185,15 +192,6 @@ std::vector<Tensor> merged_cp_gradients(const Tensor& grad_output, const OpCall&
   return {found[0], found[1], grad_height, grad_width, found[3], found[4]};
 }
 
-// Gradients of a linear layer, its input as a matrix of rows.
-std::vector<Tensor> linear_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
-  auto gradients =
-      chunked_gradients(grad_output.reshape({-1, call.out_factor.size(0)}),
-                        call.input.reshape({-1, call.in_factor.size(1)}), block_of(call), call.factors(), mask);
-  if (mask[0]) gradients[0] = gradients[0].view(call.input.sizes());
-  return gradients;
-}
-
 // Whether both depthwise stages are to be one convolution.
 bool merges(const OpCall& call) {
   if (call.op != Op::kCP || !call.input.is_cuda()) return false;
@@ -202,13 +200,59 @@ bool merges(const OpCall& call) {
   return merges_depthwise(problem);
 }
 
+// Whether the forward op is to compute the gradients: none of a factor is wanted, for which the hidden images'
+// gradients would have to be computed anyway. Under the policy "chain" the library's own gradients run.
+bool takes_forward_op(const OpCall& call, c10::ArrayRef<bool> mask) {
+  const auto factors = mask.slice(1, mask.size() - 2);
+  return mask[0] && std::none_of(factors.begin(), factors.end(), [](bool wanted) { return wanted; }) &&
+         policy() != Policy::kChain && call.input.numel() > 0 && is_block_gradient(call);
+}
+
+// The gradients of the input and, where it is wanted, of the bias.
+std::vector<Tensor> forward_op_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  const Tensor& input = call.input;
+  const auto format = input.suggest_memory_format(), computed = computed_format(input);
+  const bool has_activation = call.activation != Activation::kNone;
+  const InputGradient block(call);
+  // Only what the activation was applied to is recomputed: without one, there are no intermediates.
+  const int64_t end = input.size(0), step = has_activation ? chunk_size(block_of(call), input, grad_output) : end;
+  Tensor grad_input, grad_bias;
+  if (step < end) grad_input = at::empty(input.sizes(), input.options().memory_format(format));
+  for (int64_t first = 0; first < end; first += step) {
+    const int64_t size = std::min(step, end - first);
+    const auto chunk = [&](const Tensor& tensor) { return tensor.narrow(0, first, size).contiguous(computed); };
+    Tensor grad = chunk(grad_output);
+    if (has_activation)
+      grad = activation_backward(grad, before_activation(with_input(call, chunk(input))), call.activation);
+    if (mask.back()) grad_bias = grad_bias.defined() ? grad_bias + sum_for_bias(grad) : sum_for_bias(grad);
+    const Tensor part = block.of(grad);
+    if (step < end)
+      grad_input.narrow(0, first, size).copy_(part);
+    else
+      grad_input = part.contiguous(format);
+  }
+  std::vector<Tensor> gradients(mask.size());
+  gradients[0] = grad_input;
+  if (mask.back()) gradients.back() = grad_bias.to(call.out_factor.scalar_type());
+  return gradients;
+}
+
+// The gradients of a convolution, or of a linear layer whose input is a matrix of rows.
+std::vector<Tensor> gradients_of(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
+  if (takes_forward_op(call, mask)) return forward_op_gradients(grad_output, call, mask);
+  if (merges(call)) return merged_cp_gradients(grad_output, call, mask);
+  return chunked_gradients(grad_output, call.input, block_of(call), call.factors(), mask);
+}
+
 std::vector<Tensor> op_gradients(const Tensor& grad_output, const OpCall& call, c10::ArrayRef<bool> mask) {
   check(call);
   check_grad_output((std::string(name_of(call.op)) + "_backward").c_str(), grad_output, call);
   const NoAutocast no_autocast;
-  if (call.op == Op::kLinear) return linear_gradients(grad_output, call, mask);
-  if (merges(call)) return merged_cp_gradients(grad_output, call, mask);
-  return chunked_gradients(grad_output, call.input, block_of(call), call.factors(), mask);
+  if (call.op != Op::kLinear) return gradients_of(grad_output, call, mask);
+  const Tensor rows = call.input.reshape({-1, call.in_factor.size(1)});
+  auto gradients = gradients_of(grad_output.reshape({-1, call.out_factor.size(0)}), with_input(call, rows), mask);
+  if (mask[0]) gradients[0] = gradients[0].view(call.input.sizes());
+  return gradients;
 }
 
 }  // namespace

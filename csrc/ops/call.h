@@ -103,4 +103,18 @@ inline OpCall linear_call(const at::Tensor& input, const at::Tensor& in_factor, 
           .activation = activation};
 }
 
+// The same call of another input, which outlives it.
+inline OpCall with_input(const OpCall& call, const at::Tensor& input) {
+  return {.op = call.op,
+          .input = input,
+          .in_factor = call.in_factor,
+          .core = call.core,
+          .height_factor = call.height_factor,
+          .width_factor = call.width_factor,
+          .out_factor = call.out_factor,
+          .bias = call.bias,
+          .window = call.window,
+          .activation = call.activation};
+}
+
 }  // namespace lowrank_ops

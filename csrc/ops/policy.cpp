@@ -110,6 +110,12 @@ std::string measurement_key(const Problem& p, const std::string& device) {
   return key;
 }
 
+std::optional<Measurement> measurement_of(const std::string& key) {
+  const std::shared_lock<std::shared_mutex> lock(measured_mutex);
+  const auto found = measured.find(key);
+  return found == measured.end() ? std::nullopt : std::optional<Measurement>(found->second.measurement);
+}
+
 std::optional<std::string> measured_fastest(const std::string& key) {
   const std::shared_lock<std::shared_mutex> lock(measured_mutex);
   const auto found = measured.find(key);

@@ -39,6 +39,7 @@ std::string measurement_key(const Problem& problem, const std::string& device);
 // each candidate is timed once, and the result is remembered.
 size_t measured_choice(const std::string& key, const std::vector<Candidate>& candidates);
 std::optional<std::string> measured_fastest(const std::string& key);
+std::optional<Measurement> measurement_of(const std::string& key);
 
 // Whether to run the chain under "measure" on a CPU: both run on the caller's own tensors, three times, the first
 // untimed, the faster of the others counts.

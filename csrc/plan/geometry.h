@@ -75,8 +75,9 @@ constexpr Config kSm90aConfigs[] = {
     {4, 1, 2, 1, 8},   // Tucker: 8x8 pixels
     {7, 1, 2, 1, 8},   // CP: 14x8 pixels
     {4, 1, 2, 1, 16},  // Tucker, ranks up to 128: 8x8 pixels
+    {8, 1, 1, 1, 32},  // linear, ranks up to 256: 128 rows
 };
-constexpr int kSm90aTuckerConfig = 0, kSm90aCpConfig = 1, kSm90aWideConfig = 2;
+constexpr int kSm90aTuckerConfig = 0, kSm90aCpConfig = 1, kSm90aWideConfig = 2, kSm90aLinearConfig = 3;
 constexpr int kNumSm80Configs = sizeof(kSm80Configs) / sizeof(Config);
 constexpr int kNumSimtConfigs = sizeof(kSimtConfigs) / sizeof(Config);
 constexpr int kNumSm90aConfigs = sizeof(kSm90aConfigs) / sizeof(Config);

@@ -105,7 +105,8 @@ DeviceDecision plan_for_cpu(const Problem& given, bool packed) {
   const CpuCaps caps = cpu_caps();
   const Problem p = as_fused(given);
   const bool prepared = packed && packed_covers(p);
-  DeviceDecision planned{plan_cpu(p, caps, policy(), prepared), in_words(caps), ""};
+  DeviceDecision planned{plan_cpu(p, caps, policy(), prepared), in_words(caps),
+                         measurement_key(p, in_words(measured_caps(caps, prepared)))};
   Decision& decision = planned.decision;
   if (policy() == Policy::kMeasure && decision.others.size() == 1) {
     const std::optional<bool> chain_faster = measured_chain_faster(p, measured_caps(caps, prepared));
@@ -199,6 +200,16 @@ DeviceDecision plan_for_device(Problem& p, const std::string& device, bool prepa
   return planned;
 }
 
+// A plan with the time that the policy "measure" has measured, where there is one.
+py::dict described_with_time(const Plan& plan, Op op, const std::optional<Measurement>& measurement) {
+  py::dict result = describe(plan, op);
+  if (measurement)
+    for (const auto& [name, seconds] : measurement->seconds)
+      if (name == plan.kernel || (plan.gpu_kernel < 0 && name == name_of(plan.path)))
+        result["measured_seconds"] = seconds;
+  return result;
+}
+
 py::dict explain(const std::string& op, const std::string& dtype, bool channels_last, std::array<int64_t, 9> sizes,
                  std::array<int64_t, 6> window, const std::string& activation, const std::string& device,
                  bool prepared) {
@@ -208,9 +219,10 @@ py::dict explain(const std::string& op, const std::string& dtype, bool channels_
   result["policy"] = std::string(name_of(policy()));
   result["device"] = planned.device;
   result["tf32"] = p.tf32;
-  result["chosen"] = describe(planned.decision.chosen, p.op);
+  const std::optional<Measurement> measurement = measurement_of(planned.key);
+  result["chosen"] = described_with_time(planned.decision.chosen, p.op, measurement);
   py::list others, rejections;
-  for (const Plan& plan : planned.decision.others) others.append(describe(plan, p.op));
+  for (const Plan& plan : planned.decision.others) others.append(described_with_time(plan, p.op, measurement));
   for (const Rejection& rejection : planned.decision.rejections)
     rejections.append(py::make_tuple(rejection.kernel, rejection.reason));
   result["others"] = others;

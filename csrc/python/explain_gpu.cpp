@@ -56,6 +56,7 @@ py::list kernel_table() {
     line["threads"] = threads_of(kernel);
     line["first_architecture"] = kernel.first_architecture;
     line["verified_on"] = kernel.verified_on;
+    line["measured_on"] = kernel.measured_on;
     table.append(line);
   }
   return table;

@@ -31,7 +31,8 @@ class Explanation:
         policy: the policy in force.
         device: the device planned for.
         path: "fused" or "chain".
-        chosen: the plan: kernel, tile, FLOPs, bytes, predicted seconds (0: no figure), notes; on a CPU scratch bytes a
+        chosen: the plan: kernel, tile, FLOPs, bytes, predicted seconds (0: no figure), the seconds that the policy
+            "measure" has measured for this problem (`measured_seconds`; absent: none), notes; on a CPU scratch bytes a
             thread, strips (tasks along the height of an image) and team (threads that share each stage of a task; 1:
             every thread has tasks of its own), on a GPU images x height x width of a tile, stages, splits, threads,
             CTAs, waves, shared bytes.
@@ -113,6 +114,7 @@ _WORK: dict[str, Callable[[dict[str, Any]], str]] = {
     "GFLOP": lambda plan: figure(plan["flops"] / 1e9),
     "MB": lambda plan: figure(plan["bytes"] / 1e6),
     "predicted": lambda plan: f"{figure(plan['predicted_seconds'] * 1e6)} us" if plan["predicted_seconds"] else "",
+    "measured": lambda plan: f"{figure(plan['measured_seconds'] * 1e6)} us",
 }
 _CPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tile": lambda plan: " x ".join(str(plan[key]) for key in ("tile_rows", "tile_columns") if key in plan),

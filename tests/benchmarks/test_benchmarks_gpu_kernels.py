@@ -24,7 +24,8 @@ def test_planned_cuts_are_what_the_planner_says(cell: layers.Cell) -> None:
     described = fit_gpu_cost.described(cell, "bfloat16")
     of_op = [line["name"] for line in _C.gpu_kernels() if line["op"] == cell.op]
     taking = {name for name in of_op if _C.plan_gpu_kernel(described, name, "H200")["reason"] == ""}
-    assert {cut.kernel for cut in found} == taking and len(taking) >= len(of_op) - 1
+    assert {cut.kernel for cut in found} == taking
+    assert {name for name in of_op if "_sm90a_" not in name} <= taking
     for cut in found:
         plan = _C.plan_gpu_kernel(described, cut.kernel, "H200")
         assert (list(cut.tile), cut.stages, cut.splits) == (plan["tile"], plan["stages"], plan["splits"])
@@ -46,6 +47,15 @@ def test_other_cuts_stay_within_the_tile(cell: layers.Cell) -> None:
             images, rows, columns = cut.tile
             assert 1 <= images * rows * columns <= pixels[cut.kernel] and cut.predicted_seconds is None
             assert not cell.is_linear or rows == 1
+
+
+@pytest.mark.parametrize("cell", BLOCKS)
+def test_an_ablation_has_less_of_one_stage(cell: layers.Cell) -> None:
+    found = gpu_kernels.ablations(cell)
+    assert len(found) == (2 if cell.is_linear else 3)
+    for smaller in found.values():
+        assert smaller.op == cell.op and smaller.output_size == cell.output_size
+        assert smaller.rank == cell.rank and smaller.flops < cell.flops
 
 
 def test_hopeless_cuts_are_left_out() -> None:
@@ -88,6 +98,21 @@ def test_constants_are_written_as_they_are_read(tmp_path, monkeypatch) -> None:
     assert launch_again == launch
     for group, values in found.items():
         np.testing.assert_allclose(again[group], values, rtol=1e-3)
+
+
+def test_constants_of_another_kernel_are_marked_until_there_are_measurements(tmp_path, monkeypatch) -> None:
+    launch, found = fit_gpu_cost.parse(fit_gpu_cost.CONSTANTS.read_text(), 1)
+    monkeypatch.setattr(fit_gpu_cost, "CONSTANTS", tmp_path / "constants.inc")
+    assert fit_gpu_cost.group_of("lowrank_linear_sm90a_128x256", "bfloat16", False) == "kSm90aLinear"
+    for own in (None, found["kSm90aWide"] * 2):
+        fitted = {group: values for group, values in found.items() if group != "kSm90aLinear"}
+        if own is not None:
+            fitted["kSm90aLinear"] = own
+        fit_gpu_cost.write("H200", 1, launch, fitted)
+        written = (tmp_path / "constants.inc").read_text()
+        assert ("kSm90aLinear = kSm90aWide;" in written) == (own is None)
+        expected = found["kSm90aWide"] if own is None else own
+        np.testing.assert_allclose(fit_gpu_cost.parse(written, 1)[1]["kSm90aLinear"], expected, rtol=1e-3)
 
 
 def test_a_cpus_file_is_refused(tmp_path) -> None:

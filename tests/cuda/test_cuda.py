@@ -539,6 +539,40 @@ print("done")
     assert said == "done"
 
 
+def test_a_refused_launch_runs_the_chain() -> None:
+    """Under "auto" with a warning, and the kernel is left out from then on; under "fused" it is an error."""
+    said = run_script(
+        """
+import warnings
+import torch, lowrank_ops
+from lowrank_ops.ops.extension import _C
+layer = lowrank_ops.TuckerConv2d(64, 64, 3, 16, padding=1, device="cuda", dtype=torch.bfloat16)
+x = torch.randn(8, 64, 28, 28, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+def chosen():
+    return lowrank_ops.explain(layer, x, verbose=False)[0]
+with torch.no_grad():
+    expected = layer(x)
+    first = chosen()
+    assert first.path == "fused", first
+    _C.fail_gpu_launches(1)  # cudaErrorInvalidValue
+    with lowrank_ops.set_policy("fused"):
+        try:
+            layer(x)
+            raise SystemExit("no error")
+        except RuntimeError as error:
+            assert "could not be launched" in str(error) and "cudaErrorInvalidValue" in str(error), error
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = layer(x)
+    assert any(first.chosen["kernel"] in str(one.message) and "left out" in str(one.message) for one in told), told
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert "its launch failed" in dict(chosen().rejections)[first.chosen["kernel"]]
+print("done")
+"""
+    )
+    assert said == "done"
+
+
 def test_explain_knows_what_was_measured() -> None:
     for op in OPS:
         call = large_call(op, dtype=torch.bfloat16, layout=torch.channels_last)

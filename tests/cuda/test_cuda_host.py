@@ -142,3 +142,18 @@ def test_a_batch_that_is_one_image_expanded() -> None:
     call = Problem("cp_conv2d", n=1, s=16, t=16, r1=8, h=9, w=9).make()
     call.tensors["input"] = call.tensors["input"].expand(3, -1, -1, -1)
     assert assert_right(call)["input_stride"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        pytest.param(1, True, id="cudaErrorInvalidValue"),
+        pytest.param(701, True, id="cudaErrorLaunchOutOfResources"),
+        pytest.param(209, True, id="cudaErrorNoKernelImageForDevice"),
+        pytest.param(700, False, id="cudaErrorIllegalAddress"),
+        pytest.param(719, False, id="cudaErrorLaunchFailure"),
+        pytest.param(0, False, id="cudaSuccess"),
+    ],
+)
+def test_after_a_refused_launch_the_chain_can_run(error: int, refused: bool) -> None:
+    assert _C.is_launch_refusal(error) is refused

@@ -44,6 +44,7 @@ from tests.support.simulator.hopper_cases import (
     case_for_a_gpu,
     hopper_case,
 )
+from tests.support.simulator.hopper_cases import LINEAR as HOPPER_LINEAR
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -209,7 +210,7 @@ def test_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "window"),
-    [(kernel, SAME) for kernel in (TUCKER, CP, WIDE)]
+    [(kernel, SAME) for kernel in (TUCKER, CP, WIDE, HOPPER_LINEAR)]
     + [(kernel, window) for kernel in (TUCKER, WIDE) for window in (HALF, WIDER)],
     ids=str,
 )
@@ -235,7 +236,7 @@ def test_sanitized_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None
 # ---- The check before first use
 
 
-HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP, WIDE) for dtype in HALVES]
+HOPPERS = [(kernel, dtype) for kernel in (TUCKER, CP, WIDE, HOPPER_LINEAR) for dtype in HALVES]
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR, *HOPPERS], ids=identify)

@@ -128,6 +128,26 @@ def test_a_gpu_that_was_not_measured_needs_a_margin() -> None:
     assert any(reason.startswith("predicted less than 1.5 times as fast") for reason in reasons)
 
 
+def test_a_kernel_that_no_gpu_has_timed_needs_a_margin_where_others_were_measured() -> None:
+    """Hopper's linear kernel on the H200: 1.5 times as fast as everything that was measured, or the fastest of that."""
+    kernel, taken, refused = "lowrank_linear_sm90a_128x256", 0, set()
+    for rows, channels, rank in itertools.product((512, 8192, 16896, 32768), (256, 1024, 4096), (64, 128, 256)):
+        found = Problem("lowrank_linear", n=rows, s=channels, t=channels, r1=rank).explain("H200")
+        plans = {one["kernel"]: one for one in (found.chosen, *found.others)}
+        assert any("was measured on no GPU" in note for note in plans[kernel]["notes"])
+        ours = plans.pop(kernel)["predicted_seconds"]
+        fastest = min(plans.values(), key=lambda one: one["predicted_seconds"])
+        best = fastest["predicted_seconds"]
+        assert found.chosen["kernel"] == (kernel if ours * 1.5 <= best else fastest["kernel"])
+        taken += ours * 1.5 <= best
+        if ours < best < ours * 1.5:
+            refused.add(dict(found.rejections)[kernel])
+    assert taken
+    assert refused == {
+        "predicted less than 1.5 times as fast as the choice; its time has not been measured on this architecture"
+    }
+
+
 def test_the_choices_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     gpu_choices.main(["second_bf16"])
     printed = capsys.readouterr().out

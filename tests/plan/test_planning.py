@@ -115,6 +115,22 @@ def test_measure_gives_the_right_result_and_remembers(op: str) -> None:
     assert call_counts in (0, {"tucker_conv2d": 3, "cp_conv2d": 4, "lowrank_linear": 2}[op])
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_explain_has_the_measured_times(op: str) -> None:
+    """Beside the predictions, once the policy "measure" has timed the call; and of that call alone."""
+    call = Problem(op, activation="relu", n=3).make()
+    with lowrank_ops.set_policy("measure"):
+        before = explain_one(call.problem)
+        call.run()
+        after, other = explain_one(call.problem), explain_one(replace(call.problem, n=4))
+    for found in (before, other):
+        assert all("measured_seconds" not in plan for plan in (found.chosen, *found.others))
+        assert "measured" not in str(found).replace('"measure"', "").replace("not measured yet", "")
+    times = [plan["measured_seconds"] for plan in (after.chosen, *after.others)]
+    assert len(times) == 2 and 0 < times[0] <= times[1] < 1
+    assert "measured" in str(after)
+
+
 def test_other_devices_run_the_chain_and_explain_says_so() -> None:
     for device in ("mps", "xpu"):
         why = f"lowrank_ops has no kernels for {device} in this build"

@@ -9,7 +9,9 @@ import torch
 from tests.support.simulator import harness
 from tests.support.simulator.cases import Case
 from tests.support.simulator.harness import Kernel, Result
-from tests.support.simulator.hopper_cases import CASES, CP, HALVES, TUCKER, WIDE, hopper_case
+from tests.support.simulator.hopper_cases import CASES, CP, HALVES, LINEAR, TUCKER, WIDE, hopper_case
+
+KERNELS = (TUCKER, CP, WIDE, LINEAR)
 
 
 def run(case: Case) -> Result:
@@ -26,17 +28,15 @@ def test_values(kernel: Kernel, name: str, dtype: torch.dtype) -> None:
 
 
 def test_slots_are_as_many_as_fit() -> None:
-    slots = {
-        kernel: hopper_case(kernel, "much of everything", torch.bfloat16).cut.stages for kernel in (TUCKER, CP, WIDE)
-    }
-    assert slots == {TUCKER: 3, CP: 3, WIDE: 4}
+    slots = {kernel: hopper_case(kernel, "much of everything", torch.bfloat16).cut.stages for kernel in KERNELS}
+    assert slots == {TUCKER: 3, CP: 3, WIDE: 4, LINEAR: 4}
 
 
 MUCH, STRIDE = "much of everything", "stride, much of everything"
 MUTATIONS = [
-    *((kernel, MUCH, name) for kernel in (TUCKER, CP, WIDE) for name in ("early_release", "short_expect")),
-    *((kernel, MUCH, name) for kernel in (TUCKER, WIDE) for name in ("skip_fence_proxy", "skip_store_wait")),
-    *((kernel, MUCH, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE) for number in range(1, 7)),
+    *((kernel, MUCH, name) for kernel in KERNELS for name in ("early_release", "short_expect")),
+    *((kernel, MUCH, name) for kernel in (TUCKER, WIDE, LINEAR) for name in ("skip_fence_proxy", "skip_store_wait")),
+    *((kernel, MUCH, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE, LINEAR) for number in range(1, 7)),
     *((kernel, STRIDE, name) for kernel in (TUCKER, WIDE) for name in ("early_release", "skip_fence_proxy")),
     *((kernel, STRIDE, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE) for number in (1, 2)),
     (CP, MUCH, "skip_both_barrier"),

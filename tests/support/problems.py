@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -108,11 +109,13 @@ class Call:
         """The fp64 chain of the absolute values, no activation: what rounding errors are relative to."""
         return self._absolute().exact()
 
-    def gradients(self, grad_output: Tensor) -> dict[str, Tensor]:
-        """What the op's own backward gives for each tensor."""
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors.items()}
-        output = Call(self.problem, leaves).run()
-        return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad_output), strict=True))
+    def gradients(self, grad_output: Tensor, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        """What the op's own backward gives for each tensor, or for those alone whose names are `wanted`."""
+        wanted = list(self.tensors if wanted is None else wanted)
+        tensors = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in self.tensors.items()}
+        output = Call(self.problem, tensors).run()
+        leaves = [tensors[name] for name in wanted]
+        return dict(zip(wanted, torch.autograd.grad(output, leaves, grad_output), strict=True))
 
     def reference_gradients(self, grad_output: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Autograd through the reference in `dtype`."""

@@ -37,4 +37,45 @@ struct RingPlace {
   }
 };
 
+// A ring buffer: its slots in shared memory, and the addresses of their barriers.
+struct Ring {
+  uint32_t barriers, data;
+  int slots, slot_bytes;
+
+  LOWRANK_OPS_HOPPER uint32_t full(int slot) const { return barriers + slot * 16; }
+  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return barriers + slot * 16 + 8; }
+  LOWRANK_OPS_HOPPER uint32_t at(int slot) const { return data + slot * slot_bytes; }
+
+  LOWRANK_OPS_HOPPER void init(int readers) const {
+    for (int slot = 0; slot < slots; ++slot) {
+      barrier_init(full(slot), 1);
+      barrier_init(empty(slot), readers);
+    }
+  }
+};
+
+// Waits until the slot is empty, and announces `bytes` bytes to its `full` barrier.
+LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int bytes) {
+  wait_phase(ring.empty(place.slot), place.parity ^ 1);
+  barrier_expect(ring.full(place.slot), uint32_t(bytes));
+}
+
+// A warp's place in a ring that it reads. Slots are given back in the order in which they were waited for.
+struct RingReader {
+  Ring ring;
+  RingPlace next, oldest;  // the next slot to wait for; the oldest that is not given back yet
+
+  LOWRANK_OPS_HOPPER uint32_t wait() {
+    const uint32_t at = ring.at(next.slot);
+    wait_phase(ring.full(next.slot), next.parity);
+    __syncwarp();
+    next.next(ring.slots);
+    return at;
+  }
+  LOWRANK_OPS_HOPPER void release(int lane) {
+    if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
+    oldest.next(ring.slots);
+  }
+};
+
 }  // namespace lowrank_ops::hopper

@@ -47,5 +47,6 @@ cudaError_t launch_cp_sm80(const BlockParams& params, DType dtype, int config, c
 cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t stream);
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t stream);
 cudaError_t launch_linear_sm80(const BlockParams& params, DType dtype, int config, cudaStream_t stream);
+cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t stream);
 
 }  // namespace lowrank_ops

@@ -44,22 +44,6 @@ namespace lowrank_ops::hopper {
 
 using WideParams = TuckerParamsOf<TuckerWideSm90a>;
 
-// A ring buffer: its slots in shared memory, and the addresses of their barriers.
-struct Ring {
-  uint32_t barriers, data;
-  int slots, slot_bytes;
-
-  LOWRANK_OPS_HOPPER uint32_t full(int slot) const { return barriers + slot * 16; }
-  LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return barriers + slot * 16 + 8; }
-  LOWRANK_OPS_HOPPER uint32_t at(int slot) const { return data + slot * slot_bytes; }
-
-  LOWRANK_OPS_HOPPER void init(int readers) const {
-    for (int slot = 0; slot < slots; ++slot) {
-      barrier_init(full(slot), 1);
-      barrier_init(empty(slot), readers);
-    }
-  }
-};
 LOWRANK_OPS_HOPPER Ring block_ring(uint32_t base, const TuckerWideSm90a& l) {
   return {base, base + l.ring, l.slots, l.slot_bytes};
 }
@@ -73,12 +57,6 @@ static_assert((TuckerWideSm90a::kMostSlots + TuckerWideSm90a::kGroups * kMaxStag
               "barriers");
 
 // ---- The thread that copies
-
-// Waits until the slot is empty, and announces `bytes` bytes to its `full` barrier.
-LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int bytes) {
-  wait_phase(ring.empty(place.slot), place.parity ^ 1);
-  barrier_expect(ring.full(place.slot), uint32_t(bytes));
-}
 
 template <bool one_plane>
 struct WideProducer {
@@ -151,24 +129,6 @@ struct WideProducer {
 };
 
 // ---- The threads that compute
-
-// A warp's place in a ring that it reads. Slots are given back in the order in which they were waited for.
-struct RingReader {
-  Ring ring;
-  RingPlace next, oldest;  // the next slot to wait for; the oldest that is not given back yet
-
-  LOWRANK_OPS_HOPPER uint32_t wait() {
-    const uint32_t at = ring.at(next.slot);
-    wait_phase(ring.full(next.slot), next.parity);
-    __syncwarp();
-    next.next(ring.slots);
-    return at;
-  }
-  LOWRANK_OPS_HOPPER void release(int lane) {
-    if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
-    oldest.next(ring.slots);
-  }
-};
 
 // A thread of warpgroup `group`; `half`: fp16, else bf16; parts of the ranks as in TuckerWideSm90a; `one_plane`: the
 // call has no other planes, so that no sums have to be kept during stage 1.

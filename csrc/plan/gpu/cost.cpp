@@ -35,7 +35,7 @@ double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps
 const FusedConstants& constants_of(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) return kSimt;
   if (is_wide_sm90a(kernel)) return kSm90aWide;
-  if (is_sm90a(kernel)) return p.op == Op::kCP ? kSm90aCp : kSm90aTucker;
+  if (is_sm90a(kernel)) return p.op == Op::kCP ? kSm90aCp : p.op == Op::kLinear ? kSm90aLinear : kSm90aTucker;
   const bool words = element_bytes(p.dtype) == 4;
   if (is_lean(p, kernel)) return words ? kLeanWords : kLeanHalves;
   return words ? kSm80Words : kSm80Halves;

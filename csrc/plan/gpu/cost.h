@@ -8,7 +8,7 @@
 //
 // The constants in cost_constants.inc are fitted by benchmarks/studies/fit_gpu_cost.py to committed measurements on the
 // GPU that the file names. On other GPUs they are scaled by clock, multiprocessors and bandwidth, which nobody has
-// checked: "auto" demands a margin there (kUnmeasuredMargin in planner.h). The policy "measure" does not need them.
+// checked: "auto" assumes longer times there (kUnmeasuredMargin in planner.h). The policy "measure" does not need them.
 //
 // A predicted time is the longer of the GPU's time and the CPU's, which has to launch every kernel: so much a call
 // takes in a network of such layers. Launches that a CUDA graph replays cost the CPU no time

@@ -35,6 +35,12 @@ std::string whole_number(double value) {  // also of values that 64 bits do not 
   return digits;
 }
 
+std::string margin_text() {
+  char digits[16];
+  std::snprintf(digits, sizeof digits, "%.1f", kUnmeasuredMargin);
+  return digits;
+}
+
 std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
   if (is_simt(kernel)) {
     if (p.dtype == DType::kDouble && kernel.config != kSimtDoubleConfig)
@@ -124,14 +130,15 @@ TileAxis axis_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_
 }  // namespace
 
 const std::vector<GpuKernel>& gpu_kernels() {
-#define GPU_KERNEL(op, family, config, shape, verified_on)       \
-  {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,                 \
-   kOp_##op,                                                     \
-   kFamily_##family,                                             \
-   config,                                                       \
-   config_of(kFamily_##family, config, kOp_##op != Op::kLinear), \
-   kFirst_##family,                                              \
-   verified_on},
+#define GPU_KERNEL(op, family, config, shape, verified_on, measured_on) \
+  {LOWRANK_OPS_NAME_##op "_" #family "_" #shape,                        \
+   kOp_##op,                                                            \
+   kFamily_##family,                                                    \
+   config,                                                              \
+   config_of(kFamily_##family, config, kOp_##op != Op::kLinear),        \
+   kFirst_##family,                                                     \
+   verified_on,                                                         \
+   measured_on},
   static const std::vector<GpuKernel> kernels = {
 #include "plan/gpu/kernel_table.inc"
   };
@@ -139,8 +146,10 @@ const std::vector<GpuKernel>& gpu_kernels() {
   return kernels;
 }
 
-bool ran_right_on(const GpuKernel& kernel, const GpuCaps& caps) {
-  const std::string names = kernel.verified_on;
+namespace {
+
+// Whether one of these GPUs, whose names are separated by ", ", has the architecture of `caps`.
+bool have_architecture_of(const GpuCaps& caps, const std::string& names) {
   for (size_t first = 0; first < names.size();) {
     const size_t end = std::min(names.find(", ", first), names.size());
     const GpuCaps* gpu = find_gpu(names.substr(first, end - first));
@@ -148,6 +157,22 @@ bool ran_right_on(const GpuKernel& kernel, const GpuCaps& caps) {
     first = end + 2;
   }
   return false;
+}
+
+}  // namespace
+
+bool ran_right_on(const GpuKernel& kernel, const GpuCaps& caps) {
+  return have_architecture_of(caps, kernel.verified_on);
+}
+
+bool is_measured(const GpuCaps& caps) {
+  return caps.architecture == kMeasuredArchitecture;
+}
+
+bool is_measured(const GpuKernel& kernel, const Problem& p, const GpuCaps& caps) {
+  // sm90a's strided and dilated windows came after the measurements.
+  const bool plain = p.stride[0] == 1 && p.stride[1] == 1 && p.dilation[0] == 1 && p.dilation[1] == 1;
+  return have_architecture_of(caps, kernel.measured_on) && (plain || !is_sm90a(kernel));
 }
 
 int gpu_kernel_index(const std::string& kernel_name) {
@@ -253,6 +278,9 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   if (l.halo_passes > 1)
     notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times per tile: its halo is above " +
                     std::to_string(kernel.shape.halo_rows()) + " pixels");
+  if (is_measured(caps) && !is_measured(kernel, p, caps))
+    notes.push_back("its time is predicted by counts and was measured on no GPU: " + margin_text() +
+                    " times as long is assumed");
   if (!ran_right_on(kernel, caps))
     notes.push_back("its tests have not all run on this kind of GPU: checked before first use");
   return notes;
@@ -291,20 +319,18 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
   return candidate;
 }
 
-bool is_measured(const GpuCaps& caps) {
-  return caps.architecture == kMeasuredArchitecture;
-}
-
 namespace {
 
+// The time that "auto" assumes for a fused kernel.
+double assumed_seconds(const Plan& plan, const Problem& p, const GpuCaps& caps, double seconds) {
+  return is_measured(gpu_kernels()[size_t(plan.gpu_kernel)], p, caps) ? seconds : kUnmeasuredMargin * seconds;
+}
+
 // Why "auto" does not take `plan`.
-std::string why_not(const Plan& plan, const Plan& chosen, double margin) {
+std::string why_not(const Plan& plan, const Plan& chosen) {
   if (plan.predicted_seconds >= chosen.predicted_seconds) return "predicted to be slower";
-  char text[128];
-  std::snprintf(text, sizeof text,
-                "predicted less than %.1f times as fast as the chain; on this architecture nobody has measured",
-                margin);
-  return text;
+  return "predicted less than " + margin_text() +
+         " times as fast as the choice; its time has not been measured on this architecture";
 }
 
 }  // namespace
@@ -331,25 +357,28 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
   }
   const auto faster = [](const Plan& a, const Plan& b) { return a.predicted_seconds < b.predicted_seconds; };
   std::stable_sort(fused.begin(), fused.end(), faster);
+  const auto assumed = [&](const Plan& plan) { return assumed_seconds(plan, p, caps, plan.predicted_seconds); };
+  const auto best = std::min_element(fused.begin(), fused.end(),
+                                     [&](const Plan& a, const Plan& b) { return assumed(a) < assumed(b); });
 
   const Plan chain = chain_plan(p, caps);
   const bool want_fused = forced || policy == Policy::kFused;
-  const double margin = is_measured(caps) ? 1 : kUnmeasuredMargin;
   const bool take_chain = fused.empty() || (!forced && policy == Policy::kChain) ||
-                          (!want_fused && chain.predicted_seconds < margin * fused.front().predicted_seconds);
-  decision.chosen = take_chain ? chain : fused.front();
-  if (!take_chain && !want_fused && chain.gpu_seconds < margin * fused.front().gpu_seconds) {
+                          (!want_fused && chain.predicted_seconds < assumed(*best));
+  decision.chosen = take_chain ? chain : *best;
+  if (!take_chain && !want_fused && chain.gpu_seconds < assumed_seconds(*best, p, caps, best->gpu_seconds)) {
     decision.chain_in_graphs = true;
     decision.chosen.notes.push_back("in a CUDA graph, whose launches cost no CPU time, the chain runs");
   }
-  decision.others.assign(fused.begin() + (take_chain ? 0 : 1), fused.end());
+  if (!take_chain) fused.erase(best);
+  decision.others = std::move(fused);
   if (!take_chain)
     decision.others.insert(std::upper_bound(decision.others.begin(), decision.others.end(), chain, faster), chain);
   for (const Plan& plan : decision.others) {
     const bool told = policy == Policy::kChain || (policy == Policy::kFused && plan.path == Path::kChain);
     decision.rejections.push_back({plan.kernel, forced ? std::string("a kernel is forced (force_gpu_kernel)")
                                                 : told ? by_policy(policy)
-                                                       : why_not(plan, decision.chosen, margin)});
+                                                       : why_not(plan, decision.chosen)});
   }
   return decision;
 }

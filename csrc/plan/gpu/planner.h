@@ -55,6 +55,7 @@ struct GpuKernel {
   Config shape;
   int first_architecture;   // oldest architecture that runs it; sm90a kernels run on this one alone
   const char* verified_on;  // the GPUs on which all of its tests have run, separated by ", "; or ""
+  const char* measured_on;  // the GPUs on which its times were measured, or ""
 };
 // Whether a GPU of verified_on has the architecture of `caps`. Otherwise the kernel is checked before its first use.
 bool ran_right_on(const GpuKernel& kernel, const GpuCaps& caps);
@@ -96,11 +97,13 @@ int threads_of(const GpuKernel& kernel);
 bool is_lean(const Problem& problem, const GpuKernel& kernel);
 SharedLayout layout_of(const Problem& problem, const GpuKernel& kernel, const Geometry& geometry);
 
-// The architecture on which the cost model's constants were measured. On others "auto" takes a fused kernel only where
-// the kernel is predicted to be `kUnmeasuredMargin` times as fast as the chain.
+// The architecture on which the cost model's constants were measured; the predictions for others are scaled.
 constexpr int kMeasuredArchitecture = 90;  // NVIDIA H200 (cost_constants.inc)
-constexpr double kUnmeasuredMargin = 1.5;
 bool is_measured(const GpuCaps& caps);
+// Whether a kernel's times for such problems were measured on the architecture of `caps`. "auto" takes the prediction
+// for any other kernel for `kUnmeasuredMargin` times as long.
+bool is_measured(const GpuKernel& kernel, const Problem& problem, const GpuCaps& caps);
+constexpr double kUnmeasuredMargin = 1.5;
 
 // Kernels that must or must not run, whatever the policy says.
 struct GpuRestrictions {

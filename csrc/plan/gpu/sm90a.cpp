@@ -108,12 +108,13 @@ bool is_wide_sm90a(const GpuKernel& kernel) {
 
 std::string sm90a_reason(const Problem& p, const GpuKernel& kernel) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kHalf) return "takes bfloat16 and float16";
-  if (p.layout != Layout::kChannelsLast) return "takes channels_last, the input is in NCHW";
+  if (p.op != Op::kLinear && p.layout != Layout::kChannelsLast) return "takes channels_last, the input is in NCHW";
   const CopyWidths widths = copy_widths(p);
   if (std::min({widths.input, widths.factor, widths.output}) < kVectorBytes)
     return "channels, ranks and strides must be multiples of 16 bytes";
   if (p.repeats)
     return "the input or a factor repeats elements (a stride of 0, rows that overlap): TMA copies take none of those";
+  if (p.op == Op::kLinear) return above("the rank", p.r1, LinearSm90a::kMostRank);
   if (p.op == Op::kCP) return cp_reason(p);
   return is_wide_sm90a(kernel) ? wide_reason(p) : tucker_reason(p);
 }
@@ -135,6 +136,11 @@ Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel) {
     return most_slots(geometry_of(p, 1, L::kTileHeight, L::kTileWidth, kLeastSlots, 1), kMaxStages,
                       [](const Geometry& g) { return cp_sm90a_layout(g).bytes <= L::kMostBytes; });
   }
+  if (p.op == Op::kLinear) {
+    using L = LinearSm90a;
+    return most_slots(geometry_of(p, 1, 1, L::kRows, L::kLeastSlots, 1), L::kMostSlots,
+                      [](const Geometry& g) { return linear_sm90a_layout(g).bytes <= L::kMostBytes; });
+  }
   if (!is_wide_sm90a(kernel))
     return most_slots(tucker_cut(p, kLeastSharedSlots), TuckerSm90a::kMostSlots,
                       [](const Geometry& g) { return sm90a_layout(g).bytes <= TuckerSm90a::kMostBytes; });
@@ -148,21 +154,23 @@ Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel) {
 
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& g) {
   if (kernel.op == Op::kCP) return cp_sm90a_layout(g).bytes;
+  if (kernel.op == Op::kLinear) return linear_sm90a_layout(g).bytes;
   return is_wide_sm90a(kernel) ? wide_sm90a_layout(g).bytes : sm90a_layout(g).bytes;
 }
 
 int sm90a_threads(const GpuKernel& kernel) {
   if (kernel.op == Op::kCP) return CpSm90a::kThreads;
+  if (kernel.op == Op::kLinear) return LinearSm90a::kThreads;
   return is_wide_sm90a(kernel) ? TuckerWideSm90a::kThreads : TuckerSm90a::kThreads;
 }
 
 int64_t sm90a_ctas(const Geometry& g, const GpuCaps& caps) {
-  return std::min<int64_t>(g.tiles(), caps.multiprocessors);
+  return std::min<int64_t>(g.ctas(), caps.multiprocessors);
 }
 
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& g, const GpuCaps& caps) {
-  const int64_t groups = kernel.op == Op::kCP ? 1 : TuckerSm90a::kGroups;  // CP's warpgroups share a tile
-  return ceil_div(ceil_div(g.tiles(), sm90a_ctas(g, caps)), groups);
+  const int64_t groups = kernel.op == Op::kTucker ? TuckerSm90a::kGroups : 1;  // the others' warpgroups share a tile
+  return ceil_div(ceil_div(g.ctas(), sm90a_ctas(g, caps)), groups);
 }
 
 namespace {
@@ -190,12 +198,28 @@ void count_wide(FusedFeatures& found, double turns, const Geometry& g, const Tuc
   found[kOutputs] = turns * layout.chunks * layout.r2_parts / 2.0;
 }
 
+// In units of the wide kernel, whose constants serve (cost_constants.inc): it moves 74 KiB between L2 and shared memory
+// per slice and chunk of 128 ranks (two slices of 104 pixels, two blocks of factors, two chunks of the output).
+void count_linear(FusedFeatures& found, double turns, const Geometry& g, const LinearSm90a& layout) {
+  constexpr double kWideBytes = 2 * TuckerWideSm90a::kSliceBytes + 6 * TuckerWideSm90a::kPartBytes;
+  const double slice = LinearSm90a::kInputBytes + layout.block_bytes();
+  const double chunk = LinearSm90a::kGroups * LinearSm90a::kPartBytes + layout.block_bytes();
+  const double chunks = double(ceil_div(layout.chunks, g.splits));
+  found[kChunks] = turns * (layout.slices * slice + chunks * chunk) / kWideBytes;
+}
+
 double cp_flops(const CpSm90a& layout) {
   const double slice = CpSm90a::kSlice, rank = layout.parts * slice;
   const double pixels = CpSm90a::kTileHeight * CpSm90a::kTileWidth;
   const double first = CpSm90a::kHaloPixels * rank * layout.slices * slice;
   const double middle = rank * CpSm90a::kTaps * pixels * (1 + CpSm90a::kHaloWidth / double(CpSm90a::kTileWidth));
   return first + middle + 2 * slice * layout.channels * rank;
+}
+
+// Multiply-adds per tile of 128 rows.
+double linear_flops(const Geometry& g, const LinearSm90a& layout) {
+  const double rank = layout.parts * LinearSm90a::kSlice, slices = double(g.splits) * layout.slices;
+  return LinearSm90a::kRows * rank * (slices + layout.chunks) * LinearSm90a::kSlice;
 }
 
 // Multiply-adds per tile of 64 pixels. `first_rows`: ranks that stage 1 computes for every plane; `r1`, `r2`: the
@@ -215,6 +239,8 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
   found[kWaits] = turns * (kernel.op == Op::kTucker ? planes_of(g) : 1);
   if (kernel.op == Op::kCP)
     count_cp(found, turns, cp_sm90a_layout(g));
+  else if (kernel.op == Op::kLinear)
+    count_linear(found, turns, g, linear_sm90a_layout(g));
   else if (is_wide_sm90a(kernel))
     count_wide(found, turns, g, wide_sm90a_layout(g));
   else
@@ -225,6 +251,7 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
 double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {
   const double tiles = 2 * double(g.tiles());
   if (kernel.op == Op::kCP) return tiles * cp_flops(cp_sm90a_layout(g));
+  if (kernel.op == Op::kLinear) return tiles * linear_flops(g, linear_sm90a_layout(g));
   if (is_wide_sm90a(kernel)) {
     const TuckerWideSm90a layout = wide_sm90a_layout(g);
     const double r1 = layout.r1_parts * 64, r2 = layout.r2_parts * 64;

@@ -109,7 +109,13 @@ inline thread_local Late stores, products;
 
 inline void store_box(const CUtensorMap* map, uint32_t shared, int a, int b, int c, int d) {
   check_copy(shared, map, 4);
-  stores.issue([=, map = *map] { copy_box(true, shared, map, {a, b, c, d, 0}); });
+  // It may read at any time from here to its wait: what it stores must not change in between.
+  const uint32_t bytes = uint32_t(map->box[0] * map->box[1] * map->box[2] * map->box[3] * 2);
+  const std::vector<unsigned char> now(at(shared, bytes), at(shared, bytes) + bytes);
+  stores.issue([=, map = *map] {
+    if (std::memcmp(now.data(), at(shared, bytes), bytes) != 0) fail("shared memory changes while TMA stores it");
+    copy_box(true, shared, map, {a, b, c, d, 0});
+  });
 }
 inline void commit_stores() {
   stores.commit();

@@ -145,8 +145,10 @@ inline void group_barrier(int group) {
   const int skipped = mutation.skip_group_barrier;
   if (skipped != 0 && ++passed % 6 == skipped - 1) return;
   group_meetings[group].wait();
-  // Before a barrier that is left out the first warp is late, so that the others do not find its work done by chance.
-  if (skipped != 0 && (passed + 1) % 6 == skipped - 1 && threadIdx.x % 128 < 32)
+  // Before a barrier that is left out the first warp is late, so that the others do not find its work done by chance;
+  // every other time the others are.
+  const bool first_warp = threadIdx.x % 128 < 32, others_late = passed / 6 % 2 == 1;
+  if (skipped != 0 && (passed + 1) % 6 == skipped - 1 && first_warp != others_late)
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
 }
 

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/kernels/cp_sm90a_launch.cuh"
+#include "cuda/kernels/linear_sm90a_launch.cuh"
 #include "cuda/kernels/tucker_sm90a_launch.cuh"
 #include "cuda/kernels/tucker_wide_sm90a_launch.cuh"
 #include "module.h"
@@ -55,6 +56,14 @@ cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, 
   hopper::CpParams to{};
   if (config != kSm90aCpConfig || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
   return run_on_two(hopper::cp_kernel(to.layout, dtype), CpSm90a::kThreads, to);
+}
+
+cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
+  hopper::LinearParams to{};
+  if (config != kSm90aLinearConfig || !hopper::linear_params(to, params, dtype)) return cudaErrorInvalidValue;
+  const bool done = hopper::run_ctas(hopper::linear_kernel(to.layout, dtype), least(to.items, 2), LinearSm90a::kThreads,
+                                     to.layout.bytes, to);
+  return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace lowrank_ops

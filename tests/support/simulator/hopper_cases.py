@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tests.support.simulator.harness import Cut, Kernel
 TUCKER = Kernel("tucker_conv2d", "sm90a", 0)
 CP = Kernel("cp_conv2d", "sm90a", 1)
 WIDE = Kernel("tucker_conv2d", "sm90a", 2)
+LINEAR = Kernel("lowrank_linear", "sm90a", 3)
 HALVES = (torch.bfloat16, torch.float16)
 SAME = dict(kernel=(3, 3), padding=(1, 1))
 HALF = dict(**SAME, stride=(2, 2))
@@ -128,17 +130,40 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
         n=2, s=72, t=40, r1=72, r2=128, h=35, w=19, kernel=(3, 3), padding=(2, 3), stride=(2, 1), dilation=(1, 2)
     ),
 }
-KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES}
+# The layer's input is [n, h, s]: n x h rows. `splits`: instead of the planner's, which gives so few tiles all CTAs.
+LINEAR_CASES: dict[str, dict[str, Any]] = {
+    "whole tiles": dict(n=1, h=256, s=64, t=64, r1=64),
+    "every size padded": dict(n=3, h=47, s=72, t=136, r1=40, activation="relu"),
+    "one row": dict(n=1, h=1, s=72, t=72, r1=72, activation="silu"),
+    "three rows, three axes": dict(n=3, h=1, s=136, t=40, r1=128, activation="gelu"),
+    "65 rows": dict(n=5, h=13, s=40, t=200, r1=104),
+    "the least sizes": dict(n=1, h=8, s=8, t=8, r1=8, bias=False),
+    "the largest rank": dict(n=2, h=65, s=128, t=128, r1=256, activation="hardswish"),
+    "a rank padded to 256": dict(n=2, h=70, s=72, t=136, r1=136, activation="relu6"),
+    "a rank padded to 128": dict(n=1, h=130, s=200, t=72, r1=72, bias=False),
+    "many slices": dict(n=1, h=9, s=1000, t=64, r1=64),
+    "many chunks": dict(n=1, h=9, s=64, t=1000, r1=128, splits=1, activation="relu"),
+    "many slices and chunks": dict(n=1, h=20, s=1000, t=1000, r1=200, splits=3),
+    "many slices, a split per chunk": dict(n=1, h=20, s=1000, t=1000, r1=64),
+    "many tiles": dict(n=7, h=129, s=72, t=72, r1=16, splits=1),
+    "much of everything": dict(n=3, h=231, s=200, t=328, r1=136, splits=2, activation="relu"),
+}
+KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES, LINEAR: LINEAR_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
 
 
 def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
-    """The problem with the planner's cut."""
-    return _planned(kernel, KERNEL_CASES[kernel][name], dtype)
+    """The problem with the planner's cut, or with the case's splits."""
+    options = dict(KERNEL_CASES[kernel][name])
+    splits = options.pop("splits", None)
+    case = _planned(kernel, options, dtype)
+    return case if splits is None else replace(case, cut=replace(case.cut, splits=splits))
 
 
 def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype, window: dict[str, Any] = SAME) -> Case:
     """More than two tiles per multiprocessor, not equally many for all. The emulator would need minutes for it."""
+    if kernel == LINEAR:
+        return _planned(kernel, dict(n=47, h=1000, s=136, t=160, r1=200, activation="silu"), dtype)
     ranks = {TUCKER: dict(r1=64, r2=48), WIDE: dict(r1=104, r2=128), CP: dict(r1=136)}[kernel]
     size = {
         axis: pixels * step for axis, pixels, step in zip("hw", (28, 20), window.get("stride", (1, 1)), strict=True)

@@ -88,7 +88,7 @@ LOWRANK_OPS_EXPORT int simulator_run(const BlockCall* call, const simulator::Set
   using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
   static constexpr Launcher launchers[3][3] = {{launch_tucker_simt, launch_tucker_sm80, launch_tucker_sm90a},
                                                {launch_cp_simt, launch_cp_sm80, launch_cp_sm90a},
-                                               {launch_linear_simt, launch_linear_sm80, nullptr}};
+                                               {launch_linear_simt, launch_linear_sm80, launch_linear_sm90a}};
   simulator::forget_everything();
   simulator::machine.settings = *settings;
   const BlockParams params = params_of(*call);
