@@ -16,11 +16,7 @@ import lowrank_ops
 from lowrank_ops.ops.extension import _C
 from tests.support.budgets import assert_gradients, assert_output, assert_strides
 from tests.support.calls import SMOOTH, backward_op, integer_call, output_gradient
-from tests.support.problems import ACTIVATIONS, CONVS, DEVICES, DTYPES, GEOMETRIES, LAYOUTS, OPS, Call, Problem
-
-# Larger than the memory of one chunk of csrc/ops/backward.cpp (32 MiB): several chunks, the last one smaller.
-CHUNKED = dict(n=5, s=16, t=24, r1=20, r2=12, h=112, w=112, kernel=(3, 3), padding=(1, 1))
-CHUNKED_LINEAR = dict(n=3, h=50_000, s=16, t=24, r1=20)
+from tests.support.problems import ACTIVATIONS, CHUNKED, CONVS, DEVICES, DTYPES, GEOMETRIES, LAYOUTS, OPS, Call, Problem
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -145,8 +141,7 @@ def test_exact_on_small_integers(op: str, activation: str, layout: torch.memory_
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_several_chunks(op: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    sizes = CHUNKED_LINEAR if op == "lowrank_linear" else CHUNKED
-    call = Problem(op, dtype=dtype, layout=layout, activation="silu", **sizes).make()
+    call = Problem(op, dtype=dtype, layout=layout, activation="silu", **CHUNKED[op]).make()
     assert_gradients(call, output_gradient(call))
 
 

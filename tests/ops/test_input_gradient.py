@@ -12,12 +12,10 @@ from torch import Tensor
 import lowrank_ops
 from tests.support.budgets import assert_gradients
 from tests.support.calls import output_gradient
-from tests.support.problems import ACTIVATIONS, CONVS, DEVICES, DTYPES, GEOMETRIES, LAYOUTS, OPS, Call, Problem
+from tests.support.problems import ACTIVATIONS, CHUNKED, CONVS, DEVICES, DTYPES, GEOMETRIES, LAYOUTS, OPS, Call, Problem
 
 STRIDED = {name for name, sizes in GEOMETRIES.items() if "stride" in sizes}
 PADDED_FAR = {"padding beyond kernel"}
-# Larger than the memory of one chunk of csrc/ops/backward.cpp (32 MiB).
-CHUNKED = dict(n=5, s=16, t=24, r1=20, r2=12, h=112, w=112, kernel=(3, 3), padding=(1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,9 +39,9 @@ def test_activations_and_bias(device: str, op: str, activation: str, dtype: torc
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("op", CONVS)
+@pytest.mark.parametrize("op", OPS)
 def test_several_chunks(op: str, layout: torch.memory_format) -> None:
-    call = Problem(op, layout=layout, activation="silu", **CHUNKED).make()
+    call = Problem(op, layout=layout, activation="silu", **CHUNKED[op]).make()
     assert_gradients(call, output_gradient(call), wanted=["input", "bias"])
 
 

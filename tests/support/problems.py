@@ -176,6 +176,15 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 CONVS = ("tucker_conv2d", "cp_conv2d")
 
 
+# Batches whose backward pass works in several chunks (32 MiB each, csrc/ops/backward.cpp), the last one smaller.
+_CHUNKED_CONV = dict(n=5, s=16, t=24, r1=20, r2=12, h=112, w=112, kernel=(3, 3), padding=(1, 1))
+CHUNKED = {
+    "tucker_conv2d": _CHUNKED_CONV,
+    "cp_conv2d": _CHUNKED_CONV,
+    "lowrank_linear": dict(n=3, h=50_000, s=16, t=24, r1=20),
+}
+
+
 # Named after what is special about each.
 GEOMETRIES = {
     "plain": {},
