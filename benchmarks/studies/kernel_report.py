@@ -33,10 +33,11 @@ ELEMENTS = {"Tf32": "tf32", "BFloat16": "bf16", "Half": "fp16", "double": "fp64"
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "LDS", "STS", "LDG", "STG", "BAR", "LDL", "STL")
 
 LOOP_ARCHITECTURES = (80, 90, 120)  # of the table of loops
-MAIN_CASES = {  # of Hopper's kernels: 3x3 windows, ranks of 64, 128, and 256 channels
-    "tucker_conv2d_sm90a_64x64": "64, 104",
-    "tucker_conv2d_sm90a_64x128": "2, 2",
-    "cp_conv2d_sm90a_112x64": "256, 4",
+MAIN_CASES = {  # of Hopper's kernels: 3x3 windows without steps; ranks of 64, 128, 256; 256 channels
+    "tucker_conv2d_sm90a_64x64": "64, 104, true",
+    "tucker_conv2d_sm90a_64x128": "2, 2, true",
+    "cp_conv2d_sm90a_112x64": "256, 4, true",
+    "lowrank_linear_sm90a_128x256": "4",
 }
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
@@ -173,8 +174,8 @@ def markdown(report: list[Instantiation], version: str) -> str:
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
         "Shared memory is dynamic (`shared_layout` of csrc/plan/geometry.h). Kernels of sm90a are compiled for "
         "sm_90a alone, once per case: padded ranks, rows of a slice, one plane or not (Tucker 64x64), parts of "
-        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels and input slices (CP), parts of "
-        "64 ranks (linear).",
+        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels, input slices, no stride and no "
+        "dilation or any (CP), parts of 64 ranks (linear).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)

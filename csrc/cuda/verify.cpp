@@ -83,6 +83,10 @@ struct TrialTensors {
   }
 };
 
+// The stride and the dilation of a trial's window: none, or a stride of 2 along one axis and a dilation of 2 along the
+// other.
+enum class Steps { kNone, kStrideOfHeight, kStrideOfWidth };
+
 // A small call with more than one tile, pass and chunk of everything, sizes that are no multiples of a tile, and
 // borders.
 struct Trial {
@@ -90,11 +94,13 @@ struct Trial {
   Op op;
   DType dtype;
   Activation activation;
-  bool steps;  // a dilation of 2 along the height, a stride of 2 along the width
+  Steps steps;
 
   Window window() const {
-    static constexpr int64_t kOnes[2] = {1, 1}, kStride[2] = {1, 2}, kDilation[2] = {2, 1}, kPadding[2] = {1, 0};
-    return {steps ? kStride : kOnes, kPadding, steps ? kDilation : kOnes};
+    static constexpr int64_t kNone[2] = {1, 1}, kHeight[2] = {2, 1}, kWidth[2] = {1, 2};
+    static constexpr int64_t kRows[2] = {1, 0}, kColumns[2] = {0, 1};  // of padding
+    if (steps == Steps::kStrideOfHeight) return {kHeight, kColumns, kWidth};
+    return steps == Steps::kStrideOfWidth ? Window{kWidth, kRows, kHeight} : Window{kNone, kRows, kNone};
   }
 
   // The ranks to try: R2 of Tucker, the only rank of CP and linear. The sm90a linear kernel has three instances.
@@ -104,14 +110,16 @@ struct Trial {
     return {kernel.op == Op::kCP ? 136 : is_wide_sm90a(kernel) ? 104 : 40};
   }
 
-  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, int64_t r2, bool steps)
+  Trial(const GpuKernel& kernel, DType dtype, at::MemoryFormat format, Activation activation, int64_t r2, Steps steps)
       : op(kernel.op), dtype(dtype), activation(activation), steps(steps) {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
     // third part of CP's ranks; enough rows for a second tile on some. CP takes windows of 3x3 and T in multiples of
     // 32, the wide kernel ranks above 64.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
     constexpr int64_t kh = 3;
-    const int64_t h = steps ? 11 : 9, w = steps ? 37 : 19;  // output 9x18 for windows of 3x2
+    // Output 9x18 for windows of 3x2.
+    const int64_t h = steps == Steps::kNone ? 9 : steps == Steps::kStrideOfHeight ? 19 : 11;
+    const int64_t w = steps == Steps::kNone ? 19 : steps == Steps::kStrideOfHeight ? 18 : 37;
     const int64_t rows = hopper ? 17970 : 150;
     const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
     const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
@@ -191,16 +199,19 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
   const c10::DeviceGuard guard(device);
   const GpuKernel& kernel = gpu_kernels()[size_t(index)];
   std::string error;
-  const auto try_on = [&](at::MemoryFormat format, Activation activation, bool steps) {
+  const auto try_on = [&](at::MemoryFormat format, Activation activation, Steps steps) {
     for (const int64_t rank : Trial::ranks(kernel))
       if (error.empty())
         error = error_of(device, kernel, Trial(kernel, dtype, format, activation, rank, steps), tf32, damaged);
   };
   // Linear layers have no memory format; the other sm90a kernels take one.
-  if (!is_sm90a(kernel) || kernel.op == Op::kLinear) try_on(at::MemoryFormat::Contiguous, Activation::kNone, false);
-  if (kernel.op != Op::kLinear) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, false);
+  if (!is_sm90a(kernel) || kernel.op == Op::kLinear)
+    try_on(at::MemoryFormat::Contiguous, Activation::kNone, Steps::kNone);
+  if (kernel.op != Op::kLinear) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, Steps::kNone);
   // Strides and dilations are code of their own in these kernels (plan/gpu/planes.h).
-  if (is_sm90a(kernel) && kernel.op == Op::kTucker) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, true);
+  if (is_sm90a(kernel) && kernel.op != Op::kLinear)
+    for (const Steps steps : {Steps::kStrideOfHeight, Steps::kStrideOfWidth})
+      try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, steps);
   return error;
 }
 

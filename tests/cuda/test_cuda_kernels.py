@@ -211,7 +211,7 @@ def test_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("kernel", "window"),
     [(kernel, SAME) for kernel in (TUCKER, CP, WIDE, HOPPER_LINEAR)]
-    + [(kernel, window) for kernel in (TUCKER, WIDE) for window in (HALF, WIDER)],
+    + [(kernel, window) for kernel in (TUCKER, CP, WIDE) for window in (HALF, WIDER)],
     ids=str,
 )
 def test_several_tiles_a_multiprocessor(kernel: Kernel, window: dict[str, Any]) -> None:

@@ -148,6 +148,15 @@ def test_a_kernel_that_no_gpu_has_timed_needs_a_margin_where_others_were_measure
     }
 
 
+def test_windows_that_no_gpu_has_timed_need_a_margin_where_the_kernel_was_measured() -> None:
+    """Hopper's kernels were measured without strides and dilations."""
+    for op, kernel in (("tucker_conv2d", "tucker_conv2d_sm90a_64x64"), ("cp_conv2d", "cp_conv2d_sm90a_112x64")):
+        for window in ({}, {"stride": (2, 2)}, {"stride": (2, 1)}, {"dilation": (1, 2)}):
+            found = Problem(op, n=32, s=256, t=256, h=56, w=56, r1=64, r2=64, **window).explain("H200")
+            notes = {one["kernel"]: one["notes"] for one in (found.chosen, *found.others)}[kernel]
+            assert any("was measured on no GPU" in note for note in notes) == (window != {}), (op, window)
+
+
 def test_the_choices_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     gpu_choices.main(["second_bf16"])
     printed = capsys.readouterr().out

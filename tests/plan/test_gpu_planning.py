@@ -184,8 +184,20 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
             {"architecture": 90},
             "CTAs",
         ),
-        (Problem("cp_conv2d", stride=(2, 1)), "cp_conv2d_sm90a_112x64", {}, "stride must be 1, got 2x1"),
-        (Problem("cp_conv2d", dilation=(1, 2)), "cp_conv2d_sm90a_112x64", {}, "dilation must be 1, got 1x2"),
+        (
+            Problem("cp_conv2d", stride=(3, 1)),
+            "cp_conv2d_sm90a_112x64",
+            {},
+            "at most 2, got stride 3x1 and dilation 1x1",
+        ),
+        (
+            Problem("cp_conv2d", dilation=(3, 2)),
+            "cp_conv2d_sm90a_112x64",
+            {},
+            "at most 4 .* classes .*, got .* dilation 3x2",
+        ),
+        (Problem("cp_conv2d", dilation=(2**28, 1), h=2**30), "cp_conv2d_sm90a_112x64", {}, "at most 4 .* classes"),
+        (Problem("cp_conv2d", h=3, dilation=(2, 1)), "cp_conv2d_sm90a_112x64", {}, "than the dilation 2x1, got 1x28"),
         (Problem("cp_conv2d", kernel=(3, 5)), "cp_conv2d_sm90a_112x64", {}, "the window must be 3x3, got 3x5"),
         (Problem("cp_conv2d", s=264), "cp_conv2d_sm90a_112x64", {}, "channels must be at most 256, got 264"),
         (Problem("cp_conv2d", t=40), "cp_conv2d_sm90a_112x64", {}, "a multiple of 32, got 40"),
@@ -274,6 +286,31 @@ def test_a_stride_repeats_stage_1_once_per_plane(window: dict[str, tuple[int, in
         multiplied = planes * 104 * ranks * s + 64 * (kh * kw * ranks**2 + ranks * t)
         tiles = _C.gpu_tiles(problem.described(), [1, 8, 8])[2]
         assert found["flops"] == 2 * tiles * multiplied
+
+
+@pytest.mark.parametrize(
+    ("window", "tile", "pixels"),
+    [
+        ({}, [14, 8], 1.0),
+        ({"stride": (2, 1)}, [7, 8], 0.75),
+        ({"stride": (1, 2)}, [14, 4], 1.0),
+        ({"stride": (2, 2)}, [7, 4], 0.75),
+        ({"stride": (2, 4), "dilation": (2, 2)}, [14, 4], 1.0),  # rows of one parity, without a stride
+        ({"stride": (2, 1), "dilation": (3, 1)}, [7, 8], 0.75),
+        ({"dilation": (2, 2)}, [14, 8], 1.0),
+    ],
+)
+def test_a_stride_halves_the_tiles_of_cp(window: dict[str, tuple[int, int]], tile: list[int], pixels: float) -> None:
+    """`pixels`: hidden ones that a lane reads, of those without a stride."""
+    depthwise, s, t, rank = 6, 192, 192, 128  # features: cost.h
+    problem = Problem("cp_conv2d", n=2, s=s, t=t, h=41, w=50, r1=rank, padding=(2, 2), **window)
+    found = plan(problem, "cp_conv2d_sm90a_112x64", "H100")
+    assert found["reason"] == "" and found["tile"] == [1, *tile]
+    assert found["features"][depthwise] == found["waves"] * rank / 64 * pixels
+    halo_width = 10 if tile[1] == 8 else 9
+    multiplied = rank * (160 * s + 2 * 64 * 256 + 3 * tile[0] * (halo_width + tile[1]))
+    tiles = _C.gpu_tiles(problem.described(), found["tile"])[2]
+    assert found["flops"] == 2 * tiles * multiplied
 
 
 def test_the_wide_kernel_takes_what_the_other_cannot_hold() -> None:

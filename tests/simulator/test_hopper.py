@@ -38,6 +38,7 @@ MUTATIONS = [
     *((kernel, MUCH, name) for kernel in (TUCKER, WIDE, LINEAR) for name in ("skip_fence_proxy", "skip_store_wait")),
     *((kernel, MUCH, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE, LINEAR) for number in range(1, 7)),
     *((kernel, STRIDE, name) for kernel in (TUCKER, WIDE) for name in ("early_release", "skip_fence_proxy")),
+    *((CP, STRIDE, name) for name in ("early_release", "short_expect", "skip_both_barrier")),
     *((kernel, STRIDE, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE) for number in (1, 2)),
     (CP, MUCH, "skip_both_barrier"),
 ]

@@ -15,7 +15,13 @@
 // hidden pixels of both warpgroups, so both meet at a barrier before it. While it runs, the tensor cores compute stage
 // 1 of the next part and stage 3 of the part before.
 //
-//   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp
+// With a dilation a tile's pixels lie some steps apart, on a lattice of the output, and so does their halo in the input
+// (plan/gpu/planes.h). With a stride of 2 along an axis a tile has half as many pixels along it, so that its halo fits
+// into the same shared memory: 7x8, 14x4 or 7x4 pixels, whose halo has 15x10, 16x9 or 15x9. The hidden tile keeps its
+// 160 rows, of which the last are then not read, and the sums of the other rows of a wgmma are not stored. Calls that
+// have one class of the output and no stride are compiled on their own (`plain`).
+//
+//   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp (one with a stride)
 //   warpgroup 1   halo pixels 80 to 159, rows 8 to 13 (its last warp has none)
 //   warpgroup 2   one thread: all copies to shared memory
 //
@@ -36,23 +42,28 @@
 //   input_free          all 8 warps have finished their last stage 1 of the tile
 #pragma once
 
+#include "cuda/kernels/cp_sm90a_depthwise.cuh"
 #include "cuda/kernels/hopper_tiles.cuh"
-#include "plan/gpu/cp_sm90a.h"
+#include "plan/gpu/planes.h"
 
 namespace lowrank_ops::hopper {
 
 struct CpParams {
-  CUtensorMap input;              // [N, H, W, S], boxes of a halo x 64 channels
-  CUtensorMap in_factor;          // [R, S], boxes 64 x 64
-  CUtensorMap out_factor;         // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
-  const uint16_t *down, *across;  // [R, 3], with the strides below, in elements
+  CUtensorMap input[kMostPlanes];  // [N, H, W, S] of a residue class, boxes of a halo x 64 channels
+  CUtensorMap in_factor;           // [R, S], boxes 64 x 64
+  CUtensorMap out_factor;          // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
+  const uint16_t *down, *across;   // [R, 3], with the strides below, in elements
   int64_t down_rank, down_tap, across_rank, across_tap;
   const uint16_t* bias;  // [T] or null
   uint16_t* output;      // [N, OH, OW, T], dense
   CpSm90a layout;
   Tiles tiles;
   int t, r, height, width;  // T, R, and the size of the output
-  int padding_h, padding_w;
+  struct {
+    int y, x;
+  } shift[kMostPlanes];    // per class: the pixel of its plane that its first output reads first
+  int stride_h, stride_w;  // in pixels of a plane: 1 or 2
+  int halo_width, box_bytes;
   Activation activation;
 };
 
@@ -86,6 +97,7 @@ LOWRANK_OPS_HOPPER uint32_t bias_place(uint32_t base, const CpSm90a& l, int chan
 
 // The parts of a tile's factors go through the ring in the order of their use: parts 0 and 1 of in_factor, part 0 of
 // out_factor, part 2 of in_factor, part 1 of out_factor, ..., the last two of out_factor.
+template <bool plain>
 struct CpProducer {
   const CpParams& p;
   uint32_t base;
@@ -107,12 +119,13 @@ struct CpProducer {
   }
 
   // Loads the tile's input and, after its first slice, the first part of in_factor.
-  LOWRANK_OPS_HOPPER void load_input(const TilePlace& place) {
+  LOWRANK_OPS_HOPPER void load_input(const ClassPlace& place) {
+    const int x = place.at.x * (plain ? 1 : p.stride_w) + p.shift[place.residue].x;
+    const int y = place.at.y * (plain ? 1 : p.stride_h) + p.shift[place.residue].y;
     for (int s = 0; s < p.layout.slices; ++s) {
       const uint32_t full = barriers.slice_full(s);
-      barrier_expect(full, CpSm90a::kSliceBytes);
-      load_box(base + s * CpSm90a::kSliceBytes, &p.input, full, s * CpSm90a::kSlice, place.x - p.padding_w,
-               place.y - p.padding_h, place.n);
+      barrier_expect(full, uint32_t(plain ? CpSm90a::kSliceBytes : p.box_bytes));
+      load_box(base + s * CpSm90a::kSliceBytes, &p.input[place.residue], full, s * CpSm90a::kSlice, x, y, place.at.n);
       if (s == 0) load_part(true, 0);
     }
   }
@@ -122,7 +135,7 @@ struct CpProducer {
 #pragma unroll 1
     for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x), parity ^= 1) {
       wait_phase(barriers.input_free(), parity);
-      load_input(p.tiles.place(tile));
+      load_input(p.tiles.place<plain>(tile));
 #pragma unroll 1
       for (int part = 0; part < p.layout.parts; ++part) {
         if (part + 1 < p.layout.parts) load_part(true, part + 1);
@@ -134,49 +147,14 @@ struct CpProducer {
 
 // ---- The threads that compute
 
-// The depthwise stages of one 16-byte column of a part, which is 8 ranks, two per lane: 3 taps down, rounded, then 3
-// across, for the lane's two output pixels. `pixels`: address of the lane's two ranks in the first of the 4x3 halo
-// pixels that these need.
-template <bool half>
-LOWRANK_OPS_HOPPER void depthwise(uint32_t (&results)[2], uint32_t pixels, uint32_t weights) {
-  float w[12];  // two ranks of each tap
-#pragma unroll
-  for (int i = 0; i < 3; ++i) load_shared(weights + i * 16, w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
-  float sums[2][2] = {};
-#pragma unroll
-  for (int b = 0; b < 3; ++b) {
-    float low[4], high[4];
-#pragma unroll
-    for (int a = 0; a < 4; ++a) {
-      const uint32_t word = load_shared_word(pixels + (a * CpSm90a::kHaloWidth + b) * CpSm90a::kPitch);
-      low[a] = widen_low<half>(word);
-      high[a] = widen_high<half>(word);
-    }
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      float first = 0, second = 0;
-#pragma unroll
-      for (int tap = 0; tap < 3; ++tap) {
-        first += w[2 * tap] * low[lower + tap];
-        second += w[2 * tap + 1] * high[lower + tap];
-      }
-      const uint32_t both = pack<half>(first, second);
-      sums[lower][0] += w[6 + 2 * b] * widen_low<half>(both);
-      sums[lower][1] += w[7 + 2 * b] * widen_high<half>(both);
-    }
-  }
-  results[0] = pack<half>(sums[0][0], sums[0][1]);
-  results[1] = pack<half>(sums[1][0], sums[1][1]);
-}
-
 // A thread of a warpgroup that computes; `half`: fp16, else bf16; `channels` and `slices` as in CpSm90a.
-template <bool half, int channels, int slices>
+template <bool half, int channels, int slices, bool plain>
 struct CpGroup {
   const CpParams& p;
   uint32_t base;
   CpBarriers barriers;
   int group, warp, lane;
-  int row;         // the first of the warp's two rows of the output tile
+  int row;         // the first of the warp's rows of the output tile
   bool inside;     // whether these rows lie inside the tile: false in the last warp
   RingPlace ring;  // of the next part to wait for
   RingPlace done;  // of the next part to give back; parts are given back in the order in which they were waited for
@@ -189,7 +167,7 @@ struct CpGroup {
         group(warp_of_cta / 4),
         warp(warp_of_cta % 4),
         lane(lane_of_warp),
-        row(warp_of_cta * 2),
+        row(warp_of_cta * (plain ? 2 : 2 / params.stride_h)),
         inside(warp_of_cta * 2 < CpSm90a::kTileHeight) {}
 
   // Waits for the next part and returns its address.
@@ -209,10 +187,11 @@ struct CpGroup {
   // within 32 (cp_sm90a_launch.cuh): a lane's sum 16 b + 4 j + e (+ 2 for its second row) is channel 32 b + 8 (lane %
   // 4) + 2 j + e.
   LOWRANK_OPS_HOPPER void start_with_bias(float (&sums)[channels / 2]) {
+    const uint32_t first = bias_place(base, p.layout, lane % 4 * 8);
 #pragma unroll
     for (int b = 0; b < channels / 32; ++b) {
       float values[8];
-      const uint32_t from = bias_place(base, p.layout, b * 32 + lane % 4 * 8);
+      const uint32_t from = first + b * 32 / 4 * CpSm90a::kPitch;
       load_shared(from, values[0], values[1], values[2], values[3]);
       load_shared(from + CpSm90a::kPitch, values[4], values[5], values[6], values[7]);
 #pragma unroll
@@ -258,14 +237,18 @@ struct CpGroup {
 
   // The depthwise stage: leaves its results in registers, as an operand of stage 3. Half of them are computed before
   // the wait for stage 3 of the part before, which still reads that operand.
+  template <int rows>
   LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[4][4], uint32_t tile, int part) {
-    const uint32_t pixels = tile + (row * CpSm90a::kHaloWidth + lane / 4) * CpSm90a::kPitch + lane % 4 * 4;
+    const uint32_t line = (plain ? CpSm90a::kHaloWidth : p.halo_width) * CpSm90a::kPitch;
+    // With a stride the upper half of the warp reads what the lower half reads, as the tile is half as wide.
+    const int column = plain ? lane / 4 : lane / 4 * p.stride_w % CpSm90a::kTileWidth;
+    const uint32_t pixels = tile + row * (plain ? 1 : p.stride_h) * line + column * CpSm90a::kPitch + lane % 4 * 4;
     const uint32_t weights = base + p.layout.weights + (part * 32 + lane % 4) * CpSm90a::kPairBytes;
     uint32_t early[4][2] = {};
     if (inside) {
 #pragma unroll
       for (int column = 0; column < 4; ++column)
-        depthwise<half>(early[column], pixels + column * 16, weights + column * 4 * CpSm90a::kPairBytes);
+        depthwise<half, rows>(early[column], pixels + column * 16, line, weights + column * 4 * CpSm90a::kPairBytes);
     }
     wgmma_wait<1>();
 #pragma unroll
@@ -278,8 +261,8 @@ struct CpGroup {
       for (int lower = 0; lower < 2; ++lower) second[column / 2][column % 2 * 2 + lower] = early[column][lower];
 #pragma unroll
     for (int column = 4; column < 8; ++column) {
-      uint32_t results[2];
-      depthwise<half>(results, pixels + column * 16, weights + column * 4 * CpSm90a::kPairBytes);
+      uint32_t results[2] = {};
+      depthwise<half, rows>(results, pixels + column * 16, line, weights + column * 4 * CpSm90a::kPairBytes);
       second[column / 2][column % 2 * 2] = results[0];
       second[column / 2][column % 2 * 2 + 1] = results[1];
     }
@@ -296,18 +279,20 @@ struct CpGroup {
     wgmma_commit();
   }
 
-  LOWRANK_OPS_HOPPER void store(const float (&sums)[channels / 2], const TilePlace& place) {
-    const int x = place.x + lane / 4, y = place.y + row;
-    if (!inside || x >= p.width) return;
-    uint16_t* const pixel = p.output + ((int64_t(place.n) * p.height + y) * p.width + x) * p.t + lane % 4 * 8;
+  LOWRANK_OPS_HOPPER void store(const float (&sums)[channels / 2], const ClassPlace& place) {
+    const int step_y = plain ? 1 : p.tiles.classes_h.divisor, step_x = plain ? 1 : p.tiles.classes_w.divisor;
+    const int y = (place.at.y + row) * step_y + place.class_y, x = (place.at.x + lane / 4) * step_x + place.class_x;
+    if (!inside || x >= p.width || (!plain && lane / 4 >= p.tiles.width)) return;
+    uint16_t* const pixel = p.output + ((int64_t(place.at.n) * p.height + y) * p.width + x) * p.t + lane % 4 * 8;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      if (y + lower >= p.height) return;
+      if (y + lower * step_y >= p.height) return;
+      if (!plain && lower == 1 && p.stride_h == 2) return;
 #pragma unroll
       for (int b = 0; b < channels / 32; ++b) {
         if (b * 32 >= p.t) break;
         const float* of = sums + b * 16 + lower * 2;
-        store_global(pixel + int64_t(lower) * p.width * p.t + b * 32, pack<half>(of[0], of[1]),
+        store_global(pixel + int64_t(lower) * step_y * p.width * p.t + b * 32, pack<half>(of[0], of[1]),
                      pack<half>(of[4], of[5]), pack<half>(of[8], of[9]), pack<half>(of[12], of[13]));
       }
     }
@@ -315,7 +300,7 @@ struct CpGroup {
 
   // Computes one tile. `turn`: which of the two hidden tiles is written next. They alternate across tiles, too: whoever
   // is behind the barrier of the next part knows that all warps have read the hidden tile of the part before.
-  LOWRANK_OPS_HOPPER void compute(const TilePlace& place, uint32_t parity, int& turn) {
+  LOWRANK_OPS_HOPPER void compute(int number, uint32_t parity, int& turn) {
     float sums[channels / 2], hidden[40];
     start_with_bias(sums);
     uint32_t second[4][4] = {};
@@ -333,7 +318,10 @@ struct CpGroup {
         stage1(hidden, false, parity);
       else
         wgmma_commit();  // an empty group, so that wgmma_wait counts alike in all parts
-      stage2(second, tile, part);
+      if (plain || p.stride_h == 1)
+        stage2<2>(second, tile, part);
+      else
+        stage2<1>(second, tile, part);
       stage3(sums, second);
       wgmma_wait<1>();  // stage 1 of the next part
       pin(hidden);
@@ -346,7 +334,7 @@ struct CpGroup {
     release_part();  // the last part of out_factor
     pin(sums);
     activate(sums, p.activation);
-    store(sums, place);
+    store(sums, p.tiles.place<plain>(number));
   }
 
   LOWRANK_OPS_HOPPER void run() {
@@ -354,7 +342,7 @@ struct CpGroup {
     int turn = 0;
 #pragma unroll 1
     for (int tile = int(blockIdx.x); tile < p.tiles.count; tile += int(gridDim.x), parity ^= 1)
-      compute(p.tiles.place(tile), parity, turn);
+      compute(tile, parity, turn);
   }
 };
 
@@ -371,7 +359,7 @@ LOWRANK_OPS_HOPPER void store_constants(const CpParams& p, uint32_t base) {
   }
 }
 
-template <bool half, int channels, int slices>
+template <bool half, int channels, int slices, bool plain>
 __global__ void __launch_bounds__(CpSm90a::kThreads, 1) cp_sm90a_kernel(const __grid_constant__ CpParams params) {
   constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   const uint32_t base = shared_base();
@@ -382,10 +370,10 @@ __global__ void __launch_bounds__(CpSm90a::kThreads, 1) cp_sm90a_kernel(const __
   __syncthreads();
   if (warp >= 8) {
     give_registers<kProducerRegisters>();
-    if (warp == 8 && lane == 0) CpProducer{params, base, barriers, {}}.run();
+    if (warp == 8 && lane == 0) CpProducer<plain>{params, base, barriers, {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
-    CpGroup<half, channels, slices>(params, base, barriers, warp, lane).run();
+    CpGroup<half, channels, slices, plain>(params, base, barriers, warp, lane).run();
   }
 }
 

@@ -11,18 +11,39 @@ struct TilePlace {
   int x, y, n;
 };
 
+// A tile's residue class of the output (plan/geometry.h), and its place among the outputs of this class.
+struct ClassPlace {
+  TilePlace at;
+  int class_y, class_x;
+  int residue;  // the class's number: class_y * classes of the width + class_x
+};
+
 // All tiles of the output, numbered image by image, and line by line within an image.
 struct Tiles {
-  Divider across, of_image;  // divide by the tiles per line, per image
-  int count, height, width;  // tiles of all images; pixels per tile
+  Divider across, of_image;      // divide by the tiles per line, per image
+  Divider classes_h, classes_w;  // divide by the residue classes of an axis
+  int count, height, width;      // tiles of all images; pixels per tile
 
-  LOWRANK_OPS_HOPPER TilePlace place(int tile) const {
-    const int n = of_image.quotient(tile), rest = tile - n * of_image.divisor, row = across.quotient(rest);
-    return {(rest - row * across.divisor) * width, row * height, n};
+  int classes() const { return classes_h.divisor * classes_w.divisor; }
+
+  // `one_class`: the call has one class.
+  template <bool one_class>
+  LOWRANK_OPS_HOPPER ClassPlace place(int tile) const {
+    const int n = of_image.quotient(tile), rest = tile - n * of_image.divisor;
+    const int row = across.quotient(rest), column = rest - row * across.divisor;
+    if constexpr (one_class) return {{column * width, row * height, n}, 0, 0, 0};
+    const int row_of_class = classes_h.quotient(row), column_of_class = classes_w.quotient(column);
+    const int y = row - row_of_class * classes_h.divisor, x = column - column_of_class * classes_w.divisor;
+    return {{column_of_class * width, row_of_class * height, n}, y, x, y * classes_w.divisor + x};
   }
 };
 inline Tiles tiles_of(const Geometry& g) {
-  return {Divider(g.columns.tiles()), Divider(g.columns.tiles() * g.rows.tiles()), int(g.tiles()), g.rows.tile,
+  return {Divider(g.columns.tiles()),
+          Divider(g.columns.tiles() * g.rows.tiles()),
+          Divider(g.rows.lattice),
+          Divider(g.columns.lattice),
+          int(g.tiles()),
+          g.rows.tile,
           g.columns.tile};
 }
 

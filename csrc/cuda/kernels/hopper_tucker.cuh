@@ -23,33 +23,12 @@ struct TuckerParamsOf {
   const void* bias;                 // [T] or null
   Layout layout;
   Tiles tiles;
-  Divider classes_h, classes_w;  // divide by the residue classes of an axis
   Plane planes[kMostPlanes];     // those of a tile of class 0, then those of class 1, and so on, as in `input`
   int plane_count;               // planes that a tile reads
   int taps, stride_h, stride_w;  // strides: between neighbouring taps of a plane
   int t;
   Activation activation;
 };
-
-// A tile's residue class, and its place among the outputs of this class.
-struct TuckerPlace {
-  TilePlace at;
-  int residue;
-};
-
-// `one_plane`: the call has one plane and one class.
-template <bool one_plane, class Layout>
-LOWRANK_OPS_HOPPER TuckerPlace tucker_place(const TuckerParamsOf<Layout>& p, int tile) {
-  TilePlace at = p.tiles.place(tile);
-  if constexpr (one_plane) return {at, 0};
-  constexpr int kSide = Layout::kTileSide;
-  const int row = at.y / kSide, column = at.x / kSide;
-  const int row_of_class = p.classes_h.quotient(row), column_of_class = p.classes_w.quotient(column);
-  at.y = row_of_class * kSide;
-  at.x = column_of_class * kSide;
-  return {at, (row - row_of_class * p.classes_h.divisor) * p.classes_w.divisor + column -
-                  column_of_class * p.classes_w.divisor};
-}
 
 constexpr int kTuckerRow = 128;  // bytes of a row in shared memory, in the 128-byte swizzle
 

@@ -113,26 +113,26 @@ struct Producer {
 
   // The slices of a plane, for a tile of the group.
   LOWRANK_OPS_HOPPER void load_plane(int tile, int plane, int group) {
-    const auto [at, residue] = tucker_place<one_plane>(p, tile);
-    const int number = residue * p.plane_count + plane;
+    const ClassPlace place = p.tiles.place<one_plane>(tile);
+    const int number = place.residue * p.plane_count + plane;
     const Plane& from = p.planes[number];
-    RingPlace place = group == 1 ? of_group[1] : of_group[0];
+    RingPlace arrival = group == 1 ? of_group[1] : of_group[0];
 #pragma unroll 1
     for (int s = 0; s < p.layout.slices; ++s) {
-      const uint32_t full = barriers.full(group, place.slot),
+      const uint32_t full = barriers.full(group, arrival.slot),
                      slot = base + p.layout.ring + ring.slot * p.layout.slice_bytes();
       wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
       barrier_expect(full, uint32_t(from.bytes));
-      load_box(slot, &p.input[number], full, s * TuckerSm90a::kSlice, at.x + from.columns.shift, at.y + from.rows.shift,
-               at.n);
-      place.next(p.layout.slots);
+      load_box(slot, &p.input[number], full, s * TuckerSm90a::kSlice, place.at.x + from.columns.shift,
+               place.at.y + from.rows.shift, place.at.n);
+      arrival.next(p.layout.slots);
       ring.next(p.layout.slots);
       if (late && (ring.slot == 0 || s + 1 == p.layout.slices)) {
         load_late_factors(p, base, barriers);
         late = false;
       }
     }
-    (group == 1 ? of_group[1] : of_group[0]) = place;
+    (group == 1 ? of_group[1] : of_group[0]) = arrival;
   }
 
   LOWRANK_OPS_HOPPER void run() {
@@ -294,13 +294,13 @@ struct TuckerGroup {
       if (first) wait_phase(barriers.out_ready(), 0);
       __syncwarp();
       first = false;
-      const auto [at, residue] = tucker_place<one_plane>(p, tile);
+      const ClassPlace place = p.tiles.place<one_plane>(tile);
 #pragma unroll 1
       for (int chunk = 0; chunk < p.layout.chunks; ++chunk) {
         float sums[32];
         multiply(sums, second, chunk);
         activate(sums, p.activation);
-        store_chunk<half>(&p.output[residue], hidden, sums, chunk, at, group, warp, lane);
+        store_chunk<half>(&p.output[place.residue], hidden, sums, chunk, place.at, group, warp, lane);
       }
     }
     if (first_thread()) wait_stores();

@@ -1,8 +1,7 @@
 // Turns the parameters of a call into those of the sm90a Tucker kernels, and chooses the instance of the narrow kernel.
 #pragma once
 
-#include "cuda/kernels/launch.h"
-#include "cuda/kernels/tensor_map.h"
+#include "cuda/kernels/plane_map.h"
 #include "cuda/kernels/tucker_sm90a.cuh"
 
 namespace lowrank_ops::hopper {
@@ -13,7 +12,6 @@ constexpr int kTuckerElement = 2;  // bytes
 template <class L>
 bool add_plane(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, int residue, int y, int x) {
   const Geometry& g = block.geometry;
-  const int64_t (&stride)[4] = block.input_stride;
   const int number = residue * planes_of(g) + y * planes_of(g.columns) + x;
   Plane& plane = to.planes[number];
   plane.rows = plane_of(g.rows, residue / g.columns.lattice, y);
@@ -21,14 +19,8 @@ bool add_plane(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype, int
   plane.tap_y = y;
   plane.tap_x = x;
   plane.bytes = plane.rows.halo * plane.columns.halo * L::kRowBytes;
-  const int64_t first = plane.rows.first * stride[2] + plane.columns.first * stride[3];
-  return encode(to.input[number],
-                {static_cast<const char*>(block.input) + first * kTuckerElement,
-                 4,
-                 {g.s, plane.columns.pixels, plane.rows.pixels, g.n},
-                 {1, stride[3] * plane_step(g.columns), stride[2] * plane_step(g.rows), stride[0]},
-                 {L::kSlice, plane.columns.halo, plane.rows.halo, 1}},
-                dtype);
+  return encode_plane(to.input[number], block, dtype, plane.rows, plane.columns, plane_step(g.rows),
+                      plane_step(g.columns));
 }
 
 // Sets a residue class's tensor map of the output, which has at least one line and column of it, and its planes.
@@ -64,8 +56,6 @@ bool tucker_params(TuckerParamsOf<L>& to, const BlockParams& block, DType dtype,
   to.stride_w = g.columns.stride;
   to.activation = block.activation;
   to.plane_count = planes_of(g);
-  to.classes_h = Divider(g.rows.lattice);
-  to.classes_w = Divider(g.columns.lattice);
   for (int residue = 0; residue < g.rows.lattice * g.columns.lattice; ++residue)
     if (!add_class(to, block, dtype, residue)) return false;
   const Factor &first = block.in_factor, &core = block.core, &last = block.out_factor;
@@ -88,7 +78,7 @@ inline bool tucker_params(TuckerParams& to, const BlockParams& block, DType dtyp
 // Whether all tiles of a call read one and the same plane.
 template <class L>
 bool has_one_plane(const TuckerParamsOf<L>& p) {
-  return p.plane_count * p.classes_h.divisor * p.classes_w.divisor == 1;
+  return p.plane_count * p.tiles.classes() == 1;
 }
 
 using TuckerKernel = void (*)(TuckerParams);

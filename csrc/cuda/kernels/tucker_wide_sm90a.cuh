@@ -77,12 +77,12 @@ struct WideProducer {
         const int own = tile + group * int(gridDim.x);
         if (own >= p.tiles.count) break;
         const Ring slices = slice_ring(base, p.layout, group);
-        const auto [at, residue] = tucker_place<one_plane>(p, own);
-        const int number = residue * p.plane_count + plane;
+        const ClassPlace place = p.tiles.place<one_plane>(own);
+        const int number = place.residue * p.plane_count + plane;
         const Plane& from = p.planes[number];
         open_slot(slices, slice, from.bytes);
         load_box(slices.at(slice.slot), &p.input[number], slices.full(slice.slot), s * TuckerWideSm90a::kSlice,
-                 at.x + from.columns.shift, at.y + from.rows.shift, at.n);
+                 place.at.x + from.columns.shift, place.at.y + from.rows.shift, place.at.n);
       }
       slice.next(p.layout.input_slots);
     }
@@ -265,7 +265,7 @@ struct WideGroup {
     for (int k = 0; k < kSteps; ++k) pin(second[k]);
   }
 
-  LOWRANK_OPS_HOPPER void compute(const TuckerPlace& place) {
+  LOWRANK_OPS_HOPPER void compute(const ClassPlace& place) {
     uint32_t second[kSteps][4];
     stages_of_planes(second);
 #pragma unroll 1
@@ -292,7 +292,7 @@ struct WideGroup {
     for (int first = int(blockIdx.x); first < p.tiles.count; first += L::kGroups * int(gridDim.x)) {
       const int tile = first + group * int(gridDim.x);
       if (tile < p.tiles.count)
-        compute(tucker_place<one_plane>(p, tile));
+        compute(p.tiles.place<one_plane>(tile));
       else
         skip();
     }

@@ -6,8 +6,9 @@
 
 namespace lowrank_ops {
 
-// A tile is 14x8 pixels of the output, its halo 16x10, as the window is 3x3. Matrices in shared memory have rows of 128
-// bytes: 64 channels or ranks of 2 bytes. Rows of the hidden tiles are 16 bytes longer.
+// A tile is 14x8 pixels of the output, its halo 16x10, as the window is 3x3. A stride of 2 along an axis halves the
+// tile along it; the halo is then not larger. Matrices in shared memory have rows of 128 bytes: 64 channels or ranks of
+// 2 bytes. Rows of the hidden tiles are 16 bytes longer.
 struct CpSm90a {
   static constexpr int kTileHeight = 14, kTileWidth = 8, kTaps = 3;
   static constexpr int kHaloHeight = 16, kHaloWidth = 10, kHaloPixels = 160;
@@ -17,6 +18,7 @@ struct CpSm90a {
   static constexpr int kPairBytes = 48;                   // the depthwise weights of two ranks, as floats
   static constexpr int kThreads = 384;                    // two warpgroups that compute, and one that copies
   static constexpr int kMostChannels = 256;               // S, T
+  static constexpr int kMostStride = 2;                   // in units (plan/geometry.h)
   static constexpr int kMostRank = 1024;
   static constexpr int kMostBytes = 232448;  // shared memory of one CTA on every GPU of this architecture
 

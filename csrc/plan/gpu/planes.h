@@ -17,6 +17,9 @@
 //     output i of class 1 reads    2 i - 1       2 i + 1   2 i + 3        pixels 1, 3..., number i - 1, i, i + 1
 //
 // A window of one tap has one plane and one class, whatever its stride and dilation are.
+//
+// CP's kernel reads its window by ordinary loads, which can step over pixels. So its tiles read all pixels of their
+// class as one plane, whatever the stride is.
 #pragma once
 
 #include "plan/geometry.h"
@@ -54,6 +57,16 @@ constexpr PlaneAxis plane_of(const TileAxis& axis, int residue, int plane) {
   p.pixels = int(ceil_div(axis.in - p.first, step));
   p.shift = (start - p.first) / step;
   if (p.first >= axis.in) p.first = 0, p.pixels = 1, p.shift = 1;  // no pixel of the image: all lie beyond pixel 0
+  return p;
+}
+
+// All pixels of the input that the outputs of a class read, `axis.unit` apart. Output i reads the pixels number
+// i * axis.stride + shift and the next ones.
+constexpr PlaneAxis whole_class(const TileAxis& axis, int residue) {
+  TileAxis unit_stride = axis;
+  unit_stride.stride = 1;
+  PlaneAxis p = plane_of(unit_stride, residue, 0);
+  p.halo = axis.halo();
   return p;
 }
 

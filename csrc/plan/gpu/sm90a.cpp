@@ -21,6 +21,7 @@ std::string above(const char* what, int64_t value, int64_t most) {
 
 // An axis in planes (planes.h), as its TileAxis will be, which has numbers of 32 bits.
 struct PlanesOfAxis {
+  int64_t stride = 1;               // in units
   int64_t classes = 1, planes = 1;  // planes: of a class
   int64_t halo = 1;                 // pixels that a tile reads of the plane with the most taps
   bool empty_class = false;
@@ -28,7 +29,7 @@ struct PlanesOfAxis {
   PlanesOfAxis(const Problem& p, int axis) {
     const int64_t kernel = axis == 0 ? p.kh : p.kw, outputs = axis == 0 ? p.oh : p.ow;
     const int64_t common = kernel == 1 ? p.stride[axis] : std::gcd(p.stride[axis], p.dilation[axis]);
-    const int64_t stride = p.stride[axis] / common;
+    stride = p.stride[axis] / common;
     if (kernel > 1) classes = p.dilation[axis] / common;
     planes = std::min(stride, kernel);
     halo = TuckerSm90a::kTileSide - 1 + ceil_div(kernel, stride);
@@ -38,18 +39,24 @@ struct PlanesOfAxis {
   bool few(int64_t most) const { return classes <= most && planes <= most; }
 };
 
+std::string stride_and_dilation(const Problem& p) {
+  return "stride " + size_text(p.stride[0], p.stride[1]) + " and dilation " + size_text(p.dilation[0], p.dilation[1]);
+}
+// Why a kernel that takes classes of the output cannot take those of a problem; "": it can.
+std::string classes_reason(const Problem& p, const PlanesOfAxis& rows, const PlanesOfAxis& columns) {
+  if (!rows.empty_class && !columns.empty_class) return "";
+  return "the output must not be smaller than the dilation " + size_text(p.dilation[0], p.dilation[1]) + ", got " +
+         size_text(p.oh, p.ow);
+}
+
 // Why the planes of a problem are too many or too few for a Tucker kernel; "": they are not.
 std::string planes_reason(const Problem& p, const PlanesOfAxis& rows, const PlanesOfAxis& columns) {
   const bool few = rows.few(kMostPlanes) && columns.few(kMostPlanes) &&
                    rows.classes * rows.planes * columns.classes * columns.planes <= kMostPlanes;
   if (!few)
     return "stride and dilation must cut the window into at most " + number(kMostPlanes) +
-           " planes (such as 2x2), got stride " + size_text(p.stride[0], p.stride[1]) + " and dilation " +
-           size_text(p.dilation[0], p.dilation[1]);
-  if (rows.empty_class || columns.empty_class)
-    return "the output must not be smaller than the dilation " + size_text(p.dilation[0], p.dilation[1]) + ", got " +
-           size_text(p.oh, p.ow);
-  return "";
+           " planes (such as 2x2), got " + stride_and_dilation(p);
+  return classes_reason(p, rows, columns);
 }
 
 // Why a Tucker kernel cannot take the ranks, the channels or the window of a problem; "": it can. `most_pixels`: of a
@@ -86,11 +93,16 @@ std::string wide_reason(const Problem& p) {
 
 std::string cp_reason(const Problem& p) {
   using L = CpSm90a;
-  if (p.stride[0] != 1 || p.stride[1] != 1) return "stride must be 1, got " + size_text(p.stride[0], p.stride[1]);
-  if (p.dilation[0] != 1 || p.dilation[1] != 1)
-    return "dilation must be 1, got " + size_text(p.dilation[0], p.dilation[1]);
   if (p.kh != L::kTaps || p.kw != L::kTaps) return "the window must be 3x3, got " + size_text(p.kh, p.kw);
-  std::string reason = above("channels", std::max(p.s, p.t), L::kMostChannels);
+  const PlanesOfAxis rows(p, 0), columns(p, 1);
+  if (std::max(rows.stride, columns.stride) > L::kMostStride)
+    return "stride, divided by its greatest common divisor with the dilation, must be at most " +
+           number(L::kMostStride) + ", got " + stride_and_dilation(p);
+  if (std::max(rows.classes, columns.classes) > kMostPlanes || rows.classes * columns.classes > kMostPlanes)
+    return "dilation must cut the output into at most " + number(kMostPlanes) + " residue classes (such as 2x2), got " +
+           stride_and_dilation(p);
+  std::string reason = classes_reason(p, rows, columns);
+  if (reason.empty()) reason = above("channels", std::max(p.s, p.t), L::kMostChannels);
   if (reason.empty()) reason = above("the rank", p.r1, L::kMostRank);
   if (reason.empty() && p.t % 32 != 0) reason = "output channels must be a multiple of 32, got " + number(p.t);
   return reason;
@@ -133,7 +145,9 @@ Geometry most_slots(Geometry g, int most, const Fits& fits) {
 Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel) {
   if (p.op == Op::kCP) {
     using L = CpSm90a;
-    return most_slots(geometry_of(p, 1, L::kTileHeight, L::kTileWidth, kLeastSlots, 1), kMaxStages,
+    const int height = L::kTileHeight / int(PlanesOfAxis(p, 0).stride);
+    const int width = L::kTileWidth / int(PlanesOfAxis(p, 1).stride);
+    return most_slots(geometry_of(p, 1, height, width, kLeastSlots, 1), kMaxStages,
                       [](const Geometry& g) { return cp_sm90a_layout(g).bytes <= L::kMostBytes; });
   }
   if (p.op == Op::kLinear) {
@@ -175,10 +189,11 @@ int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& g, const GpuCaps& c
 
 namespace {
 
-// kProducts counts wgmmas of depth 16 and 64 columns.
-void count_cp(FusedFeatures& found, double turns, const CpSm90a& layout) {
+// kProducts counts wgmmas of depth 16 and 64 columns. kDepthwise counts parts. A lane reads 4x3 hidden pixels for two
+// outputs, with a stride along the height 3x3 for one.
+void count_cp(FusedFeatures& found, double turns, const Geometry& g, const CpSm90a& layout) {
   found[kChunks] = turns * layout.slices;
-  found[kDepthwise] = turns * layout.parts;
+  found[kDepthwise] = turns * layout.parts * (g.rows.stride == 1 ? 1 : 0.75);
   found[kProducts] = turns * layout.parts * 4 * (1.25 * layout.slices + layout.channels / 64.0);
   found[kOutputs] = turns * layout.channels / 64;
 }
@@ -208,11 +223,10 @@ void count_linear(FusedFeatures& found, double turns, const Geometry& g, const L
   found[kChunks] = turns * (layout.slices * slice + chunks * chunk) / kWideBytes;
 }
 
-double cp_flops(const CpSm90a& layout) {
+double cp_flops(const Geometry& g, const CpSm90a& layout) {
   const double slice = CpSm90a::kSlice, rank = layout.parts * slice;
-  const double pixels = CpSm90a::kTileHeight * CpSm90a::kTileWidth;
   const double first = CpSm90a::kHaloPixels * rank * layout.slices * slice;
-  const double middle = rank * CpSm90a::kTaps * pixels * (1 + CpSm90a::kHaloWidth / double(CpSm90a::kTileWidth));
+  const double middle = rank * CpSm90a::kTaps * g.rows.tile * (g.columns.tile + g.columns.halo());
   return first + middle + 2 * slice * layout.channels * rank;
 }
 
@@ -238,7 +252,7 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
   // One per passage from stage 1 to stage 2. With planes that is a cautious guess: no GPU has timed them.
   found[kWaits] = turns * (kernel.op == Op::kTucker ? planes_of(g) : 1);
   if (kernel.op == Op::kCP)
-    count_cp(found, turns, cp_sm90a_layout(g));
+    count_cp(found, turns, g, cp_sm90a_layout(g));
   else if (kernel.op == Op::kLinear)
     count_linear(found, turns, g, linear_sm90a_layout(g));
   else if (is_wide_sm90a(kernel))
@@ -250,7 +264,7 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
 
 double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {
   const double tiles = 2 * double(g.tiles());
-  if (kernel.op == Op::kCP) return tiles * cp_flops(cp_sm90a_layout(g));
+  if (kernel.op == Op::kCP) return tiles * cp_flops(g, cp_sm90a_layout(g));
   if (kernel.op == Op::kLinear) return tiles * linear_flops(g, linear_sm90a_layout(g));
   if (is_wide_sm90a(kernel)) {
     const TuckerWideSm90a layout = wide_sm90a_layout(g);

@@ -55,7 +55,7 @@ cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int conf
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::CpParams to{};
   if (config != kSm90aCpConfig || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::cp_kernel(to.layout, dtype), CpSm90a::kThreads, to);
+  return run_on_two(hopper::cp_kernel(to, dtype), CpSm90a::kThreads, to);
 }
 
 cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {

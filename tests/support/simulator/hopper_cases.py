@@ -21,6 +21,68 @@ SAME = dict(kernel=(3, 3), padding=(1, 1))
 HALF = dict(**SAME, stride=(2, 2))
 WIDER = dict(kernel=(3, 3), padding=(2, 2), dilation=(2, 2))
 
+# Strides and dilations of 3x3 windows, for every kernel of convolutions: which of the kernel's sizes, and the rest.
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stride, even sizes": ("whole", dict(n=1, h=16, w=32, **HALF)),
+    "stride, every size padded": ("padded", dict(n=2, h=17, w=23, **HALF, activation="relu")),
+    "stride of the height": ("uneven", dict(n=1, h=17, w=9, **SAME, stride=(2, 1), activation="silu")),
+    "stride of the width": ("uneven", dict(n=1, h=9, w=18, **SAME, stride=(1, 2), bias=False)),
+    "stride, padding beyond the window": (
+        "small",
+        dict(n=1, h=4, w=5, kernel=(3, 3), padding=(5, 4), stride=(2, 2)),
+    ),
+    "stride, one pixel": ("small", dict(n=3, h=1, w=1, **HALF)),
+    "stride, many tiles": ("small", dict(n=5, h=17, w=16, **HALF)),
+    "stride, much of everything": ("much", dict(n=2, h=33, w=31, **HALF, activation="relu")),
+    "dilation, even sizes": ("whole", dict(n=1, h=16, w=32, **WIDER)),
+    "dilation, every size padded": ("padded", dict(n=2, h=17, w=21, **WIDER, activation="relu")),
+    "dilation of the height": ("uneven", dict(n=1, h=19, w=9, **SAME, dilation=(2, 1), bias=False)),
+    "dilation of 3 in the height": ("small", dict(n=1, h=25, w=9, kernel=(3, 3), padding=(3, 1), dilation=(3, 1))),
+    "dilation of 4 in the width": ("uneven", dict(n=1, h=8, w=37, kernel=(3, 3), padding=(0, 5), dilation=(1, 4))),
+    "dilation, one pixel per class": ("small", dict(n=3, h=2, w=2, **WIDER)),
+    "dilation, padding beyond the window": (
+        "small",
+        dict(n=1, h=3, w=1, kernel=(3, 3), padding=(5, 6), dilation=(2, 2)),
+    ),
+    "dilation, many tiles": ("small", dict(n=3, h=20, w=33, **WIDER)),
+    "stride and dilation of 2": (
+        "uneven",
+        dict(n=1, h=20, w=19, kernel=(3, 3), padding=(2, 1), stride=(2, 2), dilation=(2, 2)),
+    ),
+    "stride and dilation": (
+        "padded",
+        dict(n=2, h=35, w=19, kernel=(3, 3), padding=(2, 3), stride=(2, 1), dilation=(1, 2)),
+    ),
+}
+SIZES: dict[Kernel, dict[str, dict[str, int]]] = {
+    TUCKER: {
+        "whole": dict(s=64, t=64, r1=64, r2=64),
+        "padded": dict(s=72, t=136, r1=40, r2=56),
+        "uneven": dict(s=136, t=24, r1=24, r2=8),
+        "small": dict(s=72, t=72, r1=16, r2=16),
+        "much": dict(s=328, t=200, r1=64, r2=64),
+    },
+    WIDE: {
+        "whole": dict(s=64, t=64, r1=128, r2=128),
+        "padded": dict(s=72, t=136, r1=104, r2=88),
+        "uneven": dict(s=136, t=72, r1=128, r2=72),
+        "small": dict(s=72, t=72, r1=72, r2=72),
+        "much": dict(s=200, t=136, r1=128, r2=104),
+    },
+    CP: {
+        "whole": dict(s=64, t=64, r1=64),
+        "padded": dict(s=72, t=96, r1=72),
+        "uneven": dict(s=136, t=32, r1=200),
+        "small": dict(s=32, t=32, r1=16),
+        "much": dict(s=136, t=160, r1=136),
+    },
+}
+
+
+def _with_steps(kernel: Kernel) -> dict[str, dict[str, Any]]:
+    return {name: {**SIZES[kernel][sizes], **rest} for name, (sizes, rest) in STEPS.items()}
+
+
 TUCKER_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=16, **SAME),
     "every size padded": dict(n=2, s=72, t=136, r1=40, r2=56, h=9, w=11, **SAME, activation="relu"),
@@ -37,44 +99,19 @@ TUCKER_CASES: dict[str, dict[str, Any]] = {
     "one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=1, w=1, **SAME),
     "many tiles": dict(n=5, s=72, t=72, r1=16, r2=16, h=15, w=17, **SAME),
     "much of everything": dict(n=2, s=328, t=200, r1=64, r2=64, h=17, w=16, **SAME, activation="relu"),
-    "stride, whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=32, **HALF),
-    "stride, every size padded": dict(n=2, s=72, t=136, r1=40, r2=56, h=17, w=23, **HALF, activation="relu"),
-    "stride of the height": dict(n=1, s=136, t=24, r1=24, r2=8, h=17, w=9, **SAME, stride=(2, 1), activation="silu"),
-    "stride of the width": dict(n=1, s=40, t=24, r1=64, r2=48, h=9, w=18, **SAME, stride=(1, 2), bias=False),
+    **_with_steps(TUCKER),
+    "stride, a wide R1": dict(n=1, s=40, t=24, r1=64, r2=48, h=9, w=18, **SAME, stride=(1, 2), bias=False),
     "stride, 1x1 core": dict(n=1, s=72, t=64, r1=16, r2=24, h=17, w=18, kernel=(1, 1), stride=(2, 2)),
     "long steps, 1x1 core": dict(n=1, s=72, t=64, r1=16, r2=24, h=17, w=5, kernel=(1, 1), stride=(5, 3)),
     "stride, uneven core": dict(n=1, s=40, t=32, r1=32, r2=32, h=20, w=19, kernel=(2, 3), stride=(2, 2)),
     "stride, 5x5 core": dict(n=1, s=40, t=32, r1=32, r2=24, h=17, w=8, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
     "stride, 3x9 core": dict(n=1, s=40, t=24, r1=16, r2=8, h=17, w=21, kernel=(3, 9), padding=(1, 4), stride=(2, 2)),
     "stride, 1x13 core": dict(n=1, s=40, t=24, r1=64, r2=8, h=5, w=25, kernel=(1, 13), padding=(0, 5), stride=(2, 2)),
-    "stride, padding beyond the core": dict(
-        n=1, s=32, t=32, r1=16, r2=16, h=4, w=5, kernel=(3, 3), padding=(5, 4), stride=(2, 2)
-    ),
-    "stride, one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=1, w=1, **HALF),
     "stride, lines of padding alone": dict(
         n=2, s=32, t=32, r1=16, r2=16, h=1, w=5, kernel=(1, 1), padding=(1, 1), stride=(2, 2)
     ),
-    "stride, many tiles": dict(n=5, s=72, t=72, r1=16, r2=16, h=30, w=33, **HALF),
-    "stride and dilation of 2": dict(
-        n=1, s=32, t=32, r1=32, r2=24, h=20, w=19, kernel=(3, 3), padding=(2, 1), stride=(2, 2), dilation=(2, 2)
-    ),
     "stride of 4 in the width": dict(n=1, s=40, t=24, r1=24, r2=24, h=9, w=33, kernel=(3, 5), stride=(1, 4)),
-    "stride, much of everything": dict(n=2, s=328, t=200, r1=64, r2=64, h=33, w=31, **HALF, activation="relu"),
-    "dilation, whole tiles": dict(n=1, s=64, t=64, r1=64, r2=64, h=16, w=32, **WIDER),
-    "dilation, every size padded": dict(n=2, s=72, t=136, r1=40, r2=56, h=17, w=21, **WIDER, activation="relu"),
-    "dilation of the height": dict(n=1, s=136, t=24, r1=24, r2=8, h=19, w=9, **SAME, dilation=(2, 1), bias=False),
-    "dilation of 4 in the width": dict(
-        n=1, s=40, t=24, r1=24, r2=24, h=8, w=37, kernel=(3, 3), padding=(0, 5), dilation=(1, 4)
-    ),
     "dilation, uneven core": dict(n=1, s=40, t=32, r1=32, r2=32, h=20, w=19, kernel=(2, 3), dilation=(2, 2)),
-    "dilation, one pixel": dict(n=3, s=32, t=32, r1=16, r2=16, h=2, w=2, **WIDER),
-    "dilation, padding beyond the core": dict(
-        n=1, s=32, t=32, r1=16, r2=16, h=3, w=1, kernel=(3, 3), padding=(5, 6), dilation=(2, 2)
-    ),
-    "dilation, many tiles": dict(n=3, s=72, t=72, r1=16, r2=16, h=20, w=33, **WIDER),
-    "stride and dilation": dict(
-        n=2, s=72, t=40, r1=40, r2=24, h=35, w=19, kernel=(3, 3), padding=(2, 3), stride=(2, 1), dilation=(1, 2)
-    ),
     "stride of 3, dilation of 6": dict(
         n=1, s=72, t=40, r1=24, r2=24, h=67, w=7, kernel=(3, 1), padding=(4, 1), stride=(3, 1), dilation=(6, 1)
     ),
@@ -91,6 +128,16 @@ CP_CASES: dict[str, dict[str, Any]] = {
     "padding beyond the window": dict(n=1, s=32, t=32, r1=16, h=4, w=5, kernel=(3, 3), padding=(4, 2)),
     "one pixel": dict(n=3, s=32, t=32, r1=16, h=1, w=1, **SAME),
     "much of everything": dict(n=3, s=136, t=160, r1=136, h=17, w=16, **SAME),
+    **_with_steps(CP),
+    "stride, whole tiles": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **HALF),
+    "stride, most channels": dict(n=1, s=256, t=256, r1=256, h=13, w=9, **HALF, activation="gelu"),
+    "dilation, most channels": dict(n=1, s=256, t=256, r1=256, h=8, w=9, **SAME, dilation=(1, 2)),
+    "stride of 2, dilation of 3": dict(
+        n=1, s=72, t=32, r1=24, h=47, w=10, kernel=(3, 3), padding=(4, 1), stride=(2, 1), dilation=(3, 1)
+    ),
+    "stride of 4, dilation of 2": dict(
+        n=1, s=40, t=32, r1=24, h=9, w=41, kernel=(3, 3), padding=(0, 3), stride=(1, 4), dilation=(1, 2)
+    ),
 }
 WIDE_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=16, **SAME),
@@ -109,26 +156,14 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "one pixel": dict(n=3, s=32, t=32, r1=72, r2=72, h=1, w=1, **SAME),
     "an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=15, w=24, kernel=(1, 1)),
     "much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=17, w=16, **SAME, activation="hardswish"),
-    "stride, whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=32, **HALF),
-    "stride, every size padded": dict(n=2, s=72, t=136, r1=104, r2=88, h=17, w=23, **HALF, activation="relu"),
-    "stride of the height": dict(n=1, s=136, t=72, r1=128, r2=72, h=17, w=9, **SAME, stride=(2, 1), activation="silu"),
-    "stride of the width": dict(n=1, s=72, t=40, r1=72, r2=128, h=9, w=18, **SAME, stride=(1, 2), bias=False),
+    **_with_steps(WIDE),
+    "stride, a wide R2": dict(n=1, s=72, t=40, r1=72, r2=128, h=9, w=18, **SAME, stride=(1, 2), bias=False),
     "stride, 1x1 core": dict(n=1, s=72, t=64, r1=72, r2=80, h=17, w=18, kernel=(1, 1), stride=(2, 2)),
     "stride, uneven core": dict(n=1, s=40, t=32, r1=96, r2=72, h=20, w=19, kernel=(2, 3), stride=(2, 2)),
     "stride, 5x5 core": dict(n=1, s=40, t=32, r1=72, r2=72, h=17, w=8, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
-    "stride, padding beyond the core": dict(
-        n=1, s=32, t=32, r1=72, r2=72, h=4, w=5, kernel=(3, 3), padding=(5, 4), stride=(2, 2)
-    ),
-    "stride, one pixel": dict(n=3, s=32, t=32, r1=72, r2=72, h=1, w=1, **HALF),
     "stride, narrow ranks": dict(n=1, s=72, t=1480, r1=48, r2=40, h=7, w=9, **HALF, activation="relu"),
-    "stride, an odd number of tiles": dict(n=5, s=72, t=72, r1=72, r2=72, h=17, w=16, **HALF),
-    "stride, much of everything": dict(n=3, s=200, t=136, r1=128, r2=104, h=33, w=31, **HALF, activation="hardswish"),
-    "dilation, every size padded": dict(n=2, s=72, t=136, r1=104, r2=88, h=17, w=21, **WIDER, activation="relu"),
     "dilation, uneven core": dict(n=1, s=40, t=32, r1=96, r2=72, h=20, w=19, kernel=(2, 3), dilation=(2, 2)),
     "dilation, an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=19, w=8, **SAME, dilation=(2, 1)),
-    "stride and dilation": dict(
-        n=2, s=72, t=40, r1=72, r2=128, h=35, w=19, kernel=(3, 3), padding=(2, 3), stride=(2, 1), dilation=(1, 2)
-    ),
 }
 # The layer's input is [n, h, s]: n x h rows. `splits`: instead of the planner's, which gives so few tiles all CTAs.
 LINEAR_CASES: dict[str, dict[str, Any]] = {
