@@ -70,7 +70,10 @@ class Block {
         r1_bytes(l.hidden_row - kVectorBytes),
         r2_bytes(l.second_row - kVectorBytes),
         passes(passes_of(params)),
-        stream(params, shared, thread, passes) {}
+        stream(params, shared, thread, passes),
+        ring(address(l.slots)),
+        ring_end(ring + g.stages * l.slot),
+        slot(ring_end - l.slot) {}
 
   LOWRANK_OPS_DEVICE void run() {
     const Tile tile = locate();
@@ -80,7 +83,7 @@ class Block {
       stream.begin(input_of(tile));
     else
       stream.begin();
-    for (int i = 0; i < g.stages - 1; ++i) start_copies<1>();
+    for (Address first = ring; first != slot; first += l.slot) stream.template start<1>(first);
     in_stage();
     if constexpr (has_core) core_stage();
     if constexpr (Kernel::op == Op::kCP) {
@@ -100,7 +103,8 @@ class Block {
   const int s_bytes, r1_bytes, r2_bytes;  // bytes per row of input and hidden tiles, the latter in whole steps
   const Passes passes;
   Stream stream;
-  int copy_slot = 0, multiply_slot = 0;  // of the next chunk to copy, to multiply: offsets in the ring
+  const Address ring, ring_end;  // the slots
+  Address slot;                  // of the chunk that was multiplied last: the next copies take it
 
   static LOWRANK_OPS_DEVICE Passes passes_of(const KernelParams& params) {
     const int split = params.splits.remainder(int(block_index()));
@@ -188,28 +192,18 @@ class Block {
     else
       return shared + offset;
   }
-  LOWRANK_OPS_DEVICE int next_slot(int slot) { return slot + l.slot == g.stages * l.slot ? 0 : slot + l.slot; }
-
-  template <int stage>
-  LOWRANK_OPS_DEVICE void start_copies() {
-    stream.template start<stage>(address(l.slots + copy_slot));
-    copy_slot = next_slot(copy_slot);
-  }
 
   // Waits for the next chunk, starts the copies of a later one, and returns the address of the chunk's slot.
   template <int stage>
   LOWRANK_OPS_DEVICE Address next_chunk() {
-    if (g.stages == 2)
-      wait_copies<0>();
-    else if (g.stages == 3)
-      wait_copies<1>();
-    else
-      wait_copies<2>();
+    wait_copies<2>();
+    if (g.stages < 4) wait_copies<1>();
+    if (g.stages < 3) wait_copies<0>();
     barrier<Barrier::kChunk>();
-    start_copies<stage>();
-    const int slot = multiply_slot;
-    multiply_slot = next_slot(slot);
-    return address(l.slots + slot);
+    stream.template start<stage>(slot);
+    slot += l.slot;
+    if (slot == ring_end) slot = ring;
+    return slot;
   }
 
   // sum += A B^T over `bytes` of K. Rows of A lie at `a` + `a_row`; the warp's rows of B at `b`, `b_stride` bytes
