@@ -142,6 +142,8 @@ inline void multiply_add(Half, float (&sum)[4], const uint32_t (&a)[4], uint32_t
   simulator::multiply_add(simulator::Primitive::kMultiplyHalf, sum, a, b0, b1, {file, line});
 }
 inline void multiply_add(Tf32, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, LOWRANK_OPS_SITE) {
+  for (const uint32_t word : {a[0], a[1], a[2], a[3], b0, b1})
+    if (!simulator::is_tf32(word)) simulator::fail({file, line}, "a product of a number that was not rounded to tf32");
   simulator::multiply_add(simulator::Primitive::kMultiplyTf32, sum, a, b0, b1, {file, line});
 }
 
