@@ -144,11 +144,23 @@ def test_narrow_pair(kind: int, dtype: torch.dtype) -> None:
         assert torch.equal(found[:, half], bits)
 
 
-def test_clamp_keeps_a_nan() -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "high"),
+    [
+        (7, torch.float32, 6),
+        (8, torch.bfloat16, 6),
+        (9, torch.float16, 6),
+        (10, torch.bfloat16, torch.inf),
+        (11, torch.float16, torch.inf),
+    ],
+)
+def test_clamps(kind: int, dtype: torch.dtype, high: float) -> None:
+    """The same as clamping before rounding; a NaN stays a NaN."""
     data = floats()
-    values, found = data.view(torch.float32), converted(7, data).view(torch.float32)
-    assert torch.equal(found.isnan(), values.isnan())
-    assert torch.equal(found[~values.isnan()], values[~values.isnan()].clamp(0, 6))
+    values, found = data.view(torch.float32), converted(kind, data).view(dtype).view(len(data), -1)
+    for part, clamped in zip(found.T, (values, -values), strict=False):
+        assert torch.equal(part.isnan(), values.isnan())
+        assert torch.equal(part[~values.isnan()], clamped[~values.isnan()].clamp(0, high).to(dtype))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(3, torch.bfloat16), (4, torch.float16)])

@@ -202,12 +202,18 @@ inline Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second) {
   std::memcpy(&words, &pair, sizeof pair);
   return words;
 }
-// A NaN stays a NaN.
-inline float at_least(float value, float low) {
-  return value < low ? low : value;
+template <typename Element>
+inline Words<int(sizeof(Element)) / 2> narrow_pair_relu(float first, float second) {
+  return narrow_pair<Element>(first < 0 ? 0 : first, second < 0 ? 0 : second);
 }
-inline float at_most(float value, float high) {
-  return value > high ? high : value;
+template <typename Element>
+inline Words<int(sizeof(Element)) / 2> at_most_six(Words<int(sizeof(Element)) / 2> words) {
+  Pair<Element> pair;
+  std::memcpy(&pair, &words, sizeof pair);
+  for (Element& value : pair.value)
+    if (widen(value) > 6) value = narrow<Element, float>(6);
+  std::memcpy(&words, &pair, sizeof pair);
+  return words;
 }
 
 // Runs the whole grid before it returns. Checks the limits that the hardware has.
