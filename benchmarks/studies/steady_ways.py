@@ -66,6 +66,7 @@ class Way:
     without_copies: int | None
     without_vectors: int | None
     without_multiply_adds: int | None
+    longest_without_vectors: int | None  # of the longest way that issues the same but vectors
 
     @property
     def per_product(self) -> float | None:
@@ -86,8 +87,13 @@ class Way:
 
     @property
     def per_vector(self) -> float | None:
-        """Instructions that serve output vectors only."""
+        """Instructions that serve output vectors only, on the cheapest way (without an activation)."""
         return (self.instructions - (self.without_vectors or 0)) / self.count.vectors if self.count.vectors else None
+
+    @property
+    def most_per_vector(self) -> float | None:
+        """The same on the costliest way."""
+        return (self.longest - (self.longest_without_vectors or 0)) / self.count.vectors if self.count.vectors else None
 
 
 @dataclass(frozen=True)
@@ -229,9 +235,11 @@ def _steady_ways(lengths: Lengths, writes: bool) -> tuple[Way, ...]:
     ways = []
     for count, (shortest, longest) in kept.items():
 
+        def fitting(**wanted: object) -> list[tuple[int, int]]:
+            return [both for one, both in kept.items() if all(getattr(one, k) == v for k, v in wanted.items())]
+
         def least(**wanted: object) -> int | None:
-            fitting = [low for one, (low, _) in kept.items() if all(getattr(one, k) == v for k, v in wanted.items())]
-            return min(fitting, default=None)
+            return min((low for low, _ in fitting(**wanted)), default=None)
 
         vectors, chosen, adds = count.vectors, count.chosen, count.multiply_adds
         ways.append(
@@ -242,6 +250,9 @@ def _steady_ways(lengths: Lengths, writes: bool) -> tuple[Way, ...]:
                 without_copies=least(copies=0, vectors=vectors, multiply_adds=adds),
                 without_vectors=least(vectors=0, chosen=chosen, multiply_adds=adds),
                 without_multiply_adds=least(multiply_adds=0, vectors=vectors, chosen=chosen),
+                longest_without_vectors=max(
+                    (high for _, high in fitting(vectors=0, chosen=chosen, multiply_adds=adds)), default=None
+                ),
             )
         )
 

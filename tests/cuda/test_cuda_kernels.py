@@ -140,23 +140,25 @@ def test_copies(primitives: ctypes.CDLL, name: str, width: int) -> None:
     assert torch.equal(both(primitives, name, data, simulated, 3, threads=64), simulated)
 
 
-CONVERSIONS = ["to bf16", "to fp16", "to tf32", "from bf16", "from fp16", "to two bf16", "to two fp16", "clamp"]
+CONVERSIONS = ["to bf16", "to fp16", "to tf32", "from bf16", "from fp16", "to two bf16", "to two fp16"]
+CLAMPS = ["relu6", "relu6 to two bf16", "relu6 to two fp16", "relu to two bf16", "relu to two fp16"]
 
 
-@pytest.mark.parametrize("kind", range(8), ids=CONVERSIONS)
+@pytest.mark.parametrize("kind", range(12), ids=CONVERSIONS + CLAMPS)
 def test_conversions(primitives: ctypes.CDLL, kind: int) -> None:
     words = torch.arange(2**16, dtype=torch.int32)
     data = (
         words if kind in (3, 4) else torch.cat([(words << 16) + low for low in (0, 1, 0x7FFF, 0x8000, 0x1000, 0x1001)])
     )
-    if kind in (2, 7):  # the bits of a NaN are not specified
+    if kind == 2 or kind >= 7:  # the bits of a NaN are not specified
         data = data[~data.view(torch.float32).isnan()]
     if kind == 4:
         data = data[~data.to(torch.int16).view(torch.float16).isnan()]
     simulated = torch.zeros_like(data)
     found = both(primitives, "convert", data, simulated, data.numel(), kind, threads=128)
-    if kind == 7:  # compared as floats: whether -0.0 becomes 0.0 is not specified either
-        found, simulated = found.view(torch.float32), simulated.view(torch.float32)
+    if kind >= 7:  # compared as floats: whether -0.0 becomes 0.0 is not specified either
+        dtype = (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float16)[kind - 7]
+        found, simulated = found.view(dtype), simulated.view(dtype)
     assert torch.equal(found, simulated)
 
 

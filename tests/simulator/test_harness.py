@@ -40,7 +40,7 @@ def fragments(dtype: torch.dtype, values: Tensor) -> Tensor:
 
 
 def truncated(values: Tensor) -> Tensor:
-    """fp32 values as the tensor cores see them: tf32, the low 13 bits cut off."""
+    """fp32 values as tf32: the low 13 bits cut off."""
     return (values.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -51,16 +51,27 @@ def test_multiply_add(dtype: str) -> None:
     a, b, c = torch.randn(16, depth), torch.randn(8, depth), torch.randn(16, 8)
     if dtype == "fp16":
         a[0, :4], b[:, :4] = 3e-6, 7e-7  # subnormals are not flushed
+    if dtype == "tf32":
+        a, b = truncated(a), truncated(b)
     data = torch.cat([fragments(torch_dtype, part).flatten() for part in (a, b)] + [c.view(torch.int32).flatten()])
     output = torch.empty(16, 8)
     result = harness.selftest(f"multiply_{dtype}", data, output.view(torch.int32))
     assert result.error == ""
-    seen = truncated if dtype == "tf32" else lambda values: values.to(torch_dtype)
-    exact = seen(a).double() @ seen(b).double().T + c.double()
+    a, b = a.to(torch_dtype).double(), b.to(torch_dtype).double()
+    exact = a @ b.T + c.double()
     # Sums of 17 terms in fp32, in any order.
-    bound = 17 * 2**-24 * (seen(a).double().abs() @ seen(b).double().abs().T + c.double().abs())
+    bound = 17 * 2**-24 * (a.abs() @ b.abs().T + c.double().abs())
     assert ((output.double() - exact).abs() <= bound).all()
     assert (exact - c).norm() > 1
+
+
+@pytest.mark.parametrize("place", [5, 16 * 8 + 5])
+def test_products_of_numbers_that_were_not_rounded(place: int) -> None:
+    """In tf32 both operands must be rounded before."""
+    data = torch.ones(16 * 8 + 8 * 8 + 16 * 8).view(torch.int32)
+    data[place] += 0x1000
+    result = harness.selftest("multiply_tf32", data, torch.empty(16 * 8, dtype=torch.int32))
+    assert "a product of a number that was not rounded to tf32" in result.error
 
 
 @pytest.mark.parametrize("name", ["matrices", "matrices_lean"])
@@ -133,11 +144,23 @@ def test_narrow_pair(kind: int, dtype: torch.dtype) -> None:
         assert torch.equal(found[:, half], bits)
 
 
-def test_clamp_keeps_a_nan() -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "high"),
+    [
+        (7, torch.float32, 6),
+        (8, torch.bfloat16, 6),
+        (9, torch.float16, 6),
+        (10, torch.bfloat16, torch.inf),
+        (11, torch.float16, torch.inf),
+    ],
+)
+def test_clamps(kind: int, dtype: torch.dtype, high: float) -> None:
+    """The same as clamping before rounding; a NaN stays a NaN."""
     data = floats()
-    values, found = data.view(torch.float32), converted(7, data).view(torch.float32)
-    assert torch.equal(found.isnan(), values.isnan())
-    assert torch.equal(found[~values.isnan()], values[~values.isnan()].clamp(0, 6))
+    values, found = data.view(torch.float32), converted(kind, data).view(dtype).view(len(data), -1)
+    for part, clamped in zip(found.T, (values, -values), strict=False):
+        assert torch.equal(part.isnan(), values.isnan())
+        assert torch.equal(part[~values.isnan()], clamped[~values.isnan()].clamp(0, high).to(dtype))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(3, torch.bfloat16), (4, torch.float16)])

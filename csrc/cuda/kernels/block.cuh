@@ -70,7 +70,10 @@ class Block {
         r1_bytes(l.hidden_row - kVectorBytes),
         r2_bytes(l.second_row - kVectorBytes),
         passes(passes_of(params)),
-        stream(params, shared, thread, passes) {}
+        stream(params, shared, thread, passes),
+        ring(address(l.slots)),
+        ring_end(ring + g.stages * l.slot),
+        slot(ring_end - l.slot) {}
 
   LOWRANK_OPS_DEVICE void run() {
     const Tile tile = locate();
@@ -80,7 +83,7 @@ class Block {
       stream.begin(input_of(tile));
     else
       stream.begin();
-    for (int i = 0; i < g.stages - 1; ++i) start_copies<1>();
+    for (Address first = ring; first != slot; first += l.slot) stream.template start<1>(first);
     in_stage();
     if constexpr (has_core) core_stage();
     if constexpr (Kernel::op == Op::kCP) {
@@ -100,7 +103,8 @@ class Block {
   const int s_bytes, r1_bytes, r2_bytes;  // bytes per row of input and hidden tiles, the latter in whole steps
   const Passes passes;
   Stream stream;
-  int copy_slot = 0, multiply_slot = 0;  // of the next chunk to copy, to multiply: offsets in the ring
+  const Address ring, ring_end;  // the slots
+  Address slot;                  // of the chunk that was multiplied last: the next copies take it
 
   static LOWRANK_OPS_DEVICE Passes passes_of(const KernelParams& params) {
     const int split = params.splits.remainder(int(block_index()));
@@ -188,39 +192,30 @@ class Block {
     else
       return shared + offset;
   }
-  LOWRANK_OPS_DEVICE int next_slot(int slot) { return slot + l.slot == g.stages * l.slot ? 0 : slot + l.slot; }
-
-  template <int stage>
-  LOWRANK_OPS_DEVICE void start_copies() {
-    stream.template start<stage>(address(l.slots + copy_slot));
-    copy_slot = next_slot(copy_slot);
-  }
 
   // Waits for the next chunk, starts the copies of a later one, and returns the address of the chunk's slot.
   template <int stage>
   LOWRANK_OPS_DEVICE Address next_chunk() {
-    if (g.stages == 2)
-      wait_copies<0>();
-    else if (g.stages == 3)
-      wait_copies<1>();
-    else
-      wait_copies<2>();
+    wait_copies<2>();
+    if (g.stages < 4) wait_copies<1>();
+    if (g.stages < 3) wait_copies<0>();
     barrier<Barrier::kChunk>();
-    start_copies<stage>();
-    const int slot = multiply_slot;
-    multiply_slot = next_slot(slot);
-    return address(l.slots + slot);
+    stream.template start<stage>(slot);
+    slot += l.slot;
+    if (slot == ring_end) slot = ring;
+    return slot;
   }
 
   // sum += A B^T over `bytes` of K. Rows of A lie at `a` + `a_row`; the warp's rows of B at `b`, `b_stride` bytes
-  // apart. In the lean kernel a_row and `b` already include the lane's offsets (a_place, first_b).
-  template <int tiles>
+  // apart. In the lean kernel a_row and `b` already include the lane's offsets (a_place, first_b). `hidden`: A is the
+  // hidden tile.
+  template <bool hidden, int tiles>
   LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[tiles][rank_tiles][4], Address a,
                                    const int (&a_row)[tiles][Engine::a_rows], Address b, int b_stride, int bytes) {
     if constexpr (lean)
-      Engine::multiply_lean(sum, a, a_row, b, b_stride, bytes);
+      Engine::template multiply_lean<hidden>(sum, a, a_row, b, b_stride, bytes);
     else
-      Engine::multiply(sum, a, a_row, b, b_stride, bytes, lane);
+      Engine::template multiply<hidden>(sum, a, a_row, b, b_stride, bytes, lane);
   }
   LOWRANK_OPS_DEVICE int first_b(int stride) {
     const int first = warp_n * 8 * rank_tiles * stride;
@@ -246,9 +241,14 @@ class Block {
       for (int n = 0; n < rank_tiles; ++n)
         if (byte + n * 8 * element + (element == 8 ? lane_byte : 0) < bytes)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            store_shared(to + half * 8 * row_stride + n * 8 * element,
-                         Engine::narrow_both(sum[m][n][2 * half], sum[m][n][2 * half + 1]));
+          for (int half = 0; half < 2; ++half) {
+            const Sum first = sum[m][n][2 * half], second = sum[m][n][2 * half + 1];
+            unsigned char* const pair = to + half * 8 * row_stride + n * 8 * element;
+            if constexpr (Kernel::op == Op::kCP)  // the depthwise stages read it
+              store_shared(pair, Engine::narrow_both(first, second));
+            else
+              store_shared(pair, Engine::hidden_pair(first, second));
+          }
     }
   }
 
@@ -266,7 +266,7 @@ class Block {
         Sum sum[tiles][rank_tiles][4] = {};
         for (int byte = 0; byte < s_bytes; byte += kInputChunkBytes) {
           const Address chunk = next_chunk<1>();
-          multiply(sum, chunk, a_row, chunk + b_offset, input_stride, kInputChunkBytes);
+          multiply<false>(sum, chunk, a_row, chunk + b_offset, input_stride, kInputChunkBytes);
         }
         store_hidden(sum, shared + l.hidden, l.hidden_row, halo_pass * config.halo_rows() + warp_m * tiles * 16,
                      l.halo_rows, (pass * columns + warp_n * 8 * rank_tiles) * element, r1_bytes);
@@ -292,7 +292,7 @@ class Block {
         for (int x = 0; x < g.columns.kernel; ++x, tap += l.hidden_row)
           for (int byte = 0; byte < r1_bytes; byte += l.core_chunk) {
             const Address chunk = next_chunk<2>();
-            multiply(sum, tap + byte, a_row, chunk + b_offset, stride, least(l.core_chunk, r1_bytes - byte));
+            multiply<true>(sum, tap + byte, a_row, chunk + b_offset, stride, least(l.core_chunk, r1_bytes - byte));
           }
       if (l.r2_passes == 1) barrier<Barrier::kHiddenRead>();  // the second tile lies over the first
       store_hidden(sum, shared + l.second, l.second_row, warp_m * tiles * 16, config.pixels(),
@@ -319,7 +319,8 @@ class Block {
       Sum sum[tiles][rank_tiles][4] = {};
       for (int byte = 0; byte < r2_bytes; byte += l.out_chunk) {
         const Address chunk = next_chunk<3>();
-        multiply(sum, address(l.second + byte), a_row, chunk + b_offset, stride, least(l.out_chunk, r2_bytes - byte));
+        multiply<true>(sum, address(l.second + byte), a_row, chunk + b_offset, stride,
+                       least(l.out_chunk, r2_bytes - byte));
       }
       if (channel < g.t) output.write(sum, bias, channel);
     }

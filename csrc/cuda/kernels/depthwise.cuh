@@ -41,8 +41,9 @@ struct DepthwiseWork {
   }
 };
 
-// One stage for two channels of a line: the factor, with taps tap_stride elements apart, and the axis.
-template <typename Kernel>
+// One stage for two channels of a line: the factor, with taps tap_stride elements apart, and the axis. `last`: a
+// product reads the results.
+template <typename Kernel, bool last>
 class DepthwiseLine {
   using Element = typename Kernel::Element;
   using Sum = typename Kernel::Sum;
@@ -88,6 +89,12 @@ class DepthwiseLine {
   static LOWRANK_OPS_DEVICE void load(const unsigned char* from, Sum (&wide)[2]) {
     widen_pair(Element{}, load_shared<Packed<Element>>(from), wide);
   }
+  static LOWRANK_OPS_DEVICE void store(unsigned char* to, const Sum (&sum)[2]) {
+    if constexpr (last)
+      store_shared(to, Kernel::Engine::hidden_pair(sum[0], sum[1]));
+    else
+      store_shared(to, Kernel::Engine::narrow_both(sum[0], sum[1]));
+  }
 
   // Loads every input once. Outputs come in blocks of four, so that the loads of a block precede its stores.
   LOWRANK_OPS_DEVICE void three_taps(unsigned char* line) const {
@@ -120,7 +127,7 @@ class DepthwiseLine {
       for (int channel = 0; channel < 2; ++channel)
         sum[channel] = input[i][channel] * common[0][channel] + input[i + 1][channel] * common[1][channel] +
                        input[i + 2][channel] * common[2][channel];
-      store_shared(place[i], Kernel::Engine::narrow_both(sum[0], sum[1]));
+      store(place[i], sum);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -148,26 +155,25 @@ class DepthwiseLine {
       }
 #pragma unroll
       for (int i = 0; i < block; ++i)
-        if (first + i < axis.tile)
-          store_shared(line + (first + i) * step, Kernel::Engine::narrow_both(sum[i][0], sum[i][1]));
+        if (first + i < axis.tile) store(line + (first + i) * step, sum[i]);
     }
   }
 };
 
 // One stage on the whole tile. An image has `of_image` positions and `lines` lines; lines begin `line_step` positions
 // apart, and the positions of a line are `step` apart.
-template <typename Kernel>
+template <typename Kernel, bool last>
 LOWRANK_OPS_DEVICE void depthwise_stage(unsigned char* hidden, int row_bytes, const Geometry& g, const Factor& factor,
                                         int64_t tap_stride, const TileAxis& axis, int lines, int line_step, int step,
                                         int of_image, int thread) {
   const int pairs = int(ceil_div(g.r1, 2));
-  DepthwiseLine<Kernel> stage(factor, tap_stride, axis, step * row_bytes);
+  DepthwiseLine<Kernel, last> stage(factor, tap_stride, axis, step * row_bytes);
   DepthwiseWork work = DepthwiseWork::of(thread, pairs, lines);
   const DepthwiseWork steps = DepthwiseWork::of(Kernel::threads, pairs, lines);
-  for (int last = -1; work.image < g.tile_n; work.advance(steps, pairs, lines)) {
+  for (int previous = -1; work.image < g.tile_n; work.advance(steps, pairs, lines)) {
     const int channel = 2 * work.pair;
-    if (channel != last) stage.set_channel(channel, channel + 1 < g.r1);
-    last = channel;
+    if (channel != previous) stage.set_channel(channel, channel + 1 < g.r1);
+    previous = channel;
     const int position = work.image * of_image + work.line * line_step;
     stage.run(hidden + position * row_bytes + channel * Kernel::element);
   }
@@ -179,11 +185,11 @@ template <typename Kernel>
 LOWRANK_OPS_DEVICE void depthwise(unsigned char* hidden, int row_bytes, const BlockParams& p, int thread) {
   const Geometry& g = p.geometry;
   const int halo_h = g.rows.halo(), halo_w = g.columns.halo();
-  depthwise_stage<Kernel>(hidden, row_bytes, g, p.height_factor, p.height_factor.tap_stride[0], g.rows, halo_w, 1,
-                          halo_w, halo_h * halo_w, thread);
+  depthwise_stage<Kernel, false>(hidden, row_bytes, g, p.height_factor, p.height_factor.tap_stride[0], g.rows, halo_w,
+                                 1, halo_w, halo_h * halo_w, thread);
   barrier<Barrier::kDepthwise>();
-  depthwise_stage<Kernel>(hidden, row_bytes, g, p.width_factor, p.width_factor.tap_stride[1], g.columns, g.rows.tile,
-                          halo_w, 1, halo_h * halo_w, thread);
+  depthwise_stage<Kernel, true>(hidden, row_bytes, g, p.width_factor, p.width_factor.tap_stride[1], g.columns,
+                                g.rows.tile, halo_w, 1, halo_h * halo_w, thread);
 }
 
 }  // namespace lowrank_ops

@@ -28,9 +28,11 @@ struct MultiplyAdds {
   static LOWRANK_OPS_DEVICE Pair<Element> narrow_both(Sum first, Sum second) {
     return {{narrow<Element, Sum>(first), narrow<Element, Sum>(second)}};
   }
+  // Two elements of the hidden tile, as the next product reads them.
+  static LOWRANK_OPS_DEVICE Pair<Element> hidden_pair(Sum first, Sum second) { return narrow_both(first, second); }
 
   // The same contract as TensorCores::multiply (engine_sm80.cuh).
-  template <int M, int N>
+  template <bool hidden, int M, int N>
   static LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[M][N][4], const unsigned char* a, const int (&a_row)[M][a_rows],
                                           const unsigned char* b, int b_stride, int bytes, int lane) {
     using Loaded = Vector<Element>;

@@ -27,8 +27,8 @@ struct TensorCores {
   static LOWRANK_OPS_DEVICE int a_row(int lane, int) { return lane % 16; }
 
   // sum += A B^T over `bytes` bytes of K. a_row: byte offsets from `a` of the rows that this lane addresses. Rows of B
-  // lie `b_stride` bytes apart from `b` on.
-  template <int M, int N>
+  // lie `b_stride` bytes apart from `b` on. `hidden`: A is a hidden tile, written by hidden_pair.
+  template <bool hidden, int M, int N>
   static LOWRANK_OPS_DEVICE void multiply(Sum (&sum)[M][N][4], const unsigned char* a, const int (&a_row)[M][a_rows],
                                           const unsigned char* b, int b_stride, int bytes, int lane) {
     static_assert(N % 2 == 0, "ldmatrix loads two tiles of B at a time");
@@ -40,7 +40,7 @@ struct TensorCores {
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         load_matrices(a_matrices[m], a + a_row[m][0] + k);
-        round(a_matrices[m]);
+        if constexpr (!hidden) round(a_matrices[m]);
       }
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
@@ -64,7 +64,7 @@ struct TensorCores {
 
   // Like multiply, with addresses that include the lane's offsets. Runs four steps of K at a time where it can, as
   // ranks of 64 and 128 in 16 bits allow: one address per tile of A and per two tiles of B, constants for the steps.
-  template <int M, int N>
+  template <bool hidden, int M, int N>
   static LOWRANK_OPS_DEVICE void multiply_lean(Sum (&sum)[M][N][4], SharedAddress a, const int (&a_row)[M][a_rows],
                                                SharedAddress b, int b_stride, int bytes) {
     SharedAddress a_tile[M], b_tile[N / 2];
@@ -74,7 +74,7 @@ struct TensorCores {
     for (int n = 0; n < N / 2; ++n) b_tile[n] = b + n * 16 * b_stride;
     const auto steps = [&](auto count) {
 #pragma unroll
-      for (int k = 0; k < decltype(count)::value; ++k) step(sum, a_tile, b_tile, k * kStepBytes);
+      for (int k = 0; k < decltype(count)::value; ++k) step<hidden>(sum, a_tile, b_tile, k * kStepBytes);
       bytes -= decltype(count)::value * kStepBytes;
 #pragma unroll
       for (SharedAddress& tile : a_tile) tile += decltype(count)::value * kStepBytes;
@@ -88,17 +88,24 @@ struct TensorCores {
   }
 
   static LOWRANK_OPS_DEVICE auto narrow_both(Sum first, Sum second) { return narrow_pair<Element>(first, second); }
+  // Two elements of the hidden tile, as the next product reads them: fp32 is rounded to tf32 here, once per element,
+  // and not wherever a warp reads it.
+  static LOWRANK_OPS_DEVICE auto hidden_pair(Sum first, Sum second) {
+    auto pair = narrow_both(first, second);
+    round(pair.word);
+    return pair;
+  }
 
  private:
   // One step of K, `k` bytes behind the addresses.
-  template <int M, int N>
+  template <bool hidden, int M, int N>
   static LOWRANK_OPS_DEVICE void step(Sum (&sum)[M][N][4], const SharedAddress (&a)[M], const SharedAddress (&b)[N / 2],
                                       int k) {
     uint32_t a_matrices[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       load_matrices(a_matrices[m], a[m] + k);
-      round(a_matrices[m]);
+      if constexpr (!hidden) round(a_matrices[m]);
     }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
@@ -114,7 +121,8 @@ struct TensorCores {
   }
 
   // Rounds fp32 to tf32; the tensor cores themselves would cut the low bits off.
-  static LOWRANK_OPS_DEVICE void round(uint32_t (&words)[4]) {
+  template <int count>
+  static LOWRANK_OPS_DEVICE void round(uint32_t (&words)[count]) {
     if constexpr (sizeof(Element) == 4)
 #pragma unroll
       for (uint32_t& word : words) word = round_to_tf32(word);

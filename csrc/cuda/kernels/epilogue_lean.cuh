@@ -65,11 +65,11 @@ class LeanOutput {
 #pragma unroll
     for (int n = 0; n < rank_tiles; ++n) widen_pair(Element{}, bias.pair[n], wide[n]);
     if (p.activation == Activation::kNone)
-      write_as(sum, wide, channel, [](float x) { return x; });
+      write_as<Activation::kNone>(sum, wide, channel);
     else if (p.activation == Activation::kRelu)
-      write_as(sum, wide, channel, [](float x) { return at_least(x, 0); });
+      write_as<Activation::kRelu>(sum, wide, channel);
     else
-      write_as(sum, wide, channel, [](float x) { return at_most(at_least(x, 0), 6); });
+      write_as<Activation::kRelu6>(sum, wide, channel);
   }
 
  private:
@@ -86,9 +86,19 @@ class LeanOutput {
     return spread_rows(lane / vectors, vectors == 4 ? 2 : 3) + i * (32 / vectors);
   }
 
-  template <typename Function>
-  LOWRANK_OPS_DEVICE void write_as(Sums sum, const float (&bias)[rank_tiles][2], int first_channel,
-                                   Function activation) const {
+  // The clamps of relu and relu6 work on pairs: 0 and 6 are elements, so rounding first changes nothing.
+  template <Activation activation>
+  static LOWRANK_OPS_DEVICE auto finish_pair(float first, float second) {
+    if constexpr (activation == Activation::kNone)
+      return narrow_pair<Element>(first, second);
+    else if constexpr (activation == Activation::kRelu)
+      return narrow_pair_relu<Element>(first, second);
+    else
+      return at_most_six<Element>(narrow_pair_relu<Element>(first, second));
+  }
+
+  template <Activation activation>
+  LOWRANK_OPS_DEVICE void write_as(Sums sum, const float (&bias)[rank_tiles][2], int first_channel) const {
     unsigned char* const to = staging + lane / 4 * row_bytes + lane % 4 * 2 * element;
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
@@ -102,8 +112,8 @@ class LeanOutput {
           for (int half = 0; half < 2; ++half) {
             const int from = part * columns / 8 + n;
             store_shared(to + half * 8 * row_bytes + n * 8 * element,
-                         narrow_pair<Element>(activation(sum[m][from][2 * half] + bias[from][0]),
-                                              activation(sum[m][from][2 * half + 1] + bias[from][1])));
+                         finish_pair<activation>(sum[m][from][2 * half] + bias[from][0],
+                                                 sum[m][from][2 * half + 1] + bias[from][1]));
           }
         warp_barrier<Barrier::kStagingWritten>();
 #pragma unroll

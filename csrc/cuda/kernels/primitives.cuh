@@ -272,15 +272,44 @@ template <>
 LOWRANK_OPS_DEVICE Words<2> narrow_pair<Tf32>(float first, float second) {
   return {{__float_as_uint(first), __float_as_uint(second)}};
 }
-
-// The larger or the smaller of two values; a NaN stays a NaN.
-LOWRANK_OPS_DEVICE float at_least(float value, float low) {
-  asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(low));
-  return value;
+// Like narrow_pair, with zeros for negative values; a NaN stays a NaN.
+template <typename Element>
+LOWRANK_OPS_DEVICE Words<int(sizeof(Element)) / 2> narrow_pair_relu(float first, float second);
+template <>
+LOWRANK_OPS_DEVICE Words<1> narrow_pair_relu<BFloat16>(float first, float second) {
+  Words<1> pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair.word[0]) : "f"(second), "f"(first));
+  return pair;
 }
-LOWRANK_OPS_DEVICE float at_most(float value, float high) {
-  asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(value) : "f"(high));
-  return value;
+template <>
+LOWRANK_OPS_DEVICE Words<1> narrow_pair_relu<Half>(float first, float second) {
+  Words<1> pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;\n" : "=r"(pair.word[0]) : "f"(second), "f"(first));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<2> narrow_pair_relu<Tf32>(float first, float second) {
+  asm("max.NaN.f32 %0, %0, 0f00000000;\nmax.NaN.f32 %1, %1, 0f00000000;\n" : "+f"(first), "+f"(second));
+  return narrow_pair<Tf32>(first, second);
+}
+
+// Two neighbouring elements, those above 6 replaced by 6; a NaN stays a NaN.
+template <typename Element>
+LOWRANK_OPS_DEVICE Words<int(sizeof(Element)) / 2> at_most_six(Words<int(sizeof(Element)) / 2> pair);
+template <>
+LOWRANK_OPS_DEVICE Words<1> at_most_six<BFloat16>(Words<1> pair) {
+  asm("min.NaN.bf16x2 %0, %0, %1;\n" : "+r"(pair.word[0]) : "r"(0x40c040c0));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<1> at_most_six<Half>(Words<1> pair) {
+  asm("min.NaN.f16x2 %0, %0, %1;\n" : "+r"(pair.word[0]) : "r"(0x46004600));
+  return pair;
+}
+template <>
+LOWRANK_OPS_DEVICE Words<2> at_most_six<Tf32>(Words<2> pair) {
+  for (uint32_t& word : pair.word) asm("min.NaN.f32 %0, %0, 0f40c00000;\n" : "+r"(word));
+  return pair;
 }
 
 // Puts one kernel onto a stream. CUDA wants shared memory above 48 KB to be allowed for each kernel.

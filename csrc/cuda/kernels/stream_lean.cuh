@@ -28,8 +28,8 @@ class LeanStream {
 
   // `tile`: the address that the table's offsets count from.
   LOWRANK_OPS_DEVICE void begin(const unsigned char* tile) {
-    input_tile = tile;
     begin_factor(params.lean.in_factor, 0);
+    input = tile + vector_byte;
     begin_halo_pass();
   }
 
@@ -60,7 +60,7 @@ class LeanStream {
   int place = 0, vector_byte = 0, rows_left = 0;
   uint32_t factor_mask = 0;
   // This thread's copies of the input, which have the same `place` in stage 1.
-  const unsigned char *input_tile = nullptr, *input = nullptr;
+  const unsigned char* input = nullptr;
   uint32_t input_offset[input_copies] = {}, input_mask = 0;
 
   static constexpr LOWRANK_OPS_DEVICE int apart(int log2_vectors) { return threads >> log2_vectors; }
@@ -102,7 +102,6 @@ class LeanStream {
 
   // Looks up the halo positions that this thread copies in this pass.
   LOWRANK_OPS_DEVICE void begin_halo_pass() {
-    input = input_tile + vector_byte;
     input_mask = 0;
     const int row = halo_pass * input_rows + spread_rows(thread / vectors, log2(vectors));
 #pragma unroll
@@ -117,15 +116,14 @@ class LeanStream {
   LOWRANK_OPS_DEVICE void start_input(SharedAddress slot) {
     constexpr int log2_vectors = log2(vectors), stride = Kernel::input_stride;
     const FactorStream& f = params.lean.in_factor;
+    const unsigned char* const from = input + uint32_t(byte);
     const uint32_t mask = vector_byte + byte < f.row_bytes ? input_mask : 0;
 #pragma unroll
     for (int i = 0; i < input_copies; ++i)
-      copy_async_if(slot + place + i * apart(log2_vectors) * stride, vectors_behind(input, input_offset[i]),
+      copy_async_if(slot + place + i * apart(log2_vectors) * stride, vectors_behind(from, input_offset[i]),
                     mask & 1u << i);
     copy_rows<log2_vectors>(slot + input_rows * stride, f);
-    input += kInputChunkBytes;
     if (!next_chunk(f)) return;
-    input -= round_up(f.row_bytes, kInputChunkBytes);
     if (!next_row<false>(f)) return;
     if (++halo_pass < params.layout.halo_passes) {
       begin_factor(f, 0);

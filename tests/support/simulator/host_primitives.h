@@ -142,6 +142,8 @@ inline void multiply_add(Half, float (&sum)[4], const uint32_t (&a)[4], uint32_t
   simulator::multiply_add(simulator::Primitive::kMultiplyHalf, sum, a, b0, b1, {file, line});
 }
 inline void multiply_add(Tf32, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, LOWRANK_OPS_SITE) {
+  for (const uint32_t word : {a[0], a[1], a[2], a[3], b0, b1})
+    if (!simulator::is_tf32(word)) simulator::fail({file, line}, "a product of a number that was not rounded to tf32");
   simulator::multiply_add(simulator::Primitive::kMultiplyTf32, sum, a, b0, b1, {file, line});
 }
 
@@ -200,12 +202,18 @@ inline Words<int(sizeof(Element)) / 2> narrow_pair(float first, float second) {
   std::memcpy(&words, &pair, sizeof pair);
   return words;
 }
-// A NaN stays a NaN.
-inline float at_least(float value, float low) {
-  return value < low ? low : value;
+template <typename Element>
+inline Words<int(sizeof(Element)) / 2> narrow_pair_relu(float first, float second) {
+  return narrow_pair<Element>(first < 0 ? 0 : first, second < 0 ? 0 : second);
 }
-inline float at_most(float value, float high) {
-  return value > high ? high : value;
+template <typename Element>
+inline Words<int(sizeof(Element)) / 2> at_most_six(Words<int(sizeof(Element)) / 2> words) {
+  Pair<Element> pair;
+  std::memcpy(&pair, &words, sizeof pair);
+  for (Element& value : pair.value)
+    if (widen(value) > 6) value = narrow<Element, float>(6);
+  std::memcpy(&words, &pair, sizeof pair);
+  return words;
 }
 
 // Runs the whole grid before it returns. Checks the limits that the hardware has.

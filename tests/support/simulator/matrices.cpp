@@ -44,7 +44,7 @@ void unpack(Primitive kind, const uint32_t* words, float* rows, int stride) {
 #endif
     }
   } else {
-    for (int lane = 0; lane < kLanes; lane++) rows[lane / 4 * stride + lane % 4] = truncate_tf32(words[lane]);
+    for (int lane = 0; lane < kLanes; lane++) rows[lane / 4 * stride + lane % 4] = std::bit_cast<float>(words[lane]);
   }
 }
 

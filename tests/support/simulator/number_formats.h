@@ -53,9 +53,9 @@ inline uint32_t round_tf32(uint32_t bits) {
   return (bits + 0x1000) & 0xffffe000;
 }
 
-// An fp32 operand as the tensor cores see it: they ignore the low 13 bits.
-inline float truncate_tf32(uint32_t bits) {
-  return std::bit_cast<float>(bits & 0xffffe000);
+// Whether a word is a tf32: the low 13 bits are zero. What the tensor cores do with other bits is not specified.
+inline bool is_tf32(uint32_t bits) {
+  return (bits & 0x1fff) == 0 || is_nan(bits);
 }
 
 }  // namespace lowrank_ops::simulator

@@ -103,9 +103,15 @@ copy_kernel(const PrimitiveParams p) {
   }
 }
 
+// The first word of a number and its negative, clamped to 0 and 6.
+template <typename Element>
+LOWRANK_OPS_DEVICE uint32_t relu6(float value) {
+  return at_most_six<Element>(narrow_pair_relu<Element>(value, -value)).word[0];
+}
+
 // Converts argument[0] words: out[i] = f(in[i]), where argument[1] selects f: 0 fp32 -> bf16 (bits), 1 fp32 -> fp16, 2
 // fp32 -> tf32, 3 bf16 -> fp32, 4 fp16 -> fp32, 5 fp32 -> two bf16, the number and its negative, 6 the same with fp16,
-// 7 fp32 -> fp32, clamped to 0 and 6.
+// 7 fp32 clamped to 0 and 6, 8 and 9 like 5 and 6 and then clamped to 0 and 6, 10 and 11 like 5 and 6 with relu.
 LOWRANK_OPS_KERNEL(128, 1)
 convert_kernel(const PrimitiveParams p) {
   for (int64_t i = thread_index(); i < p.argument[0]; i += 128) {
@@ -118,7 +124,11 @@ convert_kernel(const PrimitiveParams p) {
     if (p.argument[1] == 4) result = as_word(widen(Half{uint16_t(word)}));
     if (p.argument[1] == 5) result = narrow_pair<BFloat16>(as_float(word), -as_float(word)).word[0];
     if (p.argument[1] == 6) result = narrow_pair<Half>(as_float(word), -as_float(word)).word[0];
-    if (p.argument[1] == 7) result = as_word(at_most(at_least(as_float(word), 0), 6));
+    if (p.argument[1] == 7) result = relu6<Tf32>(as_float(word));
+    if (p.argument[1] == 8) result = relu6<BFloat16>(as_float(word));
+    if (p.argument[1] == 9) result = relu6<Half>(as_float(word));
+    if (p.argument[1] == 10) result = narrow_pair_relu<BFloat16>(as_float(word), -as_float(word)).word[0];
+    if (p.argument[1] == 11) result = narrow_pair_relu<Half>(as_float(word), -as_float(word)).word[0];
     put_word(p.out, i, result);
   }
 }
