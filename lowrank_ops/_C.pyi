@@ -9,7 +9,7 @@ import torch
 def activations() -> list[str]: ...
 def build_info() -> dict: ...
 def cached_gpu_plan(
-    arg0: tuple[
+    problem: tuple[
         str,
         str,
         bool,
@@ -17,8 +17,9 @@ def cached_gpu_plan(
         typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(6)"],
         bool,
     ],
-    arg1: str,
-    arg2: typing.SupportsInt | typing.SupportsIndex,
+    gpu: str,
+    device: typing.SupportsInt | typing.SupportsIndex,
+    prepared: bool = False,
 ) -> tuple: ...
 def chain_gpu_features(
     arg0: tuple[
@@ -167,6 +168,13 @@ def merges_depthwise(
     ],
 ) -> bool: ...
 def named_gpus() -> list: ...
+def pad_factors(
+    arg0: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
+) -> torch.Tensor: ...
+def padded_factors(
+    arg0: torch.Tensor,
+    arg1: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor],
+) -> typing.Any: ...
 def parallel_threads(arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 def plan_gpu_kernel(
     problem: tuple[

@@ -71,22 +71,13 @@ at::Tensor run_plain(const OpCall& call) {
   return run(call, nullptr);
 }
 
-template <typename O, typename Forward = typename O::Forward>
-struct PreparedKernel;
-template <typename O, typename... Arguments>
-struct PreparedKernel<O, at::Tensor(Arguments...)> {
-  static at::Tensor call(Arguments... arguments, const at::Tensor& packed) {
-    return run(call_of(arguments...), &packed);
-  }
-};
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lowrank_ops, CPU, m) {
   for_each_op([&m](auto op) {
     using O = decltype(op);
     m.impl(O::name, &ForwardKernel<run_plain, O>::call);
-    m.impl(O::prepared_name, &PreparedKernel<O>::call);
+    m.impl(O::prepared_name, &PreparedKernel<run, O>::call);
   });
 }
 

@@ -8,6 +8,7 @@
 
 #include "cpu/winograd.h"
 #include "ops/checks.h"
+#include "ops/factor_record.h"
 #include "ops/problem_of.h"
 #include "plan/cpu/planner.h"
 
@@ -16,13 +17,9 @@ namespace {
 
 // All that the packed panels depend on. Numbers that do not apply are zero.
 struct Record {
-  static constexpr int kFactors = 3, kAxes = 4;
-  struct Factor {
-    int64_t data, version;
-    std::array<int64_t, kAxes> sizes, strides;
-  };
+  static constexpr int kFactors = 3;
   int64_t dtype, element, lanes, panel_width, group;
-  std::array<Factor, kFactors> factors;
+  std::array<FactorRecord, kFactors> factors;
 };
 
 // The start of the tensor. Offsets are in bytes, 0 where there is no such part.
@@ -31,15 +28,6 @@ struct Header {
   int64_t bytes;  // of the whole tensor
   int64_t in_factor, core, winograd[4], out_factor;
 };
-
-Record::Factor identity(const at::Tensor& factor) {
-  Record::Factor result{};
-  result.data = int64_t(factor.const_data_ptr());
-  result.version = int64_t(factor._version());
-  std::copy(factor.sizes().begin(), factor.sizes().end(), result.sizes.begin());
-  std::copy(factor.strides().begin(), factor.strides().end(), result.strides.begin());
-  return result;
-}
 
 Record record_of(const at::Tensor& in_factor, const at::Tensor* core, const at::Tensor& out_factor,
                  const KernelSet& kernel_set) {
@@ -50,9 +38,9 @@ Record record_of(const at::Tensor& in_factor, const at::Tensor* core, const at::
   record.lanes = kernels.lanes;
   record.panel_width = kernels.panel_width;
   record.group = kernels.group;
-  record.factors[0] = identity(in_factor);
-  if (core) record.factors[1] = identity(*core);
-  record.factors[2] = identity(out_factor);
+  record.factors[0] = factor_record(in_factor);
+  if (core) record.factors[1] = factor_record(*core);
+  record.factors[2] = factor_record(out_factor);
   return record;
 }
 

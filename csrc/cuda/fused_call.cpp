@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "ops/chain.h"
 #include "ops/problem_of.h"
 
 namespace lowrank_ops {
@@ -104,9 +105,14 @@ Launcher launcher_of(const GpuKernel& kernel) {
 
 }  // namespace
 
-FusedCall::FusedCall(const char* caller, const OpCall& call)
-    : caller_(caller), call_(call), problem_(problem_of(call)) {
+FusedCall::FusedCall(const char* caller, const OpCall& call, const PaddedFactors* padded)
+    : caller_(caller),
+      given_(call),
+      padded_(padded),
+      call_(padded ? with_factors(call, *padded) : call),
+      problem_(problem_of(call)) {
   const OpCall& t = call_;
+  problem_.prepared = padded != nullptr;
   problem_.tf32 = problem_.dtype == DType::kFloat && tf32_allowed(problem_.op);
   problem_.input_vector = copy_width(t.input, 1);
   problem_.factor_vector = std::min(copy_width(t.in_factor, 1), copy_width(t.out_factor, 1));
@@ -118,6 +124,11 @@ FusedCall::FusedCall(const char* caller, const OpCall& call)
   const bool side_by_side = by_pixel || problem_.oh * problem_.ow == 1;
   const int64_t bytes = problem_.t * t.input.element_size();
   problem_.output_vector = side_by_side && bytes % kVectorBytes == 0 ? kVectorBytes : t.input.element_size();
+}
+
+Tensor FusedCall::run_chain() const {
+  if (!merges_depthwise(problem_)) return chain(given_);
+  return padded_ ? merged_cp_chain(given_, padded_->taps) : merged_cp_chain(given_);
 }
 
 Tensor FusedCall::empty_output() const {
@@ -193,10 +204,10 @@ std::string FusedCall::failure(const Plan& plan, cudaError_t error) const {
   return c10::str(
       caller_, ": the CUDA kernel ", plan.kernel, " could not be launched on ", device(), " (", gpu_caps(device()).name,
       "): ", describe(error), ". input ", call_.input.sizes(), " of ", call_.input.scalar_type(), ", strides ",
-      call_.input.strides(), "; in_factor ", call_.in_factor.sizes(), ", out_factor ", call_.out_factor.sizes(),
-      ", kernel ", problem_.kh, "x", problem_.kw, ". Plan: ", g.tile_n, " images x ", g.rows.tile, "x", g.columns.tile,
-      " pixels a tile, ", g.stages, " stages, ", g.splits, " splits, ", plan.ctas, " CTAs of ", plan.threads,
-      " threads, ", plan.shared_bytes, " bytes of shared memory. ",
+      call_.input.strides(), padded_ ? "; prepared in_factor " : "; in_factor ", call_.in_factor.sizes(),
+      ", out_factor ", call_.out_factor.sizes(), ", kernel ", problem_.kh, "x", problem_.kw, ". Plan: ", g.tile_n,
+      " images x ", g.rows.tile, "x", g.columns.tile, " pixels a tile, ", g.stages, " stages, ", g.splits, " splits, ",
+      plan.ctas, " CTAs of ", plan.threads, " threads, ", plan.shared_bytes, " bytes of shared memory. ",
       is_refusal(error) ? ""
                         : "An error of earlier work on this GPU can show here: CUDA_LAUNCH_BLOCKING=1 finds "
                           "where. ",

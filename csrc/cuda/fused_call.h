@@ -4,6 +4,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels/launch.h"
 #include "ops/call.h"
+#include "ops/padded_factors.h"
 
 namespace lowrank_ops {
 
@@ -17,13 +18,16 @@ struct Launch {
 class FusedCall {
  public:
   // A checked call whose tensors are on one GPU; a linear layer's input is its rows [N, S]. `caller`: for messages.
-  FusedCall(const char* caller, const OpCall& call);
+  // `padded`: what padded_factors_for has found for this call; it outlives it.
+  FusedCall(const char* caller, const OpCall& call, const PaddedFactors* padded = nullptr);
 
   const char* caller() const { return caller_; }
   // With the copy widths of the tensors, and whether fp32 may be rounded to tf32.
   const Problem& problem() const { return problem_; }
-  const OpCall& arguments() const { return call_; }
-  c10::Device device() const { return call_.input.device(); }
+  c10::Device device() const { return given_.input.device(); }
+
+  // The output of the chain of library ops, which reads the given factors.
+  at::Tensor run_chain() const;
 
   at::Tensor empty_output() const;
   // `output` is one of empty_output()'s.
@@ -38,7 +42,9 @@ class FusedCall {
 
  private:
   const char* caller_;
-  OpCall call_;
+  OpCall given_;
+  const PaddedFactors* padded_;
+  OpCall call_;  // what the kernels read: the given call, or the same with padded factors
   Problem problem_;
 };
 

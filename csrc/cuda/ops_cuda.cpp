@@ -11,7 +11,6 @@
 #include "cuda/fused_call.h"
 #include "cuda/measure.h"
 #include "cuda/verify.h"
-#include "ops/chain.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
 #include "ops/policy.h"
@@ -21,10 +20,6 @@ namespace {
 
 bool is_fused(const Plan& plan) {
   return plan.path == Path::kFused;
-}
-
-at::Tensor run_chain(const FusedCall& call) {
-  return merges_depthwise(call.problem()) ? merged_cp_chain(call.arguments()) : chain(call.arguments());
 }
 
 bool may_run(const FusedCall& call, const Plan& plan) {
@@ -50,7 +45,7 @@ const Plan& measured_plan(const FusedCall& call, const Decision& decision, cudaS
   std::vector<Candidate> candidates;
   for (const Plan* plan : plans)
     candidates.push_back({plan->kernel, [&call, plan, stream] {
-                            return gpu_seconds(stream, [&] { is_fused(*plan) ? call.run(*plan) : run_chain(call); });
+                            return gpu_seconds(stream, [&] { is_fused(*plan) ? call.run(*plan) : call.run_chain(); });
                           }});
   return *plans[measured_choice(key, candidates)];
 }
@@ -70,7 +65,7 @@ void check_architecture(const FusedCall& call, const Decision& decision) {
 // well.
 bool chain_for_graphs(const FusedCall& call, const SharedDecision& decision, bool captured) {
   if (captured) return decision.chain_ran.load();
-  if (!decision.chain_ran.exchange(true)) run_chain(call);
+  if (!decision.chain_ran.exchange(true)) call.run_chain();
   return false;
 }
 
@@ -85,7 +80,7 @@ at::Tensor run_fused(const FusedCall& call, const Plan& plan, cudaStream_t strea
   refuse_gpu_kernel(call.device().index(), plan.gpu_kernel, "its launch failed: " + describe(error));
   TORCH_WARN("lowrank_ops: ", call.failure(plan, error),
              ". The kernel is left out in this process, and the chain of library ops runs. Please report this line.");
-  return run_chain(call);
+  return call.run_chain();
 }
 
 // Runs the fused kernel or the chain, as the plan says. A kernel is checked before its first use (verify.h); while a
@@ -119,28 +114,37 @@ at::Tensor run(const FusedCall& call) {
 
   const Plan& plan = measure ? measured_plan(call, *decision, stream, captured) : decision->chosen;
   if (is_fused(plan) && may_run(call, plan)) {
-    if (!measure && decision->chain_in_graphs && chain_for_graphs(call, *decision, captured)) return run_chain(call);
+    if (!measure && decision->chain_in_graphs && chain_for_graphs(call, *decision, captured)) return call.run_chain();
     return run_fused(call, plan, stream);
   }
   if (chosen_policy == Policy::kFused && !is_fused(plan)) check_architecture(call, *decision);
-  return run_chain(call);
+  return call.run_chain();
 }
 
-at::Tensor run_call(const OpCall& call) {
+// `packed`: factors prepared before (padded_factors.h), or nullptr.
+at::Tensor run_call(const OpCall& call, const at::Tensor* packed) {
   check(call);
-  if (call.op != Op::kLinear) return run({name_of(call.op), call});
+  const PaddedFactors* padded = packed ? padded_factors_for(*packed, call) : nullptr;
+  if (call.op != Op::kLinear) return run({name_of(call.op), call, padded});
   std::vector<int64_t> sizes = call.input.sizes().vec();
   sizes.back() = call.out_factor.size(0);
   // A view, unless the leading axes do not merge.
   const at::Tensor rows = call.input.reshape({-1, call.in_factor.size(1)});
-  return run({name_of(call.op), linear_call(rows, call.in_factor, call.out_factor, call.bias, call.activation)})
-      .view(sizes);
+  return run({name_of(call.op), with_input(call, rows), padded}).view(sizes);
+}
+
+at::Tensor run_plain(const OpCall& call) {
+  return run_call(call, nullptr);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
-  for_each_op([&m](auto op) { m.impl(op.name, &ForwardKernel<run_call, decltype(op)>::call); });
+  for_each_op([&m](auto op) {
+    using O = decltype(op);
+    m.impl(O::name, &ForwardKernel<run_plain, O>::call);
+    m.impl(O::prepared_name, &PreparedKernel<run_call, O>::call);
+  });
 }
 
 }  // namespace lowrank_ops

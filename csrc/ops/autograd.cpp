@@ -155,7 +155,7 @@ struct AutogradKernel<O, Tensor(Arguments...)> {
     return prepared_op<O>().redispatch(keys & c10::after_ADInplaceOrView_keyset, arguments..., packed);
   }
 
-  // Under autocast the factors are cast to other ones; devices other than the CPU have no packed weights.
+  // Under autocast the factors are cast to other ones; only CPUs and CUDA GPUs have kernels that read packed weights.
   static Tensor without_packed(Arguments... arguments, const Tensor&) { return forward_op<O>().call(arguments...); }
 };
 

@@ -94,11 +94,17 @@ Tensor chain(const OpCall& call) {
   return run_block(call, block_of(call));
 }
 
+Tensor depthwise_taps(const Tensor& height_factor, const Tensor& width_factor) {
+  return height_factor.unsqueeze(1).unsqueeze(-1).mul(width_factor.unsqueeze(1).unsqueeze(1));
+}
+
+Tensor merged_cp_chain(const OpCall& call, const Tensor& taps) {
+  return run_block(call, merged_cp_block(call, taps));
+}
+
 Tensor merged_cp_chain(const OpCall& call) {
   const at::ScalarType dtype = library_dtype(call);
-  const Tensor height = call.height_factor.to(dtype), width = call.width_factor.to(dtype);
-  const Tensor taps = height.unsqueeze(1).unsqueeze(-1).mul(width.unsqueeze(1).unsqueeze(1));  // rounded once
-  return run_block(call, merged_cp_block(call, taps));
+  return merged_cp_chain(call, depthwise_taps(call.height_factor.to(dtype), call.width_factor.to(dtype)));
 }
 
 Tensor checked_chain(const OpCall& call) {

@@ -119,6 +119,16 @@ struct ForwardKernel<run, O, at::Tensor(Arguments...)> {
   static at::Tensor call(Arguments... arguments) { return run(call_of(arguments...)); }
 };
 
+// `run`, a function of an OpCall and a pointer to the packed weights, with the arguments of the prepared op's schema.
+template <auto run, typename O, typename Forward = typename O::Forward>
+struct PreparedKernel;
+template <auto run, typename O, typename... Arguments>
+struct PreparedKernel<run, O, at::Tensor(Arguments...)> {
+  static at::Tensor call(Arguments... arguments, const at::Tensor& packed) {
+    return run(call_of(arguments...), &packed);
+  }
+};
+
 // `run`, a function of grad_output, an OpCall and a mask that returns as many gradients, with the arguments of the
 // backward op's schema.
 template <auto run, typename O, typename Forward = typename O::Forward>

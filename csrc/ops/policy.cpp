@@ -107,6 +107,7 @@ std::string measurement_key(const Problem& p, const std::string& device) {
   if (p.input_vector + p.factor_vector + p.output_vector > 0)  // GPUs: what the tensors' strides allow
     sizes("copies", {p.input_vector, p.factor_vector, p.output_vector});
   if (p.repeats) sizes("repeats", {1});
+  if (p.prepared) key += " prepared weights";
   return key;
 }
 

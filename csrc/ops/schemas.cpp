@@ -16,8 +16,8 @@ TORCH_LIBRARY(lowrank_ops, m) {
   m.def(
       "lowrank_linear(Tensor input, Tensor in_factor, Tensor out_factor, Tensor? bias=None, "
       "str activation=\"none\") -> Tensor");
-  // The same with weights packed before (cpu/prepared.h). Where `packed` does not fit the factors, the device, autocast
-  // or gradients, these are the ops above.
+  // The same with weights packed before (cpu/prepared.h, padded_factors.h). Where `packed` does not fit the factors,
+  // the device, autocast or gradients, these are the ops above.
   m.def(
       "tucker_conv2d_prepared(Tensor input, Tensor in_factor, Tensor core, Tensor out_factor, Tensor? bias, "
       "int[2] stride, int[2] padding, int[2] dilation, str activation, Tensor packed) -> Tensor");

@@ -10,7 +10,7 @@ namespace {
 // Names every member, so that a new one does not compile before it is added here. `oh` and `ow` follow from the others.
 std::array<int64_t, PlanKey::kOfProblem> numbers_of(const Problem& problem) {
   const auto& [op, dtype, layout, n, s, h, w, t, oh, ow, r1, r2, kh, kw, stride, padding, dilation, activation, tf32,
-               input_vector, factor_vector, output_vector, repeats, column] = problem;
+               input_vector, factor_vector, output_vector, repeats, prepared, column] = problem;
   return {int64_t(op),
           int64_t(dtype),
           int64_t(layout),
@@ -35,6 +35,7 @@ std::array<int64_t, PlanKey::kOfProblem> numbers_of(const Problem& problem) {
           factor_vector,
           output_vector,
           repeats,
+          prepared,
           column};
 }
 

@@ -16,7 +16,7 @@ namespace lowrank_ops {
 // Everything that a plan depends on: the problem, further numbers (the planner's figures of the machine, the policy),
 // and a name.
 struct PlanKey {
-  static constexpr size_t kOfProblem = 25, kFurther = 10;
+  static constexpr size_t kOfProblem = 26, kFurther = 10;
   std::array<int64_t, kOfProblem + kFurther> numbers;
   std::string name;
 

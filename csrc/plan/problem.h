@@ -25,8 +25,9 @@ struct Problem {
   // strides of input, factors and output allow (0: as the sizes allow, dense tensors).
   bool tf32 = false;
   int64_t input_vector = 0, factor_vector = 0, output_vector = 0;
-  bool repeats = false;  // GPUs: rows of the input or of a factor overlap, or an axis has a stride of 0
-  bool column = false;   // CPUs: a call with images of one column, turned for the fused kernel (column_as_row)
+  bool repeats = false;   // GPUs: rows of the input or of a factor overlap, or an axis has a stride of 0
+  bool prepared = false;  // GPUs: the factors were copied before the call, with padded ranks (ops/padded_factors.h)
+  bool column = false;    // CPUs: a call with images of one column, turned for the fused kernel (column_as_row)
 };
 
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -55,6 +56,12 @@ inline Problem column_as_row(Problem p) {
 // A call's problem as the CPU's fused kernels see it.
 inline Problem as_fused(const Problem& given) {
   return is_one_column(given) ? column_as_row(given) : given;
+}
+
+// A rank of factors that were copied for GPUs: whole vectors of 16 bytes, for elements of `element` bytes.
+constexpr int64_t padded_rank(int64_t rank, int64_t element) {
+  const int64_t elements = 16 / element;
+  return (rank + elements - 1) / elements * elements;
 }
 
 // Whether weights that were packed before the call hold all that it may read. When a core is packed, the size of images

@@ -174,7 +174,9 @@ DeviceDecision plan_for_device(Problem& p, const std::string& device, bool prepa
   const GpuCaps* named = find_gpu(device);
   const std::optional<c10::Device> known = named ? std::nullopt : std::optional(parse_device(device));
   if (known && known->is_cpu()) return plan_for_cpu(p, prepared);
-  p.tf32 = (named || known->is_cuda()) && p.dtype == DType::kFloat && tf32_allowed(p.op);
+  const bool on_gpu = named || known->is_cuda();
+  p.tf32 = on_gpu && p.dtype == DType::kFloat && tf32_allowed(p.op);
+  p.prepared = on_gpu && prepared;
   if (named)
     return {plan_gpu(p, *named, policy(), gpu_restrictions(kNoDevice)),
             in_words(*named) + "; " + source_of_predictions(*named), ""};
@@ -189,7 +191,7 @@ DeviceDecision plan_for_device(Problem& p, const std::string& device, bool prepa
             device, ""};
   }
   // The widths of a call with dense tensors: they are part of a measurement's key.
-  const CopyWidths widths = copy_widths(p);
+  const CopyWidths widths = copy_widths(kernel_problem(p));
   p.input_vector = widths.input;
   p.factor_vector = widths.factor;
   p.output_vector = widths.output;

@@ -157,8 +157,9 @@ py::tuple gpu_tiles(const Described& described, std::array<int, 3> tile) {
 }
 
 // The plan of plan_gpu behind its cache, and how many plans were searched for so far.
-py::tuple cached_gpu_plan(const Described& described, const std::string& gpu, int device) {
-  const Problem p = problem_of(described);
+py::tuple cached_gpu_plan(const Described& described, const std::string& gpu, int device, bool prepared) {
+  Problem p = problem_of(described);
+  p.prepared = prepared;
   const auto decision = cached_plan_gpu(p, gpu_named("cached_gpu_plan", gpu), device, policy());
   return py::make_tuple(describe(decision->chosen, p.op), gpu_plans_made());
 }
@@ -176,7 +177,8 @@ void bind_gpu_planning(py::module_& m) {
   m.attr("library_call_seconds") = kLibraryCall;
   m.attr("factor_product_seconds") = kFactorProduct;
   m.def("merges_depthwise", [](const Described& described) { return merges_depthwise(problem_of(described)); });
-  m.def("cached_gpu_plan", &cached_gpu_plan);
+  m.def("cached_gpu_plan", &cached_gpu_plan, py::arg("problem"), py::arg("gpu"), py::arg("device"),
+        py::arg("prepared") = false);
   m.def("force_gpu_kernel", [](const std::string& name) {
     if (!name.empty()) kernel_named("force_gpu_kernel", name);
     force_gpu_kernel(name);

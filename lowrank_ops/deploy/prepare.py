@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowrank_ops.nn.base import FactorizedModule
+from lowrank_ops.ops.extension import build_info
 from lowrank_ops.runtime.compiled import takes_compiled
 from lowrank_ops.runtime.computed import remedy
 from lowrank_ops.text.tables import as_text
@@ -52,20 +53,27 @@ class Preparation(tuple[PreparedLayer, ...]):
 
 @takes_compiled()
 def prepare_for_inference_(model: nn.Module) -> Preparation:
-    """Packs the weights of every factorized module once, in place, so that calls on the CPU do not pack them again.
+    """Packs the weights of every factorized module once, in place, so that calls do not prepare them again.
 
-    Packing at each call takes 2 to 10 % of most calls, and a quarter of calls on few pixels (7x7). A kernel computes
-    the same bits with weights packed before; but the planner, which then counts no time for packing, chooses the fused
-    kernel and Winograd's transform for some more shapes. Call this last: in evaluation mode, with the final dtype and
-    values.
+    On a CPU, packing at each call takes 2 to 10 % of most calls, and a quarter of calls on few pixels (7x7). A kernel
+    computes the same bits with weights packed before; but the planner, which then counts no time for packing, chooses
+    the fused kernel and Winograd's transform for some more shapes.
+
+    On a CUDA GPU the factors are copied into the layout that the fused kernels read fastest: ranks are padded with
+    zeros to whole vectors of 16 bytes (8 elements of bfloat16), so that the kernels that need whole vectors take every
+    rank, and a Tucker block's core is in channels_last. The chain of library calls reads the ordinary factors, and of a
+    CP block the product of its two depthwise factors. No call copies or multiplies factors, and none waits for the GPU.
+
+    Call this last: in evaluation mode, with the final device, dtype and values.
 
     A call uses the packed weights if it needs no gradient, is outside of autocast, and its factors have the same memory
-    and version counters as when they were packed. Otherwise it packs the weights itself. `load_state_dict`, in-place
+    and version counters as when they were packed. Otherwise it uses the factors themselves. `load_state_dict`, in-place
     operations, new parameters and `.to()` are noticed in this way. Not noticed are changes that autograd does not see:
     `.data` edits, steps of optimizers with `fused=True` (in torch 2.13 they do not raise the version counters), writes
-    to the memory of `torch.from_numpy`. Call this again after those.
+    to the memory of `torch.from_numpy`. Call this again after those. A CUDA graph notices nothing: it reads what the
+    call read that it captured. Capture it anew after changes and after `unprepare_`, which frees the packed weights.
 
-    Code of torch.compile uses packed weights too, except for `TuckerConv1d`, which packs at every call; exported and
+    Code of torch.compile uses packed weights too, except for `TuckerConv1d`, which uses its factors; exported and
     traced programs contain the ordinary ops. `train()`, `to()` and `load_state_dict` drop the packed weights;
     `state_dict`, `copy.deepcopy` and pickles leave them out.
 
@@ -74,11 +82,11 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
 
     Returns:
         A `Preparation`: per factorized module the bytes of its packed weights, or the reason why they were not packed:
-        training mode, a device other than the CPU, inference tensors (they have no version counter), computed
-        parameters. Packed weights take about as much memory as the factors. fp16 takes twice that, being packed as
-        fp32; a Tucker block with a 3x3 core in fp32 takes 2 to 6 times as much, because each way to run the core has
-        its own packing. Ranks and channels are padded to multiples of 16, so small layers take more:
-        `TuckerConv2d(3, 8, 3, 1)` 28 times as much.
+        training mode, a device other than a CPU or a CUDA GPU, a build without CUDA kernels, inference tensors (they
+        have no version counter), computed parameters. Packed weights take about as much memory as the factors. On a CPU
+        fp16 takes twice that, being packed as fp32; a Tucker block with a 3x3 core in fp32 takes 2 to 6 times as much,
+        because each way to run the core has its own packing. Ranks and channels are padded to multiples of 16 there, so
+        small layers take more: `TuckerConv2d(3, 8, 3, 1)` 28 times as much.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -123,6 +131,8 @@ def _refusal(module: FactorizedModule) -> str | None:
     if any(parameter.is_inference() for parameter in parameters if parameter is not None):
         return "its parameters are inference tensors, whose changes cannot be noticed; create it outside inference_mode"
     device = module.in_factor.device.type
-    if device != "cpu":
-        return f"it is on {device}; only the CPU kernels pack weights"
+    if device not in ("cpu", "cuda"):
+        return f"it is on {device}; only the kernels of CPUs and of CUDA GPUs read packed weights"
+    if device == "cuda" and build_info()["cuda"] is None:
+        return "it is on cuda, and lowrank_ops was built without CUDA kernels; install a build that has them"
     return None

@@ -16,7 +16,7 @@ from lowrank_ops.nn.dense_weight import DenseWeight
 from lowrank_ops.nn.init import Init, check_init, draw_factors
 from lowrank_ops.nn.plain import copy_parameter
 from lowrank_ops.ops.extension import _C, DTYPES
-from lowrank_ops.runtime.torch_internals import is_exporting
+from lowrank_ops.runtime.torch_internals import is_exporting, mark_static_address
 from lowrank_ops.text.warn import warn
 
 if TYPE_CHECKING:
@@ -27,10 +27,19 @@ class Packing(NamedTuple):
     """The packed weights of a module, made by `prepare_for_inference_`."""
 
     panels: Tensor
-    """Argument `packed` of the op: bytes that hold a record of the factors, and their packed values
-    (csrc/cpu/prepared.h)."""
-    factors: tuple[Tensor, ...]
-    """The factors that were packed. The record names their memory; holding them here keeps it from being reused."""
+    """Argument `packed` of the op: bytes that hold the packed values of the factors, with a record of the factors
+    (csrc/cpu/prepared.h; on a GPU csrc/ops/padded_factors.h)."""
+    factors: dict[str, Tensor]
+    """The factors that were packed, by the names of the op's arguments. The record names their memory; holding them
+    here keeps it from being reused."""
+
+
+def gpu_panels(factors: Mapping[str, Tensor]) -> Tensor:
+    """The factors as the kernels of GPUs read them, copied on their device (any device of torch): `Packing.panels`."""
+    middle = (factors.get("core"), factors.get("height_factor"), factors.get("width_factor"))
+    panels = _C.pad_factors((factors["in_factor"], *middle, factors["out_factor"]))
+    mark_static_address(panels)
+    return panels
 
 
 class FactorizedModule(nn.Module):
@@ -111,12 +120,15 @@ class FactorizedModule(nn.Module):
         super().__setattr__(name, value)
 
     def _pack(self) -> None:
-        """Packs the factors for the CPU kernels. `train`, `to`, `load_state_dict` and the like drop the result
-        again."""
+        """Packs the factors for the kernels of their device, a CPU or a CUDA GPU. `train`, `to`, `load_state_dict` and
+        the like drop the result again."""
         factors = self._op_factors()
-        core, unit_window = factors.get("core"), self._has_unit_window()
-        panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
-        self._packing = Packing(panels, tuple(factor.detach() for factor in factors.values()))
+        if self.in_factor.is_cpu:
+            core, unit_window = factors.get("core"), self._has_unit_window()
+            panels = _C.prepare(factors["in_factor"], core, factors["out_factor"], unit_window)
+        else:
+            panels = gpu_panels(factors)
+        self._packing = Packing(panels, factors)
 
     def _packed(self) -> Tensor | None:
         """The packed weights for a call, or None. None also while torch.export or torch.jit.trace record: another
@@ -235,7 +247,7 @@ class FactorizedModule(nn.Module):
         raise NotImplementedError
 
     def _op_factors(self) -> dict[str, Tensor]:
-        """The factors of which the op packs panels, as it takes them."""
+        """The factors as the op takes them, by the names of its arguments; detached."""
         return {"in_factor": self.in_factor.detach(), "out_factor": self.out_factor.detach()}
 
     def _has_unit_window(self) -> bool:

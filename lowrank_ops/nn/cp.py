@@ -93,7 +93,18 @@ class _CPConv(FactorizedConv):
         return call_op("cp_conv2d", tensors, (*self._window, self.activation), self._packed())
 
     def _height_factor(self) -> Tensor:
-        return self.height_factor if self.axes == 2 else self.width_factor.new_ones(self.rank, 1)
+        if self.axes == 2:
+            return self.height_factor
+        width_factor = self.width_factor
+        if self._packing is not None:  # the record of what was packed names this tensor's memory
+            packed = self._packing.factors["height_factor"]
+            if (packed.dtype, packed.device) == (width_factor.dtype, width_factor.device):
+                return packed
+        return width_factor.new_ones(self.rank, 1)
+
+    def _op_factors(self) -> dict[str, Tensor]:
+        depthwise = {"height_factor": self._height_factor(), "width_factor": self.width_factor}
+        return {**super()._op_factors(), **{name: factor.detach() for name, factor in depthwise.items()}}
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         names = ("height_factor", "width_factor")[2 - self.axes :]

@@ -61,6 +61,14 @@ def no_values() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def mark_static_address(tensor: Tensor) -> None:
+    """Makes the CUDA graphs of torch.compile read this tensor where it lies, as they read parameters. They copy other
+    tensors at every call."""
+    from torch._dynamo import mark_static_address as mark  # not above: this import takes a second
+
+    mark(tensor, guard=False)
+
+
 tree_leaves = torch.utils._pytree.tree_leaves
 """The leaves of nested tuples, lists and dicts as a list; torch has no public pytree module."""
 

@@ -108,12 +108,12 @@ Plan chain_plan(const Problem& p, const GpuCaps& caps) {
   const ChainFeatures features = chain_features(p, caps);
   const ChainConstants& constants = p.op == Op::kLinear ? kChainLinear : kChainConvolutions;
   for (int i = 0; i < kChainFeatures; ++i) plan.gpu_seconds += features[i] * constants.factors[i];
-  if (merges_depthwise(p)) plan.gpu_seconds += kFactorProduct;
+  if (merges_depthwise(p) && !p.prepared) plan.gpu_seconds += kFactorProduct;
   plan.predicted_seconds = std::max(plan.gpu_seconds, features[kKernels] * kLibraryCall);
   plan.features.assign(features.begin(), features.end());
   if (merges_depthwise(p))
     plan.notes.push_back("the depthwise stages are multiplied out into one " + std::to_string(p.kh) + "x" +
-                         std::to_string(p.kw) + " convolution");
+                         std::to_string(p.kw) + " convolution" + (p.prepared ? ", once before the calls" : ""));
   return plan;
 }
 

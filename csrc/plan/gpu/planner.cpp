@@ -231,6 +231,13 @@ SharedLayout layout_of(const Problem& p, const GpuKernel& kernel, const Geometry
   return shared_layout(geometry, kernel.shape, int(element_bytes(p.dtype)), p.op == Op::kTucker, is_lean(p, kernel));
 }
 
+Problem kernel_problem(Problem p) {
+  if (!p.prepared) return p;
+  p.r1 = padded_rank(p.r1, element_bytes(p.dtype));
+  p.r2 = padded_rank(p.r2, element_bytes(p.dtype));
+  return p;
+}
+
 CopyWidths copy_widths(const Problem& p) {
   const int64_t element = element_bytes(p.dtype);
   const auto dividing = [&](int64_t channels) {
@@ -252,6 +259,11 @@ namespace {
 std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps, const Plan& plan,
                                   const SharedLayout& l) {
   std::vector<std::string> notes;
+  if (p.prepared)
+    notes.push_back(
+        "reads the factors that prepare_for_inference_ has copied, ranks padded to whole vectors of 16 bytes; reads "
+        "the "
+        "ordinary ones, by their own plan, where they have changed since");
   const Geometry& g = plan.geometry;
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
@@ -348,7 +360,7 @@ Decision plan_gpu(const Problem& p, const GpuCaps& caps, Policy policy, const Gp
       continue;
     }
     const bool refused = i < restrictions.refused.size() && !restrictions.refused[i].empty();
-    GpuCandidate candidate = plan_kernel(p, kernels[i], caps);
+    GpuCandidate candidate = plan_kernel(kernel_problem(p), kernels[i], caps);
     if (candidate.reason.empty() && refused) candidate.reason = restrictions.refused[i];
     if (candidate.reason.empty())
       fused.push_back(std::move(candidate.plan));

@@ -78,6 +78,9 @@ constexpr bool merges_depthwise(const Problem& p) {
   return p.op == Op::kCP && (p.kh == 1 || p.kw == 1 || p.kh * p.kw <= most_taps);
 }
 
+// The problem as our kernels see it: those of prepared factors have padded ranks. The chain reads the ordinary factors.
+Problem kernel_problem(Problem problem);
+
 // Cuts `problem` for `kernel`: the tile, slots and splits of the lowest predicted time, or a reason why it cannot run.
 struct GpuCandidate {
   Plan plan;
