@@ -281,6 +281,7 @@ def describe_launch(
     arg8: torch.Tensor | None,
     arg9: collections.abc.Sequence[collections.abc.Sequence[int]],
     arg10: str,
+    arg11: torch.Tensor | None,
 ) -> dict: ...
 def fail_gpu_launches(arg0: int) -> None: ...
 def is_launch_refusal(arg0: int) -> bool: ...
@@ -296,6 +297,7 @@ def launch_gpu_kernel(
     arg8: torch.Tensor | None,
     arg9: collections.abc.Sequence[collections.abc.Sequence[int]],
     arg10: str,
+    arg11: torch.Tensor | None,
 ) -> torch.Tensor: ...
 def run_gpu_kernel(
     arg0: str,
@@ -309,4 +311,5 @@ def run_gpu_kernel(
     arg8: torch.Tensor | None,
     arg9: collections.abc.Sequence[collections.abc.Sequence[int]],
     arg10: str,
+    arg11: torch.Tensor | None,
 ) -> torch.Tensor: ...

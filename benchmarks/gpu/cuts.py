@@ -87,7 +87,7 @@ def runner(problem: peers.Problem, cut: Cut) -> Callable[[], Tensor]:
     windows = [[cell.stride] * 2, list(cell.paddings), [cell.dilation] * 2]
     numbers = [*cut.tile, cut.stages, cut.splits]
     tensors = (problem.input, first, core, height, width, last, problem.bias)
-    return lambda: _C.run_gpu_kernel(cut.kernel, numbers, *tensors, windows, "none")
+    return lambda: _C.run_gpu_kernel(cut.kernel, numbers, *tensors, windows, "none", None)
 
 
 def contenders(problem: peers.Problem) -> list[peers.Contender]:

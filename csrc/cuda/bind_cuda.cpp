@@ -43,12 +43,14 @@ void check_sm90a(const char* caller, const GpuKernel& kernel, const Cut& cut, co
                     cut[3], ", ", cut[4]);
 }
 
-PlannedCall plan_call(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& arguments) {
+// `packed`: factors prepared for the call (padded_factors.h), or none.
+PlannedCall plan_call(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& arguments,
+                      const OptionalTensor& packed) {
   TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
                     ": each number of the cut must be at least 1, got ", c10::ArrayRef<int>(cut));
   check(arguments);
-  FusedCall call(caller, arguments);
-  const Problem& problem = call.problem();
+  FusedCall call(caller, arguments, packed ? padded_factors_for(*packed, arguments) : nullptr);
+  const Problem problem = kernel_problem(call.problem());
   if (is_sm90a(kernel)) check_sm90a(caller, kernel, cut, problem);
   Plan plan;
   plan.path = Path::kFused;
@@ -61,15 +63,15 @@ PlannedCall plan_call(const char* caller, const GpuKernel& kernel, const Cut& cu
   return {std::move(call), std::move(plan)};
 }
 
-// `run`, a function of a PlannedCall, as a function of Python: a kernel's name, its cut, and a call whose factors are
-// None where its op has none of that name.
+// `run`, a function of a PlannedCall, as a function of Python: a kernel's name, its cut, a call whose factors are None
+// where its op has none of that name, and the packed factors or None.
 template <typename Run>
 void bind_with_call(py::module_& m, const char* caller, const Run& run) {
   m.def(caller, [caller, run](const std::string& name, const Cut& cut, const at::Tensor& input,
                               const at::Tensor& in_factor, const OptionalTensor& core,
                               const OptionalTensor& height_factor, const OptionalTensor& width_factor,
                               const at::Tensor& out_factor, const OptionalTensor& bias, const Windows& windows,
-                              const std::string& activation) {
+                              const std::string& activation, const OptionalTensor& packed) {
     const GpuKernel& kernel = kernel_named(caller, name);
     const bool needs_core = kernel.op == Op::kTucker, needs_axes = kernel.op == Op::kCP;
     TORCH_CHECK_VALUE((core || !needs_core) && ((height_factor && width_factor) || !needs_axes), caller, ": ", name,
@@ -86,15 +88,16 @@ void bind_with_call(py::module_& m, const char* caller, const Run& run) {
                       .bias = bias,
                       .window = {windows[0], windows[1], windows[2]},
                       .activation = parse_activation(caller, activation)};
-    return run(kernel, cut, call);
+    return run(kernel, cut, call, packed);
   });
 }
 
 // Launches the kernel on the input's GPU, into an output that is full of NaN before (for tests) or not (for timing).
-at::Tensor launch(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& call, bool poison) {
+at::Tensor launch(const char* caller, const GpuKernel& kernel, const Cut& cut, const OpCall& call,
+                  const OptionalTensor& packed, bool poison) {
   TORCH_CHECK_VALUE(call.input.is_cuda(), caller, ": input must be on a GPU, got ", call.input.device());
   const c10::DeviceGuard guard(call.input.device());
-  const PlannedCall planned = plan_call(caller, kernel, cut, call);
+  const PlannedCall planned = plan_call(caller, kernel, cut, call, packed);
   const at::Tensor output = planned.call.empty_output();
   if (poison) output.fill_(std::numeric_limits<double>::quiet_NaN());
   planned.call.run(planned.plan, output);
@@ -112,8 +115,8 @@ py::dict describe(const Factor& factor) {
 }
 
 // The parameters that the kernel would get, on any device: for the simulator.
-py::dict describe_launch(const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
-  const PlannedCall planned = plan_call("describe_launch", kernel, cut, call);
+py::dict describe_launch(const GpuKernel& kernel, const Cut& cut, const OpCall& call, const OptionalTensor& packed) {
+  const PlannedCall planned = plan_call("describe_launch", kernel, cut, call, packed);
   const Launch launch = planned.call.prepare(planned.plan.geometry, planned.call.empty_output());
   const BlockParams& p = launch.params;
   const auto strides = [](const int64_t (&values)[4]) { return std::vector<int64_t>(values, values + 4); };
@@ -151,12 +154,14 @@ std::string check_gpu_kernel(const std::string& name, const std::string& dtype, 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  bind_with_call(m, "launch_gpu_kernel", [](const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
-    return launch("launch_gpu_kernel", kernel, cut, call, /*poison=*/true);
-  });
-  bind_with_call(m, "run_gpu_kernel", [](const GpuKernel& kernel, const Cut& cut, const OpCall& call) {
-    return launch("run_gpu_kernel", kernel, cut, call, /*poison=*/false);
-  });
+  bind_with_call(m, "launch_gpu_kernel",
+                 [](const GpuKernel& kernel, const Cut& cut, const OpCall& call, const OptionalTensor& packed) {
+                   return launch("launch_gpu_kernel", kernel, cut, call, packed, /*poison=*/true);
+                 });
+  bind_with_call(m, "run_gpu_kernel",
+                 [](const GpuKernel& kernel, const Cut& cut, const OpCall& call, const OptionalTensor& packed) {
+                   return launch("run_gpu_kernel", kernel, cut, call, packed, /*poison=*/false);
+                 });
   bind_with_call(m, "describe_launch", &describe_launch);
   m.def("check_gpu_kernel", &check_gpu_kernel);
   m.def("fail_gpu_launches", [](int error) { fail_launches(cudaError_t(error)); });

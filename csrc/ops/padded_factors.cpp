@@ -1,6 +1,7 @@
 #include "ops/padded_factors.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
@@ -87,7 +88,7 @@ Tensor join(const std::vector<Tensor*>& parts) {
   const auto bytes = [](const Tensor& part) { return round_up(int64_t(part.nbytes()), kAlignment); };
   int64_t end = 0;
   for (const Tensor* part : parts) end += bytes(*part);
-  const Tensor memory = at::zeros({end}, parts[0]->options().dtype(at::kByte));
+  const Tensor memory = at::empty({end}, parts[0]->options().dtype(at::kByte));
   int64_t begin = 0;
   for (Tensor* part : parts) {
     Tensor place = memory.narrow(0, begin, int64_t(part->nbytes())).view(part->scalar_type()).view(part->sizes());

@@ -20,7 +20,8 @@ TENSORS = (
     "arg6: torch.Tensor | None, arg7: torch.Tensor, arg8: torch.Tensor | None"
 )
 WINDOWS = "collections.abc.Sequence[collections.abc.Sequence[int]]"  # stride, padding, dilation
-CALL = f"arg0: str, arg1: collections.abc.Sequence[int], {TENSORS}, arg9: {WINDOWS}, arg10: str"
+CUT = "arg1: collections.abc.Sequence[int]"
+CALL = f"arg0: str, {CUT}, {TENSORS}, arg9: {WINDOWS}, arg10: str, arg11: torch.Tensor | None"
 # Functions of csrc/cuda/bind_cuda.cpp, which a build without CUDA kernels lacks.
 WITH_CUDA = {
     "check_gpu_kernel": "(arg0: str, arg1: str, arg2: bool, arg3: int, arg4: bool) -> str",

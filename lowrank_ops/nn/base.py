@@ -38,7 +38,8 @@ def gpu_panels(factors: Mapping[str, Tensor]) -> Tensor:
     """The factors as the kernels of GPUs read them, copied on their device (any device of torch): `Packing.panels`."""
     middle = (factors.get("core"), factors.get("height_factor"), factors.get("width_factor"))
     panels = _C.pad_factors((factors["in_factor"], *middle, factors["out_factor"]))
-    mark_static_address(panels)
+    for tensor in (panels, *factors.values()):  # a 1-D CP block passes one of these factors, which is no parameter
+        mark_static_address(tensor)
     return panels
 
 

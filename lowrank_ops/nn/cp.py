@@ -96,7 +96,7 @@ class _CPConv(FactorizedConv):
         if self.axes == 2:
             return self.height_factor
         width_factor = self.width_factor
-        if self._packing is not None:  # the record of what was packed names this tensor's memory
+        if self._packing is not None and self._packed() is not None:  # what was packed names this tensor's memory
             packed = self._packing.factors["height_factor"]
             if (packed.dtype, packed.device) == (width_factor.dtype, width_factor.device):
                 return packed

@@ -38,14 +38,14 @@ def kernel_for(op: str) -> tuple[Kernel, str]:
     return Kernel(op, "simt", 1), line["name"]
 
 
-def described(call: Call) -> dict[str, Any]:
-    """The parameters that csrc/cuda would pass to the kernel."""
+def described(call: Call, packed: Tensor | None = None) -> dict[str, Any]:
+    """The parameters that csrc/cuda would pass to the kernel. `packed`: factors prepared for the call."""
     problem, cut = call.problem, CUTS[call.problem.op]
     tensors = [call.tensors.get(name) for name in ("input", *FACTORS, "bias")]
     windows = [list(problem.stride), list(problem.padding), list(problem.dilation)]
     numbers = [cut.n, cut.h, cut.w, cut.stages, cut.splits]
     _, name = kernel_for(problem.op)
-    found: dict[str, Any] = _C.describe_launch(name, numbers, *tensors, windows, problem.activation)
+    found: dict[str, Any] = _C.describe_launch(name, numbers, *tensors, windows, problem.activation, packed)
     return found
 
 
@@ -71,10 +71,13 @@ def simulate(call: Call, found: dict[str, Any]) -> Result:
     return Result(output, code, json.loads(harness.library().simulator_report().decode()))
 
 
-def assert_right(call: Call) -> dict[str, Any]:
+def assert_right(call: Call, packed: Tensor | None = None) -> dict[str, Any]:
     """Asserts that the simulator finds no mistake and that the values are right."""
-    found = described(call)
-    result = simulate(call, found)
+    found = described(call, packed)
+    factors = tuple(call.tensors.get(name) for name in FACTORS)
+    copies = {} if packed is None else _C.padded_factors(packed, factors) or {}
+    copies.pop("taps", None)
+    result = simulate(Call(call.problem, {**call.tensors, **copies}), found)
     assert (result.code, result.error) == (0, "")
     exact = call.exact()
     output = result.output.reshape(exact.shape)
@@ -127,6 +130,25 @@ def test_a_pointer_off_its_vector() -> None:
     call.tensors["input"] = VIEWS["odd offset"](call.tensors["input"])
     found = assert_right(call)
     assert found["planned_vectors"] == [4, 16, 16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_prepared_factors(op: str, dtype: torch.dtype) -> None:
+    """All copies of the padded factors take 16 bytes, wherever the given ones and whatever their ranks are."""
+    call = Problem(op, s=32, t=24, r1=13, r2=11, dtype=dtype, layout=torch.channels_last, kernel=(3, 3)).make()
+    call.tensors = {**call.tensors, "in_factor": VIEWS["odd offset"](call.tensors["in_factor"])}
+    if op == "tucker_conv2d":
+        call.tensors["core"] = call.tensors["core"].contiguous()
+    factors = tuple(call.tensors.get(name) for name in FACTORS)
+    packed = _C.pad_factors(factors)
+    found, copies = assert_right(call, packed), _C.padded_factors(packed, factors)
+    assert found["planned_vectors"] == [16, 16, 16] and assert_right(call)["planned_vectors"][1] < 16
+    for name, padded in copies.items():
+        assert name == "taps" or found[name]["data"] == padded.data_ptr()
+    with torch.no_grad():
+        call.tensors["out_factor"].mul_(2)
+    assert assert_right(call, packed)["out_factor"]["data"] == call.tensors["out_factor"].data_ptr()
 
 
 def test_contiguous_cores_are_packed_and_others_taken_as_they_are() -> None:

@@ -181,7 +181,7 @@ def launch(case: Case) -> Tensor:
     tensors = [on_gpu(case.call.tensors.get(name)) for name in order]
     windows = [list(problem.stride), list(problem.padding), list(problem.dilation)]
     numbers = [cut.n, cut.h, cut.w, cut.stages, cut.splits]
-    output: Tensor = _C.launch_gpu_kernel(name, numbers, *tensors, windows, problem.activation)
+    output: Tensor = _C.launch_gpu_kernel(name, numbers, *tensors, windows, problem.activation, None)
     return output
 
 

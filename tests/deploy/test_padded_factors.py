@@ -1,5 +1,5 @@
-"""Factors prepared for GPUs: their layout, and when a call may use them (csrc/ops/padded_factors.h). torch's ops make the
-copies, on the factors' own device, here a CPU.
+"""Factors prepared for GPUs: their layout, and when a call may use them (csrc/ops/padded_factors.h). torch's ops make
+the copies, on the factors' own device, here a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank_ops
 from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.nn.base import FactorizedModule, Packing, gpu_panels
 from lowrank_ops.ops.extension import _C
@@ -271,12 +272,29 @@ def test_the_memory_of_replaced_factors_is_not_given_away(module: FactorizedModu
 
 def test_calls_with_other_parameters_are_possible(module: FactorizedModule) -> None:
     """A 1-D CP block takes a height factor of ones from what was packed, but not one of another dtype."""
-    shape = (3, 20) if isinstance(module, LowRankLinear) else (2, 20, 9, 9)[: 4 - ("1d" in type(module).__name__)]
     state = {name: value.double() for name, value in module.state_dict().items()}
-    output = torch.func.functional_call(module, state, (torch.ones(shape, dtype=torch.float64),))
+    output = torch.func.functional_call(module, state, (input_of(module).double(),))
     assert output.dtype == torch.float64
 
 
-def test_torch_compile_is_told_that_the_address_stays(module: FactorizedModule) -> None:
-    """Its CUDA graphs copy other inputs at every call, and a copy has no record."""
-    assert module._packing is not None and module._packing.panels._dynamo_static_input_type == "unguarded"
+def input_of(module: FactorizedModule) -> Tensor:
+    shape = (3, 20) if isinstance(module, LowRankLinear) else (2, 20, 9, 9)[: 4 - ("1d" in type(module).__name__)]
+    return torch.randn(shape)
+
+
+def test_explain_and_torch_compile_take_the_packed_tensor(module: FactorizedModule) -> None:
+    """Its memory belongs to no allocator of torch."""
+    x = input_of(module)
+    (found,) = lowrank_ops.explain(module, x, torch.bfloat16, "H100")
+    assert any("prepare_for_inference_ has copied" in str(plan["notes"]) for plan in (found.chosen, *found.others))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(module, fullgraph=True)(x), module(x))
+
+
+def test_torch_compile_is_told_that_addresses_stay(module: FactorizedModule) -> None:
+    """Its CUDA graphs copy other inputs than parameters at every call. A copy of what was packed has no record, and the
+    record does not name a copy of a 1-D CP block's height factor."""
+    assert module._packing is not None
+    for tensor in (module._packing.panels, *module._packing.factors.values()):
+        assert tensor._dynamo_static_input_type == "unguarded"

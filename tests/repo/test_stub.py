@@ -76,7 +76,7 @@ def test_functions_of_builds_with_cuda_are_declared() -> None:
     [
         ("def cpu_isa()", "def cpu_isb()", "cpu_isa"),
         ("def cpu_isa()", "def cpu_isa(arg0: int)", "cpu_isa"),
-        ("prepared: bool = False", "prepared: bool = True", "explain"),
+        ("device: str,\n    prepared: bool = False", "device: str,\n    prepared: bool = True", "explain"),
         ("library_call_seconds: float", "library_call: float", "library_call"),
     ],
 )
