@@ -17,11 +17,12 @@
 //
 // With a dilation a tile's pixels lie some steps apart, on a lattice of the output, and so does their halo in the input
 // (plan/gpu/planes.h). With a stride of 2 along an axis a tile has half as many pixels along it, so that its halo fits
-// into the same shared memory: 7x8, 14x4 or 7x4 pixels, whose halo has 15x10, 16x9 or 15x9. The hidden tile keeps its
+// into the same shared memory: 7x8, 14x4 or 8x4 pixels, whose halo has 15x10, 16x9 or 17x9. The hidden tile keeps its
 // 160 rows, of which the last are then not read, and the sums of the other rows of a wgmma are not stored. Calls that
 // have one class of the output and no stride are compiled on their own (`plain`).
 //
-//   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp (one with a stride)
+//   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp (one per warp with a
+//                 stride of the height)
 //   warpgroup 1   halo pixels 80 to 159, rows 8 to 13 (its last warp has none)
 //   warpgroup 2   one thread: all copies to shared memory
 //
@@ -155,7 +156,7 @@ struct CpGroup {
   CpBarriers barriers;
   int group, warp, lane;
   int row;         // the first of the warp's rows of the output tile
-  bool inside;     // whether these rows lie inside the tile: false in the last warp
+  bool inside;     // whether these rows lie inside the tile: false in the last warp, except for tiles of 8x4
   RingPlace ring;  // of the next part to wait for
   RingPlace done;  // of the next part to give back; parts are given back in the order in which they were waited for
 
@@ -167,8 +168,8 @@ struct CpGroup {
         group(warp_of_cta / 4),
         warp(warp_of_cta % 4),
         lane(lane_of_warp),
-        row(warp_of_cta * (plain ? 2 : 2 / params.stride_h)),
-        inside(warp_of_cta * 2 < CpSm90a::kTileHeight) {}
+        row(warp_of_cta * (plain || params.stride_h == 1 ? 2 : 1)),
+        inside(row < (plain ? CpSm90a::kTileHeight : params.tiles.height)) {}
 
   // Waits for the next part and returns its address.
   LOWRANK_OPS_HOPPER uint32_t wait_part() {

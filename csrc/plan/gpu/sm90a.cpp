@@ -145,10 +145,9 @@ Geometry most_slots(Geometry g, int most, const Fits& fits) {
 Geometry sm90a_cut(const Problem& p, const GpuKernel& kernel) {
   if (p.op == Op::kCP) {
     using L = CpSm90a;
-    const int height = L::kTileHeight / int(PlanesOfAxis(p, 0).stride);
-    const int width = L::kTileWidth / int(PlanesOfAxis(p, 1).stride);
-    return most_slots(geometry_of(p, 1, height, width, kLeastSlots, 1), kMaxStages,
-                      [](const Geometry& g) { return cp_sm90a_layout(g).bytes <= L::kMostBytes; });
+    const int stride_h = int(PlanesOfAxis(p, 0).stride), stride_w = int(PlanesOfAxis(p, 1).stride);
+    const Geometry cut = geometry_of(p, 1, cp_tile_height(stride_h, stride_w), cp_tile_width(stride_w), kLeastSlots, 1);
+    return most_slots(cut, kMaxStages, [](const Geometry& g) { return cp_sm90a_layout(g).bytes <= L::kMostBytes; });
   }
   if (p.op == Op::kLinear) {
     using L = LinearSm90a;

@@ -129,7 +129,7 @@ CP_CASES: dict[str, dict[str, Any]] = {
     "one pixel": dict(n=3, s=32, t=32, r1=16, h=1, w=1, **SAME),
     "much of everything": dict(n=3, s=136, t=160, r1=136, h=17, w=16, **SAME),
     **_with_steps(CP),
-    "stride, whole tiles": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **HALF),
+    "stride, whole tiles": dict(n=1, s=64, t=64, r1=64, h=32, w=16, **HALF),
     "stride, most channels": dict(n=1, s=256, t=256, r1=256, h=13, w=9, **HALF, activation="gelu"),
     "dilation, most channels": dict(n=1, s=256, t=256, r1=256, h=8, w=9, **SAME, dilation=(1, 2)),
     "stride of 2, dilation of 3": dict(
