@@ -225,7 +225,9 @@ def _lean_row(ones: list[Instantiation]) -> str:
     cells = [ones[0].kernel, ones[0].dtype, _by_architecture([ways[-1].per_product for ways in steps])]
     cells += ["-" if i is None else _by_architecture([ways[i].per_product for ways in chunks]) for i in order]
     cells += ["-" if i is None else _by_architecture([ways[i].per_copy for ways in chunks]) for i in order]
-    cells += [_by_architecture([ways[i].per_vector for ways in outputs]) for i in (0, 1)]
+    cells += [_by_architecture([ways[0].per_vector for ways in outputs])]
+    cells += [_by_architecture([ways[0].most_per_vector for ways in outputs])]
+    cells += [_by_architecture([ways[1].per_vector for ways in outputs])]
     return f"| {' | '.join(cells)} |"
 
 
@@ -263,12 +265,13 @@ def loop_tables(report: list[Instantiation]) -> str:
         f"The lean kernels of sm80. A number for each of {', '.join(f'sm_{number}' for number in numbers)} where they "
         "differ. Product: an `mma.sync`. Steps: the innermost loop of stages 2 and 3. Stages 1 to 3: their loops over "
         "chunks, everything included, for the largest chunk; that of 256 bytes runs the innermost loop twice and is "
-        "counted as running it once. Copy: 16 bytes per lane. Output: 16 bytes per lane; costly activations are "
+        "counted as running it once. Copy: 16 bytes per lane. Output: 16 bytes per lane, without an activation (relu "
+        "takes the same instructions, because rounding clamps) and with relu6, the longest way; costly activations are "
         "hardswish, silu and gelu, here with the cheapest of them.",
         "",
         "| kernel | dtype | per product: steps | stage 1 | stage 2 | stage 3 | per copy: stage 1 | stage 2 | stage 3 "
-        "| per vector of output | with a costly activation |",
-        "|---|---|" + "---|" * 9,
+        "| per vector of output | with relu6 | with a costly activation |",
+        "|---|---|" + "---|" * 10,
         *(_lean_row(ones) for ones in lean.values()),
         "",
         "The kernels of sm90a, bf16, each in its main case. Product: 16 x 8 sums of a warp; a `wgmma` of N columns "

@@ -144,6 +144,19 @@ def test_output_vectors_count_beyond_a_way_without_them() -> None:
     assert (loop.kind, way.count.vectors, way.without_vectors, way.per_vector) == ("output", 2, 3, 2.5)
 
 
+def test_the_costliest_way_to_write_counts_beyond_the_longest_way_without_vectors() -> None:
+    (loop,) = loops(
+        *(".L_x_0:", PRODUCT, "@P2 BRA `(.L_x_1)", "IADD3 R1"),  # of all ways alike
+        *(".L_x_1:", "@P0 BRA `(.L_x_3)"),
+        *("FADD R1", "@P3 BRA `(.L_x_2)", "FMNMX R1", "FMNMX R1"),  # an activation
+        *(".L_x_2:", VECTOR, VECTOR),
+        *(".L_x_3:", "@P4 BRA `(.L_x_0)"),
+    )
+    way = loop.steady
+    assert (way.instructions, way.longest, way.longest_without_vectors) == (8, 11, 5)
+    assert (way.per_vector, way.most_per_vector) == (2.0, 3.0)
+
+
 def test_staged_vectors_count_where_tma_stores_them() -> None:
     staging = ("STSM.16.M88.4 [R1], R4", "STSM.16.M88.4 [R1], R8", "STSM.16.M88.2 [R1], R4")
     (stores,) = loops(".L_x_0:", *staging, "UTMASTG.4D [UR4], [UR6]", "@P0 BRA `(.L_x_0)")
