@@ -174,8 +174,8 @@ def markdown(report: list[Instantiation], version: str) -> str:
         f"of {', '.join(f'sm_{number}' for number in architectures)} where they differ; instructions of sm_{first}. "
         "Shared memory is dynamic (`shared_layout` of csrc/plan/geometry.h). Kernels of sm90a are compiled for "
         "sm_90a alone, once per case: padded ranks, rows of a slice, one plane or not (Tucker 64x64), parts of "
-        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels, input slices, no stride and no "
-        "dilation or any (CP), parts of 64 ranks (linear).",
+        "64 of R1 and R2, one plane or not (Tucker 64x128), padded output channels, input slices, plain or with "
+        "strides and dilations (CP), parts of 64 ranks (linear).",
         "",
         "| kernel | dtype | case | registers | spilled bytes | stack bytes | instructions | "
         + " | ".join(INSTRUCTIONS)

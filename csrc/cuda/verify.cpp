@@ -83,9 +83,9 @@ struct TrialTensors {
   }
 };
 
-// The stride and the dilation of a trial's window: none, or a stride of 2 along one axis and a dilation of 2 along the
-// other.
-enum class Steps { kNone, kStrideOfHeight, kStrideOfWidth };
+// The stride and the dilation of a trial's window: none; a stride of 2 along one axis and a dilation of 2 along the
+// other; a stride of 2 along both.
+enum class Steps { kNone, kStrideOfHeight, kStrideOfWidth, kStrides };
 
 // A small call with more than one tile, pass and chunk of everything, sizes that are no multiples of a tile, and
 // borders.
@@ -97,10 +97,19 @@ struct Trial {
   Steps steps;
 
   Window window() const {
-    static constexpr int64_t kNone[2] = {1, 1}, kHeight[2] = {2, 1}, kWidth[2] = {1, 2};
+    static constexpr int64_t kNone[2] = {1, 1}, kHeight[2] = {2, 1}, kWidth[2] = {1, 2}, kBoth[2] = {2, 2};
     static constexpr int64_t kRows[2] = {1, 0}, kColumns[2] = {0, 1};  // of padding
-    if (steps == Steps::kStrideOfHeight) return {kHeight, kColumns, kWidth};
-    return steps == Steps::kStrideOfWidth ? Window{kWidth, kRows, kHeight} : Window{kNone, kRows, kNone};
+    switch (steps) {
+      case Steps::kNone:
+        return {kNone, kRows, kNone};
+      case Steps::kStrideOfHeight:
+        return {kHeight, kColumns, kWidth};
+      case Steps::kStrideOfWidth:
+        return {kWidth, kRows, kHeight};
+      case Steps::kStrides:
+        return {kBoth, kRows, kNone};
+    }
+    return {};
   }
 
   // The ranks to try: R2 of Tucker, the only rank of CP and linear. The sm90a linear kernel has three instances.
@@ -117,9 +126,9 @@ struct Trial {
     // 32, the wide kernel ranks above 64.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
     constexpr int64_t kh = 3;
-    // Output 9x18 for windows of 3x2.
-    const int64_t h = steps == Steps::kNone ? 9 : steps == Steps::kStrideOfHeight ? 19 : 11;
-    const int64_t w = steps == Steps::kNone ? 19 : steps == Steps::kStrideOfHeight ? 18 : 37;
+    // Input sizes, in the order of Steps, of an output of 9x18 for windows of 3x2.
+    constexpr int64_t kHeights[] = {9, 19, 11, 17}, kWidths[] = {19, 18, 37, 37};
+    const int64_t h = kHeights[int(steps)], w = kWidths[int(steps)];
     const int64_t rows = hopper ? 17970 : 150;
     const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
     const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
@@ -210,7 +219,7 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
   if (kernel.op != Op::kLinear) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, Steps::kNone);
   // Strides and dilations are code of their own in these kernels (plan/gpu/planes.h).
   if (is_sm90a(kernel) && kernel.op != Op::kLinear)
-    for (const Steps steps : {Steps::kStrideOfHeight, Steps::kStrideOfWidth})
+    for (const Steps steps : {Steps::kStrideOfHeight, Steps::kStrideOfWidth, Steps::kStrides})
       try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, steps);
   return error;
 }

@@ -22,6 +22,7 @@ struct FactorRecord {
 
 // `factor`: of at most kMostAxes axes, and no inference tensor, which has no version.
 inline FactorRecord factor_record(const at::Tensor& factor) {
+  TORCH_INTERNAL_ASSERT(factor.dim() <= FactorRecord::kMostAxes);
   FactorRecord record;
   record.data = int64_t(factor.const_data_ptr());
   record.version = int64_t(factor._version());

@@ -1,9 +1,9 @@
 #include "ops/padded_factors.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <array>
@@ -74,27 +74,27 @@ void check_factors(const OpCall& call) {
   }
 }
 
-// A contiguous copy with zeros behind the tensor's own values on each axis.
-Tensor padded(const Tensor& tensor, at::IntArrayRef shape) {
-  Tensor copy = at::zeros(shape, tensor.options());
-  Tensor values = copy;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) values = values.narrow(axis, 0, tensor.size(axis));
-  values.copy_(tensor);
-  return copy;
-}
+// Values to be copied, and the shape that zeros behind them make on each axis.
+struct Part {
+  Tensor* copy;
+  Tensor values;
+  std::vector<int64_t> shape;
 
-// Moves these contiguous tensors into one piece of memory, and returns its bytes.
-Tensor join(const std::vector<Tensor*>& parts) {
-  const auto bytes = [](const Tensor& part) { return round_up(int64_t(part.nbytes()), kAlignment); };
+  int64_t bytes() const { return c10::multiply_integers(shape) * values.element_size(); }
+};
+
+// Makes the copy of each part, all in one piece of memory, whose bytes it returns.
+Tensor copy_parts(const std::vector<Part>& parts) {
   int64_t end = 0;
-  for (const Tensor* part : parts) end += bytes(*part);
-  const Tensor memory = at::empty({end}, parts[0]->options().dtype(at::kByte));
+  for (const Part& part : parts) end += round_up(part.bytes(), kAlignment);
+  const Tensor memory = at::zeros({end}, parts[0].values.options().dtype(at::kByte));
   int64_t begin = 0;
-  for (Tensor* part : parts) {
-    Tensor place = memory.narrow(0, begin, int64_t(part->nbytes())).view(part->scalar_type()).view(part->sizes());
-    place.copy_(*part);
-    begin += bytes(*part);
-    *part = std::move(place);
+  for (const Part& part : parts) {
+    *part.copy = memory.narrow(0, begin, part.bytes()).view(part.values.scalar_type()).view(part.shape);
+    Tensor place = *part.copy;
+    for (int64_t axis = 0; axis < place.dim(); ++axis) place = place.narrow(axis, 0, part.values.size(axis));
+    place.copy_(part.values);
+    begin += round_up(part.bytes(), kAlignment);
   }
   return memory;
 }
@@ -105,22 +105,17 @@ std::unique_ptr<Context> copy_factors(const OpCall& call) {
   PaddedFactors& copies = context->factors;
   const int64_t element = call.in_factor.element_size();
   const int64_t r1 = padded_rank(call.in_factor.size(0), element), r2 = padded_rank(call.out_factor.size(1), element);
-  std::vector<Tensor*> parts;
-  const auto add = [&](Tensor& copy, const Tensor& tensor, at::IntArrayRef shape) {
-    copy = padded(tensor, shape);
-    parts.push_back(&copy);
-  };
-  add(copies.in_factor, call.in_factor, {r1, call.in_factor.size(1)});
+  std::vector<Part> parts{{&copies.in_factor, call.in_factor, {r1, call.in_factor.size(1)}}};
   if (call.op == Op::kTucker)
-    add(copies.core, call.core.permute({0, 2, 3, 1}), {r2, call.core.size(2), call.core.size(3), r1});
+    parts.push_back({&copies.core, call.core.permute({0, 2, 3, 1}), {r2, call.core.size(2), call.core.size(3), r1}});
   if (call.op == Op::kCP) {
-    add(copies.height_factor, call.height_factor, {r1, call.height_factor.size(1)});
-    add(copies.width_factor, call.width_factor, {r1, call.width_factor.size(1)});
-    copies.taps = depthwise_taps(call.height_factor, call.width_factor);
-    parts.push_back(&copies.taps);
+    parts.push_back({&copies.height_factor, call.height_factor, {r1, call.height_factor.size(1)}});
+    parts.push_back({&copies.width_factor, call.width_factor, {r1, call.width_factor.size(1)}});
+    const Tensor taps = depthwise_taps(call.height_factor, call.width_factor);
+    parts.push_back({&copies.taps, taps, taps.sizes().vec()});
   }
-  add(copies.out_factor, call.out_factor, {call.out_factor.size(0), r2});
-  context->memory = join(parts);
+  parts.push_back({&copies.out_factor, call.out_factor, {call.out_factor.size(0), r2}});
+  context->memory = copy_parts(parts);
   if (call.op == Op::kTucker) copies.core = copies.core.permute({0, 3, 1, 2});
   return context;
 }

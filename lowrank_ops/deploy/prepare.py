@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_ops.nn.base import FactorizedModule
 from lowrank_ops.ops.extension import build_info
@@ -61,8 +61,8 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
 
     On a CUDA GPU the factors are copied into the layout that the fused kernels read fastest: ranks are padded with
     zeros to whole vectors of 16 bytes (8 elements of bfloat16), so that the kernels that need whole vectors take every
-    rank, and a Tucker block's core is in channels_last. The chain of library calls reads the ordinary factors, and of a
-    CP block the product of its two depthwise factors. No call copies or multiplies factors, and none waits for the GPU.
+    rank, and a Tucker block's core is in channels_last. So our kernels' calls copy no factor, and no call waits for the
+    GPU. The chain of library calls reads the ordinary factors, and of a CP block the product of its two depthwise ones.
 
     Call this last: in evaluation mode, with the final device, dtype and values.
 
@@ -71,7 +71,9 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     operations, new parameters and `.to()` are noticed in this way. Not noticed are changes that autograd does not see:
     `.data` edits, steps of optimizers with `fused=True` (in torch 2.13 they do not raise the version counters), writes
     to the memory of `torch.from_numpy`. Call this again after those. A CUDA graph notices nothing: it reads what the
-    call read that it captured. Capture it anew after changes and after `unprepare_`, which frees the packed weights.
+    call read that it captured. Capture it anew after changes and after `unprepare_`, which frees the packed weights;
+    with `torch.compile(mode="reduce-overhead")`, which captures by itself, compile the model anew
+    (`torch.compiler.reset()`).
 
     Code of torch.compile uses packed weights too, except for `TuckerConv1d`, which uses its factors; exported and
     traced programs contain the ordinary ops. `train()`, `to()` and `load_state_dict` drop the packed weights;
@@ -83,10 +85,11 @@ def prepare_for_inference_(model: nn.Module) -> Preparation:
     Returns:
         A `Preparation`: per factorized module the bytes of its packed weights, or the reason why they were not packed:
         training mode, a device other than a CPU or a CUDA GPU, a build without CUDA kernels, inference tensors (they
-        have no version counter), computed parameters. Packed weights take about as much memory as the factors. On a CPU
-        fp16 takes twice that, being packed as fp32; a Tucker block with a 3x3 core in fp32 takes 2 to 6 times as much,
-        because each way to run the core has its own packing. Ranks and channels are padded to multiples of 16 there, so
-        small layers take more: `TuckerConv2d(3, 8, 3, 1)` 28 times as much.
+        have no version counter), computed parameters, subclasses of Tensor such as the shards of FSDP2. Packed weights
+        take about as much memory as the factors. On a CPU fp16 takes twice that, being packed as fp32; a Tucker block
+        with a 3x3 core in fp32 takes 2 to 6 times as much, because each way to run the core has its own packing. Ranks
+        and channels are padded to multiples of 16 there, so small layers take more: `TuckerConv2d(3, 8, 3, 1)` 28 times
+        as much.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -128,6 +131,10 @@ def _refusal(module: FactorizedModule) -> str | None:
     parameters = [module._parameters.get(name) for name in module._factor_shapes()]
     if any(parameter is None for parameter in parameters):
         return f"a factor is computed at each call: {remedy(module)}"
+    kinds = {type(parameter.detach()) for parameter in parameters if parameter is not None}
+    if kinds != {Tensor}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        return f"its factors are of type {names}, and only plain tensors are packed (FSDP2's shards: unshard() first)"
     if any(parameter.is_inference() for parameter in parameters if parameter is not None):
         return "its parameters are inference tensors, whose changes cannot be noticed; create it outside inference_mode"
     device = module.in_factor.device.type

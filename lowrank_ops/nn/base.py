@@ -38,6 +38,8 @@ def gpu_panels(factors: Mapping[str, Tensor]) -> Tensor:
     """The factors as the kernels of GPUs read them, copied on their device (any device of torch): `Packing.panels`."""
     middle = (factors.get("core"), factors.get("height_factor"), factors.get("width_factor"))
     panels = _C.pad_factors((factors["in_factor"], *middle, factors["out_factor"]))
+    if panels.is_cuda:  # calls on other streams may follow
+        torch.cuda.current_stream(panels.device).synchronize()
     for tensor in (panels, *factors.values()):  # a 1-D CP block passes one of these factors, which is no parameter
         mark_static_address(tensor)
     return panels
@@ -120,6 +122,7 @@ class FactorizedModule(nn.Module):
             )
         super().__setattr__(name, value)
 
+    @torch.inference_mode(False)  # a 1-D CP block makes a factor here, which serves calls with gradients too
     def _pack(self) -> None:
         """Packs the factors for the kernels of their device, a CPU or a CUDA GPU. `train`, `to`, `load_state_dict` and
         the like drop the result again."""
@@ -288,6 +291,7 @@ class FactorizedModule(nn.Module):
 
         A 4-D core gets the memory format of the weights of `like`, and the module its train/eval mode. `frozen` sets
         requires_grad of all factors; None keeps each factor's own."""
+        self._unpack()
         self.rank = self._rank_of(factors)
         grad = None if frozen is None else not frozen
         layout = _format_of(like)

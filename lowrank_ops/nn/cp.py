@@ -98,7 +98,8 @@ class _CPConv(FactorizedConv):
         width_factor = self.width_factor
         if self._packing is not None and self._packed() is not None:  # what was packed names this tensor's memory
             packed = self._packing.factors["height_factor"]
-            if (packed.dtype, packed.device) == (width_factor.dtype, width_factor.device):
+            wanted = (len(width_factor), width_factor.dtype, width_factor.device)
+            if (len(packed), packed.dtype, packed.device) == wanted:
                 return packed
         return width_factor.new_ones(self.rank, 1)
 

@@ -23,6 +23,7 @@ from lowrank_ops import (
     unprepare_,
 )
 from lowrank_ops.ops.extension import _C
+from lowrank_ops.runtime.torch_internals import no_values
 from tests.support.budgets import assert_output
 from tests.support.calls import WINDOW, schema_options
 from tests.support.problems import DTYPES, ISAS, OPS, Call, Problem
@@ -395,6 +396,42 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "train": lambda module: module.train(),
     "core": lambda module: getattr(module, "core", module.in_factor).mul_(2),
 }
+
+
+def test_prepared_in_inference_mode(module: nn.Module) -> None:
+    """What is packed there serves calls outside, those with gradients too."""
+    with torch.inference_mode():
+        (layer,) = prepare_for_inference_(module)
+    assert layer.reason is None and not any(factor.is_inference() for factor in module._packing.factors.values())
+    module(input_of(module)).sum().backward()
+    (module.weight * 1).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_factors_of_another_rank_are_noticed() -> None:
+    module, other = CPConv1d(20, 24, 3, 8).eval(), CPConv1d(20, 24, 3, 6).eval()
+    prepare_for_inference_(module)
+    module.rank = other.rank
+    for name, parameter in other.named_parameters():
+        setattr(module, name, parameter)
+    x = input_of(module)
+    torch.testing.assert_close(module(x), other(x))
+
+
+def test_adopted_factors_drop_what_was_packed(module: nn.Module) -> None:
+    prepare_for_inference_(module)
+    module._adopt(module.factors(), None, module, frozen=None)
+    assert module._packing is None
+
+
+def test_tensors_of_other_types_are_refused() -> None:
+    """FSDP2's shards are such tensors; here, some without values."""
+    with no_values():
+        module = LowRankLinear(20, 24, 8).eval()
+        (layer,) = prepare_for_inference_(module)
+    assert layer.reason == (
+        "its factors are of type FakeTensor, and only plain tensors are packed (FSDP2's shards: unshard() first)"
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -18,8 +18,8 @@
 // With a dilation a tile's pixels lie some steps apart, on a lattice of the output, and so does their halo in the input
 // (plan/gpu/planes.h). With a stride of 2 along an axis a tile has half as many pixels along it, so that its halo fits
 // into the same shared memory: 7x8, 14x4 or 8x4 pixels, whose halo has 15x10, 16x9 or 17x9. The hidden tile keeps its
-// 160 rows, of which the last are then not read, and the sums of the other rows of a wgmma are not stored. Calls that
-// have one class of the output and no stride are compiled on their own (`plain`).
+// 160 rows, of which the last are then not read, and the sums of the other rows of a wgmma are not stored. Calls with
+// one class of the output whose windows begin at every pixel of it are compiled on their own (`plain`).
 //
 //   warpgroup 0   stage 1 of halo pixels 0 to 79, then the output's rows 0 to 7, two per warp (one per warp with a
 //                 stride of the height)
@@ -242,8 +242,8 @@ struct CpGroup {
   LOWRANK_OPS_HOPPER void stage2(uint32_t (&second)[4][4], uint32_t tile, int part) {
     const uint32_t line = (plain ? CpSm90a::kHaloWidth : p.halo_width) * CpSm90a::kPitch;
     // With a stride the upper half of the warp reads what the lower half reads, as the tile is half as wide.
-    const int column = plain ? lane / 4 : lane / 4 * p.stride_w % CpSm90a::kTileWidth;
-    const uint32_t pixels = tile + row * (plain ? 1 : p.stride_h) * line + column * CpSm90a::kPitch + lane % 4 * 4;
+    const int first = plain ? lane / 4 : lane / 4 * p.stride_w % CpSm90a::kTileWidth;
+    const uint32_t pixels = tile + row * (plain ? 1 : p.stride_h) * line + first * CpSm90a::kPitch + lane % 4 * 4;
     const uint32_t weights = base + p.layout.weights + (part * 32 + lane % 4) * CpSm90a::kPairBytes;
     uint32_t early[4][2] = {};
     if (inside) {

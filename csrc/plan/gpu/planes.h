@@ -1,7 +1,8 @@
-// Strides and dilations in the sm90a Tucker kernels: the input is seen as planes of pixels that lie some steps apart.
+// Strides and dilations in the sm90a convolutions: the input is seen as planes of pixels that lie some steps apart.
 // Plain C++17.
 //
-// On a plane the window has stride and dilation 1, and a plane is a tensor like any other to TMA. Along one axis:
+// To Tucker's kernels the window has stride and dilation 1 on a plane, and a plane is a tensor like any other to TMA.
+// Along one axis:
 //
 //   Stride 2, window 3, padding 1: a plane has some taps of the window, and every tap belongs to one plane.
 //

@@ -261,9 +261,9 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   std::vector<std::string> notes;
   if (p.prepared)
     notes.push_back(
-        "reads the factors that prepare_for_inference_ has copied, ranks padded to whole vectors of 16 bytes; reads "
-        "the "
-        "ordinary ones, by their own plan, where they have changed since");
+        "reads the factors that prepare_for_inference_ has copied, ranks padded to whole vectors of 16 bytes; where "
+        "they "
+        "have changed since, the ordinary ones by their own plan");
   const Geometry& g = plan.geometry;
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
