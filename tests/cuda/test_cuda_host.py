@@ -17,8 +17,8 @@ from torch import Tensor
 import lowrank_ops
 from lowrank_ops.ops.extension import _C
 from tests.support.budgets import assert_strides, assert_within_budget
-from tests.support.calls import VIEWS
-from tests.support.problems import LAYOUTS, OPS, Call, Problem
+from tests.support.calls import VIEWS, factors_of
+from tests.support.problems import FACTORS, LAYOUTS, OPS, Call, Problem
 from tests.support.simulator import building, harness
 from tests.support.simulator.harness import Cut, Kernel, Result
 
@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.skipif(bool(building.missing()), reason=building.missing() or "g++ is there"),
 ]
 
-FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUTS = {"tucker_conv2d": Cut(1, 4, 8), "cp_conv2d": Cut(1, 4, 8), "lowrank_linear": Cut(1, 1, 32, splits=2)}
 
@@ -74,7 +73,7 @@ def simulate(call: Call, found: dict[str, Any]) -> Result:
 def assert_right(call: Call, packed: Tensor | None = None) -> dict[str, Any]:
     """Asserts that the simulator finds no mistake and that the values are right."""
     found = described(call, packed)
-    factors = tuple(call.tensors.get(name) for name in FACTORS)
+    factors = factors_of(call.tensors)
     copies = {} if packed is None else _C.padded_factors(packed, factors) or {}
     copies.pop("taps", None)
     result = simulate(Call(call.problem, {**call.tensors, **copies}), found)
@@ -140,7 +139,7 @@ def test_prepared_factors(op: str, dtype: torch.dtype) -> None:
     call.tensors = {**call.tensors, "in_factor": VIEWS["odd offset"](call.tensors["in_factor"])}
     if op == "tucker_conv2d":
         call.tensors["core"] = call.tensors["core"].contiguous()
-    factors = tuple(call.tensors.get(name) for name in FACTORS)
+    factors = factors_of(call.tensors)
     packed = _C.pad_factors(factors)
     found, copies = assert_right(call, packed), _C.padded_factors(packed, factors)
     assert found["planned_vectors"] == [16, 16, 16] and assert_right(call)["planned_vectors"][1] < 16

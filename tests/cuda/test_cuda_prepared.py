@@ -16,7 +16,7 @@ import lowrank_ops
 from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d, prepare_for_inference_
 from lowrank_ops.ops.extension import _C
 from tests.support.budgets import assert_output
-from tests.support.calls import schema_options
+from tests.support.calls import factors_of, schema_options
 from tests.support.problems import OPS, Call, Problem
 
 pytestmark = [
@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(lowrank_ops.build_info()["cuda"] is None, reason="lowrank_ops was built without CUDA kernels"),
 ]
 
-FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
 NARROW = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -41,7 +40,7 @@ def call_for(op: str, dtype: torch.dtype = torch.bfloat16) -> Call:
 
 
 def packed_for(call: Call) -> Tensor:
-    return _C.pad_factors(tuple(call.tensors.get(name) for name in FACTORS))
+    return _C.pad_factors(factors_of(call.tensors))
 
 
 def run_prepared(call: Call, packed: Tensor) -> Tensor:

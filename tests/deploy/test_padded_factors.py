@@ -11,20 +11,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lowrank_ops
 from lowrank_ops import CPConv1d, CPConv2d, LowRankLinear, TuckerConv1d, TuckerConv2d
 from lowrank_ops.nn.base import FactorizedModule, Packing, gpu_panels
 from lowrank_ops.ops.extension import _C
-from tests.support.problems import DTYPES, OPS, Call, Problem
+from tests.support import changes
+from tests.support.calls import factors_of
+from tests.support.changes import Change
+from tests.support.problems import DTYPES, FACTORS, OPS, Call, Problem
 
-FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
 RANK_AXES = {"in_factor": (0,), "core": (0, 1), "height_factor": (0,), "width_factor": (0,), "out_factor": (1,)}
-
-
-def factors_of(tensors: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    return tuple(tensors.get(name) for name in FACTORS)
 
 
 def copies(packed: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -242,14 +240,8 @@ def uses_copies(module: FactorizedModule) -> bool:
     return packed is not None and copies(packed, module._op_factors()) is not None
 
 
-CHANGES: dict[str, Callable[[FactorizedModule], object]] = {
-    "in place": lambda module: module.out_factor.mul_(2),
-    "in inference mode": lambda module: torch.inference_mode()(lambda: module.in_factor.mul_(2))(),
-    "new parameter": lambda module: setattr(module, "in_factor", nn.Parameter(module.in_factor * 2)),
-    "new data": lambda module: setattr(module.in_factor, "data", module.in_factor * 2),
-    "load_state_dict": lambda module: module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}),
-    "dtype": lambda module: module.to(torch.bfloat16),
-    "train": lambda module: module.train(),
+CHANGES: dict[str, Change] = {
+    **changes.CHANGES,
     "the middle": lambda module: list(module.factors().values())[1].mul_(2),
 }
 

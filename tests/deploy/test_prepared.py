@@ -24,8 +24,10 @@ from lowrank_ops import (
 )
 from lowrank_ops.ops.extension import _C
 from lowrank_ops.runtime.torch_internals import no_values
+from tests.support import changes
 from tests.support.budgets import assert_output
 from tests.support.calls import WINDOW, schema_options
+from tests.support.changes import Change
 from tests.support.problems import DTYPES, ISAS, OPS, Call, Problem
 
 FACTORIES: dict[str, Callable[[], nn.Module]] = {
@@ -386,14 +388,8 @@ def test_gradients_of_a_prepared_module(module: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "in place": lambda module: module.out_factor.mul_(2),
-    "in inference mode": lambda module: torch.inference_mode()(lambda: module.in_factor.mul_(2))(),
-    "new parameter": lambda module: setattr(module, "in_factor", nn.Parameter(module.in_factor * 2)),
-    "new data": lambda module: setattr(module.in_factor, "data", module.in_factor * 2),
-    "load_state_dict": lambda module: module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}),
-    "dtype": lambda module: module.to(torch.bfloat16),
-    "train": lambda module: module.train(),
+CHANGES: dict[str, Change] = {
+    **changes.CHANGES,
     "core": lambda module: getattr(module, "core", module.in_factor).mul_(2),
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.ops.extension import _C
+from tests.support.calls import factors_of
 from tests.support.problems import Problem
 from tests.support.simulator import building, harness
 from tests.support.simulator.cases import Case, dtypes_of, name_of, tile_of
@@ -16,7 +17,6 @@ from tests.support.simulator.harness import Cut, Kernel, Result
 
 pytestmark = pytest.mark.skipif(bool(building.missing()), reason=building.missing() or "g++ is there")
 
-FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
 KERNELS = [
     (kernel, dtype) for kernel in harness.kernels() if kernel.family == "sm80" for dtype in dtypes_of(kernel)
 ]  # fmt: skip
@@ -32,7 +32,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 def padded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a prepared call, as csrc/cuda gives them to a kernel."""
-    factors = tuple(tensors.get(name) for name in FACTORS)
+    factors = factors_of(tensors)
     found = _C.padded_factors(_C.pad_factors(factors), factors)
     assert found is not None
     return {**tensors, **{name: tensor for name, tensor in found.items() if name != "taps"}}

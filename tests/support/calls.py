@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.support.problems import Call, Problem
+from tests.support.problems import FACTORS, Call, Problem
 
 SMOOTH = ("none", "silu", "gelu")
 
@@ -14,6 +14,11 @@ def output_gradient(call: Call) -> Tensor:
     generator = torch.Generator().manual_seed(call.problem.seed + 1)
     exact = call.exact()
     return torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(exact.device, call.problem.dtype)
+
+
+def factors_of(tensors: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """The factors in the order of FACTORS; None for those that the op does not have."""
+    return tuple(tensors.get(name) for name in FACTORS)
 
 
 def backward_op(call: Call, grad_output: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:

@@ -176,6 +176,10 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 CONVS = ("tucker_conv2d", "cp_conv2d")
 
 
+# Of all ops, in the order in which csrc/python takes them.
+FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
+
+
 # Batches whose backward pass works in several chunks (32 MiB each, csrc/ops/backward.cpp), the last one smaller.
 _CHUNKED_CONV = dict(n=5, s=16, t=24, r1=20, r2=12, h=112, w=112, kernel=(3, 3), padding=(1, 1))
 CHUNKED = {

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.support.paths import REPOSITORY
+from tests.support.problems import FACTORS
 from tests.support.simulator.building import build
 
 OPS = ("tucker_conv2d", "cp_conv2d", "lowrank_linear")
@@ -46,7 +47,6 @@ _FACTOR = _struct(
         *((name, _INT) for name in ("vector", "bytes")),
     ],
 )
-_FACTORS = ("in_factor", "core", "height_factor", "width_factor", "out_factor")
 _BLOCK = _struct(
     "BlockCall",
     [(name, _INT) for name in ("op", "family", "config", "dtype", "activation")]
@@ -55,7 +55,7 @@ _BLOCK = _struct(
     + [(name, _INT) for name in ("tile_n", "tile_h", "tile_w", "stages", "splits")]
     + [("input", _INT), ("input_bytes", _INT), ("input_stride", _INT * 4), ("input_vector", _INT)]
     + [("output", _INT), ("output_bytes", _INT), ("output_stride", _INT * 4), ("output_vector", _INT)]
-    + [(name, _FACTOR) for name in _FACTORS]
+    + [(name, _FACTOR) for name in FACTORS]
     + [("bias", _INT), ("bias_bytes", _INT)],
 )
 
@@ -196,7 +196,7 @@ def block_call(
         setattr(call, f"{name}_bytes", span_bytes(tensor))
         setattr(call, f"{name}_stride", (_INT * 4)(*stride))
         setattr(call, f"{name}_vector", vectors.get(name) or copy_width(tensor, channels, stride[1], other))
-    for name in _FACTORS:
+    for name in FACTORS:
         if name not in tensors:
             continue
         tensor, strides = tensors[name], _factor_strides(name, tensors[name])
@@ -294,7 +294,7 @@ def sanitized(
                 call.bias_bytes = claimed_bias_bytes or call.bias_bytes
                 file.write(bytes(call))
                 file.write(bytes(_settings(None)))
-                for name in ("input", "output", *_FACTORS, "bias"):
+                for name in ("input", "output", *FACTORS, "bias"):
                     tensor = output if name == "output" else tensors.get(name)
                     if tensor is None:
                         file.write(struct.pack("qq", 0, 0))
