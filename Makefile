@@ -116,12 +116,14 @@ wheel: .venv/packages
 kernel-report: .venv/packages
 	$(VENV)/python -m benchmarks.studies.kernel_report --output docs/kernel_report.md
 
-# Does not build into the source tree: the extension there stays as it is.
+# Does not build into the source tree: the extension there stays as it is. Runs in build/, because `python -m` looks in
+# the present folder first, and in the source tree finds the extension without CUDA kernels.
+WITH_CUDA := cd build && PYTHONPATH=with_cuda/lib:.. OMP_NUM_THREADS=1 ../$(VENV)/python
 check-cuda: .venv/packages
 	LOWRANK_OPS_CUDA=1 $(VENV)/python setup.py -q build --build-lib build/with_cuda/lib --build-temp build/with_cuda/temp
-	cd build && PYTHONPATH=with_cuda/lib ../$(VENV)/python -c "import lowrank_ops; \
+	$(WITH_CUDA) -c "import lowrank_ops; \
 	  assert 'with_cuda' in lowrank_ops.__file__; print(lowrank_ops.build_info()['cuda'] or exit('built without CUDA'))"
-	PYTHONPATH=build/with_cuda/lib:. $(PYTEST) -o pythonpath= $(CUDA_BUILD_TESTS)
+	$(WITH_CUDA) -m pytest -n auto --dist worksteal -o pythonpath= $(addprefix ../,$(CUDA_BUILD_TESTS))
 
 check-cuda-build:
 	test -d build/cuda_torch/venv || $(PYTHON) -m venv build/cuda_torch/venv

@@ -30,3 +30,11 @@ def test_missing_ones_are_found() -> None:
         "pytest tests/ops/test_ops.py tests/test_ops.py && python -m benchmarks.run && python -m benchmarks.nothing.run"
     )
     assert missing(text) == ["benchmarks/nothing/run.py", "tests/test_ops.py"]
+
+
+def test_the_build_with_cuda_is_the_one_that_check_cuda_tests() -> None:
+    """`python -m pytest` in the source tree would import the extension without CUDA kernels, and skip their tests."""
+    recipe = re.search(r"^check-cuda:.*\n((?:\t.*\n)+)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    runs = [line.strip() for line in recipe[1].splitlines() if "pytest" in line or "import lowrank_ops" in line]
+    assert len(runs) == 2 and all(line.startswith("$(WITH_CUDA) ") for line in runs)
