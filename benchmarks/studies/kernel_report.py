@@ -64,7 +64,12 @@ class Instantiation:
 
     @property
     def family(self) -> str:
-        return self.kernel.rsplit("_", 2)[1]
+        return next(family for family in ("simt", "sm80", "sm90a") if f"_{family}_" in self.kernel)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether it is the persistent kernel of sm80, whose stages 2 and 3 copy nothing."""
+        return self.kernel.endswith("_persistent")
 
     @property
     def specialized(self) -> bool:
@@ -212,7 +217,7 @@ def _by_architecture(values: list[float | None]) -> str:
 
 def _lean_row(ones: list[Instantiation]) -> str:
     """One kernel of sm80 on each architecture."""
-    stages = 3 if ones[0].kernel.startswith(OPS["tucker"]) else 2
+    stages = 1 if ones[0].persistent else 3 if ones[0].kernel.startswith(OPS["tucker"]) else 2
     chunks = [[loop.steady for loop in one.loops if loop.kind == "chunk"] for one in ones]
     steps = [[loop.steady for loop in one.loops if loop.kind == "steps"] for one in ones]
     outputs = [[loop.steady for loop in one.loops if loop.kind == "output"] for one in ones]
@@ -221,7 +226,7 @@ def _lean_row(ones: list[Instantiation]) -> str:
             f"kernel_report: {ones[0].kernel} must have {stages} loops over chunks and 2 that write output, got "
             f"{[len(ways) for ways in chunks]} and {[len(ways) for ways in outputs]}"
         )
-    order = [0, 1, 2] if stages == 3 else [0, None, 1]  # stages 1, 2 and 3 of a block
+    order = {3: [0, 1, 2], 2: [0, None, 1], 1: [0, None, None]}[stages]  # stages 1, 2 and 3 of a block
     cells = [ones[0].kernel, ones[0].dtype, _by_architecture([ways[-1].per_product for ways in steps])]
     cells += ["-" if i is None else _by_architecture([ways[i].per_product for ways in chunks]) for i in order]
     cells += ["-" if i is None else _by_architecture([ways[i].per_copy for ways in chunks]) for i in order]

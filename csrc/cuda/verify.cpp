@@ -114,7 +114,7 @@ struct Trial {
 
   // The ranks to try: R2 of Tucker, the only rank of CP and linear. The sm90a linear kernel has three instances.
   static std::vector<int64_t> ranks(const GpuKernel& kernel) {
-    if (!is_sm90a(kernel)) return {40};
+    if (!is_sm90a(kernel)) return {kernel.shape.persistent ? 16 : 40};
     if (kernel.op == Op::kLinear) return {40, 104, 200};
     return {kernel.op == Op::kCP ? 136 : is_wide_sm90a(kernel) ? 104 : 40};
   }
@@ -124,15 +124,17 @@ struct Trial {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
     // third part of CP's ranks; enough rows for a second tile on some. CP takes windows of 3x3 and T in multiples of
     // 32, the wide kernel ranks above 64.
+    // The persistent kernels of sm80 keep all factors in shared memory; 100 KB must do.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
+    const bool small = kernel.shape.persistent;
     constexpr int64_t kh = 3;
     // Input sizes, in the order of Steps, of an output of 9x18 for windows of 3x2.
     constexpr int64_t kHeights[] = {9, 19, 11, 17}, kWidths[] = {19, 18, 37, 37};
     const int64_t h = kHeights[int(steps)], w = kWidths[int(steps)];
     const int64_t rows = hopper ? 17970 : 150;
-    const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : 40;
-    const int64_t t = square ? 160 : 144, kw = square ? 3 : 2;
-    const int64_t r1 = wide ? 72 : 24;
+    const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : small ? 24 : 40;
+    const int64_t t = square ? 160 : small ? 72 : 144, kw = square ? 3 : 2;
+    const int64_t r1 = wide ? 72 : small ? 8 : 24;
     const at::Generator generator = at::detail::createCPUGenerator(1234);
     const auto draw = [&](at::IntArrayRef sizes, int64_t summed) {
       const Tensor values = at::randn(sizes, generator, at::dtype(at::kDouble)) / std::sqrt(double(summed));
@@ -182,8 +184,9 @@ std::string error_of(c10::Device device, const GpuKernel& kernel, const Trial& t
   const FusedCall call("verify", trial.call(tensors, trial.activation));
   Problem problem = call.problem();
   problem.tf32 = tf32;
-  const GpuCandidate candidate = plan_kernel(problem, kernel, gpu_caps(device));
+  GpuCandidate candidate = plan_kernel(problem, kernel, gpu_caps(device));
   if (!candidate.reason.empty()) return candidate.reason;
+  candidate.plan.geometry.most_ctas = 2;  // several tiles each
   const Tensor output = call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
   const cudaError_t error = call.launch(candidate.plan, output, current_stream(device));
   if (error != cudaSuccess) return "its launch failed: " + describe(error);
@@ -213,8 +216,8 @@ std::string find_error(c10::Device device, int index, DType dtype, bool tf32, bo
       if (error.empty())
         error = error_of(device, kernel, Trial(kernel, dtype, format, activation, rank, steps), tf32, damaged);
   };
-  // Linear layers have no memory format; the other sm90a kernels take one.
-  if (!is_sm90a(kernel) || kernel.op == Op::kLinear)
+  // Linear layers have no memory format; the other sm90a kernels, and the persistent one of sm80, take one.
+  if ((!is_sm90a(kernel) && !kernel.shape.persistent) || kernel.op == Op::kLinear)
     try_on(at::MemoryFormat::Contiguous, Activation::kNone, Steps::kNone);
   if (kernel.op != Op::kLinear) try_on(at::MemoryFormat::ChannelsLast, Activation::kSilu, Steps::kNone);
   // Strides and dilations are code of their own in these kernels (plan/gpu/planes.h).

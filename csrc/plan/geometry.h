@@ -45,6 +45,8 @@ struct Divider {
 // (ranks or output channels).
 struct Config {
   int warps_m, warps_n, halo_tiles, pixel_tiles, rank_tiles;
+  bool persistent = false;  // CTAs keep all factors in shared memory and take tile after tile (block_persistent.cuh)
+  int one_tile = 0;         // of a persistent one: the index of the same configuration with one tile per CTA
 
   LOWRANK_OPS_BOTH constexpr int threads() const { return 32 * warps_m * warps_n; }
   // How many CTAs per multiprocessor the compiler has to fit into the registers. The lean kernel of 2-byte elements
@@ -60,11 +62,12 @@ struct Config {
 
 // The configurations of each family of kernels. A warp computes 32 pixels x 64 or 32 columns.
 constexpr Config kSm80Configs[] = {
-    {4, 1, 3, 2, 4},  // 128 pixels, ranks up to 32 in one pass
-    {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
-    {4, 2, 3, 2, 8},  // 128 pixels, ranks up to 128
-    {2, 2, 4, 2, 8},  // 64 pixels, ranks up to 128: large hidden tiles
-    {2, 2, 4, 2, 4},  // 64 pixels, ranks up to 64: small problems
+    {4, 1, 3, 2, 4},           // 128 pixels, ranks up to 32 in one pass
+    {4, 1, 3, 2, 8},           // 128 pixels, ranks up to 64
+    {4, 2, 3, 2, 8},           // 128 pixels, ranks up to 128
+    {2, 2, 4, 2, 8},           // 64 pixels, ranks up to 128: large hidden tiles
+    {2, 2, 4, 2, 4},           // 64 pixels, ranks up to 64: small problems
+    {4, 1, 3, 2, 4, true, 0},  // the first one, persistent: Tucker alone
 };
 constexpr Config kSimtConfigs[] = {
     {4, 1, 3, 2, 8},  // 128 pixels, ranks up to 64
@@ -117,8 +120,9 @@ struct Geometry {
   TileAxis rows, columns;  // height, width
   int n = 0, tile_n = 1;   // images; images per tile
   int s = 0, t = 0, r1 = 0, r2 = 0;
-  int stages = 2;  // slots of the ring buffer, 2 to kMaxStages (sm90a kernels: as <op>_sm90a.h says)
-  int splits = 1;  // CTAs that share a tile's pixels, each with T / splits output channels
+  int stages = 2;     // slots of the ring buffer, 2 to kMaxStages (sm90a kernels: as <op>_sm90a.h says)
+  int splits = 1;     // CTAs that share a tile's pixels, each with T / splits output channels
+  int most_ctas = 0;  // of a persistent kernel of sm80, so that a few tiles are several per CTA (0: no limit)
 
   LOWRANK_OPS_BOTH constexpr int halo() const { return tile_n * rows.halo() * columns.halo(); }
   LOWRANK_OPS_BOTH constexpr int pixels() const { return tile_n * rows.tile * columns.tile; }
@@ -130,8 +134,9 @@ struct Geometry {
 // Offsets into a CTA's shared memory, in bytes, and the sizes of the chunks that stream through it. A row of `bytes`
 // payload occupies bytes + kVectorBytes.
 //
-//   lean:     pixel tables | hidden tile(s) | ring: slots x slot | staging of the output, over the halo table
-//   general:  halo table, pixel tables | hidden tile(s) | ring: slots x slot | staging of the output
+//   lean:        pixel tables | hidden tile(s) | ring: slots x slot | staging of the output, over the halo table
+//   persistent:  halo table, pixel tables | hidden tile(s) | factors | ring: slots x slot | staging of the output
+//   general:     halo table, pixel tables | hidden tile(s) | ring: slots x slot | staging of the output
 struct SharedLayout {
   int halo_rows = 0;                  // rows of the hidden tile, a multiple of 16
   int hidden_row = 0, hidden = 0;     // first hidden tile [halo_rows, R1]: bytes from row to row; offset
@@ -140,6 +145,7 @@ struct SharedLayout {
   int core_chunk = 0, out_chunk = 0;  // bytes per row in a chunk of core, of out_factor (chunk_bytes)
   int staging = 0, staging_warp = 0;  // staging of the output: offset; bytes per warp (16 rows)
   int halo_offset = 0, pixel_offset = 0, pixel_row = 0;  // tables: of the halo (whole passes), of the pixels (two)
+  int in_factor = 0, core = 0, out_factor = 0;           // of persistent kernels: the factors, all chunks in order
   int bytes = 0;
 
   // Passes over the halo rows of stage 1, over the ranks of stage 1, over the ranks of Tucker's core.
@@ -169,8 +175,14 @@ LOWRANK_OPS_BOTH constexpr int lean_staging(const Config& c, int element) {
   return 16 * most(8 * c.rank_tiles * element + kVectorBytes, kLeanStagedStride * 4);
 }
 
+// Bytes of a factor that a persistent kernel keeps: `passes` passes over `columns` rows, each in chunks of `chunk`
+// bytes, and that for every tap.
+LOWRANK_OPS_BOTH constexpr int kept_bytes(int columns, int passes, int taps, int row_bytes, int chunk) {
+  return passes * taps * int(ceil_div(row_bytes, chunk)) * columns * (chunk + kVectorBytes);
+}
+
 // `lean`: the layout of the lean kernel (cuda/kernels/common_case.h), whose tables have entries of 32 bits and which
-// stages elements of 2 bytes as elements.
+// stages elements of 2 bytes as elements. Persistent kernels are lean.
 LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const Config& c, int element, bool tucker,
                                                       bool lean = false) {
   SharedLayout l;
@@ -187,7 +199,8 @@ LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const C
   l.out_chunk = chunk_bytes(c.columns(), l.slot, r2_bytes);
 
   const int halo_table = l.halo_passes * c.halo_rows() * (lean ? 4 : 8);
-  int offset = lean ? 0 : halo_table;
+  const bool shared_table = lean && !c.persistent;  // only stage 1 reads it, only stage 3 stages output
+  int offset = shared_table ? 0 : halo_table;
   l.pixel_offset = offset;
   offset += c.pixels() * (lean ? 4 : 8);
   l.pixel_row = offset;
@@ -209,12 +222,20 @@ LOWRANK_OPS_BOTH constexpr SharedLayout shared_layout(const Geometry& g, const C
     offset += hidden;
   }
   offset = int(round_up(offset, 128));
+  if (c.persistent) {
+    l.in_factor = offset;
+    l.core = l.in_factor + kept_bytes(c.columns(), l.r1_passes, 1, g.s * element, kInputChunkBytes);
+    l.out_factor = l.core + kept_bytes(c.columns(), l.r2_passes, g.taps(), r1_bytes, l.core_chunk);
+    offset = l.out_factor + kept_bytes(c.columns(), int(ceil_div(g.t, c.columns())), 1, r2_bytes, l.out_chunk);
+    offset = int(round_up(offset, 128));
+    l.slot = c.halo_rows() * (kInputChunkBytes + kVectorBytes);  // of the input alone
+  }
   l.slots = offset;
   offset += g.stages * l.slot;
   l.staging_warp = lean ? lean_staging(c, element) : 16 * kStagedStride * (element == 8 ? 8 : 4);
   l.staging = int(round_up(offset, 128));
-  if (lean) l.halo_offset = l.staging;  // only stage 1 reads the halo table, only stage 3 stages output
-  l.bytes = l.staging + most(c.warps_m * c.warps_n * l.staging_warp, lean ? halo_table : 0);
+  if (shared_table) l.halo_offset = l.staging;
+  l.bytes = l.staging + most(c.warps_m * c.warps_n * l.staging_warp, shared_table ? halo_table : 0);
   return l;
 }
 

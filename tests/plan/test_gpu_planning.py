@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import math
 import re
 from dataclasses import replace
 
@@ -68,13 +69,17 @@ def test_a_dilated_tile_has_the_halo_of_an_undilated_one() -> None:
     assert (len(rows["inputs"][0]), len(columns["inputs"][0])) == (10, 18)
 
 
+PERSISTENT = ("sm80", 5)  # Tucker's kernel that keeps all factors
+
+
 @pytest.mark.parametrize("line", KERNELS, ids=lambda line: line["name"])
 def test_the_table_agrees_with_the_kernels(line: dict[str, object]) -> None:
     """Each line has a launcher, and its name says what geometry.h says."""
     stem = {"tucker_conv2d": "tucker", "cp_conv2d": "cp", "lowrank_linear": "linear"}[line["op"]]
     header = (CSRC / "cuda/kernels/launch.h").read_text()
     assert f"cudaError_t launch_{stem}_{line['family']}(" in header
-    assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}"
+    persistent = "_persistent" if (line["family"], line["config"]) == PERSISTENT else ""
+    assert line["name"] == f"{line['op']}_{line['family']}_{line['pixels']}x{line['columns']}{persistent}"
     assert line["first_architecture"] == {"sm90a": 90, "sm80": 80, "simt": 75}[line["family"]]
     written = re.findall(r"^GPU_KERNEL\((\w+), (\w+), (\d+), ", (CSRC / "plan/gpu/kernel_table.inc").read_text(), re.M)
     assert (stem, line["family"], str(line["config"])) in written
@@ -88,7 +93,8 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
         count = len(re.findall(r"^\s*\{", body, re.M))
         for op in OPS:
             configs = sorted(line["config"] for line in KERNELS if line["op"] == op and line["family"] == family)
-            assert configs == list(range(count)), (op, family)
+            skipped = [] if op == "tucker_conv2d" or family != PERSISTENT[0] else [PERSISTENT[1]]
+            assert configs == [config for config in range(count) if config not in skipped], (op, family)
     assert sorted(line["config"] for line in KERNELS if line["family"] == "sm90a") == [0, 1, 2, 3]
     assert len({line["name"] for line in KERNELS}) == len(KERNELS)
 
@@ -128,6 +134,24 @@ def test_the_table_has_every_configuration_of_every_op() -> None:
             "tucker_conv2d_sm80_128x64",
             {"architecture": 90, "built_for": [80, 86]},
             "built for sm_80, sm_86, this GPU is sm_90: set TORCH_CUDA_ARCH_LIST",
+        ),
+        (
+            Problem(channels_last=False),
+            "tucker_conv2d_sm80_128x32_persistent",
+            {},
+            "takes copies of 16 bytes alone: input and output in channels_last, channels and ranks in multiples of 8$",
+        ),
+        (
+            Problem(dtype="float32", tf32=True, t=66),
+            "tucker_conv2d_sm80_128x32_persistent",
+            {},
+            "channels and ranks in multiples of 4$",
+        ),
+        (
+            Problem(s=2**26, r1=2**26, r2=2**26, t=2**26),
+            "tucker_conv2d_sm80_128x32_persistent",
+            {},
+            r"needs \d+ KiB of shared memory, .* a CTA 163 KiB",
         ),
         (Problem(r1=4000), "tucker_conv2d_sm80_128x64", {}, r"needs \d+ KiB of shared memory, .* a CTA 163 KiB"),
         (Problem(r1=10**9 // 16, kernel=(1, 1), padding=(0, 0)), "tucker_conv2d_simt_64x64", {}, r"needs \d+ KiB"),
@@ -371,6 +395,24 @@ def test_a_problem_that_fills_the_gpu_has_tiles_without_bank_conflicts() -> None
     for gpu in GPUS:
         found = plan(Problem(n=32, s=256, t=256, h=56, w=56, r1=64, r2=64), "tucker_conv2d_sm80_128x64", gpu)
         assert found["tile"][2] % 8 == 0 and found["tile"][1] * found["tile"][2] > 100 and found["splits"] == 1
+
+
+def test_the_persistent_kernel_has_as_many_ctas_as_the_gpu_holds() -> None:
+    kernel = "tucker_conv2d_sm80_128x32_persistent"
+    few, many = (plan(Problem(n=n, s=64, t=64, h=56, w=56, r1=16, r2=16), kernel, "A100") for n in (1, 32))
+    assert (few["splits"], many["splits"]) == (1, 1)
+    _, tile_h, tile_w = few["tile"]
+    assert few["waves"] < 1 and few["ctas"] == math.ceil(56 / tile_h) * math.ceil(56 / tile_w)
+    assert many["waves"] > 1 and many["ctas"] % 108 == 0
+    assert many["ctas"] // 108 * (many["shared_bytes"] + 1024) <= 164 * 1024
+    assert any("keep all factors" in note for note in many["notes"])
+    # The check before first use (csrc/cuda/verify.cpp) fits into the smallest shared memory.
+    for dtype in ("bfloat16", "float32"):
+        trial = Problem(n=3, s=24, t=72, h=9, w=19, r1=8, r2=16, kernel=(3, 2), padding=(1, 0), dtype=dtype, tf32=True)
+        assert plan(trial, kernel, "RTX 3090")["reason"] == ""
+    # Factors of ranks of 16 take less than those of 32, and more channels take more.
+    wide = plan(Problem(n=32, s=128, t=64, h=56, w=56, r1=16, r2=16), kernel, "A100")
+    assert wide["shared_bytes"] > many["shared_bytes"]
 
 
 def test_notes_say_what_slows_a_plan() -> None:

@@ -42,7 +42,7 @@ def test_any_rank_runs_as_a_whole_number_of_vectors(op: str, dtype: str) -> None
             assert plan[key] == other[key], (kernel, key)
         note, *rest = plan["notes"]
         assert note.startswith(NOTE) and rest == other["notes"]
-        if "sm80" in kernel:
+        if "sm80" in kernel and not kernel.endswith("persistent"):
             assert plan["predicted_seconds"] <= plans(ordinary)[kernel]["predicted_seconds"]
 
 

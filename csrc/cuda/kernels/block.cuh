@@ -37,11 +37,13 @@
 #include "cuda/kernels/epilogue_lean.cuh"
 #include "cuda/kernels/stream.cuh"
 #include "cuda/kernels/stream_lean.cuh"
+#include "cuda/kernels/stream_persistent.cuh"
 
 namespace lowrank_ops {
 
 template <typename Kernel>
 class Block {
+ protected:
   using Engine = typename Kernel::Engine;
   using Element = typename Kernel::Element;
   using Sum = typename Kernel::Sum;
@@ -49,11 +51,12 @@ class Block {
   static constexpr int warps_m = config.warps_m, halo_tiles = config.halo_tiles, pixel_tiles = config.pixel_tiles,
                        rank_tiles = config.rank_tiles;
   static constexpr int element = Kernel::element, input_stride = Kernel::input_stride;
-  static constexpr bool has_core = Kernel::has_core, lean = Kernel::lean;
+  static constexpr bool has_core = Kernel::has_core, lean = Kernel::lean, persistent = Kernel::persistent;
   // The type of addresses in shared memory: the lean kernel computes them with 32 bits.
   using Address = std::conditional_t<lean, SharedAddress, unsigned char*>;
   using Output = std::conditional_t<lean, LeanOutput<Kernel>, GeneralOutput<Kernel>>;
-  using Stream = std::conditional_t<lean, LeanStream<Kernel>, GeneralStream<Kernel>>;
+  using Stream = std::conditional_t<persistent, PersistentStream<Kernel>,
+                                    std::conditional_t<lean, LeanStream<Kernel>, GeneralStream<Kernel>>>;
 
  public:
   LOWRANK_OPS_DEVICE explicit Block(const KernelParams& params)
@@ -76,8 +79,9 @@ class Block {
         slot(ring_end - l.slot) {}
 
   LOWRANK_OPS_DEVICE void run() {
-    const Tile tile = locate();
-    write_tables(tile);
+    const Tile tile = locate(params.splits.quotient(int(block_index())));
+    write_halo_table(tile);
+    write_pixel_tables(tile);
     barrier<Barrier::kTables>();
     if constexpr (lean)
       stream.begin(input_of(tile));
@@ -93,7 +97,7 @@ class Block {
     out_stage(tile);
   }
 
- private:
+ protected:
   const KernelParams& params;
   const BlockParams& p;
   const Geometry& g;
@@ -116,8 +120,7 @@ class Block {
   struct Tile {
     int image, y, x, out_y, out_x;
   };
-  LOWRANK_OPS_DEVICE Tile locate() {
-    const int tile = params.splits.quotient(int(block_index()));
+  LOWRANK_OPS_DEVICE Tile locate(int tile) {
     const int line = params.column_tiles.quotient(tile), column_tile = tile - line * params.column_tiles.divisor;
     const int images = params.row_tiles.quotient(line), row_tile = line - images * params.row_tiles.divisor;
     const int y = first_output(g.rows, params.row_lattice, row_tile);
@@ -144,31 +147,36 @@ class Block {
                element;
   }
 
-  // Writes three tables: the global offset of every halo position and of every pixel of the tile, and the row of the
-  // hidden tile where a pixel's window begins. Offsets are in elements from the beginning of the tensor, -1 outside;
-  // those of the lean kernel are in units of 16 bytes from input_of and output_of, kNowhere outside.
-  LOWRANK_OPS_DEVICE void write_tables(const Tile& tile) {
+  // Three tables: the global offset of every halo position and of every pixel of the tile, and the row of the hidden
+  // tile where a pixel's window begins. Offsets are in elements from the beginning of the tensor, -1 outside; those of
+  // the lean kernel are in units of 16 bytes from input_of and output_of, kNowhere outside.
+  LOWRANK_OPS_DEVICE void store_offset(const Tile& tile, int table, int i, bool inside, int image, int y, int x,
+                                       const int64_t (&stride)[4], const uint32_t (&lean_stride)[3], int first_y,
+                                       int first_x) {
+    if constexpr (lean) {
+      uint32_t offset = image * lean_stride[0] + (y - first_y) * lean_stride[1] + (x - first_x) * lean_stride[2];
+      if (!inside) offset = kNowhere;
+      store_shared(shared + table + i * 4, offset);
+    } else {
+      const int64_t offset = (tile.image + image) * stride[0] + y * stride[2] + x * stride[3];
+      store_shared<int64_t>(shared + table + i * 8, inside ? offset : -1);
+    }
+  }
+  LOWRANK_OPS_DEVICE void write_halo_table(const Tile& tile) {
     const TileAxis &rows = g.rows, &columns = g.columns;
     const int halo_h = rows.halo(), halo_w = columns.halo(), halo = g.halo();
-    const auto store_offset = [&](int table, int i, bool inside, int image, int y, int x, const int64_t (&stride)[4],
-                                  const uint32_t (&lean_stride)[3], int first_y, int first_x) {
-      if constexpr (lean) {
-        uint32_t offset = image * lean_stride[0] + (y - first_y) * lean_stride[1] + (x - first_x) * lean_stride[2];
-        if (!inside) offset = kNowhere;
-        store_shared(shared + table + i * 4, offset);
-      } else {
-        const int64_t offset = (tile.image + image) * stride[0] + y * stride[2] + x * stride[3];
-        store_shared<int64_t>(shared + table + i * 8, inside ? offset : -1);
-      }
-    };
 #pragma unroll 1
     for (int i = thread; i < l.halo_passes * config.halo_rows(); i += config.threads()) {
       const int line = params.halo_w.quotient(i), image = params.halo_h.quotient(line);
       const int y = tile.y + (line - image * halo_h) * rows.unit, x = tile.x + (i - line * halo_w) * columns.unit;
       const bool inside = i < halo && tile.image + image < g.n && y >= 0 && y < rows.in && x >= 0 && x < columns.in;
-      store_offset(l.halo_offset, i, inside, image, y, x, p.input_stride, params.lean.input_stride, most(tile.y, 0),
-                   most(tile.x, 0));
+      store_offset(tile, l.halo_offset, i, inside, image, y, x, p.input_stride, params.lean.input_stride,
+                   most(tile.y, 0), most(tile.x, 0));
     }
+  }
+  LOWRANK_OPS_DEVICE void write_pixel_tables(const Tile& tile) {
+    const TileAxis &rows = g.rows, &columns = g.columns;
+    const int halo_h = rows.halo(), halo_w = columns.halo();
     // Tucker's windows begin at positions of the halo, `stride` apart. CP's depthwise stages leave results side by
     // side.
     const int row_stride = has_core ? rows.stride : 1, column_stride = has_core ? columns.stride : 1;
@@ -179,7 +187,7 @@ class Block {
       const int tile_y = line - image * rows.tile, tile_x = i - line * columns.tile;
       const int y = tile.out_y + tile_y * rows.lattice, x = tile.out_x + tile_x * columns.lattice;
       const bool inside = i < pixels && tile.image + image < g.n && y < rows.out && x < columns.out;
-      store_offset(l.pixel_offset, i, inside, image, y, x, p.output_stride, params.lean.output_stride, tile.out_y,
+      store_offset(tile, l.pixel_offset, i, inside, image, y, x, p.output_stride, params.lean.output_stride, tile.out_y,
                    tile.out_x);
       const int row = (image * halo_h + tile_y * row_stride) * halo_w + tile_x * column_stride;
       store_shared<int>(shared + l.pixel_row + i * 4, i < pixels ? row : 0);
@@ -204,6 +212,16 @@ class Block {
     slot += l.slot;
     if (slot == ring_end) slot = ring;
     return slot;
+  }
+
+  // The rows of a factor that the next products read: in a slot of the ring, or, in persistent kernels, `kept`, where
+  // chunks of `bytes` bytes follow each other.
+  template <int stage>
+  LOWRANK_OPS_DEVICE Address next_rows(Address& kept, int bytes) {
+    if constexpr (!persistent) return next_chunk<stage>();
+    const Address rows = kept;
+    kept += bytes;
+    return rows;
   }
 
   // sum += A B^T over `bytes` of K. Rows of A lie at `a` + `a_row`; the warp's rows of B at `b`, `b_stride` bytes
@@ -260,17 +278,19 @@ class Block {
 #pragma unroll
       for (int i = 0; i < Engine::a_rows; ++i)
         a_row[m][i] = a_place(warp_m * tiles * 16 + Engine::a_row(lane, i), input_stride) + m * 16 * input_stride;
-    const int b_offset = config.halo_rows() * input_stride + first_b(input_stride);
-    for (int halo_pass = 0; halo_pass < l.halo_passes; ++halo_pass)
+    const int b_offset = (persistent ? 0 : config.halo_rows() * input_stride) + first_b(input_stride);
+    for (int halo_pass = 0; halo_pass < l.halo_passes; ++halo_pass) {
+      Address kept = address(l.in_factor);
       for (int pass = 0; pass < l.r1_passes; ++pass) {
         Sum sum[tiles][rank_tiles][4] = {};
-        for (int byte = 0; byte < s_bytes; byte += kInputChunkBytes) {
-          const Address chunk = next_chunk<1>();
-          multiply<false>(sum, chunk, a_row, chunk + b_offset, input_stride, kInputChunkBytes);
+        for (int byte = 0; byte < s_bytes; byte += kInputChunkBytes, kept += columns * input_stride) {
+          const Address chunk = next_chunk<1>(), factor = persistent ? kept : chunk;
+          multiply<false>(sum, chunk, a_row, factor + b_offset, input_stride, kInputChunkBytes);
         }
         store_hidden(sum, shared + l.hidden, l.hidden_row, halo_pass * config.halo_rows() + warp_m * tiles * 16,
                      l.halo_rows, (pass * columns + warp_n * 8 * rank_tiles) * element, r1_bytes);
       }
+    }
   }
 
   LOWRANK_OPS_DEVICE void core_stage() {
@@ -285,14 +305,15 @@ class Block {
                     l.hidden_row);
     const int stride = l.core_chunk + kVectorBytes, b_offset = first_b(stride);
     const int line = (g.columns.halo() - g.columns.kernel) * l.hidden_row;
+    Address kept = address(l.core);
     for (int pass = 0; pass < l.r2_passes; ++pass) {
       Sum sum[tiles][rank_tiles][4] = {};
       Address tap = address(l.hidden);
       for (int y = 0; y < g.rows.kernel; ++y, tap += line)
         for (int x = 0; x < g.columns.kernel; ++x, tap += l.hidden_row)
           for (int byte = 0; byte < r1_bytes; byte += l.core_chunk) {
-            const Address chunk = next_chunk<2>();
-            multiply<true>(sum, tap + byte, a_row, chunk + b_offset, stride, least(l.core_chunk, r1_bytes - byte));
+            const Address rows = next_rows<2>(kept, columns * stride);
+            multiply<true>(sum, tap + byte, a_row, rows + b_offset, stride, least(l.core_chunk, r1_bytes - byte));
           }
       if (l.r2_passes == 1) barrier<Barrier::kHiddenRead>();  // the second tile lies over the first
       store_hidden(sum, shared + l.second, l.second_row, warp_m * tiles * 16, config.pixels(),
@@ -313,66 +334,19 @@ class Block {
     const int stride = l.out_chunk + kVectorBytes, b_offset = first_b(stride);
     const Output output(params, shared + l.staging + thread / 32 * l.staging_warp,
                         shared + l.pixel_offset + warp_m * tiles * 16 * Output::offset_bytes, output_of(tile), lane);
+    Address kept = address(l.out_factor);
     for (int pass = passes.first; pass < passes.last; ++pass) {
       const int channel = pass * columns + warp_n * 8 * rank_tiles;
       const auto bias = output.load_bias(channel);
       Sum sum[tiles][rank_tiles][4] = {};
       for (int byte = 0; byte < r2_bytes; byte += l.out_chunk) {
-        const Address chunk = next_chunk<3>();
-        multiply<true>(sum, address(l.second + byte), a_row, chunk + b_offset, stride,
+        const Address rows = next_rows<3>(kept, columns * stride);
+        multiply<true>(sum, address(l.second + byte), a_row, rows + b_offset, stride,
                        least(l.out_chunk, r2_bytes - byte));
       }
       if (channel < g.t) output.write(sum, bias, channel);
     }
   }
 };
-
-// CTAs per multiprocessor that the compiler has to fit into the registers. Kernels of the simt family hold widened
-// elements beside the sums; in fp64, bf16 and fp16 these take the registers of a third CTA.
-template <typename Kernel, Family family>
-constexpr int resident_ctas() {
-  // The lean kernel's shared memory is small enough for three CTAs where elements have 2 bytes.
-  const int ctas = Kernel::config.resident(Kernel::lean && Kernel::element == 2);
-  return family == Family::kSimt && Kernel::element != 4 ? least(ctas, 2) : ctas;
-}
-
-template <Op op, typename Engine, Family family, int index, bool lean>
-LOWRANK_OPS_KERNEL((Instance<op, Engine, family, index, lean>::threads),
-                   (resident_ctas<Instance<op, Engine, family, index, lean>, family>()))
-block_kernel(const KernelParams params) {
-  Block<Instance<op, Engine, family, index, lean>>(params).run();
-}
-
-template <Op op, typename Engine, Family family, int index>
-cudaError_t launch_block(const BlockParams& block, cudaStream_t stream) {
-  using Kernel = Instance<op, Engine, family, index, false>;
-  constexpr Config config = Kernel::config;
-  constexpr int element = Kernel::element;
-  const Geometry& g = block.geometry;
-  KernelParams params{};
-  params.block = block;
-  params.layout = shared_layout(g, config, element, Kernel::has_core);
-  params.splits = Divider(g.splits);
-  params.row_tiles = Divider(g.rows.tiles());
-  params.column_tiles = Divider(g.columns.tiles());
-  params.row_lattice = Divider(g.rows.lattice);
-  params.column_lattice = Divider(g.columns.lattice);
-  params.halo_h = Divider(g.rows.halo());
-  params.halo_w = Divider(g.columns.halo());
-  params.tile_h = Divider(g.rows.tile);
-  params.tile_w = Divider(g.columns.tile);
-  const int passes = int(ceil_div(g.t, config.columns()));
-  params.split_passes = passes / g.splits;
-  params.longer_splits = passes % g.splits;
-  if constexpr (family == Family::kSm80)
-    if (is_common_case(block, Kernel::has_core, element)) {
-      params.layout = shared_layout(g, config, element, Kernel::has_core, /*lean=*/true);
-      params.lean = lean_params(block, params.layout, config, Kernel::has_core, element);
-      return launch(block_kernel<op, Engine, family, index, true>, g.ctas(), config.threads(), params.layout.bytes,
-                    stream, params);
-    }
-  return launch(block_kernel<op, Engine, family, index, false>, g.ctas(), config.threads(), params.layout.bytes, stream,
-                params);
-}
 
 }  // namespace lowrank_ops

@@ -2,8 +2,8 @@
 // smaller one.
 #pragma once
 
-#include "cuda/kernels/block.cuh"
 #include "cuda/kernels/engine_simt.cuh"
+#include "cuda/kernels/launch_block.cuh"
 
 namespace lowrank_ops {
 

@@ -1,14 +1,14 @@
 // The sm80 family for one op, on tensor cores: every configuration in every dtype that mma.sync takes.
 #pragma once
 
-#include "cuda/kernels/block.cuh"
 #include "cuda/kernels/engine_sm80.cuh"
+#include "cuda/kernels/launch_block.cuh"
 
 namespace lowrank_ops {
 
 template <Op op, typename Element>
 cudaError_t launch_sm80(const BlockParams& params, int config, cudaStream_t stream) {
-  static_assert(kNumSm80Configs == 5, "one case per configuration");
+  static_assert(kNumSm80Configs == 6, "one case per configuration");
   switch (config) {
     case 0:
       return launch_block<op, TensorCores<Element>, Family::kSm80, 0>(params, stream);
@@ -20,6 +20,9 @@ cudaError_t launch_sm80(const BlockParams& params, int config, cudaStream_t stre
       return launch_block<op, TensorCores<Element>, Family::kSm80, 3>(params, stream);
     case 4:
       return launch_block<op, TensorCores<Element>, Family::kSm80, 4>(params, stream);
+    case 5:
+      if constexpr (op == Op::kTucker) return launch_block<op, TensorCores<Element>, Family::kSm80, 5>(params, stream);
+      [[fallthrough]];
     default:
       return cudaErrorInvalidValue;
   }

@@ -12,6 +12,7 @@ struct KernelParams {
   // The numbers that threads divide by: CTAs per tile, tiles per axis, lattices, sides of the halo and of the tile.
   Divider splits, row_tiles, column_tiles, row_lattice, column_lattice, halo_h, halo_w, tile_h, tile_w;
   int split_passes, longer_splits;  // passes of stage 3 per split; how many splits have one more
+  int tiles;                        // of the whole output
   LeanParams lean;                  // set for the lean kernel only
 };
 
@@ -24,6 +25,7 @@ struct Instance {
   static constexpr Op op = operation;
   static constexpr bool lean = is_lean;
   static constexpr Config config = config_of(family, index, op != Op::kLinear);
+  static constexpr bool persistent = config.persistent;
   static constexpr int threads = config.threads();
   static constexpr int element = int(sizeof(Element));
   static constexpr int input_stride = kInputChunkBytes + kVectorBytes;  // from row to row in a chunk of stage 1

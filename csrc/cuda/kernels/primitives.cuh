@@ -57,7 +57,8 @@ enum class Barrier : int {
   kTables,          // the tables of offsets are written before copies read them
   kChunk,           // a chunk has arrived for all threads; its predecessor's slot is free again
   kHiddenRead,      // Tucker: all warps have read the first hidden tile before the second overwrites it
-  kHiddenWritten,   // CP: the hidden tile is written before the depthwise stage reads it
+  kHiddenWritten,   // CP, and persistent kernels: the hidden tile is written before stage 2 reads it
+  kSecondWritten,   // persistent kernels: the second hidden tile and the tables are written before they are read
   kDepthwise,       // CP: the height factor is done before the width factor begins
   kStagingWritten,  // warp: a staged tile of output is written before other lanes read it
   kStagingRead,     // warp: it was read before the next one overwrites it
@@ -80,6 +81,9 @@ LOWRANK_OPS_DEVICE int thread_index() {
 }
 LOWRANK_OPS_DEVICE int64_t block_index() {
   return int64_t(blockIdx.x);
+}
+LOWRANK_OPS_DEVICE int block_count() {
+  return int(gridDim.x);
 }
 // The CTA's dynamic shared memory, aligned to 128 bytes.
 LOWRANK_OPS_DEVICE unsigned char* shared_memory() {
@@ -312,19 +316,38 @@ LOWRANK_OPS_DEVICE Words<2> at_most_six<Tf32>(Words<2> pair) {
   return pair;
 }
 
-// Puts one kernel onto a stream. CUDA wants shared memory above 48 KB to be allowed for each kernel.
+// CUDA wants shared memory above 48 KB to be allowed for each kernel.
+template <typename Params>
+cudaError_t allow_shared(void (*kernel)(Params), int shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              shared_bytes);
+}
+
+// Puts one kernel onto a stream.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
                    const Params& params) {
   if (ctas <= 0 || ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<Params*>(&params)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(ctas)), dim3(unsigned(threads)),
                           arguments, size_t(shared_bytes), stream);
+}
+
+// How many CTAs of the kernel the present GPU holds at a time, at least one.
+template <typename Params>
+cudaError_t held_ctas(void (*kernel)(Params), int threads, int shared_bytes, int& ctas) {
+  int device = 0, multiprocessors = 0, of_each = 0;
+  cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, reinterpret_cast<const void*>(kernel), threads,
+                                                          size_t(shared_bytes));
+  ctas = most(multiprocessors * of_each, 1);
+  return error;
 }
 
 }  // namespace lowrank_ops

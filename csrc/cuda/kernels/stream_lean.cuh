@@ -13,8 +13,10 @@ namespace lowrank_ops {
 
 constexpr uint32_t kNowhere = 0xffffffff;  // an entry of the lean kernel's tables: outside of the tensor
 
+// The copies of one thread.
 template <typename Kernel>
-class LeanStream {
+class LeanCopies {
+ protected:
   static constexpr Config config = Kernel::config;
   static constexpr int threads = Kernel::threads, columns = config.columns();
   // Stage 1: vectors per position, positions per pass, and copies of the input per thread, which are equally many.
@@ -22,38 +24,15 @@ class LeanStream {
                        input_copies = input_rows * vectors / threads;
   static_assert(input_rows * vectors % threads == 0 && input_copies <= 32, "one bit of a mask per copy");
 
- public:
-  LOWRANK_OPS_DEVICE LeanStream(const KernelParams& params, unsigned char* shared, int thread, Passes passes)
-      : params(params), shared(shared), thread(thread), passes(passes) {}
+  LOWRANK_OPS_DEVICE LeanCopies(const KernelParams& params, unsigned char* shared, int thread)
+      : params(params), shared(shared), thread(thread) {}
 
-  // `tile`: the address that the table's offsets count from.
-  LOWRANK_OPS_DEVICE void begin(const unsigned char* tile) {
-    begin_factor(params.lean.in_factor, 0);
-    input = tile + vector_byte;
-    begin_halo_pass();
-  }
-
-  // Starts the copies of the next chunk into `slot` and closes their group, which is empty behind the last chunk.
-  // `stage`: the earliest stage that the chunk can belong to; code for earlier ones is not compiled.
-  template <int stage>
-  LOWRANK_OPS_DEVICE void start(SharedAddress slot) {
-    if (stage == 1 && at_stage == 1)
-      start_input(slot);
-    else if (Kernel::has_core && stage <= 2 && at_stage == 2)
-      start_core(slot);
-    else if (pass < passes.last)
-      start_out(slot);
-    commit_copies();
-  }
-
- private:
   const KernelParams& params;
   unsigned char* const shared;
   const int thread;
-  const Passes passes;
 
   // The position of the stream, the same in all threads.
-  int at_stage = 1, halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0, byte = 0;
+  int halo_pass = 0, pass = 0, tap_y = 0, tap_x = 0, byte = 0;
   // This thread's copies of the factor. Of the first copy: its source, its offset in a slot, its first byte in a
   // chunk's row, and the rows of the factor from its row on; for each copy a bit: whether it has a row.
   const unsigned char* factor = nullptr;
@@ -113,44 +92,14 @@ class LeanStream {
     }
   }
 
-  LOWRANK_OPS_DEVICE void start_input(SharedAddress slot) {
-    constexpr int log2_vectors = log2(vectors), stride = Kernel::input_stride;
-    const FactorStream& f = params.lean.in_factor;
+  // Copies the input's part of a chunk of stage 1.
+  LOWRANK_OPS_DEVICE void copy_input(SharedAddress slot) {
     const unsigned char* const from = input + uint32_t(byte);
-    const uint32_t mask = vector_byte + byte < f.row_bytes ? input_mask : 0;
+    const uint32_t mask = vector_byte + byte < params.lean.in_factor.row_bytes ? input_mask : 0;
 #pragma unroll
     for (int i = 0; i < input_copies; ++i)
-      copy_async_if(slot + place + i * apart(log2_vectors) * stride, vectors_behind(from, input_offset[i]),
-                    mask & 1u << i);
-    copy_rows<log2_vectors>(slot + input_rows * stride, f);
-    if (!next_chunk(f)) return;
-    if (!next_row<false>(f)) return;
-    if (++halo_pass < params.layout.halo_passes) {
-      begin_factor(f, 0);
-      begin_halo_pass();
-    } else if (Kernel::has_core) {
-      at_stage = 2;
-      begin_factor(params.lean.core, 0);
-    } else {
-      begin_out();
-    }
-  }
-
-  LOWRANK_OPS_DEVICE void start_core(SharedAddress slot) {
-    const FactorStream& f = params.lean.core;
-    copy_factor(slot, f);
-    if (next_chunk(f) && next_row<true>(f)) begin_out();
-  }
-
-  LOWRANK_OPS_DEVICE void begin_out() {
-    at_stage = 3;
-    begin_factor(params.lean.out_factor, passes.first);
-  }
-
-  LOWRANK_OPS_DEVICE void start_out(SharedAddress slot) {
-    const FactorStream& f = params.lean.out_factor;
-    copy_factor(slot, f);
-    if (next_chunk(f)) next_row<false>(f);
+      copy_async_if(slot + place + i * apart(log2(vectors)) * Kernel::input_stride,
+                    vectors_behind(from, input_offset[i]), mask & 1u << i);
   }
 
   // Moves on by one chunk. True: that was the last one of a row.
@@ -182,6 +131,76 @@ class LeanStream {
       for (int i = 0; i < most(all / threads, 1); ++i)
         copy_async_if(slot + place + i * apart(log2_vectors) * stride, factor + uint64_t(f.copy) * (i * kVectorBytes),
                       mask & 1u << i);
+  }
+};
+
+// The stream of the kernel whose CTAs compute one tile each: input and factors go through the ring.
+template <typename Kernel>
+class LeanStream : LeanCopies<Kernel> {
+  using Copies = LeanCopies<Kernel>;
+  using Copies::begin_factor, Copies::begin_halo_pass, Copies::next_chunk, Copies::copy_factor;
+  using Copies::params, Copies::halo_pass, Copies::pass, Copies::input, Copies::vector_byte;
+
+ public:
+  LOWRANK_OPS_DEVICE LeanStream(const KernelParams& params, unsigned char* shared, int thread, Passes passes)
+      : Copies(params, shared, thread), passes(passes) {}
+
+  // `tile`: the address that the table's offsets count from.
+  LOWRANK_OPS_DEVICE void begin(const unsigned char* tile) {
+    begin_factor(params.lean.in_factor, 0);
+    input = tile + vector_byte;
+    begin_halo_pass();
+  }
+
+  // Starts the copies of the next chunk into `slot` and closes their group, which is empty behind the last chunk.
+  // `stage`: the earliest stage that the chunk can belong to; code for earlier ones is not compiled.
+  template <int stage>
+  LOWRANK_OPS_DEVICE void start(SharedAddress slot) {
+    if (stage == 1 && at_stage == 1)
+      start_input(slot);
+    else if (Kernel::has_core && stage <= 2 && at_stage == 2)
+      start_core(slot);
+    else if (pass < passes.last)
+      start_out(slot);
+    commit_copies();
+  }
+
+ private:
+  const Passes passes;
+  int at_stage = 1;
+
+  LOWRANK_OPS_DEVICE void start_input(SharedAddress slot) {
+    const FactorStream& f = params.lean.in_factor;
+    Copies::copy_input(slot);
+    Copies::template copy_rows<Copies::log2(Copies::vectors)>(slot + Copies::input_rows * Kernel::input_stride, f);
+    if (!next_chunk(f)) return;
+    if (!Copies::template next_row<false>(f)) return;
+    if (++halo_pass < params.layout.halo_passes) {
+      begin_factor(f, 0);
+      begin_halo_pass();
+    } else if (Kernel::has_core) {
+      at_stage = 2;
+      begin_factor(params.lean.core, 0);
+    } else {
+      begin_out();
+    }
+  }
+
+  LOWRANK_OPS_DEVICE void start_core(SharedAddress slot) {
+    const FactorStream& f = params.lean.core;
+    copy_factor(slot, f);
+    if (next_chunk(f) && Copies::template next_row<true>(f)) begin_out();
+  }
+
+  LOWRANK_OPS_DEVICE void begin_out() {
+    at_stage = 3;
+    begin_factor(params.lean.out_factor, passes.first);
+  }
+
+  LOWRANK_OPS_DEVICE void start_out(SharedAddress slot) {
+    const FactorStream& f = params.lean.out_factor;
+    copy_factor(slot, f);
+    if (next_chunk(f)) Copies::template next_row<false>(f);
   }
 };
 

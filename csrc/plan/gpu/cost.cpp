@@ -22,8 +22,9 @@ constexpr double kFusedCall = 10e-6;   // CPU time until a fused call returns (a
 // Registers per thread beside its sums (fragments, addresses, loop state), as ptxas of CUDA 13.0 reports for sm_80 and
 // sm_90: 93 to 124 in the kernels of CP and linear, 110 to 132 in Tucker's.
 constexpr int kOtherRegisters = 104, kOtherTuckerRegisters = 120, kMostRegisters = 255;
-constexpr int kRegisters = 65536, kMaxCtas = 16;  // per multiprocessor; kMaxCtas: the least of all architectures
-constexpr int64_t kReservedShared = 1024;         // the system's part of each CTA's shared memory
+constexpr int kRegisters = 65536,
+              kMaxCtas = 16;               // per multiprocessor; kMaxCtas: the limit that all architectures reach
+constexpr int64_t kReservedShared = 1024;  // the system's part of each CTA's shared memory
 
 double peak_flops(const Problem& p, const GpuKernel& kernel, const GpuCaps& caps) {
   if (p.dtype == DType::kDouble) return caps.fp64_flops;
@@ -65,8 +66,10 @@ double products(const Config& c, bool simt, int tiles, double steps) {
   return tiles * c.rank_tiles * steps * (simt ? 0.5 : 1);
 }
 
-// The work of one CTA, counted per warp or per thread as FusedFeature says. Passes, chunks and rows are those that the
-// kernel goes through, padding included.
+// The work of one CTA, of a persistent kernel that on one tile, counted per warp or per thread as FusedFeature says.
+// Passes, chunks and rows are those that the kernel goes through, padding included. Of a persistent kernel, stages 2
+// and 3 count as one chunk each, for their barriers. Its tiles count as a whole CTA each (kCtas), although their first
+// chunks arrive under the stages before.
 class Counter {
  public:
   Counter(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l)
@@ -82,9 +85,12 @@ class Counter {
     if (p.op == Op::kTucker) core_stage();
     if (p.op == Op::kCP) depthwise_stage();
     last_stage();
-    found_[kWaits] = found_[kChunks] / (g.stages - 1);
+    if (c_.persistent) found_[kChunks] += 2;
+    found_[kWaits] += found_[kChunks] / (g.stages - 1);
   }
   FusedFeatures found() const { return found_; }
+  // What a persistent CTA does once, before its first tile.
+  FusedFeatures once() const { return once_; }
   // Multiply-adds per CTA: of the matrix products, and of the depthwise stages.
   double multiply_adds() const { return multiply_adds_; }
   double depthwise_sums() const { return depthwise_; }
@@ -106,9 +112,15 @@ class Counter {
   }
   // Streams a factor: `passes` passes over its rows, each row's `row_bytes` in chunks of `chunk` bytes.
   void stream(double passes, double row_bytes, int chunk, int tiles, double conflicts = 1) {
-    const double chunks_of_row = double(ceil_div(int64_t(row_bytes), chunk));
-    found_[kChunks] += passes * chunks_of_row;
-    copy(passes * c_.columns() * row_bytes / kVectorBytes, widths_.factor);
+    const double chunks = passes * double(ceil_div(int64_t(row_bytes), chunk));
+    const double vectors = passes * c_.columns() * row_bytes / kVectorBytes;
+    if (c_.persistent) {
+      once_[kWaits] += chunks;
+      once_[kCopies] += vectors / c_.threads();
+    } else {
+      found_[kChunks] += chunks;
+      copy(vectors, widths_.factor);
+    }
     multiply(tiles, passes * row_bytes / kStepBytes, conflicts);
   }
 
@@ -116,6 +128,7 @@ class Counter {
     const double passes = double(l_.halo_passes) * l_.r1_passes;
     const double row_bytes = double(ceil_div(int64_t(g_.s) * element_, kInputChunkBytes)) * kInputChunkBytes;
     copy(passes * c_.halo_rows() * row_bytes / kVectorBytes, widths_.input);
+    if (c_.persistent) found_[kChunks] += passes * row_bytes / kInputChunkBytes;
     stream(passes, row_bytes, kInputChunkBytes, c_.halo_tiles);
     found_[kStores] += passes * c_.halo_tiles * c_.rank_tiles * 4;
   }
@@ -147,16 +160,19 @@ class Counter {
   const CopyWidths widths_;
   const bool simt_;
   const int element_;
-  FusedFeatures found_{};
+  FusedFeatures found_{}, once_{};
   double multiply_adds_ = 0, depthwise_ = 0;
 };
 
-// How many rounds of CTAs the busiest multiprocessor goes through, each lengthened by the contention of its warps.
-// `together`: CTAs that a multiprocessor holds at a time.
+// The factor by which `ctas` CTAs on a multiprocessor, which share its schedulers, lengthen each other's time.
+double contention_of(const GpuKernel& kernel, double ctas) {
+  return 1 + kContention * std::max(0.0, ctas * kernel.shape.threads() / 32 / kSchedulers - 1);
+}
+
+// How many rounds of CTAs the busiest multiprocessor goes through, each lengthened by the contention of its warps; of
+// tiles, if CTAs are persistent. `together`: CTAs that a multiprocessor holds at a time.
 double rounds(const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps, int64_t together) {
-  const auto contention = [&](double ctas) {
-    return 1 + kContention * std::max(0.0, ctas * kernel.shape.threads() / 32 / kSchedulers - 1);
-  };
+  const auto contention = [&](double ctas) { return contention_of(kernel, ctas); };
   const int64_t whole = g.ctas() / (caps.multiprocessors * together);
   const int64_t rest = g.ctas() - whole * caps.multiprocessors * together;
   const int64_t last = ceil_div(rest, caps.multiprocessors);
@@ -167,8 +183,8 @@ double rounds(const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps, i
 FusedFeatures features_of(const Counter& counter, const Geometry& g, const GpuKernel& kernel, const GpuCaps& caps,
                           int64_t together) {
   FusedFeatures found = counter.found();
-  const double times = rounds(g, kernel, caps, together);
-  for (double& value : found) value *= times;
+  const double times = rounds(g, kernel, caps, together), once = contention_of(kernel, double(together));
+  for (int i = 0; i < kFusedFeatures; ++i) found[i] = found[i] * times + counter.once()[i] * once;
   return found;
 }
 
@@ -213,14 +229,13 @@ FusedFeatures count(Plan& plan, const Problem& p, const GpuKernel& kernel, const
   }
   const int64_t together = ctas_per_multiprocessor(p, kernel, caps, l.bytes), sms = caps.multiprocessors;
   const Counter counter(p, kernel, g, l);
-  plan.ctas = g.ctas();
-  plan.waves = double(plan.ctas) / double(sms * together);
-  plan.flops = 2 * double(plan.ctas) * (counter.multiply_adds() + counter.depthwise_sums());
+  plan.ctas = kernel.shape.persistent ? std::min(g.tiles(), sms * together) : g.ctas();
+  plan.waves = double(g.ctas()) / double(sms * together);
+  plan.flops = 2 * double(g.ctas()) * (counter.multiply_adds() + counter.depthwise_sums());
   // Neighbours' halos and further passes over the input come out of L2, as long as the tiles at work fit into it.
   const double tile_bytes = double(g.halo()) * g.s * element_bytes(p.dtype);
   const double at_work = double(std::min(plan.ctas, sms * together)) * tile_bytes;
-  if (l.r1_passes > 1 && at_work > caps.l2_bytes / 2.0)
-    plan.bytes += double(plan.ctas) * tile_bytes * (l.r1_passes - 1);
+  if (l.r1_passes > 1 && at_work > caps.l2_bytes / 2.0) plan.bytes += double(g.ctas()) * tile_bytes * (l.r1_passes - 1);
   return features_of(counter, g, kernel, caps, together);
 }
 

@@ -56,6 +56,13 @@ std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
   return "";
 }
 
+// Why a kernel that keeps its factors does not take the problem.
+std::string persistent_reason(const Problem& p, const GpuKernel& kernel) {
+  if (!kernel.shape.persistent || is_lean(p, kernel)) return "";
+  return "takes copies of 16 bytes alone: input and output in channels_last, channels and ranks in multiples of " +
+         std::to_string(kVectorBytes / element_bytes(p.dtype));
+}
+
 std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
   if (is_sm90a(kernel)) {  // every build has its code, for sm_90 alone
     if (caps.architecture != kernel.first_architecture)
@@ -268,6 +275,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   const CopyWidths widths = copy_widths(p);
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images per tile");
+  if (kernel.shape.persistent) notes.push_back("CTAs keep all factors in shared memory and take tile after tile");
   if (g.splits > 1) notes.push_back("T split over " + std::to_string(g.splits) + " CTAs, earlier stages in each");
   if (g.rows.lattice > 1 || g.columns.lattice > 1)
     notes.push_back("tiles on the dilation's lattice " + std::to_string(g.rows.lattice) + "x" +
@@ -304,6 +312,7 @@ GpuCandidate plan_kernel(const Problem& p, const GpuKernel& kernel, const GpuCap
   GpuCandidate candidate;
   std::string& reason = candidate.reason;
   reason = is_sm90a(kernel) ? sm90a_reason(p, kernel) : dtype_reason(p, kernel);
+  if (reason.empty()) reason = persistent_reason(p, kernel);
   if (reason.empty()) reason = architecture_reason(kernel, caps);
   if (reason.empty()) {
     reason = code_reason(kernel, caps);

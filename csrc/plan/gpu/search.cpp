@@ -62,13 +62,16 @@ const Cut* best_of(const std::vector<Cut>& cuts) {
   return best;
 }
 
-// A lower bound of the shared memory that a cut needs: the hidden tiles alone, computed in doubles, which do not
-// overflow. Where the bound fits into shared memory, shared_layout can compute in 32 bits.
-double hidden_bytes(const Problem& p, const Config& config, const Geometry& g) {
+// A lower bound of the shared memory that a cut needs: the hidden tiles and the factors that are kept alone, computed
+// in doubles, which do not overflow. Where the bound fits into shared memory, shared_layout can compute in 32 bits.
+double tiles_and_factors_bytes(const Problem& p, const Config& config, const Geometry& g) {
   const auto row = [&](int64_t rank) { return double(rank * element_bytes(p.dtype) + kVectorBytes); };
   const auto halo = [](const TileAxis& axis) { return double(axis.tile - 1) * axis.stride + axis.kernel; };
   const double first = double(g.tile_n) * halo(g.rows) * halo(g.columns) * row(p.r1);
-  return p.op == Op::kTucker ? std::max(first, config.pixels() * row(p.r2)) : first;
+  const double hidden = p.op == Op::kTucker ? std::max(first, config.pixels() * row(p.r2)) : first;
+  if (!config.persistent) return hidden;
+  const double factors = double(p.s) * p.r1 + double(p.kh) * p.kw * p.r1 * p.r2 + double(p.t) * p.r2;
+  return hidden + element_bytes(p.dtype) * factors;
 }
 
 class Search {
@@ -102,13 +105,15 @@ class Search {
   }
 
   void try_tile(Geometry g) {
-    const double hidden = hidden_bytes(p_, kernel_.shape, g);
-    if (hidden > double(caps_.shared_bytes_cta)) {
-      least_bytes_ = std::min(least_bytes_, hidden);
+    const double bytes = tiles_and_factors_bytes(p_, kernel_.shape, g);
+    if (bytes > double(caps_.shared_bytes_cta)) {
+      least_bytes_ = std::min(least_bytes_, bytes);
       return;
     }
-    // In doubles: the product may exceed 64 bits.
-    if (double(ceil_div(g.n, g.tile_n)) * g.rows.tiles() * g.columns.tiles() > INT_MAX) {
+    // In doubles: the product may exceed 64 bits. A persistent CTA's tile counter runs beyond the last tile by the
+    // CTAs that the GPU holds.
+    const double beyond = kernel_.shape.persistent ? double(kMostCtas) * caps_.multiprocessors : 0;
+    if (double(ceil_div(g.n, g.tile_n)) * g.rows.tiles() * g.columns.tiles() + beyond > INT_MAX) {
       too_many_ctas_ = true;
       return;
     }
@@ -119,6 +124,7 @@ class Search {
       least_bytes_ = std::min(least_bytes_, double(layout.bytes));
       if (layout.bytes > caps_.shared_bytes_cta) return;
       for (const int share : halves(out_passes, out_passes)) {
+        if (kernel_.shape.persistent && share < out_passes) break;  // it has no splits
         g.splits = int(ceil_div(out_passes, share));
         if (g.ctas() > INT_MAX) break;  // more splits only make more CTAs
         plan.geometry = g;

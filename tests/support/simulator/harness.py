@@ -68,6 +68,7 @@ class Settings:
     seed: int = 0
     count: bool = True
     shared_limit: int = 232448
+    held_ctas: int = 1
     skip_barrier: int = -1
     skip_zero_fill: bool = False
     shift_load_matrices: int = 0
@@ -325,14 +326,16 @@ class Shape:
     halo_rows: int
     pixels: int
     columns: int
+    persistent: bool
 
 
 @functools.cache
 def shape_of(kernel: Kernel) -> Shape:
-    numbers = (_INT * 4)()
+    numbers = (_INT * 5)()
     places = _INT(FAMILIES.index(kernel.family)), _INT(kernel.config), _INT(kernel.op != "lowrank_linear")
     library().simulator_config(*places, numbers)
-    return Shape(*numbers)
+    *sizes, persistent = numbers
+    return Shape(*sizes, bool(persistent))
 
 
 @functools.cache

@@ -27,6 +27,9 @@ inline int thread_index() {
 inline int64_t block_index() {
   return simulator::machine.block;
 }
+inline int block_count() {
+  return int(simulator::machine.blocks);
+}
 inline unsigned char* shared_memory() {
   return simulator::machine.shared;
 }
@@ -233,6 +236,12 @@ cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared
     return cudaErrorInvalidConfiguration;
   if (shared_bytes < 0 || shared_bytes > simulator::machine.settings.shared_limit) return cudaErrorInvalidValue;
   return simulator::run(ctas, threads, shared_bytes, body, &call) ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+template <typename Params>
+cudaError_t held_ctas(void (*)(Params), int, int, int& ctas) {
+  ctas = int(simulator::machine.settings.held_ctas);
+  return cudaSuccess;
 }
 
 }  // namespace lowrank_ops

@@ -71,10 +71,10 @@ LOWRANK_OPS_EXPORT int64_t simulator_sizes(int64_t which) {
   return which == 0 ? sizeof(BlockCall) : sizeof(simulator::Settings);
 }
 
-// Writes a configuration's threads, halo positions per pass, pixels and columns to `sizes`; zeros: there is none of
-// that index.
+// Writes a configuration's threads, halo positions per pass, pixels and columns, and whether it is persistent, to
+// `sizes`; zeros: there is none of that index.
 LOWRANK_OPS_EXPORT void simulator_config(int64_t family, int64_t index, int64_t has_halo, int64_t* sizes) {
-  std::fill_n(sizes, 4, 0);
+  std::fill_n(sizes, 5, 0);
   static constexpr int numbers[] = {kNumSimtConfigs, kNumSm80Configs, kNumSm90aConfigs};
   if (index >= numbers[family]) return;
   const Config config = config_of(Family(family), int(index), has_halo != 0);
@@ -82,6 +82,7 @@ LOWRANK_OPS_EXPORT void simulator_config(int64_t family, int64_t index, int64_t 
   sizes[1] = config.halo_rows();
   sizes[2] = config.pixels();
   sizes[3] = config.columns();
+  sizes[4] = config.persistent;
 }
 
 LOWRANK_OPS_EXPORT int simulator_run(const BlockCall* call, const simulator::Settings* settings) {

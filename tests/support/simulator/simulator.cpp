@@ -284,6 +284,7 @@ bool run(int64_t ctas, int threads, int64_t shared_bytes, void (*body)(const voi
   machine.body = body;
   machine.argument = argument;
   machine.launches++;
+  machine.blocks = ctas;
   machine.largest_shared = std::max(machine.largest_shared, shared_bytes);
   allocate_shared(shared_bytes);
   for (int64_t block = 0; block < ctas && machine.error.empty(); block++) {

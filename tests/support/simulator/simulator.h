@@ -50,6 +50,7 @@ struct Settings {
   int64_t seed = 0;
   int64_t count = 1;                // whether sectors and bank conflicts are counted; bytes always are
   int64_t shared_limit = 232448;    // bytes of shared memory that a CTA can have; here sm_90's
+  int64_t held_ctas = 1;            // CTAs that the GPU holds at a time: those of a persistent kernel
   int64_t skip_barrier = -1;        // nobody waits at the barrier of this id
   int64_t skip_zero_fill = 0;       // copy_async leaves the old bytes where it should write zeros
   int64_t shift_load_matrices = 0;  // load_matrices reads this many bytes further on
@@ -119,7 +120,7 @@ struct Machine {
   Fiber* current = nullptr;
   // The CTA.
   int threads = 0, warps = 0, finished = 0;
-  int64_t block = 0;
+  int64_t block = 0, blocks = 0;  // its index, and how many the launch has
   unsigned char* shared = nullptr;
   int64_t shared_bytes = 0;
   uint32_t ready = 0;  // one bit per warp: it has runnable lanes; in the order in which they run
