@@ -76,7 +76,8 @@ def other_cuts(cut: Cut) -> Iterator[Cut]:
     turned = [(images, columns, rows)] if rows > 1 else []  # a linear layer's tile is one line
     for tile in ((images, max(1, rows // 2), columns), (images, rows, max(1, columns // 2)), *turned):
         yield Cut(cut.kernel, tile, cut.stages, cut.splits)
-    yield Cut(cut.kernel, cut.tile, cut.stages, 2 * cut.splits)
+    if not cut.kernel.endswith("_persistent"):  # which has no splits
+        yield Cut(cut.kernel, cut.tile, cut.stages, 2 * cut.splits)
 
 
 def runner(problem: peers.Problem, cut: Cut) -> Callable[[], Tensor]:
