@@ -67,29 +67,22 @@ PlannedCall plan_call(const char* caller, const GpuKernel& kernel, const Cut& cu
 // where its op has none of that name, and the packed factors or None.
 template <typename Run>
 void bind_with_call(py::module_& m, const char* caller, const Run& run) {
-  m.def(caller, [caller, run](const std::string& name, const Cut& cut, const at::Tensor& input,
-                              const at::Tensor& in_factor, const OptionalTensor& core,
-                              const OptionalTensor& height_factor, const OptionalTensor& width_factor,
-                              const at::Tensor& out_factor, const OptionalTensor& bias, const Windows& windows,
-                              const std::string& activation, const OptionalTensor& packed) {
-    const GpuKernel& kernel = kernel_named(caller, name);
-    const bool needs_core = kernel.op == Op::kTucker, needs_axes = kernel.op == Op::kCP;
-    TORCH_CHECK_VALUE((core || !needs_core) && ((height_factor && width_factor) || !needs_axes), caller, ": ", name,
-                      " needs the factors of its op");
-    const auto given = [](const OptionalTensor& tensor) -> const at::Tensor& { return tensor ? *tensor : no_tensor(); };
-    const at::Tensor rows = kernel.op == Op::kLinear ? input.flatten(0, -2) : input;
-    const OpCall call{.op = kernel.op,
-                      .input = rows,
-                      .in_factor = in_factor,
-                      .core = given(core),
-                      .height_factor = given(height_factor),
-                      .width_factor = given(width_factor),
-                      .out_factor = out_factor,
-                      .bias = bias,
-                      .window = {windows[0], windows[1], windows[2]},
-                      .activation = parse_activation(caller, activation)};
-    return run(kernel, cut, call, packed);
-  });
+  m.def(caller,
+        [caller, run](const std::string& name, const Cut& cut, const at::Tensor& input, const at::Tensor& in_factor,
+                      const OptionalTensor& core, const OptionalTensor& height_factor,
+                      const OptionalTensor& width_factor, const at::Tensor& out_factor, const OptionalTensor& bias,
+                      const Windows& windows, const std::string& activation, const OptionalTensor& packed) {
+          const GpuKernel& kernel = kernel_named(caller, name);
+          const bool needs_core = kernel.op == Op::kTucker, needs_axes = kernel.op == Op::kCP;
+          TORCH_CHECK_VALUE((core || !needs_core) && ((height_factor && width_factor) || !needs_axes), caller, ": ",
+                            name, " needs the factors of its op");
+          const at::Tensor no, rows = kernel.op == Op::kLinear ? input.flatten(0, -2) : input;
+          const Factors factors{in_factor, core.value_or(no), height_factor.value_or(no), width_factor.value_or(no),
+                                out_factor};
+          const OpCall call = call_on(kernel.op, rows, factors, bias, {windows[0], windows[1], windows[2]},
+                                      parse_activation(caller, activation));
+          return run(kernel, cut, call, packed);
+        });
 }
 
 // Launches the kernel on the input's GPU, into an output that is full of NaN before (for tests) or not (for timing).

@@ -109,7 +109,7 @@ FusedCall::FusedCall(const char* caller, const OpCall& call, const PaddedFactors
     : caller_(caller),
       given_(call),
       padded_(padded),
-      call_(padded ? with_factors(call, *padded) : call),
+      call_(padded ? call_on(call.op, call.input, *padded, call.bias, call.window, call.activation) : call),
       problem_(problem_of(call)) {
   const OpCall& t = call_;
   problem_.prepared = padded != nullptr;

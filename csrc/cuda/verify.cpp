@@ -66,19 +66,18 @@ double allowed_error(DType dtype, bool tf32, double norm, double magnitude) {
 }
 
 struct TrialTensors {
-  Tensor input, in_factor, core, height_factor, width_factor, out_factor;
+  Tensor input;
+  Factors factors;
   OptionalTensor bias;
 
   // The same with `change` made to each tensor.
   template <typename Change>
   TrialTensors with(const Change& change) const {
     const auto changed = [&](const Tensor& tensor) { return tensor.defined() ? change(tensor) : tensor; };
+    const Factors& f = factors;
     return {.input = changed(input),
-            .in_factor = changed(in_factor),
-            .core = changed(core),
-            .height_factor = changed(height_factor),
-            .width_factor = changed(width_factor),
-            .out_factor = changed(out_factor),
+            .factors = {changed(f.in_factor), changed(f.core), changed(f.height_factor), changed(f.width_factor),
+                        changed(f.out_factor)},
             .bias = changed(*bias)};
   }
 };
@@ -142,28 +141,20 @@ struct Trial {
     };
     const int64_t in_rank = op == Op::kTucker ? r1 : r2;
     tensors.input = op == Op::kLinear ? draw({rows, s}, 1) : draw({n, s, h, w}, 1).contiguous(format);
-    tensors.in_factor = draw({in_rank, s}, s);
-    tensors.out_factor = draw({t, r2}, r2);
+    Factors& factors = tensors.factors;
+    factors.in_factor = draw({in_rank, s}, s);
+    factors.out_factor = draw({t, r2}, r2);
     tensors.bias = draw({t}, 4);
-    if (op == Op::kTucker) tensors.core = draw({r2, r1, kh, kw}, r1 * kh * kw);
+    if (op == Op::kTucker) factors.core = draw({r2, r1, kh, kw}, r1 * kh * kw);
     if (op == Op::kCP) {
-      tensors.height_factor = draw({r2, kh}, kh);
-      tensors.width_factor = draw({r2, kw}, kw);
+      factors.height_factor = draw({r2, kh}, kh);
+      factors.width_factor = draw({r2, kw}, kw);
     }
   }
 
   // The call with `given`, which are this trial's tensors or made from them.
   OpCall call(const TrialTensors& given, Activation function) const {
-    return {.op = op,
-            .input = given.input,
-            .in_factor = given.in_factor,
-            .core = given.core,
-            .height_factor = given.height_factor,
-            .width_factor = given.width_factor,
-            .out_factor = given.out_factor,
-            .bias = given.bias,
-            .window = window(),
-            .activation = function};
+    return call_on(op, given.input, given.factors, given.bias, window(), function);
   }
 
   Tensor reference() const { return chain(call(tensors, activation)); }

@@ -40,6 +40,11 @@ inline int64_t size_of(const at::Tensor& tensor, int64_t axis) {
   return tensor.sym_size(axis).guard_int(__FILE__, __LINE__);
 }
 
+// The factors of a block. Those that its op does not have are undefined.
+struct Factors {
+  at::Tensor in_factor, core, height_factor, width_factor, out_factor;
+};
+
 // A view of an op's arguments, which outlive it. A factor that the op does not have is an undefined tensor.
 struct OpCall {
   Op op;
@@ -58,6 +63,21 @@ struct OpCall {
 };
 
 const at::Tensor& no_tensor();
+
+// The call of an op on these factors, which outlive it, as everything else does.
+inline OpCall call_on(Op op, const at::Tensor& input, const Factors& factors, const OptionalTensor& bias,
+                      const Window& window, Activation activation) {
+  return {.op = op,
+          .input = input,
+          .in_factor = factors.in_factor,
+          .core = factors.core,
+          .height_factor = factors.height_factor,
+          .width_factor = factors.width_factor,
+          .out_factor = factors.out_factor,
+          .bias = bias,
+          .window = window,
+          .activation = activation};
+}
 
 inline OpCall tucker_call(const at::Tensor& input, const at::Tensor& in_factor, const at::Tensor& core,
                           const at::Tensor& out_factor, const OptionalTensor& bias, const Window& window,

@@ -49,13 +49,13 @@ bool is_block_gradient(const OpCall& call) {
 }
 
 InputGradient::InputGradient(const OpCall& call)
-    : op_(call.op), in_factor_(transposed(call.out_factor)), out_factor_(transposed(call.in_factor)) {
+    : op_(call.op), factors_{.in_factor = transposed(call.out_factor), .out_factor = transposed(call.in_factor)} {
   if (op_ == Op::kLinear) return;
   if (op_ == Op::kTucker) {
-    core_ = call.core.transpose(0, 1).flip({2, 3}).contiguous(at::MemoryFormat::ChannelsLast);
+    factors_.core = call.core.transpose(0, 1).flip({2, 3}).contiguous(at::MemoryFormat::ChannelsLast);
   } else {
-    height_factor_ = call.height_factor.flip(1);
-    width_factor_ = call.width_factor.flip(1);
+    factors_.height_factor = call.height_factor.flip(1);
+    factors_.width_factor = call.width_factor.flip(1);
   }
   const std::array<int64_t, 2> taps = taps_of(call);
   for (size_t axis = 0; axis < 2; ++axis) {
@@ -67,16 +67,7 @@ InputGradient::InputGradient(const OpCall& call)
 Tensor InputGradient::of(const Tensor& grad) const {
   constexpr std::array<int64_t, 2> kStride{1, 1};
   const OptionalTensor no_bias;
-  return run({.op = op_,
-              .input = grad,
-              .in_factor = in_factor_,
-              .core = core_,
-              .height_factor = height_factor_,
-              .width_factor = width_factor_,
-              .out_factor = out_factor_,
-              .bias = no_bias,
-              .window = {kStride, padding_, dilation_},
-              .activation = Activation::kNone});
+  return run(call_on(op_, grad, factors_, no_bias, {kStride, padding_, dilation_}, Activation::kNone));
 }
 
 Tensor before_activation(const OpCall& call) {

@@ -27,7 +27,7 @@ class InputGradient {
 
  private:
   Op op_;
-  at::Tensor in_factor_, core_, height_factor_, width_factor_, out_factor_;
+  Factors factors_;
   std::array<int64_t, 2> padding_{}, dilation_{1, 1};
 };
 

@@ -144,17 +144,4 @@ const PaddedFactors* padded_factors_for(const Tensor& packed, const OpCall& call
   return context && context->record == record_of(call) ? &context->factors : nullptr;
 }
 
-OpCall with_factors(const OpCall& call, const PaddedFactors& factors) {
-  return {.op = call.op,
-          .input = call.input,
-          .in_factor = factors.in_factor,
-          .core = factors.core,
-          .height_factor = factors.height_factor,
-          .width_factor = factors.width_factor,
-          .out_factor = factors.out_factor,
-          .bias = call.bias,
-          .window = call.window,
-          .activation = call.activation};
-}
-
 }  // namespace lowrank_ops

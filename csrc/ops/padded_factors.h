@@ -14,9 +14,7 @@
 
 namespace lowrank_ops {
 
-// Factors that the op does not have are undefined.
-struct PaddedFactors {
-  at::Tensor in_factor, core, height_factor, width_factor, out_factor;
+struct PaddedFactors : Factors {
   at::Tensor taps;  // CP: the product of the two depthwise factors as they were given, for merged_cp_chain
 };
 
@@ -27,8 +25,5 @@ at::Tensor pad_factors(const OpCall& call);
 // The copies in `packed`, which live as long as it does, if they were made from the factors of this
 // checked call as they are now; otherwise nullptr.
 const PaddedFactors* padded_factors_for(const at::Tensor& packed, const OpCall& call);
-
-// The call with these factors, which outlive it.
-OpCall with_factors(const OpCall& call, const PaddedFactors& factors);
 
 }  // namespace lowrank_ops

@@ -122,13 +122,15 @@ struct MergedCP<at::Tensor(Arguments...)> {
 };
 
 // The factors of an op in this order: in_factor, Tucker's core, CP's height_factor and width_factor, out_factor.
-using Factors = std::tuple<at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, at::Tensor>;
+using FromTuple = std::tuple<at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, at::Tensor>;
 
 // `run`, a function of an OpCall, with a call of these factors for no images.
 template <typename Run>
-auto with_factors_alone(const Factors& factors, const Run& run) {
-  const auto& [in_factor, core, height_factor, width_factor, out_factor] = factors;
-  const auto given = [](const OptionalTensor& tensor) -> const at::Tensor& { return tensor ? *tensor : no_tensor(); };
+auto with_factors_alone(const FromTuple& given, const Run& run) {
+  const auto& [in_factor, core, height_factor, width_factor, out_factor] = given;
+  const at::Tensor no;
+  const Factors factors{in_factor, core.value_or(no), height_factor.value_or(no), width_factor.value_or(no),
+                        out_factor};
   const OptionalTensor none;
   const Op op = core ? Op::kTucker : height_factor ? Op::kCP : Op::kLinear;
   std::vector<int64_t> sizes{0, in_factor.dim() == 2 ? in_factor.size(1) : 1};
@@ -136,20 +138,11 @@ auto with_factors_alone(const Factors& factors, const Run& run) {
   constexpr int64_t kMostTaps = 1 << 20;  // the padding, in which every window has room
   const std::array<int64_t, 2> one{1, 1}, padding{kMostTaps, kMostTaps};
   const at::Tensor input = at::empty(sizes, in_factor.options().layout(at::kStrided));
-  return run(OpCall{.op = op,
-                    .input = input,
-                    .in_factor = in_factor,
-                    .core = given(core),
-                    .height_factor = given(height_factor),
-                    .width_factor = given(width_factor),
-                    .out_factor = out_factor,
-                    .bias = none,
-                    .window = {one, padding, one},
-                    .activation = Activation::kNone});
+  return run(call_on(op, input, factors, none, {one, padding, one}, Activation::kNone));
 }
 
 // The copies that a call of these factors would use, by their names; None: it would use none. For tests.
-py::object padded_factors(const at::Tensor& packed, const Factors& factors) {
+py::object padded_factors(const at::Tensor& packed, const FromTuple& factors) {
   const PaddedFactors* const found =
       with_factors_alone(factors, [&](const OpCall& call) { return padded_factors_for(packed, call); });
   if (!found) return py::none();
@@ -178,7 +171,7 @@ void bind_ops(py::module_& m) {
   });
   m.def("merged_cp_chain", &MergedCP<>::chain);
   m.def("merged_cp_backward", &MergedCP<>::backward);
-  m.def("pad_factors", [](const Factors& factors) { return with_factors_alone(factors, pad_factors); });
+  m.def("pad_factors", [](const FromTuple& factors) { return with_factors_alone(factors, pad_factors); });
   m.def("padded_factors", &padded_factors);
   m.def("activations", [] {
     std::vector<std::string> names;
