@@ -67,6 +67,7 @@ struct Ring {
   LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return barriers + slot * 16 + 8; }
   LOWRANK_OPS_HOPPER uint32_t at(int slot) const { return data + slot * slot_bytes; }
 
+  // `readers`: warps that give slots back, of all CTAs of a cluster.
   LOWRANK_OPS_HOPPER void init(int readers) const {
     for (int slot = 0; slot < slots; ++slot) {
       barrier_init(full(slot), 1);
@@ -93,10 +94,40 @@ struct RingReader {
     next.next(ring.slots);
     return at;
   }
-  LOWRANK_OPS_HOPPER void release(int lane) {
-    if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
+  // Counts the oldest slot as given back, and returns the `empty` barrier that is to be told.
+  LOWRANK_OPS_HOPPER uint32_t give_back() {
+    const uint32_t empty = ring.empty(oldest.slot);
     oldest.next(ring.slots);
+    return empty;
+  }
+  LOWRANK_OPS_HOPPER void release(int lane) {
+    const uint32_t empty = give_back();
+    if (lane == 0) barrier_arrive(empty);
   }
 };
+
+// ---- Clusters of CTAs, which work on neighbouring tiles and need the same parts of the factors at the same time. Each
+// CTA loads its share of a part, the rows from `rank` * rows / `ctas` on, into the shared memory of all. So a slot holds
+// what all have loaded, and may be overwritten when the readers of all CTAs have given it back to all.
+
+// A CTA's place in its cluster. Without clusters: 0 of 1.
+struct ClusterPlace {
+  int rank, ctas;
+
+  // Loads a box of this CTA's share: `coordinates` are the share's. Its place in shared memory and `full` are those of
+  // every CTA.
+  template <typename... Coordinates>
+  LOWRANK_OPS_HOPPER void load(uint32_t to, const CUtensorMap* map, uint32_t full, Coordinates... coordinates) const {
+    if (ctas == 1)
+      load_box(to, map, full, coordinates...);
+    else
+      multicast_box(to, map, full, uint16_t((1 << ctas) - 1), coordinates...);
+  }
+};
+
+// Gives back a slot to the CTAs of a cluster, by one lane of a warp for each.
+LOWRANK_OPS_HOPPER void release_to(int ctas, uint32_t empty, int lane) {
+  if (lane < ctas) barrier_arrive(empty, lane);
+}
 
 }  // namespace lowrank_ops::hopper

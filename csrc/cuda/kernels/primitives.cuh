@@ -312,19 +312,30 @@ LOWRANK_OPS_DEVICE Words<2> at_most_six<Tf32>(Words<2> pair) {
   return pair;
 }
 
-// Puts one kernel onto a stream. CUDA wants shared memory above 48 KB to be allowed for each kernel.
+// Puts one kernel onto a stream, in clusters of `cluster` CTAs. CUDA wants shared memory above 48 KB to be allowed for
+// each kernel.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
-                   const Params& params) {
-  if (ctas <= 0 || ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+                   const Params& params, int cluster = 1) {
+  if (ctas <= 0 || ctas > INT32_MAX || ctas % cluster != 0) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(ctas)), dim3(unsigned(threads)),
-                          arguments, size_t(shared_bytes), stream);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(ctas));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute clusters{};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim.x = unsigned(cluster);
+  clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+  config.attrs = &clusters;
+  config.numAttrs = cluster > 1;
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 }
 
 }  // namespace lowrank_ops

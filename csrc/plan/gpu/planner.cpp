@@ -182,7 +182,8 @@ int gpu_kernel_index(const std::string& kernel_name) {
   return -1;
 }
 
-Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits) {
+Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits,
+                     int cluster) {
   Geometry g;
   if (p.op == Op::kLinear) {  // one image of one line; the layer's rows are its pixels
     g.n = 1;
@@ -201,6 +202,7 @@ Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int s
   g.r2 = int(p.r2);
   g.stages = stages;
   g.splits = splits;
+  g.cluster = cluster;
   return g;
 }
 

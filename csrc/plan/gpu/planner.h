@@ -91,8 +91,9 @@ GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const 
 // Why no kernel can take these sizes; "": the sizes are no obstacle. Kernels compute coordinates, channels and depths
 // in 32 bits, offsets into tensors in 64.
 std::string size_reason(const Problem& problem);
-// The cut with the given tile (images, height, width), slots of the ring buffer (`stages`) and splits.
-Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
+// The cut with the given tile (images, height, width), slots of the ring buffer (`stages`), splits and CTAs per cluster.
+Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits,
+                     int cluster = 1);
 const char* name_of(Family family);
 bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
 int threads_of(const GpuKernel& kernel);
