@@ -271,6 +271,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images per tile");
   if (g.splits > 1) notes.push_back("T split over " + std::to_string(g.splits) + " CTAs, earlier stages in each");
+  if (g.cluster > 1) notes.push_back("clusters of " + std::to_string(g.cluster) + " CTAs copy the factors for each other");
   if (g.rows.lattice > 1 || g.columns.lattice > 1)
     notes.push_back("tiles on the dilation's lattice " + std::to_string(g.rows.lattice) + "x" +
                     std::to_string(g.columns.lattice));

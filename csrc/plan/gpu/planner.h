@@ -2,7 +2,7 @@
 // C++17: no torch, no CUDA headers.
 //
 // The words used here and in the files beside this one:
-//   cut        how one kernel divides a problem: tile, slots of the ring buffer, splits (a Geometry)
+//   cut        how one kernel divides a problem: tile, slots of the ring buffer, splits, clusters (a Geometry)
 //   plan       one way to run a problem (a kernel with its cut, or the chain), with its predicted time
 //   candidate  a kernel under consideration: its plan, or the reason why it cannot run
 //   decision   the plan that is taken, the other plans, and a reason against each kernel that is not taken
@@ -81,7 +81,8 @@ constexpr bool merges_depthwise(const Problem& p) {
 // The problem as our kernels see it: those of prepared factors have padded ranks. The chain reads the ordinary factors.
 Problem kernel_problem(Problem problem);
 
-// Cuts `problem` for `kernel`: the tile, slots and splits of the lowest predicted time, or a reason why it cannot run.
+// Cuts `problem` for `kernel`: the tile, slots, splits and clusters of the lowest predicted time, or a reason why it cannot
+// run.
 struct GpuCandidate {
   Plan plan;
   std::string reason;    // empty: it can run

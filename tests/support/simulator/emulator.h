@@ -341,6 +341,15 @@ void run_thread(void (*kernel)(Params), const Params& params, int block, int ran
   --own_cta().running;
 }
 
+// After the last copy: all announced bytes have arrived, and no others.
+inline void check_counts(int rank) {
+  own_rank = rank;
+  for (const auto& [offset, state] : own_cta().mbarriers)
+    if (state.bytes != 0)
+      fail("mbarrier " + std::to_string(offset - kSharedStart) + " has " + std::to_string(state.bytes) +
+           " bytes to wait for at the end");
+}
+
 // Runs one cluster of CTAs after the other. False: there was a fault, which `fault` describes.
 template <typename Params>
 bool run_ctas(void (*kernel)(Params), int count, int threads, int shared_bytes, const Params& params, int cluster = 1) {
@@ -361,6 +370,10 @@ bool run_ctas(void (*kernel)(Params), int count, int threads, int shared_bytes, 
       running.emplace_back([&, i] { run_thread(kernel, params, block + i / threads, i / threads, i % threads); });
     for (std::thread& thread : running) thread.join();
     while (loads_under_way > 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    try {
+      for (int rank = 0; rank < cluster && !faulty; ++rank) check_counts(rank);
+    } catch (const Fault&) {
+    }
   }
   return !faulty;
 }

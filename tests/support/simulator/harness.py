@@ -237,9 +237,15 @@ def hopper_mutate(**values: int) -> None:
     """Breaks the next launches of sm90a kernels as Mutation in emulator_threads.h says; without values: mends them."""
     names = ("skip_fence_proxy", "skip_group_barrier", "early_release", "skip_store_wait", "short_expect",
              "skip_both_barrier", "skip_cluster_barrier", "skip_init_fence", "single_count", "skip_remote_arrive",
-             "wrong_mask", "half_expect")  # fmt: skip
+             "wrong_mask", "half_expect", "short_patience")  # fmt: skip
     assert set(values) <= set(names), values
     library().hopper_mutate((_INT * len(names))(*(values.get(name, 0) for name in names)))
+
+
+def hopper_selftest(data: Tensor, output: Tensor, mistake: int) -> str:
+    """Runs the kernel of hopper_selftest.cpp. Returns its fault, or ""."""
+    library().hopper_selftest(_INT(data.data_ptr()), _INT(output.data_ptr()), _INT(mistake))
+    return hopper_fault()
 
 
 def hopper_loaded(tensor: Tensor) -> int:

@@ -56,7 +56,7 @@ cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int conf
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::CpParams to{};
   if (config != kSm90aCpConfig || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::cp_kernel(to, dtype), to.tiles.count, CpSm90a::kThreads, to);
+  return run_on_two(hopper::cp_kernel(to, dtype), to.tiles.count, CpSm90a::kThreads, to, to.cluster);
 }
 
 cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
@@ -72,8 +72,8 @@ LOWRANK_OPS_EXPORT const char* hopper_fault() {
   return lowrank_ops::hopper::fault.c_str();
 }
 LOWRANK_OPS_EXPORT void hopper_mutate(const int64_t* v) {
-  lowrank_ops::hopper::mutation = {int(v[0]), int(v[1]), int(v[2]), int(v[3]), int(v[4]),  int(v[5]),
-                                   int(v[6]), int(v[7]), int(v[8]), int(v[9]), int(v[10]), int(v[11])};
+  lowrank_ops::hopper::mutation = {int(v[0]), int(v[1]), int(v[2]), int(v[3]),  int(v[4]),  int(v[5]), int(v[6]),
+                                   int(v[7]), int(v[8]), int(v[9]), int(v[10]), int(v[11]), int(v[12])};
 }
 // The bytes that TMA has read of a tensor in the last launch of an sm90a kernel.
 LOWRANK_OPS_EXPORT int64_t hopper_loaded(int64_t tensor) {

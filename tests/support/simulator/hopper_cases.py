@@ -140,6 +140,14 @@ CP_CASES: dict[str, dict[str, Any]] = {
     "stride of 4, dilation of 2": dict(
         n=1, s=40, t=32, r1=24, h=9, w=41, kernel=(3, 3), padding=(0, 3), stride=(1, 4), dilation=(1, 2)
     ),
+    "pairs": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **SAME, cluster=2),
+    "pairs, an odd number of tiles": dict(n=1, s=72, t=96, r1=72, h=9, w=20, **SAME, cluster=2, activation="relu"),
+    "pairs, a single tile": dict(n=1, s=8, t=32, r1=8, h=5, w=7, **SAME, cluster=2),
+    "pairs, most channels": dict(n=1, s=256, t=256, r1=256, h=14, w=9, **SAME, cluster=2, activation="gelu"),
+    "pairs, one part, many tiles": dict(n=3, s=64, t=32, r1=24, h=28, w=24, **SAME, cluster=2),
+    "pairs, strides": dict(n=3, s=136, t=160, r1=136, h=17, w=9, **HALF, cluster=2, bias=False),
+    "pairs, dilations": dict(n=1, s=72, t=32, r1=200, h=17, w=21, **WIDER, cluster=2, activation="silu"),
+    "pairs, much of everything": dict(n=3, s=136, t=160, r1=136, h=17, w=16, **SAME, cluster=2),
 }
 WIDE_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=16, **SAME),
