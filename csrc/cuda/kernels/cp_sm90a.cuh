@@ -15,9 +15,9 @@
 // hidden pixels of both warpgroups, so both meet at a barrier before it. While it runs, the tensor cores compute stage
 // 1 of the next part and stage 3 of the part before.
 //
-// With clusters of two CTAs (`cluster`) both compute neighbouring tiles at the same time. Each copies half of the rows of
-// every part of a factor, into the rings of both; the input's slices are each CTA's own. Where the number of tiles is odd
-// the last cluster has one tile beyond the images: its input is zeros, and nothing of it is stored.
+// With clusters of two CTAs (`cluster`) both compute neighbouring tiles at the same time. Each copies half of the rows
+// of every part of a factor, into the rings of both; the input's slices are each CTA's own. Where the number of tiles
+// is odd the last cluster has one tile beyond the images: its input is zeros, and nothing of it is stored.
 //
 // With a dilation a tile's pixels lie some steps apart, on a lattice of the output, and so does their halo in the input
 // (plan/gpu/planes.h). With a stride of 2 along an axis a tile has half as many pixels along it, so that its halo fits
@@ -119,14 +119,15 @@ struct CpProducer {
     wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
     const int blocks = in ? p.layout.slices : p.layout.channels / CpSm90a::kSlice;
     barrier_expect(full, uint32_t(blocks * CpSm90a::kBlockBytes));
-    const int first = cluster.rank * CpSm90a::kSlice / cluster.ctas;  // row of a block, 32 of which are one of axis b
+    const int first = cluster.first_of(CpSm90a::kSlice);
+#pragma unroll 2
     for (int b = 0; b < blocks; ++b) {
       const uint32_t share = to + b * CpSm90a::kBlockBytes + first * CpSm90a::kRowBytes;
       const int column = (in ? b : part) * CpSm90a::kSlice;
       if (in)
         cluster.load(share, &p.in_factor, full, column, part * CpSm90a::kSlice + first);
       else
-        cluster.load(share, &p.out_factor, full, column, 0, 0, 0, b * 2 + first / 32);
+        cluster.load(share, &p.out_factor, full, column, 0, 0, 0, b * 2 + cluster.rank);
     }
     ring.next(p.layout.slots);
   }

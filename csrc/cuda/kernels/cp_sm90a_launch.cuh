@@ -44,7 +44,8 @@ inline bool cp_params(CpParams& to, const BlockParams& block, DType dtype) {
   for (int residue = 0; residue < to.tiles.classes(); ++residue)
     if (!add_class(to, block, dtype, residue)) return false;
   const int64_t first = block.in_factor.row_stride, last = block.out_factor.row_stride;
-  return encode(to.in_factor, {block.in_factor.data, 2, {g.s, g.r1}, {1, first}, {L::kSlice, L::kSlice / g.cluster}}, dtype) &&
+  return encode(to.in_factor, {block.in_factor.data, 2, {g.s, g.r1}, {1, first}, {L::kSlice, L::kSlice / g.cluster}},
+                dtype) &&
          // Row 32 b + 8 j + 2 q + e of shared memory is row 32 b + 8 q + 2 j + e of out_factor: axes e, q, j, b.
          encode(to.out_factor,
                 {block.out_factor.data,

@@ -107,13 +107,15 @@ struct RingReader {
 };
 
 // ---- Clusters of CTAs, which work on neighbouring tiles and need the same parts of the factors at the same time. Each
-// CTA loads its share of a part, the rows from `rank` * rows / `ctas` on, into the shared memory of all. So a slot holds
-// what all have loaded, and may be overwritten when the readers of all CTAs have given it back to all.
+// CTA loads its share of a part's rows into the shared memory of all. So a slot holds what all have loaded, and may be
+// overwritten when the readers of all CTAs have given it back to all.
 
-// A CTA's place in its cluster. Without clusters: 0 of 1.
+// A CTA's place in its cluster, of two CTAs. Without clusters: 0 of 1.
 struct ClusterPlace {
   int rank, ctas;
 
+  // The first row of this CTA's share.
+  LOWRANK_OPS_HOPPER int first_of(int rows) const { return rank * (rows / 2); }
   // Loads a box of this CTA's share: `coordinates` are the share's. Its place in shared memory and `full` are those of
   // every CTA.
   template <typename... Coordinates>

@@ -85,8 +85,8 @@ struct LinearProducer {
 
   LOWRANK_OPS_HOPPER void run() {
     using L = LinearSm90a;
-    const int block = p.layout.block_bytes(), ranks = p.layout.parts * L::kSlice;
-    const int first_rank = cluster.rank * ranks / cluster.ctas, first = cluster.rank * L::kSlice / cluster.ctas;
+    const int block = p.layout.block_bytes();
+    const int first_rank = cluster.first_of(p.layout.parts * L::kSlice), first = cluster.first_of(L::kSlice);
 #pragma unroll 1
     for (int number = int(blockIdx.x); number < p.items; number += int(gridDim.x)) {
       const LinearItem item = linear_item(p, number);
@@ -101,6 +101,7 @@ struct LinearProducer {
       for (int chunk = item.chunk; chunk < item.end; ++chunk, place.next(ring.slots)) {
         const uint32_t to = ring.at(place.slot), full = ring.full(place.slot);
         open_slot(ring, place, block);
+#pragma unroll 1
         for (int part = 0; part < p.layout.parts; ++part)
           cluster.load(to + part * L::kPartBytes + first * L::kRowBytes, &p.out_factor, full, part * L::kSlice,
                        chunk * L::kSlice + first);
@@ -237,7 +238,8 @@ __global__ void __launch_bounds__(LinearSm90a::kThreads, 1)
   if (warp >= 4 * L::kGroups) {
     give_registers<kProducerRegisters>();
     const ClusterPlace cluster{cluster_rank(), params.cluster.divisor};
-    if (warp == 4 * L::kGroups && lane == 0) LinearProducer{params, cluster, linear_ring(base, params.layout), {}}.run();
+    if (warp == 4 * L::kGroups && lane == 0)
+      LinearProducer{params, cluster, linear_ring(base, params.layout), {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
     LinearGroup<half, parts>(params, base, warp, lane).run();

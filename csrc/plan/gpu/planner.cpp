@@ -182,8 +182,7 @@ int gpu_kernel_index(const std::string& kernel_name) {
   return -1;
 }
 
-Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits,
-                     int cluster) {
+Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits, int cluster) {
   Geometry g;
   if (p.op == Op::kLinear) {  // one image of one line; the layer's rows are its pixels
     g.n = 1;
@@ -271,7 +270,8 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   const int64_t element = element_bytes(p.dtype);
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images per tile");
   if (g.splits > 1) notes.push_back("T split over " + std::to_string(g.splits) + " CTAs, earlier stages in each");
-  if (g.cluster > 1) notes.push_back("clusters of " + std::to_string(g.cluster) + " CTAs copy the factors for each other");
+  if (g.cluster > 1)
+    notes.push_back("clusters of " + std::to_string(g.cluster) + " CTAs copy the factors for each other");
   if (g.rows.lattice > 1 || g.columns.lattice > 1)
     notes.push_back("tiles on the dilation's lattice " + std::to_string(g.rows.lattice) + "x" +
                     std::to_string(g.columns.lattice));

@@ -218,7 +218,8 @@ void count_wide(FusedFeatures& found, double turns, const Geometry& g, const Tuc
 
 // In units of the wide kernel, whose constants serve (cost_constants.inc): it moves 74 KiB between L2 and shared memory
 // per slice and chunk of 128 ranks (two slices of 104 pixels, two blocks of factors, two chunks of the output). A
-// cluster's CTAs share the copies of the factors; what meeting each other costs them was not measured and counts nothing.
+// cluster's CTAs share the copies of the factors; what meeting each other costs them was not measured and counts
+// nothing.
 void count_linear(FusedFeatures& found, double turns, const Geometry& g, const LinearSm90a& layout) {
   constexpr double kWideBytes = 2 * TuckerWideSm90a::kSliceBytes + 6 * TuckerWideSm90a::kPartBytes;
   const double block = double(layout.block_bytes()) / g.cluster;

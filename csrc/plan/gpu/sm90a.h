@@ -17,8 +17,8 @@ bool is_wide_sm90a(const GpuKernel& kernel);
 // Why the kernel cannot take a problem, on any GPU; "": it can.
 std::string sm90a_reason(const Problem& problem, const GpuKernel& kernel);
 // The cut: the kernel's fixed tile, and as many slots of the ring as fit into shared memory. Where even the fewest
-// slots do not fit, sm90a_bytes of the cut exceeds the shared memory. The linear kernel's splits, and clusters, are left
-// to the search.
+// slots do not fit, sm90a_bytes of the cut exceeds the shared memory. The linear kernel's splits, and clusters, are
+// left to the search.
 Geometry sm90a_cut(const Problem& problem, const GpuKernel& kernel);
 int sm90a_bytes(const GpuKernel& kernel, const Geometry& geometry);
 int sm90a_threads(const GpuKernel& kernel);

@@ -1,9 +1,9 @@
 // The emulator of Hopper: csrc/cuda/kernels/hopper.cuh on a CPU. The sm90a kernels run with one host thread per CUDA
-// thread, one cluster of CTAs after the other. Indices, layouts, swizzles, descriptors, barriers and their phases are as on the
-// GPU. Whatever may happen late does happen late: a load by TMA arrives after a random delay; stores by TMA and the
-// products of wgmma read their operands as late as the waits allow. A launch ends with an error at a read of data that
-// no proxy fence has made visible, at an address out of bounds, and at a wait that never ends. Not emulated: the order
-// of memory accesses among threads, the limit of registers.
+// thread, one cluster of CTAs after the other. Indices, layouts, swizzles, descriptors, barriers and their phases are
+// as on the GPU. Whatever may happen late does happen late: a load by TMA arrives after a random delay; stores by TMA
+// and the products of wgmma read their operands as late as the waits allow. A launch ends with an error at a read of
+// data that no proxy fence has made visible, at an address out of bounds, and at a wait that never ends. Not emulated:
+// the order of memory accesses among threads, the limit of registers.
 //
 // Sources: as hopper.cuh.
 #pragma once
@@ -215,7 +215,8 @@ template <bool half>
 float element(uint64_t matrix, int row, int k) {
   if (matrix >> 62 != 1 || (matrix >> 49 & 7) != 0) fail("a descriptor of another layout");
   // 18 bits: the address within the own CTA.
-  const uint32_t start = shared_base() - kSharedStart + (uint32_t(matrix & 0x3FFF) << 4), stride = uint32_t(matrix >> 32 & 0x3FFF) << 4;
+  const uint32_t start = shared_base() - kSharedStart + (uint32_t(matrix & 0x3FFF) << 4),
+                 stride = uint32_t(matrix >> 32 & 0x3FFF) << 4;
   const uint32_t address = swizzle(start + uint32_t(row / 8) * stride + uint32_t(row % 8 * 128 + k * 2));
   uint16_t value;
   std::memcpy(&value, read_by_proxy(address, 2), 2);
@@ -315,8 +316,12 @@ inline uint32_t load_shared_word(uint32_t address) {
   std::memcpy(&word, at(address, 4), 4);
   return word;
 }
+// What ordinary stores may write to.
+inline std::pair<uintptr_t, uintptr_t> writable{0, 0};
 inline void store_global(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("a store to global memory that is no multiple of 16 bytes");
+  const uintptr_t start = reinterpret_cast<uintptr_t>(to);
+  if (start < writable.first || start + 16 > writable.second) fail("a store to global memory outside of the output");
   const uint32_t values[4] = {a, b, c, d};
   std::memcpy(to, values, 16);
 }

@@ -91,9 +91,7 @@ class Meeting {
     }
   }
   uint64_t generation() const { return generation_; }
-  std::string waiting() const {
-    return here_ == 0 ? "" : " " + std::to_string(here_) + " threads at " + name_ + ",";
-  }
+  std::string waiting() const { return here_ == 0 ? "" : " " + std::to_string(here_) + " threads at " + name_ + ","; }
 
  private:
   const char* name_ = "";
@@ -139,8 +137,12 @@ inline int cluster_size = 1;
 inline Meeting cluster_meeting;
 inline thread_local int own_rank = 0;
 
-inline Cta& own_cta() { return ctas[own_rank]; }
-inline int cluster_rank() { return own_rank; }
+inline Cta& own_cta() {
+  return ctas[own_rank];
+}
+inline int cluster_rank() {
+  return own_rank;
+}
 
 // Before a CTA's threads begin: shared memory is full of NaN.
 inline void Cta::begin(int threads) {
@@ -221,8 +223,7 @@ inline const unsigned char* read_by_proxy(uint32_t address, uint32_t bytes) {
   const unsigned char* const found = at(address, bytes);
   const int writer = unfenced(address).load(std::memory_order_relaxed);
   if (writer != 0)
-    fail("the asynchronous proxy reads what thread " + std::to_string(writer - 1) +
-         " wrote without fence.proxy.async");
+    fail("the asynchronous proxy reads what thread " + std::to_string(writer - 1) + " wrote without fence.proxy.async");
   return found;
 }
 inline void fence_proxy() {
@@ -310,7 +311,8 @@ inline void barrier_arrive(uint32_t barrier) {
 inline void barrier_arrive(uint32_t barrier, int rank) {
   if (rank != own_rank && mutation.skip_remote_arrive) return;
   // Where no barrier follows at the end the second CTA is late, so that the first has ended.
-  if (rank < own_rank && mutation.skip_cluster_barrier == 2) std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  if (rank < own_rank && mutation.skip_cluster_barrier == 2)
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
   const uint32_t offset = offset_of(barrier, 8);
   check_reach(rank, offset);
   barrier_update(rank, offset, 1, 0);

@@ -56,6 +56,8 @@ cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int conf
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::CpParams to{};
   if (config != kSm90aCpConfig || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
+  const uintptr_t output = reinterpret_cast<uintptr_t>(to.output);
+  hopper::writable = {output, output + 2 * uintptr_t(to.n) * to.height * to.width * to.t};
   return run_on_two(hopper::cp_kernel(to, dtype), to.tiles.count, CpSm90a::kThreads, to, to.cluster);
 }
 

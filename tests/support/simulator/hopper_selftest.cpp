@@ -71,7 +71,8 @@ void exchange_kernel(const Params p) {
 LOWRANK_OPS_EXPORT int hopper_selftest(int64_t in, int64_t out, int64_t mistake) {
   using namespace lowrank_ops::hopper;
   Params params{};
-  params.map = {reinterpret_cast<unsigned char*>(in), 2, {64, kRows, 1, 1, 1}, {2, kRowBytes}, {64, kRows / 2, 1, 1, 1}};
+  params.map = {
+      reinterpret_cast<unsigned char*>(in), 2, {64, kRows, 1, 1, 1}, {2, kRowBytes}, {64, kRows / 2, 1, 1, 1}};
   params.out = reinterpret_cast<uint32_t*>(out);
   params.mistake = Mistake(mistake);
   return run_ctas(exchange_kernel, 2, kThreads, 1024 + kBytes, params, 2) ? 0 : 1;

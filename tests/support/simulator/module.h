@@ -27,6 +27,6 @@ struct BlockCall {
 LOWRANK_OPS_EXPORT int simulator_run(const BlockCall* call, const lowrank_ops::simulator::Settings* settings);
 LOWRANK_OPS_EXPORT const char* simulator_report();
 // Writes to `cut` how the planner cuts the call's problem for its kernel on a named GPU: tile_n, tile_h, tile_w,
-// stages, splits, cluster, and the shared memory that a CTA of that GPU can have. Returns why the kernel cannot take it there,
-// or "".
+// stages, splits, cluster, and the shared memory that a CTA of that GPU can have. Returns why the kernel cannot take it
+// there, or "".
 LOWRANK_OPS_EXPORT const char* simulator_plan(const BlockCall* call, const char* gpu, int64_t* cut);
