@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -33,18 +32,14 @@ class Mistake(enum.IntEnum):
     ORDINARY_ACCESS = 10
 
 
-@pytest.fixture(autouse=True)
-def short_patience() -> Iterator[None]:
-    harness.hopper_mutate(short_patience=1)
-    yield
-    harness.hopper_mutate()
-
-
 def exchanged(mistake: Mistake) -> tuple[Tensor, Tensor, str]:
     """The matrix, what lies in shared memory of both CTAs, and the fault."""
     data, output = torch.arange(64 * 64, dtype=torch.int16), torch.zeros(2, 64 * 64, dtype=torch.int16)
-    fault = harness.hopper_selftest(data, output, mistake)
-    return data, output, fault
+    harness.hopper_mutate(short_patience=int(mistake != Mistake.NONE))
+    try:
+        return data, output, harness.hopper_selftest(data, output, mistake)
+    finally:
+        harness.hopper_mutate()
 
 
 def test_copies_reach_both_ctas() -> None:
@@ -91,7 +86,9 @@ def test_a_pair_reads_half_of_the_factors_bytes(kernel: Kernel, name: str) -> No
     alone = replace(pairs, cut=replace(pairs.cut, cluster=1))
     loaded = []
     for case in (alone, pairs):
-        case.assert_right(case.run())
+        result = case.run()
+        assert harness.hopper_fault() == ""
+        case.assert_right(result)
         loaded.append([harness.hopper_loaded(case.call.tensors[name]) for name in ("input", "in_factor", "out_factor")])
     (alone_input, *alone_factors), (pairs_input, *pairs_factors) = loaded
     assert pairs_input == alone_input > 0
