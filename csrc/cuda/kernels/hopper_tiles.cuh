@@ -94,15 +94,9 @@ struct RingReader {
     next.next(ring.slots);
     return at;
   }
-  // Counts the oldest slot as given back, and returns the `empty` barrier that is to be told.
-  LOWRANK_OPS_HOPPER uint32_t give_back() {
-    const uint32_t empty = ring.empty(oldest.slot);
-    oldest.next(ring.slots);
-    return empty;
-  }
   LOWRANK_OPS_HOPPER void release(int lane) {
-    const uint32_t empty = give_back();
-    if (lane == 0) barrier_arrive(empty);
+    if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
+    oldest.next(ring.slots);
   }
 };
 
@@ -127,7 +121,7 @@ struct ClusterPlace {
   }
 };
 
-// Gives back a slot to the CTAs of a cluster, by one lane of a warp for each.
+// Tells the CTAs of a cluster that a warp is done with a slot: one lane for each.
 LOWRANK_OPS_HOPPER void release_to(int ctas, uint32_t empty, int lane) {
   if (lane < ctas) barrier_arrive(empty, lane);
 }
