@@ -98,7 +98,7 @@ def fused_gpu_features(
         bool,
     ],
     arg1: str,
-    arg2: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"],
+    arg2: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(6)"],
     arg3: str,
 ) -> tuple[list[float], bool]: ...
 def get_policy() -> str: ...

@@ -1,13 +1,13 @@
 """Every CUDA kernel that can run a problem, with the planner's cut or with another one.
 
 A cut is the way in which a kernel divides a problem (csrc/plan/gpu/planner.h): images x rows x columns of a tile, slots
-of the ring buffer ("stages" in JSON and in `explain`), splits of the output channels.
+of the ring buffer ("stages" in JSON and in `explain`), splits of the output channels, CTAs of a cluster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,22 +31,25 @@ class Cut:
     splits: int
     predicted_seconds: float | None = None
     """The planner's prediction; None: the cut is not the planner's."""
+    cluster: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {'x'.join(map(str, self.tile))}/{self.stages}/{self.splits}"
+        cluster = f"/{self.cluster}" if self.cluster > 1 else ""
+        return f"{self.kernel} {'x'.join(map(str, self.tile))}/{self.stages}/{self.splits}{cluster}"
 
     def as_json(self) -> dict[str, Any]:
         predicted = None if self.predicted_seconds is None else self.predicted_seconds * 1e6
         return {"kernel": self.kernel, "tile": list(self.tile), "stages": self.stages, "splits": self.splits,
-                "predicted_us": predicted}  # fmt: skip
+                "cluster": self.cluster, "predicted_us": predicted}  # fmt: skip
 
 
 def parse_cut(name: str) -> tuple[str, list[int]]:
-    """The inverse of `Cut.name`: the kernel; images, rows, columns, slots and splits."""
+    """The inverse of `Cut.name`: the kernel; images, rows, columns, slots, splits and CTAs of a cluster."""
     kernel, numbers = name.split(" ")
-    tile, stages, splits = numbers.split("/")
-    return kernel, [*map(int, tile.split("x")), int(stages), int(splits)]
+    tile, *others = numbers.split("/")
+    cluster = [] if len(others) > 2 else [1]
+    return kernel, [*map(int, tile.split("x")), *map(int, others), *cluster]
 
 
 def planned_cuts(problem: peers.Problem, device: str | None = None) -> list[Cut]:
@@ -55,7 +58,14 @@ def planned_cuts(problem: peers.Problem, device: str | None = None) -> list[Cut]
         found = explain(problem, device)
     plans = [plan for plan in (found.chosen, *found.others) if plan["path"] == "fused"]
     return [
-        Cut(plan["kernel"], tuple(plan["tile"]), plan["stages"], plan["splits"], plan["predicted_seconds"])
+        Cut(
+            plan["kernel"],
+            tuple(plan["tile"]),
+            plan["stages"],
+            plan["splits"],
+            plan["predicted_seconds"],
+            plan["cluster"],
+        )
         for plan in sorted(plans, key=lambda plan: float(plan["predicted_seconds"]))
     ]
 
@@ -67,8 +77,11 @@ def hopeful(cuts: Sequence[Cut]) -> list[Cut]:
 
 
 def other_cuts(cut: Cut) -> Iterator[Cut]:
-    """Cuts around a planned one: other numbers of slots, a tile halved along an axis or turned, twice the splits."""
-    if "_sm90a_" in cut.kernel:  # such a kernel has only one cut
+    """Cuts around a planned one: other numbers of slots, a tile halved along an axis or turned, twice the splits. Of
+    Hopper's kernels the tile is fixed, and those of CP and linear layers form clusters or none."""
+    if "_sm90a_" in cut.kernel:
+        if not cut.kernel.startswith("tucker"):
+            yield replace(cut, cluster=3 - cut.cluster, predicted_seconds=None)
         return
     images, rows, columns = cut.tile
     for stages in (2, 3, 4):
@@ -86,7 +99,7 @@ def runner(problem: peers.Problem, cut: Cut) -> Callable[[], Tensor]:
     core = middle[0] if cell.op == "tucker_conv2d" else None
     height, width = middle if cell.op == "cp_conv2d" else (None, None)
     windows = [[cell.stride] * 2, list(cell.paddings), [cell.dilation] * 2]
-    numbers = [*cut.tile, cut.stages, cut.splits]
+    numbers = [*cut.tile, cut.stages, cut.splits, cut.cluster]
     tensors = (problem.input, first, core, height, width, last, problem.bias)
     return lambda: _C.run_gpu_kernel(cut.kernel, numbers, *tensors, windows, "none", None)
 

@@ -79,7 +79,8 @@ def print_entry(entry: dict[str, Any]) -> None:
         cuts = [cut for cut in entry["cuts"] if cut["kernel"] == kernel]
         fastest = min(cuts, key=lambda cut: float(cut["median_us"]))
         for cut in [cut for cut in cuts if cut["predicted_us"] is not None] + [fastest]:
-            words = f"{'x'.join(map(str, cut['tile']))}, {cut['stages']} slots, {cut['splits']} splits"
+            tile = "x".join(map(str, cut["tile"]))
+            words = f"{tile}, {cut['stages']} slots, {cut['splits']} splits, clusters of {cut['cluster']}"
             note = "fastest of " + str(len(cuts)) if cut is fastest else f"planned, {cut['predicted_us']:.1f} predicted"
             print(f"  {cut['median_us']:8.1f} us  {kernel} {words} ({note})")
     for name, figures in entry["peers"].items():

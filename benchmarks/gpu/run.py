@@ -95,14 +95,15 @@ class Bench:
 
 
 def plan_name(explanation: lowrank_ops.Explanation) -> str:
-    """The kernel without its op, its tile (images x rows x columns) and splits; or "chain"."""
+    """The kernel without its op, its tile (images x rows x columns), splits and clusters ("c2"); or "chain"."""
     chosen = explanation.chosen
     if explanation.path != "fused":
         return explanation.path
     name = chosen["kernel"].removeprefix(f"{explanation.op}_")
     tile = "x".join(map(str, chosen.get("tile", ())))
     splits = f"/{chosen['splits']}" if chosen.get("splits", 1) > 1 else ""
-    return f"{name} {tile}{splits}".strip()
+    cluster = f"/c{chosen['cluster']}" if chosen.get("cluster", 1) > 1 else ""
+    return f"{name} {tile}{splits}{cluster}".strip()
 
 
 def predictions(explanation: lowrank_ops.Explanation) -> dict[str, float]:

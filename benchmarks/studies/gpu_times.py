@@ -105,11 +105,16 @@ def _from_json(path: Path) -> list[GpuTimes]:
         found.append(GpuTimes(path.stem, gpu, layout, entry["dtype"], cell_from_json(entry), ways))
     blocks = {str(cell): cell for cell in BLOCKS.values()}
     for entry in content.get("entries", ()):
-        cuts = {Cut(cut["kernel"], tuple(cut["tile"]), cut["stages"], cut["splits"]).name: cut
-                for cut in entry["cuts"]}  # fmt: skip
+        cuts = {_cut_name(cut): cut for cut in entry["cuts"]}
         ways = tuple(_way(name, one) for name, one in {**cuts, **entry["peers"]}.items())
         found.append(GpuTimes(path.stem, gpu, layout, entry["dtype"], blocks[entry["cell"]], ways))
     return found
+
+
+def _cut_name(cut: dict[str, Any]) -> str:
+    """Files of the time before there were clusters do not name them."""
+    tile, cluster = tuple(cut["tile"]), cut.get("cluster", 1)
+    return Cut(cut["kernel"], tile, cut["stages"], cut["splits"], cluster=cluster).name
 
 
 def _way(name: str, one: dict[str, Any]) -> Way:

@@ -17,7 +17,7 @@ namespace lowrank_ops {
 namespace {
 
 using Windows = std::array<std::vector<int64_t>, 3>;  // stride, padding, dilation
-using Cut = std::array<int, 5>;                       // tile_n, tile_h, tile_w, stages, splits
+using Cut = std::array<int, 6>;                       // tile_n, tile_h, tile_w, stages, splits, cluster
 
 // A call and one kernel with a given cut, whatever the planner would take.
 struct PlannedCall {
@@ -31,16 +31,18 @@ const GpuKernel& kernel_named(const char* caller, const std::string& name) {
   return gpu_kernels()[size_t(index)];
 }
 
-// The kernels of sm90a take the planner's cut, with fewer stages at most.
+// The kernels of sm90a take the planner's cut, with fewer stages, other splits of linear layers and other clusters.
 void check_sm90a(const char* caller, const GpuKernel& kernel, const Cut& cut, const Problem& problem) {
   const std::string reason = sm90a_reason(problem, kernel);
   TORCH_CHECK_VALUE(reason.empty(), caller, ": ", kernel.name, " ", reason);
   const Geometry planned = sm90a_cut(problem, kernel);
+  const int splits = problem.op == Op::kLinear ? linear_sm90a_layout(planned).chunks : 1;
+  const int cluster = problem.op == Op::kTucker ? 1 : 2;
   TORCH_CHECK_VALUE(cut[0] == planned.tile_n && cut[1] == planned.rows.tile && cut[2] == planned.columns.tile &&
-                        cut[3] >= 2 && cut[3] <= planned.stages && cut[4] == 1,
+                        cut[3] >= 2 && cut[3] <= planned.stages && cut[4] <= splits && cut[5] <= cluster,
                     caller, ": ", kernel.name, " takes tiles of 1x", planned.rows.tile, "x", planned.columns.tile,
-                    ", 2 to ", planned.stages, " stages and 1 split here, got ", cut[0], "x", cut[1], "x", cut[2], ", ",
-                    cut[3], ", ", cut[4]);
+                    ", 2 to ", planned.stages, " stages, splits up to ", splits, " and clusters up to ", cluster,
+                    " here, got ", cut[0], "x", cut[1], "x", cut[2], ", ", cut[3], ", ", cut[4], ", ", cut[5]);
 }
 
 // `packed`: factors prepared for the call (padded_factors.h), or none.
@@ -51,12 +53,15 @@ PlannedCall plan_call(const char* caller, const GpuKernel& kernel, const Cut& cu
   check(arguments);
   FusedCall call(caller, arguments, packed ? padded_factors_for(*packed, arguments) : nullptr);
   const Problem problem = kernel_problem(call.problem());
-  if (is_sm90a(kernel)) check_sm90a(caller, kernel, cut, problem);
+  if (is_sm90a(kernel))
+    check_sm90a(caller, kernel, cut, problem);
+  else
+    TORCH_CHECK_VALUE(cut[5] == 1, caller, ": ", kernel.name, " forms no clusters: cluster must be 1, got ", cut[5]);
   Plan plan;
   plan.path = Path::kFused;
   plan.kernel = kernel.name;
   plan.gpu_kernel = gpu_kernel_index(kernel.name);
-  plan.geometry = geometry_of(problem, cut[0], cut[1], cut[2], cut[3], cut[4]);
+  plan.geometry = geometry_of(problem, cut[0], cut[1], cut[2], cut[3], cut[4], cut[5]);
   plan.threads = threads_of(kernel);
   plan.ctas = plan.geometry.ctas();
   plan.shared_bytes = layout_of(problem, kernel, plan.geometry).bytes;

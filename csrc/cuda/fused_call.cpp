@@ -207,7 +207,8 @@ std::string FusedCall::failure(const Plan& plan, cudaError_t error) const {
       call_.input.strides(), padded_ ? "; prepared in_factor " : "; in_factor ", call_.in_factor.sizes(),
       ", out_factor ", call_.out_factor.sizes(), ", kernel ", problem_.kh, "x", problem_.kw, ". Plan: ", g.tile_n,
       " images x ", g.rows.tile, "x", g.columns.tile, " pixels a tile, ", g.stages, " stages, ", g.splits, " splits, ",
-      plan.ctas, " CTAs of ", plan.threads, " threads, ", plan.shared_bytes, " bytes of shared memory. ",
+      plan.ctas, " CTAs in clusters of ", g.cluster, ", of ", plan.threads, " threads, ", plan.shared_bytes,
+      " bytes of shared memory. ",
       is_refusal(error) ? ""
                         : "An error of earlier work on this GPU can show here: CUDA_LAUNCH_BLOCKING=1 finds "
                           "where. ",

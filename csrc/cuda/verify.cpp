@@ -170,27 +170,47 @@ struct Trial {
   }
 };
 
+// What a trial's results are compared with: the fp64 result, and the error that they may have.
+struct Expected {
+  Tensor exact;
+  double norm, allowed;
+};
+
+std::string error_of(const FusedCall& call, const Plan& plan, const Expected& expected, bool damaged) {
+  const c10::Device device = call.device();
+  const Tensor output = call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
+  const cudaError_t error = call.launch(plan, output, current_stream(device));
+  if (error != cudaSuccess) return "its launch failed: " + describe(error);
+  if (damaged) output.select(1, 0).zero_();
+  const double difference = (output.cpu().to(at::kDouble) - expected.exact).norm().item<double>();
+  if (difference <= expected.allowed) return "";  // false for NaN
+  std::ostringstream message;
+  message << "its result";
+  if (plan.geometry.cluster > 1) message << " in clusters of " << plan.geometry.cluster << " CTAs";
+  message << " is off by " << difference / expected.norm << " of the norm, allowed is "
+          << expected.allowed / expected.norm;
+  return message.str();
+}
+
 std::string error_of(c10::Device device, const GpuKernel& kernel, const Trial& trial, bool tf32, bool damaged) {
   const TrialTensors tensors = trial.on(device);
   const FusedCall call("verify", trial.call(tensors, trial.activation));
   Problem problem = call.problem();
   problem.tf32 = tf32;
-  GpuCandidate candidate = plan_kernel(problem, kernel, gpu_caps(device));
+  const GpuCaps& caps = gpu_caps(device);
+  GpuCandidate candidate = plan_kernel(problem, kernel, caps);
   if (!candidate.reason.empty()) return candidate.reason;
-  candidate.plan.geometry.most_ctas = 2;  // several tiles each
-  const Tensor output = call.empty_output().fill_(std::numeric_limits<double>::quiet_NaN());
-  const cudaError_t error = call.launch(candidate.plan, output, current_stream(device));
-  if (error != cudaSuccess) return "its launch failed: " + describe(error);
-
-  if (damaged) output.select(1, 0).zero_();
-  const Tensor exact = trial.reference(), found = output.cpu().to(at::kDouble);
-  const double norm = exact.norm().item<double>(), difference = (found - exact).norm().item<double>();
-  const double magnitude = trial.magnitude().norm().item<double>();
-  const double allowed = allowed_error(problem.dtype, tf32, norm, magnitude);
-  if (difference <= allowed) return "";  // false for NaN
-  std::ostringstream message;
-  message << "its result is off by " << difference / norm << " of the norm, allowed is " << allowed / norm;
-  return message.str();
+  const Tensor exact = trial.reference();
+  const double norm = exact.norm().item<double>(), magnitude = trial.magnitude().norm().item<double>();
+  const Expected expected{exact, norm, allowed_error(problem.dtype, tf32, norm, magnitude)};
+  // Another call's plan may form clusters of CTAs where this one forms none, and the other way round.
+  Geometry& cut = candidate.plan.geometry;
+  cut.most_ctas = 2;  // of the persistent kernel: several tiles each
+  const int most = sm90a_most_cluster(kernel, cut.tiles(), caps);
+  std::string error;
+  for (cut.cluster = 1; cut.cluster <= most && error.empty(); ++cut.cluster)
+    error = error_of(call, candidate.plan, expected, damaged);
+  return error;
 }
 
 }  // namespace

@@ -123,12 +123,14 @@ struct Geometry {
   int stages = 2;     // slots of the ring buffer, 2 to kMaxStages (sm90a kernels: as <op>_sm90a.h says)
   int splits = 1;     // CTAs that share a tile's pixels, each with T / splits output channels
   int most_ctas = 0;  // of a persistent kernel of sm80, so that a few tiles are several per CTA (0: no limit)
+  // CTAs of a cluster, which compute neighbouring tiles and copy the factors for each other (sm90a): 1 or 2.
+  int cluster = 1;
 
   LOWRANK_OPS_BOTH constexpr int halo() const { return tile_n * rows.halo() * columns.halo(); }
   LOWRANK_OPS_BOTH constexpr int pixels() const { return tile_n * rows.tile * columns.tile; }
   LOWRANK_OPS_BOTH constexpr int taps() const { return rows.kernel * columns.kernel; }
   LOWRANK_OPS_BOTH constexpr int64_t tiles() const { return ceil_div(n, tile_n) * rows.tiles() * columns.tiles(); }
-  LOWRANK_OPS_BOTH constexpr int64_t ctas() const { return tiles() * splits; }
+  LOWRANK_OPS_BOTH constexpr int64_t ctas() const { return round_up(tiles(), cluster) * splits; }
 };
 
 // Offsets into a CTA's shared memory, in bytes, and the sizes of the chunks that stream through it. A row of `bytes`

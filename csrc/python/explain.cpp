@@ -30,6 +30,7 @@ void describe_gpu(py::dict& result, const Plan& plan) {
   result["tile"] = std::vector<int>{g.tile_n, g.rows.tile, g.columns.tile};
   result["stages"] = g.stages;
   result["splits"] = g.splits;
+  result["cluster"] = g.cluster;
   result["threads"] = plan.threads;
   result["ctas"] = plan.ctas;
   result["waves"] = plan.waves;

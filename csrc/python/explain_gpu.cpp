@@ -26,7 +26,7 @@ const GpuKernel& kernel_named(const char* caller, const std::string& name) {
   return gpu_kernels()[size_t(index)];
 }
 
-// A cut as numbers: images, height and width of a tile, then in some functions stages and splits.
+// A cut as numbers: images, height and width of a tile, then in some functions stages, splits and CTAs of a cluster.
 template <size_t count>
 void check_cut(const char* caller, const std::array<int, count>& cut) {
   TORCH_CHECK_VALUE(*std::min_element(cut.begin(), cut.end()) >= 1, caller,
@@ -110,16 +110,16 @@ py::dict plan_gpu_kernel(const Described& described, const std::string& kernel, 
   return result;
 }
 
-// The counts of the cost model for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits), and whether its
-// lean variant runs. chain_gpu_features() has the counts for the chain.
+// The counts of the cost model for a kernel with a given cut (tile_n, tile_h, tile_w, stages, splits, cluster), and
+// whether its lean variant runs. chain_gpu_features() has the counts for the chain.
 std::pair<std::vector<double>, bool> fused_gpu_features(const Described& described, const std::string& kernel_name,
-                                                        std::array<int, 5> cut, const std::string& gpu) {
+                                                        std::array<int, 6> cut, const std::string& gpu) {
   const Problem p = problem_of(described);
   const GpuKernel& kernel = kernel_named("fused_gpu_features", kernel_name);
   check_op("fused_gpu_features", kernel, p);
   check_sizes("fused_gpu_features", p);
   check_cut("fused_gpu_features", cut);
-  const Geometry g = geometry_of(p, cut[0], cut[1], cut[2], cut[3], cut[4]);
+  const Geometry g = geometry_of(p, cut[0], cut[1], cut[2], cut[3], cut[4], cut[5]);
   const FusedFeatures found =
       fused_features(p, kernel, g, layout_of(p, kernel, g), gpu_named("fused_gpu_features", gpu));
   return {{found.begin(), found.end()}, is_lean(p, kernel)};

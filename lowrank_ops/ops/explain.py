@@ -34,8 +34,8 @@ class Explanation:
         chosen: the plan: kernel, tile, FLOPs, bytes, predicted seconds (0: no figure), the seconds that the policy
             "measure" has measured for this problem (`measured_seconds`; absent: none), notes; on a CPU scratch bytes a
             thread, strips (tasks along the height of an image) and team (threads that share each stage of a task; 1:
-            every thread has tasks of its own), on a GPU images x height x width of a tile, stages, splits, threads,
-            CTAs, waves, shared bytes.
+            every thread has tasks of its own), on a GPU images x height x width of a tile, stages, splits, CTAs of a
+            cluster, threads, CTAs, waves, shared bytes.
         others: the plans not taken.
         rejections: (kernel, reason) for each of them.
     """
@@ -126,6 +126,7 @@ _GPU_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tile": lambda plan: "x".join(map(str, plan["tile"])),  # images, height, width
     "stages": lambda plan: str(plan["stages"]),
     "splits": lambda plan: str(plan["splits"]),
+    "cluster": lambda plan: str(plan["cluster"]),
     "threads": lambda plan: str(plan["threads"]),
     "CTAs": lambda plan: str(plan["ctas"]),
     "waves": lambda plan: f"{plan['waves']:.2f}",

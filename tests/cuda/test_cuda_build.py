@@ -86,8 +86,9 @@ BOX = 8 * COPY
 # Not reached: with several planes the wide Tucker kernel's copying thread finds a plane's tensor map and taps for each
 # box of the input. It has the time: a box is 13 KiB.
 WIDE_PLANES_BOX = 64.0
-# Not reached: the linear kernel's loop over chunks of output loads the bias from global memory.
-LINEAR_VECTOR = 57.0
+# Not reached: the linear kernel's loop over chunks of output loads the bias from global memory, and gives slots back to
+# the CTAs of a cluster.
+LINEAR_VECTOR = 58.0
 # Per multiply-add of CP's depthwise stage in sm90a: 3 + 3 taps, two ranks and two pixels per lane.
 MULTIPLY_ADD = 2.3
 

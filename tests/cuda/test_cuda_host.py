@@ -42,7 +42,7 @@ def described(call: Call, packed: Tensor | None = None) -> dict[str, Any]:
     problem, cut = call.problem, CUTS[call.problem.op]
     tensors = [call.tensors.get(name) for name in ("input", *FACTORS, "bias")]
     windows = [list(problem.stride), list(problem.padding), list(problem.dilation)]
-    numbers = [cut.n, cut.h, cut.w, cut.stages, cut.splits]
+    numbers = [cut.n, cut.h, cut.w, cut.stages, cut.splits, cut.cluster]
     _, name = kernel_for(problem.op)
     found: dict[str, Any] = _C.describe_launch(name, numbers, *tensors, windows, problem.activation, packed)
     return found

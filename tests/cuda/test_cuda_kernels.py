@@ -180,7 +180,7 @@ def launch(case: Case) -> Tensor:
     order = ("input", "in_factor", "core", "height_factor", "width_factor", "out_factor", "bias")
     tensors = [on_gpu(case.call.tensors.get(name)) for name in order]
     windows = [list(problem.stride), list(problem.padding), list(problem.dilation)]
-    numbers = [cut.n, cut.h, cut.w, cut.stages, cut.splits]
+    numbers = [cut.n, cut.h, cut.w, cut.stages, cut.splits, cut.cluster]
     output: Tensor = _C.launch_gpu_kernel(name, numbers, *tensors, windows, problem.activation, None)
     return output
 

@@ -280,8 +280,8 @@ def test_cuts_are_checked() -> None:
     with pytest.raises(ValueError, match="gpu_tiles: channels and ranks must be at most"):
         _C.gpu_tiles(Problem(s=2**32).described(), [1, 8, 8])
     with pytest.raises(ValueError, match="fused_gpu_features: each number of the cut must be at least 1"):
-        _C.fused_gpu_features(described, "tucker_conv2d_sm80_128x64", [1, 8, 8, 2, 0], "A100")
-    for function, more in ((_C.plan_gpu_kernel, ()), (_C.fused_gpu_features, ([1, 8, 8, 2, 1],))):
+        _C.fused_gpu_features(described, "tucker_conv2d_sm80_128x64", [1, 8, 8, 2, 0, 1], "A100")
+    for function, more in ((_C.plan_gpu_kernel, ()), (_C.fused_gpu_features, ([1, 8, 8, 2, 1, 1],))):
         with pytest.raises(ValueError, match="the kernel must be one of tucker_conv2d, got lowrank_linear_sm80_128x64"):
             function(described, "lowrank_linear_sm80_128x64", *more, "A100")
 
@@ -359,9 +359,28 @@ def test_a_linear_layer_of_few_rows_is_split_over_ctas_of_hopper() -> None:
     many = plan(replace(sizes, n=32768), kernel, "H200")
     assert (many["splits"], many["ctas"], many["waves"]) == (1, 132, 2)
     one = plan(replace(sizes, n=1, t=8), kernel, "H200")
-    assert (one["splits"], one["ctas"]) == (1, 1)
+    assert (one["splits"], one["ctas"], one["cluster"]) == (1, 1, 1)
     slots = {rank: plan(replace(sizes, r1=rank), kernel, "H200")["stages"] for rank in (8, 64, 72, 128, 136, 256)}
     assert slots == {8: 8, 64: 8, 72: 6, 128: 6, 136: 4, 256: 4}
+
+
+def test_pairs_of_ctas_of_hopper_share_the_copies_of_the_factors() -> None:
+    """Half of the factors' bytes count; in CP's kernel no bytes of theirs count, so it stays without clusters."""
+    kernel = "lowrank_linear_sm90a_128x256"
+    sizes = Problem("lowrank_linear", n=4096, s=4096, t=4096, r1=256)
+    pairs = plan(sizes, kernel, "H200")
+    assert (pairs["cluster"], pairs["splits"], pairs["ctas"]) == (2, 4, 128)
+    assert any("clusters of 2 CTAs copy the factors for each other" in note for note in pairs["notes"])
+    chunks, waits = 1, 8  # features: cost.h
+    cut = [*pairs["tile"], pairs["stages"], pairs["splits"]]
+    features = {n: _C.fused_gpu_features(sizes.described(), kernel, [*cut, n], "H200")[0] for n in (1, 2)}
+    kib = {1: (16 + 32) * (64 + 16), 2: (16 + 16) * (64 + 16)}  # per slice and chunk: input or output, a block
+    assert features[1][chunks] / features[2][chunks] == pytest.approx(kib[1] / kib[2])
+    assert features[1][waits] == features[2][waits] and features[2] == pairs["features"]
+    odd = plan(replace(sizes, n=128 * 3), kernel, "H200")
+    assert odd["ctas"] % odd["cluster"] == 0 and odd["ctas"] == (4 if odd["cluster"] == 2 else 3) * odd["splits"]
+    cp = plan(Problem("cp_conv2d", n=32, s=256, t=256, h=56, w=56, r1=256), "cp_conv2d_sm90a_112x64", "H200")
+    assert cp["cluster"] == 1
 
 
 @pytest.mark.parametrize(

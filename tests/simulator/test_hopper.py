@@ -32,7 +32,11 @@ def test_slots_are_as_many_as_fit() -> None:
     assert slots == {TUCKER: 3, CP: 3, WIDE: 4, LINEAR: 4}
 
 
-MUCH, STRIDE = "much of everything", "stride, much of everything"
+MUCH, STRIDE, PAIRS = "much of everything", "stride, much of everything", "pairs, much of everything"
+# Of clusters: barrier 1 of the cluster is the first, barrier 2 the last.
+CLUSTERS = ("skip_cluster_barrier 1", "skip_cluster_barrier 2", "skip_init_fence", "single_count", "skip_remote_arrive",
+            "wrong_mask", "half_expect")  # fmt: skip
+ENDLESS = {"short_expect", "half_expect", "single_count", "skip_remote_arrive", "wrong_mask"}  # waits, perhaps
 MUTATIONS = [
     *((kernel, MUCH, name) for kernel in KERNELS for name in ("early_release", "short_expect")),
     *((kernel, MUCH, name) for kernel in (TUCKER, WIDE, LINEAR) for name in ("skip_fence_proxy", "skip_store_wait")),
@@ -41,6 +45,7 @@ MUTATIONS = [
     *((CP, STRIDE, name) for name in ("early_release", "short_expect", "skip_both_barrier")),
     *((kernel, STRIDE, f"skip_group_barrier {number}") for kernel in (TUCKER, WIDE) for number in (1, 2)),
     (CP, MUCH, "skip_both_barrier"),
+    *((kernel, PAIRS, name) for kernel in (CP, LINEAR) for name in (*CLUSTERS, "early_release", "short_expect")),
 ]
 
 
@@ -49,12 +54,14 @@ def test_a_broken_kernel_is_noticed(kernel: Kernel, name: str, mutation: str) ->
     """Either the emulator reports a fault, or the result is wrong."""
     case = hopper_case(kernel, name, torch.bfloat16)
     way, _, number = mutation.partition(" ")
-    harness.hopper_mutate(**{way: int(number or 1)})
+    harness.hopper_mutate(**{way: int(number or 1)}, short_patience=int(way in ENDLESS))
     try:
         result = run(case)
     finally:
         harness.hopper_mutate()
     assert mutation != "skip_fence_proxy" or "without fence.proxy.async" in result.error
+    assert mutation != "skip_cluster_barrier 2" or "is used after it has ended" in result.error
+    assert mutation != "skip_init_fence" or "before the barrier of the cluster" in result.error
     if not result.error:
         with pytest.raises(AssertionError):
             case.assert_right(result)

@@ -7,8 +7,8 @@ cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, 
   hopper::CpParams to{};
   if (config != kSm90aCpConfig || !is_half_precision(dtype) || !hopper::cp_params(to, params, dtype))
     return cudaErrorInvalidValue;
-  return launch_persistent(hopper::cp_kernel(to, dtype), to.tiles.count, CpSm90a::kThreads, to.layout.bytes, stream,
-                           to);
+  return launch_persistent(hopper::cp_kernel(to, dtype), to.tiles.count, CpSm90a::kThreads, to.layout.bytes, stream, to,
+                           to.cluster);
 }
 
 }  // namespace lowrank_ops

@@ -15,6 +15,10 @@
 // hidden pixels of both warpgroups, so both meet at a barrier before it. While it runs, the tensor cores compute stage
 // 1 of the next part and stage 3 of the part before.
 //
+// With clusters of two CTAs (`cluster`) both compute neighbouring tiles at the same time. Each copies half of the rows
+// of every part of a factor, into the rings of both; the input's slices are each CTA's own. Where the number of tiles
+// is odd the last cluster has one tile beyond the images: its input is zeros, and nothing of it is stored.
+//
 // With a dilation a tile's pixels lie some steps apart, on a lattice of the output, and so does their halo in the input
 // (plan/gpu/planes.h). With a stride of 2 along an axis a tile has half as many pixels along it, so that its halo fits
 // into the same shared memory: 7x8, 14x4 or 8x4 pixels, whose halo has 15x10, 16x9 or 17x9. The hidden tile keeps its
@@ -37,10 +41,13 @@
 //
 // Barriers:
 //
-//   full[slot]          a part has arrived in the slot of the ring
-//   empty[slot]         all 8 warps are done with the part in the slot
+//   full[slot]          a part has arrived in the slot of the ring, from both CTAs of a cluster
+//   empty[slot]         all 8 warps of every CTA of the cluster are done with the part in the slot
 //   slice_full[slice]   a slice of the tile's input has arrived
 //   input_free          all 8 warps have finished their last stage 1 of the tile
+//
+// A cluster's CTAs meet behind the initialization of the barriers, and at the end: none leaves while another may still
+// copy to it or arrive at its barriers.
 #pragma once
 
 #include "cuda/kernels/cp_sm90a_depthwise.cuh"
@@ -51,15 +58,16 @@ namespace lowrank_ops::hopper {
 
 struct CpParams {
   CUtensorMap input[kMostPlanes];  // [N, H, W, S] of a residue class, boxes of a halo x 64 channels
-  CUtensorMap in_factor;           // [R, S], boxes 64 x 64
-  CUtensorMap out_factor;          // [T, R], boxes of 64 rows in another order (cp_sm90a_launch.cuh)
+  CUtensorMap in_factor;           // [R, S], boxes of a CTA's share of 64 rows, x 64
+  CUtensorMap out_factor;          // [T, R], the same, the rows in another order (cp_sm90a_launch.cuh)
   const uint16_t *down, *across;   // [R, 3], with the strides below, in elements
   int64_t down_rank, down_tap, across_rank, across_tap;
   const uint16_t* bias;  // [T] or null
   uint16_t* output;      // [N, OH, OW, T], dense
   CpSm90a layout;
   Tiles tiles;
-  int t, r, height, width;  // T, R, and the size of the output
+  int cluster;                 // CTAs of a cluster: 1 or 2. `tiles.count` is a multiple of it
+  int t, r, n, height, width;  // T, R, and the size of the output
   struct {
     int y, x;
   } shift[kMostPlanes];    // per class: the pixel of its plane that its first output reads first
@@ -79,10 +87,10 @@ struct CpBarriers {
   LOWRANK_OPS_HOPPER uint32_t slice_full(int slice) const { return at(2 * kMaxStages + slice); }
   LOWRANK_OPS_HOPPER uint32_t input_free() const { return at(2 * kMaxStages + kMostSlices); }
 
-  LOWRANK_OPS_HOPPER void init(const CpSm90a& layout) const {
+  LOWRANK_OPS_HOPPER void init(const CpSm90a& layout, int cluster) const {
     for (int i = 0; i < layout.slots; ++i) {
       barrier_init(full(i), 1);
-      barrier_init(empty(i), 8);  // the warps of both groups
+      barrier_init(empty(i), 8 * cluster);  // the warps of both groups
     }
     for (int i = 0; i < layout.slices; ++i) barrier_init(slice_full(i), 1);
     barrier_init(input_free(), 8);
@@ -101,6 +109,7 @@ LOWRANK_OPS_HOPPER uint32_t bias_place(uint32_t base, const CpSm90a& l, int chan
 template <bool plain>
 struct CpProducer {
   const CpParams& p;
+  ClusterPlace cluster;
   uint32_t base;
   CpBarriers barriers;
   RingPlace ring;
@@ -110,11 +119,15 @@ struct CpProducer {
     wait_phase(barriers.empty(ring.slot), ring.parity ^ 1);
     const int blocks = in ? p.layout.slices : p.layout.channels / CpSm90a::kSlice;
     barrier_expect(full, uint32_t(blocks * CpSm90a::kBlockBytes));
+    const int first = cluster.first_of(CpSm90a::kSlice);
+#pragma unroll 2
     for (int b = 0; b < blocks; ++b) {
+      const uint32_t share = to + b * CpSm90a::kBlockBytes + first * CpSm90a::kRowBytes;
+      const int column = (in ? b : part) * CpSm90a::kSlice;
       if (in)
-        load_box(to + b * CpSm90a::kBlockBytes, &p.in_factor, full, b * CpSm90a::kSlice, part * CpSm90a::kSlice);
+        cluster.load(share, &p.in_factor, full, column, part * CpSm90a::kSlice + first);
       else
-        load_box(to + b * CpSm90a::kBlockBytes, &p.out_factor, full, part * CpSm90a::kSlice, 0, 0, 0, b * 2);
+        cluster.load(share, &p.out_factor, full, column, 0, 0, 0, b * 2 + cluster.rank);
     }
     ring.next(p.layout.slots);
   }
@@ -180,7 +193,7 @@ struct CpGroup {
     return at;
   }
   LOWRANK_OPS_HOPPER void release_part() {
-    if (lane == 0) barrier_arrive(barriers.empty(done.slot));
+    release_to(p.cluster, barriers.empty(done.slot), lane);
     done.next(p.layout.slots);
   }
 
@@ -283,7 +296,7 @@ struct CpGroup {
   LOWRANK_OPS_HOPPER void store(const float (&sums)[channels / 2], const ClassPlace& place) {
     const int step_y = plain ? 1 : p.tiles.classes_h.divisor, step_x = plain ? 1 : p.tiles.classes_w.divisor;
     const int y = (place.at.y + row) * step_y + place.class_y, x = (place.at.x + lane / 4) * step_x + place.class_x;
-    if (!inside || x >= p.width || (!plain && lane / 4 >= p.tiles.width)) return;
+    if (!inside || place.at.n >= p.n || x >= p.width || (!plain && lane / 4 >= p.tiles.width)) return;
     uint16_t* const pixel = p.output + ((int64_t(place.at.n) * p.height + y) * p.width + x) * p.t + lane % 4 * 8;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
@@ -366,16 +379,19 @@ __global__ void __launch_bounds__(CpSm90a::kThreads, 1) cp_sm90a_kernel(const __
   const uint32_t base = shared_base();
   const CpBarriers barriers{base + params.layout.hidden + CpSm90a::kRowBytes};
   const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
-  if (threadIdx.x == 0) barriers.init(params.layout);
+  if (threadIdx.x == 0) barriers.init(params.layout, params.cluster);
   store_constants<half>(params, base);
   __syncthreads();
+  cluster_barrier();
   if (warp >= 8) {
     give_registers<kProducerRegisters>();
-    if (warp == 8 && lane == 0) CpProducer<plain>{params, base, barriers, {}}.run();
+    const ClusterPlace cluster{cluster_rank(), params.cluster};
+    if (warp == 8 && lane == 0) CpProducer<plain>{params, cluster, base, barriers, {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
     CpGroup<half, channels, slices, plain>(params, base, barriers, warp, lane).run();
   }
+  cluster_barrier();
 }
 
 }  // namespace lowrank_ops::hopper

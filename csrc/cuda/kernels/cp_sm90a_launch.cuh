@@ -29,8 +29,11 @@ inline bool cp_params(CpParams& to, const BlockParams& block, DType dtype) {
   to.bias = static_cast<const uint16_t*>(block.bias);
   to.output = static_cast<uint16_t*>(block.output);
   to.tiles = tiles_of(g);
+  to.tiles.count = int(g.ctas());
+  to.cluster = g.cluster;
   to.t = g.t;
   to.r = g.r1;
+  to.n = g.n;
   to.height = g.rows.out;
   to.width = g.columns.out;
   to.stride_h = g.rows.stride;
@@ -41,14 +44,15 @@ inline bool cp_params(CpParams& to, const BlockParams& block, DType dtype) {
   for (int residue = 0; residue < to.tiles.classes(); ++residue)
     if (!add_class(to, block, dtype, residue)) return false;
   const int64_t first = block.in_factor.row_stride, last = block.out_factor.row_stride;
-  return encode(to.in_factor, {block.in_factor.data, 2, {g.s, g.r1}, {1, first}, {L::kSlice, L::kSlice}}, dtype) &&
+  return encode(to.in_factor, {block.in_factor.data, 2, {g.s, g.r1}, {1, first}, {L::kSlice, L::kSlice / g.cluster}},
+                dtype) &&
          // Row 32 b + 8 j + 2 q + e of shared memory is row 32 b + 8 q + 2 j + e of out_factor: axes e, q, j, b.
          encode(to.out_factor,
                 {block.out_factor.data,
                  5,
                  {g.r1, 2, 4, 4, g.t / 32},
                  {1, last, 8 * last, 2 * last, 32 * last},
-                 {L::kSlice, 2, 4, 4, 2}},
+                 {L::kSlice, 2, 4, 4, 2 / g.cluster}},
                 dtype);
 }
 

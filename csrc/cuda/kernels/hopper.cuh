@@ -2,8 +2,8 @@
 // tensors) and wgmma (the products of a warpgroup, 128 threads). Under g++ the same functions come from
 // tests/support/simulator/emulator.h, which runs the kernels on a CPU.
 //
-// Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix
-// Instructions".
+// Sources: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "mapa", "barrier.cluster", "Asynchronous Warpgroup
+// Level Matrix Instructions".
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ LOWRANK_OPS_HOPPER uint32_t shared_base() {
 LOWRANK_OPS_HOPPER void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// To be called after barrier_init, before other threads or TMA use the barriers.
+// To be called after barrier_init, before other threads, other CTAs of the cluster or TMA use the barriers.
 LOWRANK_OPS_HOPPER void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -54,6 +54,28 @@ LOWRANK_OPS_HOPPER void wait_phase(uint32_t barrier, uint32_t parity) {
       "@!done bra again;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+// Arrives at the barrier that lies at this place in the shared memory of a CTA of the cluster, the own one or another.
+// It orders no writes of the thread (`.release.cluster` would, by a fence of all memory in every call): it gives back
+// what wgmma has read.
+LOWRANK_OPS_HOPPER void barrier_arrive(uint32_t barrier, int cta) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(cta)
+      : "memory");
+}
+// The number of this CTA in its cluster.
+LOWRANK_OPS_HOPPER int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+// A barrier of all threads of the cluster's CTAs. It orders no writes but those that barrier_init_done publishes. In a
+// launch without clusters a CTA is a cluster of its own.
+LOWRANK_OPS_HOPPER void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 // A barrier of the 128 threads of a warpgroup.
 LOWRANK_OPS_HOPPER void group_barrier(int group) {
@@ -92,6 +114,24 @@ LOWRANK_OPS_HOPPER void load_box(uint32_t shared, const CUtensorMap* map, uint32
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
       "l"(map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e)
+      : "memory");
+}
+// The same into several CTAs of the cluster (one bit each), at the same place in the shared memory of each. The bytes
+// are counted at the barrier at the same place of each.
+LOWRANK_OPS_HOPPER void multicast_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint16_t ctas, int a,
+                                      int b) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared),
+      "l"(map), "r"(barrier), "h"(ctas), "r"(a), "r"(b)
+      : "memory");
+}
+LOWRANK_OPS_HOPPER void multicast_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint16_t ctas, int a,
+                                      int b, int c, int d, int e) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(shared),
+      "l"(map), "r"(barrier), "h"(ctas), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e)
       : "memory");
 }
 LOWRANK_OPS_HOPPER void store_box(const CUtensorMap* map, uint32_t shared, int a, int b, int c, int d) {

@@ -67,6 +67,7 @@ struct Ring {
   LOWRANK_OPS_HOPPER uint32_t empty(int slot) const { return barriers + slot * 16 + 8; }
   LOWRANK_OPS_HOPPER uint32_t at(int slot) const { return data + slot * slot_bytes; }
 
+  // `readers`: warps that give slots back, of all CTAs of a cluster.
   LOWRANK_OPS_HOPPER void init(int readers) const {
     for (int slot = 0; slot < slots; ++slot) {
       barrier_init(full(slot), 1);
@@ -98,5 +99,31 @@ struct RingReader {
     oldest.next(ring.slots);
   }
 };
+
+// ---- Clusters of CTAs, which work on neighbouring tiles and need the same parts of the factors at the same time. Each
+// CTA loads its share of a part's rows into the shared memory of all. So a slot holds what all have loaded, and may be
+// overwritten when the readers of all CTAs have given it back to all.
+
+// A CTA's place in its cluster, of two CTAs. Without clusters: 0 of 1.
+struct ClusterPlace {
+  int rank, ctas;
+
+  // The first row of this CTA's share.
+  LOWRANK_OPS_HOPPER int first_of(int rows) const { return rank * (rows / 2); }
+  // Loads a box of this CTA's share: `coordinates` are the share's. Its place in shared memory and `full` are those of
+  // every CTA.
+  template <typename... Coordinates>
+  LOWRANK_OPS_HOPPER void load(uint32_t to, const CUtensorMap* map, uint32_t full, Coordinates... coordinates) const {
+    if (ctas == 1)
+      load_box(to, map, full, coordinates...);
+    else
+      multicast_box(to, map, full, uint16_t((1 << ctas) - 1), coordinates...);
+  }
+};
+
+// Tells the CTAs of a cluster that a warp is done with a slot: one lane for each.
+LOWRANK_OPS_HOPPER void release_to(int ctas, uint32_t empty, int lane) {
+  if (lane < ctas) barrier_arrive(empty, lane);
+}
 
 }  // namespace lowrank_ops::hopper

@@ -1,4 +1,4 @@
-// Launches an sm90a kernel: persistent CTAs, at most one per multiprocessor.
+// Launches an sm90a kernel: persistent CTAs, at most one per multiprocessor, in clusters of `cluster`.
 #pragma once
 
 #include "cuda/kernels/primitives.cuh"
@@ -8,12 +8,13 @@ namespace lowrank_ops {
 
 template <typename Params>
 cudaError_t launch_persistent(void (*kernel)(Params), int tiles, int threads, int shared_bytes, cudaStream_t stream,
-                              const Params& params) {
+                              const Params& params, int cluster = 1) {
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  return launch(kernel, least(tiles, multiprocessors), threads, shared_bytes, stream, params);
+  const int ctas = least(tiles, multiprocessors / cluster * cluster);
+  return launch(kernel, ctas, threads, shared_bytes, stream, params, cluster);
 }
 
 inline bool is_half_precision(DType dtype) {

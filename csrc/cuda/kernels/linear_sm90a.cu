@@ -8,7 +8,7 @@ cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int conf
   if (config != kSm90aLinearConfig || !is_half_precision(dtype) || !hopper::linear_params(to, params, dtype))
     return cudaErrorInvalidValue;
   return launch_persistent(hopper::linear_kernel(to.layout, dtype), to.items, LinearSm90a::kThreads, to.layout.bytes,
-                           stream, to);
+                           stream, to, to.cluster.divisor);
 }
 
 }  // namespace lowrank_ops

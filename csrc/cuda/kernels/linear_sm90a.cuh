@@ -15,6 +15,15 @@
 //   for each slice of S    input [128 rows][64 channels], in_factor [R, padded to 64, 128 or 256][64 channels]
 //   for each chunk of T    out_factor, parts of R [64 channels][64 ranks]
 //
+// With clusters of two CTAs (`cluster`) both compute neighbouring tiles and the same share of the output channels, at
+// the same time. Each copies half of the rows of every part of a factor, into both:
+//
+//   in_factor, out_factor --> CTA 0 copies the first half of the rows  --> slot of CTA 0 and slot of CTA 1
+//                             CTA 1 copies the second half of the rows --> slot of CTA 0 and slot of CTA 1
+//   input                 --> each CTA copies its own tile's
+//
+// Where the number of tiles is odd the last cluster has one tile beyond the rows: zeros, of which nothing is stored.
+//
 // All matrices have rows of 128 bytes in the 128-byte swizzle. Elements outside of a tensor (rows, channels, ranks)
 // arrive as zeros and are not stored: the last tile may have any number of rows.
 //
@@ -25,8 +34,11 @@
 //
 // Barriers, two per slot (from whom -> to whom):
 //
-//   full     its contents have arrived                     producer -> both groups
-//   empty    the 8 warps of both groups are done with it   both groups -> producer
+//   full     its contents have arrived, from both producers of a cluster   producers -> both groups
+//   empty    the 8 warps of both groups of every CTA are done with it      groups of all CTAs -> producer of each
+//
+// A cluster's CTAs meet behind the initialization of the barriers, and at the end: none leaves while another may still
+// copy to it or arrive at its barriers.
 #pragma once
 
 #include "cuda/kernels/hopper_tucker.cuh"  // stage_chunk
@@ -36,22 +48,25 @@ namespace lowrank_ops::hopper {
 
 struct LinearParams {
   CUtensorMap input;       // [rows, S], boxes 128 x 64
-  CUtensorMap in_factor;   // [R, S], boxes of all ranks, padded, x 64
-  CUtensorMap out_factor;  // [T, R], boxes 64 x 64
+  CUtensorMap in_factor;   // [R, S], boxes of a CTA's share of all ranks, padded, x 64
+  CUtensorMap out_factor;  // [T, R], boxes of a CTA's share of 64 rows, x 64
   CUtensorMap output;      // [1, 1, rows, T], boxes 64 rows x 64
   const uint32_t* bias;    // [T / 2] pairs of channels, or null
   LinearSm90a layout;
-  Divider splits;
-  int items, t, share;  // items; output channels; chunks of them per item (the last split may have fewer)
+  Divider splits, cluster;  // cluster: the CTAs of one
+  int items, t, share;      // items; output channels; chunks of them per item (the last split may have fewer)
   Activation activation;
 };
 
-// The first row of an item, and its chunks of output channels: `chunk` to `end` - 1.
+// The first row of an item, and its chunks of output channels: `chunk` to `end` - 1. The items of a cluster's CTAs are
+// neighbours: they have the same chunks.
 struct LinearItem {
   int row, chunk, end;
 };
 LOWRANK_OPS_HOPPER LinearItem linear_item(const LinearParams& p, int item) {
-  const int tile = p.splits.quotient(item), chunk = (item - tile * p.splits.divisor) * p.share;
+  const int of_cluster = p.cluster.quotient(item), first = p.splits.quotient(of_cluster);
+  const int tile = first * p.cluster.divisor + item - of_cluster * p.cluster.divisor;
+  const int chunk = (of_cluster - first * p.splits.divisor) * p.share;
   return {tile * LinearSm90a::kRows, chunk, least(chunk + p.share, p.layout.chunks)};
 }
 
@@ -64,12 +79,14 @@ static_assert(LinearSm90a::kMostSlots * 16 <= LinearSm90a::kBarrierBytes, "barri
 
 struct LinearProducer {
   const LinearParams& p;
+  ClusterPlace cluster;
   Ring ring;
   RingPlace place;
 
   LOWRANK_OPS_HOPPER void run() {
     using L = LinearSm90a;
     const int block = p.layout.block_bytes();
+    const int first_rank = cluster.first_of(p.layout.parts * L::kSlice), first = cluster.first_of(L::kSlice);
 #pragma unroll 1
     for (int number = int(blockIdx.x); number < p.items; number += int(gridDim.x)) {
       const LinearItem item = linear_item(p, number);
@@ -78,14 +95,16 @@ struct LinearProducer {
         const uint32_t to = ring.at(place.slot), full = ring.full(place.slot);
         open_slot(ring, place, L::kInputBytes + block);
         load_box(to, &p.input, full, s * L::kSlice, item.row);
-        load_box(to + L::kInputBytes, &p.in_factor, full, s * L::kSlice, 0);
+        cluster.load(to + L::kInputBytes + first_rank * L::kRowBytes, &p.in_factor, full, s * L::kSlice, first_rank);
       }
 #pragma unroll 1
       for (int chunk = item.chunk; chunk < item.end; ++chunk, place.next(ring.slots)) {
         const uint32_t to = ring.at(place.slot), full = ring.full(place.slot);
         open_slot(ring, place, block);
+#pragma unroll 1
         for (int part = 0; part < p.layout.parts; ++part)
-          load_box(to + part * L::kPartBytes, &p.out_factor, full, part * L::kSlice, chunk * L::kSlice);
+          cluster.load(to + part * L::kPartBytes + first * L::kRowBytes, &p.out_factor, full, part * L::kSlice,
+                       chunk * L::kSlice + first);
       }
     }
   }
@@ -114,6 +133,10 @@ struct LinearGroup {
         slots{linear_ring(shared, params.layout), {}, {}} {}
 
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
+  LOWRANK_OPS_HOPPER void release() {
+    release_to(p.cluster.divisor, slots.ring.empty(slots.oldest.slot), lane);
+    slots.oldest.next(slots.ring.slots);
+  }
 
   // Stage 1: hidden [64 rows, ranks] = input in_factor'. A slot is given back when its products are done, which is
   // awaited after those of the next slice have been issued. The rounded sums are operand A of stage 2.
@@ -132,11 +155,11 @@ struct LinearGroup {
       wgmma_commit();
       if (s > 0) {
         wgmma_wait<1>();
-        slots.release(lane);
+        release();
       }
     }
     wgmma_wait<0>();
-    slots.release(lane);
+    release();
     pin(sums);
 #pragma unroll
     for (int j = 0; j < 4 * kSteps; ++j) hidden[j / 4][j % 4] = pack<half>(sums[2 * j], sums[2 * j + 1]);
@@ -163,7 +186,7 @@ struct LinearGroup {
     for (int k = 0; k < kSteps; ++k) wgmma<half>(sums, hidden[k], further(factor, k / 4 * L::kPartBytes + k % 4 * 32));
     wgmma_commit();
     wgmma_wait<0>();
-    slots.release(lane);
+    release();
     pin(sums);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) pin(hidden[k]);
@@ -211,17 +234,20 @@ __global__ void __launch_bounds__(LinearSm90a::kThreads, 1)
   const uint32_t base = shared_base();
   const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
   if (threadIdx.x == 0) {
-    linear_ring(base, params.layout).init(4 * L::kGroups);
+    linear_ring(base, params.layout).init(4 * L::kGroups * params.cluster.divisor);
     barrier_init_done();
   }
-  __syncthreads();
+  cluster_barrier();
   if (warp >= 4 * L::kGroups) {
     give_registers<kProducerRegisters>();
-    if (warp == 4 * L::kGroups && lane == 0) LinearProducer{params, linear_ring(base, params.layout), {}}.run();
+    const ClusterPlace cluster{cluster_rank(), params.cluster.divisor};
+    if (warp == 4 * L::kGroups && lane == 0)
+      LinearProducer{params, cluster, linear_ring(base, params.layout), {}}.run();
   } else {
     take_registers<kConsumerRegisters>();
     LinearGroup<half, parts>(params, base, warp, lane).run();
   }
+  cluster_barrier();
 }
 
 }  // namespace lowrank_ops::hopper

@@ -14,6 +14,7 @@ inline bool linear_params(LinearParams& to, const BlockParams& block, DType dtyp
   to.layout = linear_sm90a_layout(g);
   to.bias = static_cast<const uint32_t*>(block.bias);
   to.splits = Divider(g.splits);
+  to.cluster = Divider(g.cluster);
   to.items = int(g.ctas());
   to.t = g.t;
   to.share = int(ceil_div(to.layout.chunks, g.splits));
@@ -24,8 +25,10 @@ inline bool linear_params(LinearParams& to, const BlockParams& block, DType dtyp
   return encode(to.input, {block.input, 2, {g.s, rows}, {1, in}, {L::kSlice, L::kRows}}, dtype) &&
          encode(to.output, {block.output, 4, {g.t, rows, 1, 1}, {1, out, out, out}, {L::kSlice, L::kGroupRows, 1, 1}},
                 dtype) &&
-         encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, padded}}, dtype) &&
-         encode(to.out_factor, {last.data, 2, {g.r1, g.t}, {1, last.row_stride}, {L::kSlice, L::kSlice}}, dtype);
+         encode(to.in_factor, {first.data, 2, {g.s, g.r1}, {1, first.row_stride}, {L::kSlice, padded / g.cluster}},
+                dtype) &&
+         encode(to.out_factor, {last.data, 2, {g.r1, g.t}, {1, last.row_stride}, {L::kSlice, L::kSlice / g.cluster}},
+                dtype);
 }
 
 using LinearKernel = void (*)(LinearParams);

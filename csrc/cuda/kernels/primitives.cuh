@@ -324,16 +324,26 @@ cudaError_t allow_shared(void (*kernel)(Params), int shared_bytes) {
                               shared_bytes);
 }
 
-// Puts one kernel onto a stream.
+// Puts one kernel onto a stream, in clusters of `cluster` CTAs.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
-                   const Params& params) {
-  if (ctas <= 0 || ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+                   const Params& params, int cluster = 1) {
+  if (ctas <= 0 || ctas > INT32_MAX || ctas % cluster != 0) return cudaErrorInvalidConfiguration;
   const cudaError_t error = allow_shared(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(ctas)), dim3(unsigned(threads)),
-                          arguments, size_t(shared_bytes), stream);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(ctas));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute clusters{};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim.x = unsigned(cluster);
+  clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+  config.attrs = &clusters;
+  config.numAttrs = cluster > 1;
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 }
 
 // How many CTAs of the kernel the present GPU holds at a time, at least one.

@@ -7,6 +7,7 @@
 
 #include "plan/counts.h"
 #include "plan/gpu/cost.h"
+#include "plan/gpu/reasons.h"
 #include "plan/gpu/search.h"
 #include "plan/gpu/sm90a.h"
 
@@ -23,16 +24,8 @@ constexpr int kFirst_sm90a = 90;  // and no other architecture: wgmma, setmaxnre
 constexpr int kFirst_sm80 = 80;   // mma.sync with bf16 and tf32, cp.async
 constexpr int kFirst_simt = 75;   // the oldest that nvcc 13 compiles for
 
-constexpr int kSimtDoubleConfig = 1;  // the only one whose fp64 sums fit into the registers
-
 std::string kib(int64_t bytes) {
   return std::to_string((bytes + 1023) / 1024) + " KiB";
-}
-
-std::string whole_number(double value) {  // also of values that 64 bits do not hold
-  char digits[64];
-  std::snprintf(digits, sizeof digits, value < 1e18 ? "%.0f" : "%.3g", value);
-  return digits;
 }
 
 std::string margin_text() {
@@ -40,84 +33,6 @@ std::string margin_text() {
   std::snprintf(digits, sizeof digits, "%.1f", kUnmeasuredMargin);
   return digits;
 }
-
-std::string dtype_reason(const Problem& p, const GpuKernel& kernel) {
-  if (is_simt(kernel)) {
-    if (p.dtype == DType::kDouble && kernel.config != kSimtDoubleConfig)
-      return "float64 runs in the configuration of 64 pixels alone";
-    return "";
-  }
-  if (p.dtype == DType::kDouble) return "tensor cores here take bfloat16, float16 and float32 as tf32, got float64";
-  if (p.dtype == DType::kFloat && !p.tf32)
-    return p.op == Op::kLinear ? "float32 is to keep its precision; tf32 is allowed by "
-                                 "torch.backends.cuda.matmul.fp32_precision = \"tf32\""
-                               : "float32 is to keep its precision; tf32 is allowed by "
-                                 "torch.backends.cudnn.conv.fp32_precision = \"tf32\"";
-  return "";
-}
-
-// Why a kernel that keeps its factors does not take the problem.
-std::string persistent_reason(const Problem& p, const GpuKernel& kernel) {
-  if (!kernel.shape.persistent || is_lean(p, kernel)) return "";
-  return "takes copies of 16 bytes alone: input and output in channels_last, channels and ranks in multiples of " +
-         std::to_string(kVectorBytes / element_bytes(p.dtype));
-}
-
-std::string architecture_reason(const GpuKernel& kernel, const GpuCaps& caps) {
-  if (is_sm90a(kernel)) {  // every build has its code, for sm_90 alone
-    if (caps.architecture != kernel.first_architecture)
-      return "its instructions exist on sm_90 alone, this GPU is sm_" + std::to_string(caps.architecture);
-    return caps.tensor_maps ? "" : "this driver has no cuTensorMapEncodeTiled: install one of CUDA 12.0 or newer";
-  }
-  if (caps.architecture < kernel.first_architecture)
-    return std::string("runs from sm_") + std::to_string(kernel.first_architecture) + " on, this GPU is sm_" +
-           std::to_string(caps.architecture);
-  return "";
-}
-
-// Why this build has no code of the kernel for the GPU; "": it has.
-std::string code_reason(const GpuKernel& kernel, const GpuCaps& caps) {
-  if (is_sm90a(kernel) || (caps.built_for.empty() && caps.built_ptx == 0)) return "";
-  // Machine code of an architecture runs on later ones of the same generation, PTX on all later architectures.
-  bool runs = caps.built_ptx > 0 && caps.built_ptx <= caps.architecture;
-  std::string built;
-  for (const int architecture : caps.built_for) {
-    runs = runs || (architecture / 10 == caps.architecture / 10 && architecture <= caps.architecture);
-    built += (built.empty() ? "sm_" : ", sm_") + std::to_string(architecture);
-  }
-  if (runs) return "";
-  if (caps.built_ptx > 0)
-    built += (built.empty() ? "PTX of compute_" : ", PTX of compute_") + std::to_string(caps.built_ptx);
-  return "built for " + built + ", this GPU is sm_" + std::to_string(caps.architecture) +
-         ": set TORCH_CUDA_ARCH_LIST and reinstall, or policy 'chain'";
-}
-
-}  // namespace
-
-std::string size_reason(const Problem& p) {
-  constexpr int64_t kLargest = INT_MAX, kMargin = 1024;  // a tile may reach beyond the last output
-  const auto above = [&](const char* what, double value, double limit) {
-    return value <= limit
-               ? std::string()
-               : std::string(what) + " must be at most " + whole_number(limit) + ", got " + whole_number(value);
-  };
-  if (p.n == 0 || p.s == 0 || p.t == 0 || p.oh == 0 || p.ow == 0 || p.r1 == 0 || p.r2 == 0)
-    return "there is nothing to compute";
-  std::string reason = above("images (rows of a linear layer)", double(p.n), kLargest - kMargin);
-  for (const int64_t channels : {p.s, p.t, p.r1, p.r2})
-    if (reason.empty()) reason = above("channels and ranks", double(channels), kLargest / 16);
-  if (reason.empty()) reason = above("KH * KW * R1", double(p.kh) * p.kw * p.r1, kLargest);
-  const int64_t out[] = {p.oh, p.ow}, in[] = {p.h, p.w}, kernel[] = {p.kh, p.kw};
-  for (int axis = 0; axis < 2 && reason.empty(); ++axis) {
-    const double beyond = double(kMargin) * p.dilation[axis];
-    reason =
-        above("coordinates", (out[axis] + beyond) * p.stride[axis] + double(kernel[axis]) * p.dilation[axis], kLargest);
-    if (reason.empty()) reason = above("coordinates", double(in[axis]) + p.padding[axis], kLargest);
-  }
-  return reason;
-}
-
-namespace {
 
 TileAxis axis_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   // One tap needs only every stride-th position, so those are the units.
@@ -189,7 +104,7 @@ int gpu_kernel_index(const std::string& kernel_name) {
   return -1;
 }
 
-Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits) {
+Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int stages, int splits, int cluster) {
   Geometry g;
   if (p.op == Op::kLinear) {  // one image of one line; the layer's rows are its pixels
     g.n = 1;
@@ -208,6 +123,7 @@ Geometry geometry_of(const Problem& p, int tile_n, int tile_h, int tile_w, int s
   g.r2 = int(p.r2);
   g.stages = stages;
   g.splits = splits;
+  g.cluster = cluster;
   return g;
 }
 
@@ -277,6 +193,8 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   if (g.tile_n > 1) notes.push_back(std::to_string(g.tile_n) + " images per tile");
   if (kernel.shape.persistent) notes.push_back("CTAs keep all factors in shared memory and take tile after tile");
   if (g.splits > 1) notes.push_back("T split over " + std::to_string(g.splits) + " CTAs, earlier stages in each");
+  if (g.cluster > 1)
+    notes.push_back("clusters of " + std::to_string(g.cluster) + " CTAs copy the factors for each other");
   if (g.rows.lattice > 1 || g.columns.lattice > 1)
     notes.push_back("tiles on the dilation's lattice " + std::to_string(g.rows.lattice) + "x" +
                     std::to_string(g.columns.lattice));

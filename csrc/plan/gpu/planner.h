@@ -2,7 +2,7 @@
 // C++17: no torch, no CUDA headers.
 //
 // The words used here and in the files beside this one:
-//   cut        how one kernel divides a problem: tile, slots of the ring buffer, splits (a Geometry)
+//   cut        how one kernel divides a problem: tile, slots of the ring buffer, splits, clusters (a Geometry)
 //   plan       one way to run a problem (a kernel with its cut, or the chain), with its predicted time
 //   candidate  a kernel under consideration: its plan, or the reason why it cannot run
 //   decision   the plan that is taken, the other plans, and a reason against each kernel that is not taken
@@ -81,7 +81,8 @@ constexpr bool merges_depthwise(const Problem& p) {
 // The problem as our kernels see it: those of prepared factors have padded ranks. The chain reads the ordinary factors.
 Problem kernel_problem(Problem problem);
 
-// Cuts `problem` for `kernel`: the tile, slots and splits of the lowest predicted time, or a reason why it cannot run.
+// Cuts `problem` for `kernel`: the tile, slots, splits and clusters of the lowest predicted time, or a reason why it
+// cannot run.
 struct GpuCandidate {
   Plan plan;
   std::string reason;    // empty: it can run
@@ -91,8 +92,10 @@ GpuCandidate plan_kernel(const Problem& problem, const GpuKernel& kernel, const 
 // Why no kernel can take these sizes; "": the sizes are no obstacle. Kernels compute coordinates, channels and depths
 // in 32 bits, offsets into tensors in 64.
 std::string size_reason(const Problem& problem);
-// The cut with the given tile (images, height, width), slots of the ring buffer (`stages`) and splits.
-Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits);
+// The cut with the given tile (images, height, width), slots of the ring buffer (`stages`), splits and CTAs per
+// cluster.
+Geometry geometry_of(const Problem& problem, int tile_n, int tile_h, int tile_w, int stages, int splits,
+                     int cluster = 1);
 const char* name_of(Family family);
 bool is_simt(const GpuKernel& kernel);  // by plain multiply-adds
 int threads_of(const GpuKernel& kernel);

@@ -144,19 +144,20 @@ class Search {
   bool too_many_ctas_ = false;
 };
 
-// The cut with the splits of the lowest predicted time, of the sm90a linear kernel.
-Geometry best_splits(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps, Geometry g) {
-  const int64_t chunks = linear_sm90a_layout(g).chunks;
+// The cut of an sm90a kernel with the clusters, and in the linear kernel the splits, of the lowest predicted time.
+Geometry best_sharing(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps, Geometry g) {
+  const int64_t chunks = problem.op == Op::kLinear ? linear_sm90a_layout(g).chunks : 1;
   const SharedLayout layout = layout_of(problem, kernel, g);
   std::vector<Cut> cuts;
   Plan plan;
-  for (const int share : halves(chunks, chunks)) {
-    g.splits = int(ceil_div(chunks, share));
-    if (g.ctas() + 2 * caps.multiprocessors > INT_MAX) break;  // more splits only make more items
-    plan.geometry = g;
-    cost_fused(plan, problem, kernel, caps, layout);
-    cuts.push_back({g, plan.predicted_seconds, plan.flops});
-  }
+  for (g.cluster = 1; g.cluster <= sm90a_most_cluster(kernel, g.tiles(), caps); ++g.cluster)
+    for (const int share : halves(chunks, chunks)) {
+      g.splits = int(ceil_div(chunks, share));
+      if (g.ctas() + 2 * caps.multiprocessors > INT_MAX) break;  // more splits only make more items
+      plan.geometry = g;
+      cost_fused(plan, problem, kernel, caps, layout);
+      cuts.push_back({g, plan.predicted_seconds, plan.flops});
+    }
   return best_of(cuts)->geometry;
 }
 
@@ -170,8 +171,7 @@ FoundCut only_cut(const Problem& problem, const GpuKernel& kernel, const GpuCaps
   const double tiles = double(g.n) * g.rows.tiles() * g.columns.tiles() + 2 * caps.multiprocessors;
   found.too_many_ctas = tiles > INT_MAX;
   if (found.too_many_ctas || found.least_shared_bytes > caps.shared_bytes_cta) found.geometry.stages = 0;
-  if (problem.op == Op::kLinear && found.geometry.stages > 0)
-    found.geometry = best_splits(problem, kernel, caps, found.geometry);
+  if (found.geometry.stages > 0) found.geometry = best_sharing(problem, kernel, caps, found.geometry);
   return found;
 }
 

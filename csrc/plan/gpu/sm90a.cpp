@@ -177,8 +177,12 @@ int sm90a_threads(const GpuKernel& kernel) {
   return is_wide_sm90a(kernel) ? TuckerWideSm90a::kThreads : TuckerSm90a::kThreads;
 }
 
+int sm90a_most_cluster(const GpuKernel& kernel, int64_t tiles, const GpuCaps& caps) {
+  return is_sm90a(kernel) && kernel.op != Op::kTucker && tiles > 1 && caps.multiprocessors > 1 ? 2 : 1;
+}
+
 int64_t sm90a_ctas(const Geometry& g, const GpuCaps& caps) {
-  return std::min<int64_t>(g.ctas(), caps.multiprocessors);
+  return std::min<int64_t>(g.ctas(), caps.multiprocessors / g.cluster * g.cluster);
 }
 
 int64_t sm90a_turns(const GpuKernel& kernel, const Geometry& g, const GpuCaps& caps) {
@@ -213,11 +217,14 @@ void count_wide(FusedFeatures& found, double turns, const Geometry& g, const Tuc
 }
 
 // In units of the wide kernel, whose constants serve (cost_constants.inc): it moves 74 KiB between L2 and shared memory
-// per slice and chunk of 128 ranks (two slices of 104 pixels, two blocks of factors, two chunks of the output).
+// per slice and chunk of 128 ranks (two slices of 104 pixels, two blocks of factors, two chunks of the output). A
+// cluster's CTAs share the copies of the factors; what meeting each other costs them was not measured and counts
+// nothing.
 void count_linear(FusedFeatures& found, double turns, const Geometry& g, const LinearSm90a& layout) {
   constexpr double kWideBytes = 2 * TuckerWideSm90a::kSliceBytes + 6 * TuckerWideSm90a::kPartBytes;
-  const double slice = LinearSm90a::kInputBytes + layout.block_bytes();
-  const double chunk = LinearSm90a::kGroups * LinearSm90a::kPartBytes + layout.block_bytes();
+  const double block = double(layout.block_bytes()) / g.cluster;
+  const double slice = LinearSm90a::kInputBytes + block;
+  const double chunk = LinearSm90a::kGroups * LinearSm90a::kPartBytes + block;
   const double chunks = double(ceil_div(layout.chunks, g.splits));
   found[kChunks] = turns * (layout.slices * slice + chunks * chunk) / kWideBytes;
 }
@@ -262,7 +269,7 @@ FusedFeatures sm90a_features(const GpuKernel& kernel, const Geometry& g, const G
 }
 
 double sm90a_flops(const GpuKernel& kernel, const Geometry& g) {
-  const double tiles = 2 * double(g.tiles());
+  const double tiles = 2 * double(round_up(g.tiles(), g.cluster));
   if (kernel.op == Op::kCP) return tiles * cp_flops(g, cp_sm90a_layout(g));
   if (kernel.op == Op::kLinear) return tiles * linear_flops(g, linear_sm90a_layout(g));
   if (is_wide_sm90a(kernel)) {

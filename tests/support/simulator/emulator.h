@@ -1,9 +1,9 @@
 // The emulator of Hopper: csrc/cuda/kernels/hopper.cuh on a CPU. The sm90a kernels run with one host thread per CUDA
-// thread, one CTA after the other. Indices, layouts, swizzles, descriptors, barriers and their phases are as on the
-// GPU. Whatever may happen late does happen late: a load by TMA arrives after a random delay; stores by TMA and the
-// products of wgmma read their operands as late as the waits allow. A launch ends with an error at a read of data that
-// no proxy fence has made visible, at an address out of bounds, and at a wait that never ends. Not emulated: the order
-// of memory accesses among threads, the limit of registers.
+// thread, one cluster of CTAs after the other. Indices, layouts, swizzles, descriptors, barriers and their phases are
+// as on the GPU. Whatever may happen late does happen late: a load by TMA arrives after a random delay; stores by TMA
+// and the products of wgmma read their operands as late as the waits allow. A launch ends with an error at a read of
+// data that no proxy fence has made visible, at an address out of bounds, and at a wait that never ends. Not emulated:
+// the order of memory accesses among threads, the limit of registers.
 //
 // Sources: as hopper.cuh.
 #pragma once
@@ -20,9 +20,6 @@ struct CUtensorMap {
 };
 
 namespace lowrank_ops::hopper {
-
-// Values that a lane shows to the other lanes of its warp: an operand of wgmma, the address of a row.
-inline uint32_t exchange[32][32][5];
 
 // ---- TMA
 
@@ -49,7 +46,7 @@ inline long copy_box(bool store, uint32_t shared, const CUtensorMap& map, const 
     if (store && inside) std::memcpy(map.start + offset, read_by_proxy(address, 2), 2);
     if (!store && inside) std::memcpy(at(address, 2), map.start + offset, 2);
     if (!store && !inside) std::memset(at(address, 2), 0, 2);
-    if (!store) unfenced[address / 16].store(0, std::memory_order_relaxed);
+    if (!store) unfenced(address).store(0, std::memory_order_relaxed);
   }
   return count * 2;
 }
@@ -59,30 +56,65 @@ inline void check_copy(uint32_t shared, const CUtensorMap* map, int axes) {
 }
 
 inline std::atomic<int> loads_under_way{0};
-inline void load(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int axes, const BoxPlace& first) {
+// Bytes that loads have read, per tensor: once for all CTAs that a load reaches.
+inline std::mutex loaded_mutex;
+inline std::map<const void*, long> loaded;
+
+// A box arrives in the CTA of number `rank`.
+inline void arrive(int rank, uint32_t offset, const CUtensorMap& map, uint32_t barrier, const BoxPlace& first) {
+  own_rank = rank;
+  const long bytes = copy_box(false, shared_base() - kSharedStart + offset, map, first);
+  check_reach(rank, barrier);
+  barrier_update(rank, barrier, 0, -bytes);
+}
+// Loads a box into the CTAs of the mask.
+inline void load(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint32_t mask, int axes,
+                 const BoxPlace& first) {
   check_copy(shared, map, axes);
+  const uint32_t offset = offset_of(shared, 1), counter = offset_of(barrier, 8);
+  if (mask == 0) fail("a load into no CTA");
+  for (int rank = 0; rank < 16; ++rank)
+    if (mask >> rank & 1) check_reach(rank, counter);
+  {
+    const std::lock_guard<std::mutex> lock(loaded_mutex);
+    loaded[map->start] += map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->box[4] * 2;
+  }
   static std::atomic<uint32_t> seed{1};
-  const uint32_t delay = (seed++ * 2654435761u >> 16) % 600;
-  ++loads_under_way;
-  std::thread([=, map = *map, block = blockIdx, thread = threadIdx] {
-    std::this_thread::sleep_for(std::chrono::microseconds(delay));
-    threadIdx = thread;
-    try {
-      barrier_update(barrier, 0, -copy_box(false, shared, map, first));
-    } catch (const Fault&) {
-    }
-    --loads_under_way;
-  }).detach();
+  for (int rank = 0; rank < cluster_size; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    const uint32_t delay = (seed++ * 2654435761u >> 16) % 600;
+    ++loads_under_way;
+    std::thread([=, map = *map, block = blockIdx, thread = threadIdx] {
+      std::this_thread::sleep_for(std::chrono::microseconds(delay));
+      blockIdx = block;
+      threadIdx = thread;
+      try {
+        arrive(rank, offset, map, counter, first);
+      } catch (const Fault&) {
+      }
+      --loads_under_way;
+    }).detach();
+  }
+}
+inline uint32_t own_mask() {
+  return 1u << own_rank;
 }
 inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b) {
-  load(shared, map, barrier, 2, {a, b, 0, 0, 0});
+  load(shared, map, barrier, own_mask(), 2, {a, b, 0, 0, 0});
 }
 inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b, int c, int d) {
-  load(shared, map, barrier, 4, {a, b, c, d, 0});
+  load(shared, map, barrier, own_mask(), 4, {a, b, c, d, 0});
 }
 
 inline void load_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int a, int b, int c, int d, int e) {
-  load(shared, map, barrier, 5, {a, b, c, d, e});
+  load(shared, map, barrier, own_mask(), 5, {a, b, c, d, e});
+}
+inline void multicast_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint16_t mask, int a, int b) {
+  load(shared, map, barrier, mutation.wrong_mask ? own_mask() : mask, 2, {a, b, 0, 0, 0});
+}
+inline void multicast_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint16_t mask, int a, int b, int c,
+                          int d, int e) {
+  load(shared, map, barrier, mutation.wrong_mask ? own_mask() : mask, 5, {a, b, c, d, e});
 }
 
 // Groups of operations that the issuing thread carries out as late as its waits allow.
@@ -182,7 +214,9 @@ inline uint64_t further(uint64_t matrix, int bytes) {
 template <bool half>
 float element(uint64_t matrix, int row, int k) {
   if (matrix >> 62 != 1 || (matrix >> 49 & 7) != 0) fail("a descriptor of another layout");
-  const uint32_t start = uint32_t(matrix & 0x3FFF) << 4, stride = uint32_t(matrix >> 32 & 0x3FFF) << 4;
+  // 18 bits: the address within the own CTA.
+  const uint32_t start = shared_base() - kSharedStart + (uint32_t(matrix & 0x3FFF) << 4),
+                 stride = uint32_t(matrix >> 32 & 0x3FFF) << 4;
   const uint32_t address = swizzle(start + uint32_t(row / 8) * stride + uint32_t(row % 8 * 128 + k * 2));
   uint16_t value;
   std::memcpy(&value, read_by_proxy(address, 2), 2);
@@ -213,12 +247,12 @@ template <bool half, int count>
 void wgmma(float (&sums)[count], const uint32_t (&a)[4], uint64_t b) {
   products.issue([&sums, &a, b] {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    std::memcpy(exchange[warp][lane], a, 16);
+    std::memcpy(own_cta().exchange[warp][lane], a, 16);
     __syncwarp();
     float rows[2][16];
     for (int upper = 0; upper < 2; ++upper)
       for (int k = 0; k < 16; ++k) {
-        const uint32_t pair = exchange[warp][lane / 4 * 4 + k % 8 / 2][upper + k / 8 * 2];
+        const uint32_t pair = own_cta().exchange[warp][lane / 4 * 4 + k % 8 / 2][upper + k / 8 * 2];
         rows[upper][k] = widen<half>(uint16_t(k % 2 ? pair >> 16 : pair));
       }
     __syncwarp();
@@ -243,13 +277,13 @@ void pin(Values&) {}
 template <bool transposed>
 void store_matrices_of(uint32_t row, const uint32_t* values, int count) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  exchange[warp][lane][4] = row;
+  own_cta().exchange[warp][lane][4] = row;
   __syncwarp();
   for (int i = 0; i < count; ++i)
     for (int e = 0; e < 2; ++e) {
       const uint16_t value = uint16_t(e ? values[i] >> 16 : values[i]);
       const int pair = lane % 4 * 2 + e, of_row = transposed ? pair : lane / 4, column = transposed ? lane / 4 : pair;
-      const uint32_t start = exchange[warp][8 * i + of_row][4];
+      const uint32_t start = own_cta().exchange[warp][8 * i + of_row][4];
       if (start % 16 != 0) fail("a row of stmatrix that is no multiple of 16 bytes");
       write_shared(start + uint32_t(column) * 2, &value, 2);
     }
@@ -282,8 +316,12 @@ inline uint32_t load_shared_word(uint32_t address) {
   std::memcpy(&word, at(address, 4), 4);
   return word;
 }
+// What ordinary stores may write to.
+inline std::pair<uintptr_t, uintptr_t> writable{0, 0};
 inline void store_global(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("a store to global memory that is no multiple of 16 bytes");
+  const uintptr_t start = reinterpret_cast<uintptr_t>(to);
+  if (start < writable.first || start + 16 > writable.second) fail("a store to global memory outside of the output");
   const uint32_t values[4] = {a, b, c, d};
   std::memcpy(to, values, 16);
 }
@@ -294,38 +332,53 @@ void give_registers() {}
 
 // ---- A launch
 
-// Runs one CTA after the other. False: there was a fault, which `fault` describes.
+// A thread of a CTA, from its beginning to its end.
 template <typename Params>
-bool run_ctas(void (*kernel)(Params), int ctas, int threads, int shared_bytes, const Params& params) {
+void run_thread(void (*kernel)(Params), const Params& params, int block, int rank, int thread) {
+  blockIdx.x = block;
+  threadIdx.x = thread;
+  own_rank = rank;
+  try {
+    kernel(params);
+    if (!stores.empty() || !products.empty()) fail("a thread ends before its stores or products");
+  } catch (const Fault&) {
+  }
+  --own_cta().running;
+}
+
+// After the last copy: all announced bytes have arrived, and no others.
+inline void check_counts(int rank) {
+  own_rank = rank;
+  for (const auto& [offset, state] : own_cta().mbarriers)
+    if (state.bytes != 0)
+      fail("mbarrier " + std::to_string(offset - kSharedStart) + " has " + std::to_string(state.bytes) +
+           " bytes to wait for at the end");
+}
+
+// Runs one cluster of CTAs after the other. False: there was a fault, which `fault` describes.
+template <typename Params>
+bool run_ctas(void (*kernel)(Params), int count, int threads, int shared_bytes, const Params& params, int cluster = 1) {
   faulty = false;
   fault.clear();
-  gridDim.x = ctas;
+  loaded.clear();
+  gridDim.x = count;
+  cluster_size = cluster;
   shared_end = kSharedStart + uint32_t(shared_bytes);
-  if (shared_bytes > int(kSharedBytes)) {
-    fault = "more shared memory than a CTA can have";
-    return false;
-  }
-  for (int block = 0; block < ctas && !faulty; ++block) {
-    blockIdx.x = block;
-    std::memset(shared_storage, 0xFF, sizeof shared_storage);
-    for (auto& unit : unfenced) unit.store(0, std::memory_order_relaxed);
-    mbarriers.clear();
-    cta_meeting.reset(threads);
-    for (Meeting& meeting : warp_meetings) meeting.reset(32);
-    for (Meeting& meeting : group_meetings) meeting.reset(128);
-    both_groups.reset(256);
+  if (shared_bytes > int(kSharedBytes)) fault = "more shared memory than a CTA can have";
+  if (cluster < 1 || cluster > kMostCtas || count % cluster != 0) fault = "a grid that is no multiple of the clusters";
+  if (!fault.empty()) return false;
+  for (int block = 0; block < count && !faulty; block += cluster) {
+    cluster_meeting.reset("the barrier of the cluster", cluster * threads);
+    for (int rank = 0; rank < cluster; ++rank) ctas[rank].begin(threads);
     std::vector<std::thread> running;
-    for (int i = 0; i < threads; ++i)
-      running.emplace_back([&, i] {
-        threadIdx.x = i;
-        try {
-          kernel(params);
-          if (!stores.empty() || !products.empty()) fail("a thread ends before its stores or products");
-        } catch (const Fault&) {
-        }
-      });
+    for (int i = 0; i < cluster * threads; ++i)
+      running.emplace_back([&, i] { run_thread(kernel, params, block + i / threads, i / threads, i % threads); });
     for (std::thread& thread : running) thread.join();
     while (loads_under_way > 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    try {
+      for (int rank = 0; rank < cluster && !faulty; ++rank) check_counts(rank);
+    } catch (const Fault&) {
+    }
   }
   return !faulty;
 }

@@ -52,7 +52,7 @@ _BLOCK = _struct(
     [(name, _INT) for name in ("op", "family", "config", "dtype", "activation")]
     + [(name, _INT) for name in ("n", "s", "h", "w", "t", "oh", "ow", "r1", "r2", "kh", "kw")]
     + [(name, _INT * 2) for name in ("stride", "padding", "dilation")]
-    + [(name, _INT) for name in ("tile_n", "tile_h", "tile_w", "stages", "splits")]
+    + [(name, _INT) for name in ("tile_n", "tile_h", "tile_w", "stages", "splits", "cluster")]
     + [("input", _INT), ("input_bytes", _INT), ("input_stride", _INT * 4), ("input_vector", _INT)]
     + [("output", _INT), ("output_bytes", _INT), ("output_stride", _INT * 4), ("output_vector", _INT)]
     + [(name, _FACTOR) for name in FACTORS]
@@ -84,7 +84,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build()))
     loaded.simulator_report.restype = ctypes.c_char_p
     loaded.simulator_plan.restype = loaded.hopper_fault.restype = ctypes.c_char_p
-    loaded.simulator_sizes.restype = _INT
+    loaded.simulator_sizes.restype = loaded.hopper_loaded.restype = _INT
     sizes = loaded.simulator_sizes(0), loaded.simulator_sizes(1)
     assert sizes == (ctypes.sizeof(_BLOCK), ctypes.sizeof(_SETTINGS)), f"structs differ from module.cpp: {sizes}"
     return loaded
@@ -105,13 +105,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut (planner.h): images, rows and columns of a tile of the output, slots of the ring buffer, splits."""
+    """A cut (planner.h): images, rows and columns of a tile of the output, slots of the ring buffer, splits, CTAs of a
+    cluster."""
 
     n: int = 1
     h: int = 8
     w: int = 16
     stages: int = 2
     splits: int = 1
+    cluster: int = 1
 
 
 @dataclass
@@ -190,6 +192,7 @@ def block_call(
     for name, default in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
         setattr(call, name, (_INT * 2)(*options.get(name, default)))
     call.tile_n, call.tile_h, call.tile_w, call.stages, call.splits = cut.n, cut.h, cut.w, cut.stages, cut.splits
+    call.cluster = cut.cluster
     for name, tensor in (("input", x), ("output", output)):
         stride, channels = tensor.stride(), tensor.shape[1]
         other = [stride[axis] for axis in (0, 2, 3) if tensor.shape[axis] > 1]
@@ -234,9 +237,21 @@ def hopper_fault() -> str:
 def hopper_mutate(**values: int) -> None:
     """Breaks the next launches of sm90a kernels as Mutation in emulator_threads.h says; without values: mends them."""
     names = ("skip_fence_proxy", "skip_group_barrier", "early_release", "skip_store_wait", "short_expect",
-             "skip_both_barrier")  # fmt: skip
+             "skip_both_barrier", "skip_cluster_barrier", "skip_init_fence", "single_count", "skip_remote_arrive",
+             "wrong_mask", "half_expect", "short_patience")  # fmt: skip
     assert set(values) <= set(names), values
     library().hopper_mutate((_INT * len(names))(*(values.get(name, 0) for name in names)))
+
+
+def hopper_selftest(data: Tensor, output: Tensor, mistake: int) -> str:
+    """Runs the kernel of hopper_selftest.cpp. Returns its fault, or ""."""
+    library().hopper_selftest(_INT(data.data_ptr()), _INT(output.data_ptr()), _INT(mistake))
+    return hopper_fault()
+
+
+def hopper_loaded(tensor: Tensor) -> int:
+    """The bytes of a tensor that TMA has read from global memory in the last launch of an sm90a kernel."""
+    return int(library().hopper_loaded(_INT(tensor.data_ptr())))
 
 
 def is_common_case(
@@ -272,7 +287,7 @@ def planned(
 ) -> tuple[Cut, int]:
     """The planner's cut of the problem for a named GPU, and the bytes of shared memory that a CTA can have there."""
     call = block_call(kernel, Cut(), tensors, options, output, {})
-    numbers = (_INT * 6)()
+    numbers = (_INT * 7)()
     reason = library().simulator_plan(ctypes.byref(call), gpu.encode(), numbers).decode()
     assert reason == "", reason
     *cut, shared_limit = numbers

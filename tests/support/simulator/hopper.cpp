@@ -30,17 +30,18 @@ inline bool encode(CUtensorMap& map, const Boxes& boxes, DType) {
 
 namespace {
 
-// Two CTAs, so that each has several tiles.
+// Two clusters, so that each has several of the `items`.
 template <typename Params>
-cudaError_t run_on_two(void (*kernel)(Params), int threads, const Params& params) {
-  const bool done = hopper::run_ctas(kernel, least(params.tiles.count, 2), threads, params.layout.bytes, params);
+cudaError_t run_on_two(void (*kernel)(Params), int items, int threads, const Params& params, int cluster = 1) {
+  const int ctas = least(items, 2 * cluster);
+  const bool done = hopper::run_ctas(kernel, ctas, threads, params.layout.bytes, params, cluster);
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 cudaError_t launch_wide(const BlockParams& params, DType dtype) {
   hopper::WideParams to{};
   if (!hopper::wide_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::wide_kernel(to, dtype), TuckerWideSm90a::kThreads, to);
+  return run_on_two(hopper::wide_kernel(to, dtype), to.tiles.count, TuckerWideSm90a::kThreads, to);
 }
 
 }  // namespace
@@ -49,21 +50,21 @@ cudaError_t launch_tucker_sm90a(const BlockParams& params, DType dtype, int conf
   if (config == kSm90aWideConfig) return launch_wide(params, dtype);
   hopper::TuckerParams to{};
   if (config != kSm90aTuckerConfig || !hopper::tucker_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::tucker_kernel(to, dtype), TuckerSm90a::kThreads, to);
+  return run_on_two(hopper::tucker_kernel(to, dtype), to.tiles.count, TuckerSm90a::kThreads, to);
 }
 
 cudaError_t launch_cp_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::CpParams to{};
   if (config != kSm90aCpConfig || !hopper::cp_params(to, params, dtype)) return cudaErrorInvalidValue;
-  return run_on_two(hopper::cp_kernel(to, dtype), CpSm90a::kThreads, to);
+  const uintptr_t output = reinterpret_cast<uintptr_t>(to.output);
+  hopper::writable = {output, output + 2 * uintptr_t(to.n) * to.height * to.width * to.t};
+  return run_on_two(hopper::cp_kernel(to, dtype), to.tiles.count, CpSm90a::kThreads, to, to.cluster);
 }
 
 cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int config, cudaStream_t) {
   hopper::LinearParams to{};
   if (config != kSm90aLinearConfig || !hopper::linear_params(to, params, dtype)) return cudaErrorInvalidValue;
-  const bool done = hopper::run_ctas(hopper::linear_kernel(to.layout, dtype), least(to.items, 2), LinearSm90a::kThreads,
-                                     to.layout.bytes, to);
-  return done ? cudaSuccess : cudaErrorLaunchFailure;
+  return run_on_two(hopper::linear_kernel(to.layout, dtype), to.items, LinearSm90a::kThreads, to, to.cluster.divisor);
 }
 
 }  // namespace lowrank_ops
@@ -72,7 +73,11 @@ cudaError_t launch_linear_sm90a(const BlockParams& params, DType dtype, int conf
 LOWRANK_OPS_EXPORT const char* hopper_fault() {
   return lowrank_ops::hopper::fault.c_str();
 }
-LOWRANK_OPS_EXPORT void hopper_mutate(const int64_t* values) {
-  lowrank_ops::hopper::mutation = {int(values[0]), int(values[1]), int(values[2]),
-                                   int(values[3]), int(values[4]), int(values[5])};
+LOWRANK_OPS_EXPORT void hopper_mutate(const int64_t* v) {
+  lowrank_ops::hopper::mutation = {int(v[0]), int(v[1]), int(v[2]), int(v[3]),  int(v[4]),  int(v[5]), int(v[6]),
+                                   int(v[7]), int(v[8]), int(v[9]), int(v[10]), int(v[11]), int(v[12])};
+}
+// The bytes that TMA has read of a tensor in the last launch of an sm90a kernel.
+LOWRANK_OPS_EXPORT int64_t hopper_loaded(int64_t tensor) {
+  return lowrank_ops::hopper::loaded[reinterpret_cast<const void*>(tensor)];
 }

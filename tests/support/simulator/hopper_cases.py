@@ -140,6 +140,14 @@ CP_CASES: dict[str, dict[str, Any]] = {
     "stride of 4, dilation of 2": dict(
         n=1, s=40, t=32, r1=24, h=9, w=41, kernel=(3, 3), padding=(0, 3), stride=(1, 4), dilation=(1, 2)
     ),
+    "pairs": dict(n=1, s=64, t=64, r1=64, h=28, w=16, **SAME, cluster=2),
+    "pairs, an odd number of tiles": dict(n=1, s=72, t=96, r1=72, h=9, w=20, **SAME, cluster=2, activation="relu"),
+    "pairs, a single tile": dict(n=1, s=8, t=32, r1=8, h=5, w=7, **SAME, cluster=2),
+    "pairs, most channels": dict(n=1, s=256, t=256, r1=256, h=14, w=9, **SAME, cluster=2, activation="gelu"),
+    "pairs, one part, many tiles": dict(n=3, s=64, t=32, r1=24, h=28, w=24, **SAME, cluster=2),
+    "pairs, strides": dict(n=3, s=136, t=160, r1=136, h=17, w=9, **HALF, cluster=2, bias=False),
+    "pairs, dilations": dict(n=1, s=72, t=32, r1=200, h=17, w=21, **WIDER, cluster=2, activation="silu"),
+    "pairs, much of everything": dict(n=3, s=136, t=160, r1=136, h=17, w=16, **SAME, cluster=2),
 }
 WIDE_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, s=64, t=64, r1=128, r2=128, h=16, w=16, **SAME),
@@ -168,6 +176,7 @@ WIDE_CASES: dict[str, dict[str, Any]] = {
     "dilation, an odd number of tiles": dict(n=3, s=72, t=72, r1=72, r2=72, h=19, w=8, **SAME, dilation=(2, 1)),
 }
 # The layer's input is [n, h, s]: n x h rows. `splits`: instead of the planner's, which gives so few tiles all CTAs.
+# `cluster`: CTAs of a cluster (the simulator runs two clusters), which the planner forms of many tiles.
 LINEAR_CASES: dict[str, dict[str, Any]] = {
     "whole tiles": dict(n=1, h=256, s=64, t=64, r1=64),
     "every size padded": dict(n=3, h=47, s=72, t=136, r1=40, activation="relu"),
@@ -184,17 +193,23 @@ LINEAR_CASES: dict[str, dict[str, Any]] = {
     "many slices, a split per chunk": dict(n=1, h=20, s=1000, t=1000, r1=64),
     "many tiles": dict(n=7, h=129, s=72, t=72, r1=16, splits=1),
     "much of everything": dict(n=3, h=231, s=200, t=328, r1=136, splits=2, activation="relu"),
+    "pairs": dict(n=1, h=512, s=128, t=128, r1=64, splits=1, cluster=2),
+    "pairs, an odd number of tiles": dict(n=3, h=100, s=72, t=136, r1=40, splits=1, cluster=2, activation="relu"),
+    "pairs, a single tile": dict(n=1, h=9, s=72, t=72, r1=16, splits=1, cluster=2, activation="silu"),
+    "pairs, two parts of the rank": dict(n=5, h=129, s=200, t=72, r1=72, splits=1, cluster=2, bias=False),
+    "pairs, the largest rank, a split per chunk": dict(n=1, h=500, s=136, t=320, r1=256, splits=5, cluster=2),
+    "pairs, much of everything": dict(n=3, h=231, s=200, t=328, r1=136, splits=2, cluster=2, activation="gelu"),
 }
 KERNEL_CASES = {TUCKER: TUCKER_CASES, CP: CP_CASES, WIDE: WIDE_CASES, LINEAR: LINEAR_CASES}
 CASES = [(kernel, name) for kernel, cases in KERNEL_CASES.items() for name in cases]
 
 
 def hopper_case(kernel: Kernel, name: str, dtype: torch.dtype) -> Case:
-    """The problem with the planner's cut, or with the case's splits."""
+    """The problem with the planner's cut, or with the case's splits and clusters."""
     options = dict(KERNEL_CASES[kernel][name])
-    splits = options.pop("splits", None)
+    given = {part: options.pop(part) for part in ("splits", "cluster") if part in options}
     case = _planned(kernel, options, dtype)
-    return case if splits is None else replace(case, cut=replace(case.cut, splits=splits))
+    return replace(case, cut=replace(case.cut, **given))
 
 
 def case_for_a_gpu(kernel: Kernel, dtype: torch.dtype, window: dict[str, Any] = SAME) -> Case:

@@ -44,7 +44,8 @@ Problem problem_of(const BlockCall& c) {
 BlockParams params_of(const BlockCall& c) {
   const int element = int(element_bytes(DType(c.dtype)));
   BlockParams p;
-  p.geometry = geometry_of(problem_of(c), int(c.tile_n), int(c.tile_h), int(c.tile_w), int(c.stages), int(c.splits));
+  p.geometry = geometry_of(problem_of(c), int(c.tile_n), int(c.tile_h), int(c.tile_w), int(c.stages), int(c.splits),
+                           int(c.cluster));
   p.input = reinterpret_cast<const void*>(c.input);
   p.output = reinterpret_cast<void*>(c.output);
   std::copy_n(c.input_stride, 4, p.input_stride);
@@ -112,8 +113,9 @@ LOWRANK_OPS_EXPORT const char* simulator_plan(const BlockCall* call, const char*
     if (kernel.op != Op(call->op) || kernel.family != Family(call->family) || kernel.config != call->config) continue;
     const GpuCandidate candidate = plan_kernel(problem_of(*call), kernel, *caps);
     const Geometry& g = candidate.plan.geometry;
-    const int64_t numbers[6] = {g.tile_n, g.rows.tile, g.columns.tile, g.stages, g.splits, caps->shared_bytes_cta};
-    std::copy_n(numbers, 6, cut);
+    const int64_t numbers[] = {g.tile_n, g.rows.tile, g.columns.tile,        g.stages,
+                               g.splits, g.cluster,   caps->shared_bytes_cta};
+    std::copy_n(numbers, 7, cut);
     reason = candidate.reason;
     break;
   }
