@@ -220,6 +220,13 @@ def test_several_tiles_a_multiprocessor(kernel: Kernel, window: dict[str, Any]) 
     assert_right(case_for_a_gpu(kernel, torch.bfloat16, window))
 
 
+@pytest.mark.parametrize("cluster", (1, 2))
+@pytest.mark.parametrize("kernel", (CP, HOPPER_LINEAR), ids=str)
+def test_several_tiles_a_multiprocessor_in_clusters(kernel: Kernel, cluster: int) -> None:
+    case = case_for_a_gpu(kernel, torch.bfloat16)
+    assert_right(replace(case, cut=replace(case.cut, cluster=cluster)))
+
+
 # For compute-sanitizer, under which all cases would take hours: one case per kernel, with as many features as it can
 # have.
 @pytest.mark.parametrize(("kernel", "dtype"), [*CONVOLUTIONS, *LINEAR], ids=identify)

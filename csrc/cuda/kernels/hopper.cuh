@@ -72,10 +72,10 @@ LOWRANK_OPS_HOPPER int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return int(rank);
 }
-// A barrier of all threads of the cluster's CTAs. It orders no writes but those that barrier_init_done publishes. In a
-// launch without clusters a CTA is a cluster of its own.
+// A barrier of all threads of the cluster's CTAs. Arrivals at mbarriers of other CTAs are done before it, too: a CTA
+// may end behind it. In a launch without clusters a CTA is a cluster of its own.
 LOWRANK_OPS_HOPPER void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // A barrier of the 128 threads of a warpgroup.
 LOWRANK_OPS_HOPPER void group_barrier(int group) {

@@ -248,6 +248,7 @@ inline void group_barrier(int group) {
 inline void both_groups_barrier() {
   if (!mutation.skip_both_barrier) own_cta().both_groups.wait();
 }
+// Stricter than the PTX ISA, whose barrier does not wait for threads that have ended.
 inline void cluster_barrier() {
   static thread_local int passed = 0;
   if (++passed != mutation.skip_cluster_barrier) cluster_meeting.wait();
