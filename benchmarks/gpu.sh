@@ -100,7 +100,7 @@ run_checks() {
     -k "cuda and not sanitized" >"$OUT/check_tests.log" 2>&1 &
   jobs[tests]=$!
   for job in memcheck racecheck; do
-    sanitizer "$job" "${OURS[@]}" "test_sanitized and bfloat16 and (sm80_1 or sm80_2)" >"$OUT/check_$job.log" 2>&1 &
+    sanitizer "$job" "${OURS[@]}" "test_sanitized and bfloat16 and (sm80_1 or sm80_2 or persistent)" >"$OUT/check_$job.log" 2>&1 &
     jobs[$job]=$!
   done
   for job in racecheck memcheck tests; do

@@ -146,10 +146,16 @@ def observations(times: GpuTimes, gpu: str, general: bool) -> Iterator[Observati
 
 
 def fastest_slots(observations: Iterable[Observation]) -> list[Observation]:
-    """Keeps the fastest number of slots of every sm90a kernel: the cost model has no term for the slots."""
+    """Keeps the fastest number of slots of every sm90a kernel: the cost model has no term for the slots.
+
+    It has terms for splits and clusters, so these count as different ways.
+    """
     kept: dict[tuple[str, str], Observation] = {}
     for one in observations:
-        way = one.way.split(" ")[0] if one.group.startswith("kSm90a") else one.way
+        way = one.way
+        if one.group.startswith("kSm90a"):
+            kernel, (*_, splits, cluster) = parse_cut(one.way)
+            way = f"{kernel} {splits}/{cluster}"
         former = kept.get((one.cell, way))
         if former is None or one.seconds < former.seconds:
             kept[one.cell, way] = one

@@ -226,7 +226,8 @@ def _lean_row(ones: list[Instantiation]) -> str:
             f"kernel_report: {ones[0].kernel} must have {stages} loops over chunks and 2 that write output, got "
             f"{[len(ways) for ways in chunks]} and {[len(ways) for ways in outputs]}"
         )
-    order = {3: [0, 1, 2], 2: [0, None, 1], 1: [0, None, None]}[stages]  # stages 1, 2 and 3 of a block
+    orders: dict[int, list[int | None]] = {3: [0, 1, 2], 2: [0, None, 1], 1: [0, None, None]}
+    order = orders[stages]  # stages 1, 2 and 3 of a block
     cells = [ones[0].kernel, ones[0].dtype, _by_architecture([ways[-1].per_product for ways in steps])]
     cells += ["-" if i is None else _by_architecture([ways[i].per_product for ways in chunks]) for i in order]
     cells += ["-" if i is None else _by_architecture([ways[i].per_copy for ways in chunks]) for i in order]

@@ -163,6 +163,7 @@ void bind_cuda(py::module_& m) {
   bind_with_call(m, "describe_launch", &describe_launch);
   m.def("check_gpu_kernel", &check_gpu_kernel);
   m.def("fail_gpu_launches", [](int error) { fail_launches(cudaError_t(error)); });
+  m.def("limit_gpu_ctas", &limit_ctas);
   m.def("is_launch_refusal", [](int error) { return is_refusal(cudaError_t(error)); });
 }
 

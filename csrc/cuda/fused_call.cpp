@@ -86,6 +86,7 @@ Factor core_factor(const Tensor& core) {
 }
 
 std::atomic<cudaError_t> failing{cudaSuccess};
+std::atomic<int> most_ctas{0};
 
 using Launcher = cudaError_t (*)(const BlockParams&, DType, int, cudaStream_t);
 
@@ -151,6 +152,7 @@ Launch FusedCall::prepare(const Geometry& geometry, const Tensor& output) const 
 
   BlockParams& params = result.params;
   params.geometry = geometry;
+  if (most_ctas > 0) params.geometry.most_ctas = most_ctas;
   params.input = t.input.const_data_ptr();
   params.output = output.data_ptr();
   // A linear layer is one image of one line, its rows side by side.
@@ -227,6 +229,7 @@ bool is_refusal(cudaError_t error) {
     case cudaErrorUnsupportedPtxVersion:
     case cudaErrorJitCompilerNotFound:
     case cudaErrorNotSupported:
+    case cudaErrorInvalidClusterSize:
       return true;
     default:
       return false;
@@ -235,6 +238,10 @@ bool is_refusal(cudaError_t error) {
 
 void fail_launches(cudaError_t error) {
   failing = error;
+}
+
+void limit_ctas(int ctas) {
+  most_ctas = ctas;
 }
 
 }  // namespace lowrank_ops

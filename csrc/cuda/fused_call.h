@@ -53,5 +53,7 @@ class FusedCall {
 bool is_refusal(cudaError_t error);
 // For tests: every launch of a fused kernel fails with this error; cudaSuccess: no longer.
 void fail_launches(cudaError_t error);
+// For tests: persistent kernels have at most so many CTAs, and so several tiles each; 0: no limit.
+void limit_ctas(int ctas);
 
 }  // namespace lowrank_ops

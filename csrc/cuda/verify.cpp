@@ -123,7 +123,7 @@ struct Trial {
     // The kernels of sm90a stay on their multiprocessor: enough images for a third tile on some, a second slice of S, a
     // third part of CP's ranks; enough rows for a second tile on some. CP takes windows of 3x3 and T in multiples of
     // 32, the wide kernel ranks above 64.
-    // The persistent kernels of sm80 keep all factors in shared memory; 100 KB must do.
+    // The persistent kernel of sm80 keeps all factors in 100 KB of shared memory: one pass over its ranks.
     const bool hopper = is_sm90a(kernel), square = op == Op::kCP && hopper, wide = is_wide_sm90a(kernel);
     const bool small = kernel.shape.persistent;
     constexpr int64_t kh = 3;
@@ -131,7 +131,7 @@ struct Trial {
     constexpr int64_t kHeights[] = {9, 19, 11, 17}, kWidths[] = {19, 18, 37, 37};
     const int64_t h = kHeights[int(steps)], w = kWidths[int(steps)];
     const int64_t rows = hopper ? 17970 : 150;
-    const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : small ? 24 : 40;
+    const int64_t n = square ? 89 : hopper ? 47 : 3, s = hopper ? 136 : small ? 72 : 40;
     const int64_t t = square ? 160 : small ? 72 : 144, kw = square ? 3 : 2;
     const int64_t r1 = wide ? 72 : small ? 8 : 24;
     const at::Generator generator = at::detail::createCPUGenerator(1234);

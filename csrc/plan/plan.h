@@ -41,7 +41,7 @@ struct Plan {
   int gpu_kernel = -1;  // index into gpu_kernels() (gpu/planner.h), for a GPU's fused plans
   Geometry geometry;    // how that kernel cuts the problem
   int64_t shared_bytes = 0, threads = 0, ctas = 0;
-  double waves = 0;                // rounds that the GPU needs for all CTAs
+  double waves = 0;                // rounds that the GPU needs for all CTAs (persistent ones: for all tiles)
   double flops = 0;                // multiplications and additions of the block, halo included
   double bytes = 0;                // that must move between memory and the core
   double predicted_seconds = 0;    // by the cost model, on one thread; 0 where it has no figures

@@ -5,6 +5,7 @@
 #include "ops/policy.h"
 #include "plan/gpu/cost.h"
 #include "plan/gpu/planner.h"
+#include "plan/gpu/sm90a.h"
 #include "python/explain.h"
 
 namespace lowrank_ops {
@@ -119,9 +120,14 @@ std::pair<std::vector<double>, bool> fused_gpu_features(const Described& describ
   check_op("fused_gpu_features", kernel, p);
   check_sizes("fused_gpu_features", p);
   check_cut("fused_gpu_features", cut);
+  const GpuCaps& caps = gpu_named("fused_gpu_features", gpu);
   const Geometry g = geometry_of(p, cut[0], cut[1], cut[2], cut[3], cut[4], cut[5]);
-  const FusedFeatures found =
-      fused_features(p, kernel, g, layout_of(p, kernel, g), gpu_named("fused_gpu_features", gpu));
+  const int most = sm90a_most_cluster(kernel, g.tiles(), caps);
+  TORCH_CHECK_VALUE(g.cluster <= most, "fused_gpu_features: ", kernel.name, " forms clusters of at most ", most,
+                    " CTAs here, got ", g.cluster);
+  TORCH_CHECK_VALUE(g.splits == 1 || !kernel.shape.persistent, "fused_gpu_features: ", kernel.name,
+                    " has no splits, got ", g.splits);
+  const FusedFeatures found = fused_features(p, kernel, g, layout_of(p, kernel, g), caps);
   return {{found.begin(), found.end()}, is_lean(p, kernel)};
 }
 

@@ -27,6 +27,7 @@ WITH_CUDA = {
     "check_gpu_kernel": "(arg0: str, arg1: str, arg2: bool, arg3: int, arg4: bool) -> str",
     "describe_launch": f"({CALL}) -> dict",
     "fail_gpu_launches": "(arg0: int) -> None",
+    "limit_gpu_ctas": "(arg0: int) -> None",
     "is_launch_refusal": "(arg0: int) -> bool",
     "launch_gpu_kernel": f"({CALL}) -> torch.Tensor",
     "run_gpu_kernel": f"({CALL}) -> torch.Tensor",

@@ -43,6 +43,7 @@ class Lean(NamedTuple):
     first_linear: float = PRODUCT  # the same of lowrank_linear
     later: float = PRODUCT  # per product, in the loops over the chunks of stages 2 and 3
     copy: float = COPY
+    vector: float = VECTOR  # per vector of output, without an activation or with relu
     relu6: float = VECTOR  # per vector of output, on the longest way of the loop without costly activations
 
 
@@ -68,7 +69,7 @@ HALVES = {  # bf16, fp16
     "128x128": Lean(first_linear=3.3, relu6=32.7),
     "64x128": Lean(first_linear=3.9, later=3.1, relu6=32.7),
     "64x64": Lean(first=3.5, first_linear=5.3, later=4.2, relu6=36.3),
-    "128x32_persistent": Lean(first=4.0, copy=6.5, relu6=38.5),
+    "128x32_persistent": Lean(first=4.0, copy=6.5, vector=30.8, relu6=39.3),
 }
 TF32 = {
     "128x32": Lean(steps=3.9, first=7.7, first_linear=9.1, later=6.0, copy=8.5),
@@ -76,7 +77,7 @@ TF32 = {
     "128x128": Lean(steps=3.6, first=5.3, first_linear=6.5, later=4.8),
     "64x128": Lean(steps=3.6, first=4.8, first_linear=7.1, later=5.1),
     "64x64": Lean(steps=3.9, first=6.6, first_linear=9.4, later=6.2),
-    "128x32_persistent": Lean(steps=4.5, first=7.4, copy=6.5),
+    "128x32_persistent": Lean(steps=4.5, first=7.5, copy=6.5),
 }
 # Per vector with hardswish, silu or gelu, for the cheapest of them: 8 values (tf32: 4) with a division each. They run
 # in a loop over staged sums, so that they are compiled once, and load sums and bias again.
@@ -215,7 +216,7 @@ def test_lean_kernels_keep_their_budgets(disassembled: list[Instantiation]) -> N
             ),
             "later stages": (largest((loop.steady.per_product for loop in chunks[1:]), 0), most.later),
             "copies": (largest(loop.steady.per_copy for loop in copying), most.copy),
-            "output": (largest([outputs[0].steady.per_vector]), VECTOR),
+            "output": (largest([outputs[0].steady.per_vector]), most.vector),
             "relu6": (largest([outputs[0].steady.most_per_vector]), most.relu6),
             "costly activations": (largest([outputs[1].steady.per_vector]), COSTLY[one.dtype]),
         }

@@ -45,6 +45,9 @@ from tests.support.simulator.hopper_cases import (
     hopper_case,
 )
 from tests.support.simulator.hopper_cases import LINEAR as HOPPER_LINEAR
+from tests.support.simulator.persistent_cases import CASES as PERSISTENT_CASES
+from tests.support.simulator.persistent_cases import DTYPES as PERSISTENT_DTYPES
+from tests.support.simulator.persistent_cases import case_of as persistent_case
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
@@ -240,6 +243,18 @@ def test_sanitized(kernel: Kernel, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("kernel", "case"), CASES, ids=str)
 def test_sanitized_hopper(kernel: Kernel, case: str, dtype: torch.dtype) -> None:
     assert_right(hopper_case(kernel, case, dtype))
+
+
+@pytest.mark.parametrize("ctas", (1, 3))
+@pytest.mark.parametrize("name", PERSISTENT_CASES)
+@pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=name_of)
+def test_sanitized_persistent(dtype: torch.dtype, name: str, ctas: int) -> None:
+    """Few CTAs, and so several tiles each."""
+    _C.limit_gpu_ctas(ctas)
+    try:
+        assert_right(persistent_case(name, dtype))
+    finally:
+        _C.limit_gpu_ctas(0)
 
 
 # ---- The check before first use

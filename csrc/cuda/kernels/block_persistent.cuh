@@ -8,11 +8,12 @@
 //
 //   factors  copied once
 //   input    tile 0 ....... | first chunks of tile 1                          | rest of tile 1 .... | ...
-//   stages   (1) of tile 0  | (2) of tile 0, tables | (3) of tile 0, output   | (1) of tile 1       | ...
+//   stages   (1) of tile 0  | tables, (2) of tile 0 | (3) of tile 0, output   | (1) of tile 1       | ...
 //
 // The tables: pixel tables are those of the present tile, the halo table is that of the tile whose input is copied.
-// Both are written between stages 1 and 3. By then all threads have left stage 3 of the tile before, and the copies
-// of stage 1, which read the halo table, have all been started.
+// Both are written behind stage 1, before the barrier in front of stage 2, which reads a pixel table. By then all
+// threads have left stage 3 of the tile before, and the copies of stage 1, which read the halo table, have all been
+// started.
 #pragma once
 
 #include "cuda/kernels/block.cuh"

@@ -57,8 +57,9 @@ cudaError_t launch_lean(const BlockParams& block, cudaStream_t stream) {
   params.lean = lean_params(block, params.layout, config, Kernel::has_core, Kernel::element);
   int64_t ctas = g.ctas();
   if constexpr (config.persistent) {
+    static std::atomic<uint64_t> last{0};
     int held = 0;
-    const cudaError_t error = held_ctas(kernel, config.threads(), params.layout.bytes, held);
+    const cudaError_t error = held_ctas(kernel, config.threads(), params.layout.bytes, last, held);
     if (error != cudaSuccess) return error;
     ctas = least(params.tiles, g.most_ctas > 0 ? least(g.most_ctas, held) : held);
   }

@@ -5,6 +5,7 @@
 // Sources: PTX ISA 8.x, sections "Warp-level matrix instructions" (mma, ldmatrix) and "cp.async".
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "cuda/kernels/launch.h"
@@ -57,8 +58,8 @@ enum class Barrier : int {
   kTables,          // the tables of offsets are written before copies read them
   kChunk,           // a chunk has arrived for all threads; its predecessor's slot is free again
   kHiddenRead,      // Tucker: all warps have read the first hidden tile before the second overwrites it
-  kHiddenWritten,   // CP, and persistent kernels: the hidden tile is written before stage 2 reads it
-  kSecondWritten,   // persistent kernels: the second hidden tile and the tables are written before they are read
+  kHiddenWritten,   // CP, and persistent kernels: the hidden tile (and the tables) is written before stage 2 reads it
+  kSecondWritten,   // persistent kernels: the second hidden tile is written before stage 3 reads it
   kDepthwise,       // CP: the height factor is done before the width factor begins
   kStagingWritten,  // warp: a staged tile of output is written before other lanes read it
   kStagingRead,     // warp: it was read before the next one overwrites it
@@ -346,17 +347,22 @@ cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 }
 
-// How many CTAs of the kernel the present GPU holds at a time, at least one.
+// How many CTAs of the kernel the present GPU holds at a time, at least one. `last`, one per kernel, keeps the answer
+// for the next call: device, bytes of shared memory and CTAs in 8, 24 and 32 bits.
 template <typename Params>
-cudaError_t held_ctas(void (*kernel)(Params), int threads, int shared_bytes, int& ctas) {
+cudaError_t held_ctas(void (*kernel)(Params), int threads, int shared_bytes, std::atomic<uint64_t>& last, int& ctas) {
   int device = 0, multiprocessors = 0, of_each = 0;
-  cudaError_t error = allow_shared(kernel, shared_bytes);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t key = uint64_t(device) << 24 | uint64_t(shared_bytes), known = last;
+  ctas = int(uint32_t(known));
+  if (error == cudaSuccess && known >> 32 == key && ctas > 0) return error;
+  if (error == cudaSuccess) error = allow_shared(kernel, shared_bytes);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, reinterpret_cast<const void*>(kernel), threads,
                                                           size_t(shared_bytes));
   ctas = most(multiprocessors * of_each, 1);
+  if (error == cudaSuccess) last = key << 32 | uint64_t(ctas);
   return error;
 }
 

@@ -66,10 +66,10 @@ double products(const Config& c, bool simt, int tiles, double steps) {
   return tiles * c.rank_tiles * steps * (simt ? 0.5 : 1);
 }
 
-// The work of one CTA, of a persistent kernel that on one tile, counted per warp or per thread as FusedFeature says.
-// Passes, chunks and rows are those that the kernel goes through, padding included. Of a persistent kernel, stages 2
-// and 3 count as one chunk each, for their barriers. Its tiles count as a whole CTA each (kCtas), although their first
-// chunks arrive under the stages before.
+// The work of one CTA, counted per warp or per thread as FusedFeature says. Passes, chunks and rows are those that the
+// kernel goes through, padding included. A CTA of a persistent kernel has many tiles: counted is the work of one of
+// them, where stages 2 and 3 count as one chunk each, for their barriers. A tile counts as a whole CTA (kCtas),
+// although its first chunks arrive under the stages before.
 class Counter {
  public:
   Counter(const Problem& p, const GpuKernel& kernel, const Geometry& g, const SharedLayout& l)

@@ -74,7 +74,7 @@ FusedFeatures fused_features(const Problem& problem, const GpuKernel& kernel, co
 ChainFeatures chain_features(const Problem& problem, const GpuCaps& caps);
 
 double clock_of(const GpuCaps& caps);
-constexpr int kMostCtas = 32;  // per multiprocessor: the most of all architectures
+constexpr int kLargestCtas = 32;  // CTAs per multiprocessor on the architecture that holds most of them
 int ctas_per_multiprocessor(const Problem& problem, const GpuKernel& kernel, const GpuCaps& caps, int64_t shared_bytes);
 
 // Fills in the counts and the predicted time of a plan whose cut (plan.geometry) is set.

@@ -213,7 +213,7 @@ std::vector<std::string> notes_of(const Problem& p, const GpuKernel& kernel, con
   if (l.r1_passes > 1)
     notes.push_back("input read " + std::to_string(l.r1_passes) + " times: R1 above the " +
                     std::to_string(kernel.shape.columns()) + " columns of a pass");
-  if (l.halo_passes > 1)
+  if (l.halo_passes > 1 && !kernel.shape.persistent)
     notes.push_back("in_factor read " + std::to_string(l.halo_passes) + " times per tile: its halo is above " +
                     std::to_string(kernel.shape.halo_rows()) + " pixels");
   if (is_measured(caps) && !is_measured(kernel, p, caps))

@@ -112,7 +112,7 @@ class Search {
     }
     // In doubles: the product may exceed 64 bits. A persistent CTA's tile counter runs beyond the last tile by the
     // CTAs that the GPU holds.
-    const double beyond = kernel_.shape.persistent ? double(kMostCtas) * caps_.multiprocessors : 0;
+    const double beyond = kernel_.shape.persistent ? double(kLargestCtas) * caps_.multiprocessors : 0;
     if (double(ceil_div(g.n, g.tile_n)) * g.rows.tiles() * g.columns.tiles() + beyond > INT_MAX) {
       too_many_ctas_ = true;
       return;

@@ -6,6 +6,7 @@
 
 #include <math.h>  // not <cmath>: in kernels exp(x) of a float must be the float function
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -239,7 +240,7 @@ cudaError_t launch(void (*kernel)(Params), int64_t ctas, int threads, int shared
 }
 
 template <typename Params>
-cudaError_t held_ctas(void (*)(Params), int, int, int& ctas) {
+cudaError_t held_ctas(void (*)(Params), int, int, std::atomic<uint64_t>&, int& ctas) {
   ctas = int(simulator::machine.settings.held_ctas);
   return cudaSuccess;
 }
