@@ -215,6 +215,15 @@ def _by_architecture(values: list[float | None]) -> str:
     return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
 
 
+def _outermost(loops: list[Loop]) -> list[Loop]:
+    """Those that lie in none of the others."""
+    return [
+        one
+        for one in loops
+        if not any(other.first <= one.first and one.last <= other.last for other in loops if other is not one)
+    ]
+
+
 def _lean_row(ones: list[Instantiation]) -> str:
     """One kernel of sm80 on each architecture."""
     stages = 1 if ones[0].persistent else 3 if ones[0].kernel.startswith(OPS["tucker"]) else 2
@@ -229,7 +238,11 @@ def _lean_row(ones: list[Instantiation]) -> str:
     orders: dict[int, list[int | None]] = {3: [0, 1, 2], 2: [0, None, 1], 1: [0, None, None]}
     order = orders[stages]  # stages 1, 2 and 3 of a block
     cells = [ones[0].kernel, ones[0].dtype, _by_architecture([ways[-1].per_product for ways in steps])]
-    cells += ["-" if i is None else _by_architecture([ways[i].per_product for ways in chunks]) for i in order]
+    products = ["-" if i is None else _by_architecture([ways[i].per_product for ways in chunks]) for i in order]
+    if ones[0].persistent:  # no chunks in stages 2 and 3, whose loops hold the loop over steps
+        around = [_outermost([loop for loop in one.loops if loop.kind == "steps"]) for one in ones]
+        products[1:] = [_by_architecture([loops[i].steady.per_product for loops in around]) for i in (0, 1)]
+    cells += products
     cells += ["-" if i is None else _by_architecture([ways[i].per_copy for ways in chunks]) for i in order]
     cells += [_by_architecture([ways[0].per_vector for ways in outputs])]
     cells += [_by_architecture([ways[0].most_per_vector for ways in outputs])]
@@ -271,7 +284,8 @@ def loop_tables(report: list[Instantiation]) -> str:
         f"The lean kernels of sm80. A number for each of {', '.join(f'sm_{number}' for number in numbers)} where they "
         "differ. Product: an `mma.sync`. Steps: the innermost loop of stages 2 and 3. Stages 1 to 3: their loops over "
         "chunks, everything included, for the largest chunk; that of 256 bytes runs the innermost loop twice and is "
-        "counted as running it once. Copy: 16 bytes per lane. Output: 16 bytes per lane, without an activation (relu "
+        "counted as running it once; the persistent kernel has chunks in stage 1 alone. Copy: "
+        "16 bytes per lane. Output: 16 bytes per lane, without an activation (relu "
         "takes the same instructions, because rounding clamps) and with relu6, the longest way; costly activations are "
         "hardswish, silu and gelu, here with the cheapest of them.",
         "",
