@@ -66,12 +66,14 @@ def test_copies_reach_both_ctas() -> None:
         (Mistake.LARGE_RANK, "there is no CTA 2 of a cluster of 2"),
         (Mistake.NO_LAST_BARRIER, "CTA 0 of a cluster of 2 is used after it has ended"),
         (Mistake.ONE_AT_LAST_BARRIER, "32 threads at the barrier of the cluster"),
-        (Mistake.HALF_EXPECTED, "mbarrier 0 has -4096 bytes to wait for at the end"),
+        # Depending on which is first, the other half's copy or the end of the CTA.
+        (Mistake.HALF_EXPECTED, "mbarrier 0 has -4096 bytes to wait for at the end|is used after it has ended"),
         (Mistake.ORDINARY_ACCESS, "outside of the CTA's shared memory"),
     ],
 )
 def test_mistakes_are_reported(mistake: Mistake, message: str) -> None:
-    assert message in exchanged(mistake)[2]
+    fault = exchanged(mistake)[2]
+    assert any(one in fault for one in message.split("|")), fault
 
 
 def test_the_next_launch_is_not_affected() -> None:
