@@ -82,6 +82,11 @@ LOWRANK_OPS_HOPPER void open_slot(const Ring& ring, const RingPlace& place, int 
   barrier_expect(ring.full(place.slot), uint32_t(bytes));
 }
 
+// Tells the CTAs of a cluster that a warp is done with a slot: one lane for each.
+LOWRANK_OPS_HOPPER void release_to(int ctas, uint32_t empty, int lane) {
+  if (lane < ctas) barrier_arrive(empty, lane);
+}
+
 // A warp's place in a ring that it reads. Slots are given back in the order in which they were waited for.
 struct RingReader {
   Ring ring;
@@ -96,6 +101,11 @@ struct RingReader {
   }
   LOWRANK_OPS_HOPPER void release(int lane) {
     if (lane == 0) barrier_arrive(ring.empty(oldest.slot));
+    oldest.next(ring.slots);
+  }
+  // The same in a ring that the CTAs of a cluster fill together.
+  LOWRANK_OPS_HOPPER void release(int lane, int ctas) {
+    release_to(ctas, ring.empty(oldest.slot), lane);
     oldest.next(ring.slots);
   }
 };
@@ -120,10 +130,5 @@ struct ClusterPlace {
       multicast_box(to, map, full, uint16_t((1 << ctas) - 1), coordinates...);
   }
 };
-
-// Tells the CTAs of a cluster that a warp is done with a slot: one lane for each.
-LOWRANK_OPS_HOPPER void release_to(int ctas, uint32_t empty, int lane) {
-  if (lane < ctas) barrier_arrive(empty, lane);
-}
 
 }  // namespace lowrank_ops::hopper

@@ -133,10 +133,7 @@ struct LinearGroup {
         slots{linear_ring(shared, params.layout), {}, {}} {}
 
   LOWRANK_OPS_HOPPER bool first_thread() const { return warp == 0 && lane == 0; }
-  LOWRANK_OPS_HOPPER void release() {
-    release_to(p.cluster.divisor, slots.ring.empty(slots.oldest.slot), lane);
-    slots.oldest.next(slots.ring.slots);
-  }
+  LOWRANK_OPS_HOPPER void release() { slots.release(lane, p.cluster.divisor); }
 
   // Stage 1: hidden [64 rows, ranks] = input in_factor'. A slot is given back when its products are done, which is
   // awaited after those of the next slice have been issued. The rounded sums are operand A of stage 2.
